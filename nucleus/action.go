@@ -1,0 +1,125 @@
+package nucleus
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+)
+
+// Action is a request in its resolved form: what will happen, with every name
+// turned into the thing it stands for. Policy judges an Action, permit, ask and
+// grant bind its digest, and the effect uses exactly its values or is refused.
+// Only the part that belongs to Op is present.
+type Action struct {
+	Op      Op       `json:"op"`
+	Args    string   `json:"args_sha256"` // hex SHA-256 of the canonical arguments
+	Files   []File   `json:"files,omitempty"`
+	Command *Command `json:"command,omitempty"`
+	Fetch   *Fetch   `json:"fetch,omitempty"`
+	Connect *Connect `json:"connect,omitempty"`
+	Push    *Push    `json:"push,omitempty"`
+	PR      *PR      `json:"pr,omitempty"`
+	Commit  *Commit  `json:"commit,omitempty"`
+}
+
+// File is one path an operation touches. Path is relative to the workspace
+// directory, slash-separated and clean ("." is the workspace itself). Before and
+// After are hex SHA-256 of the content, empty where the file does not exist or
+// is only read.
+type File struct {
+	Path   string `json:"path"`
+	Before string `json:"before,omitempty"`
+	After  string `json:"after,omitempty"`
+}
+
+// Command is the argv that is executed, never a string that is split again.
+type Command struct {
+	Argv   []string          `json:"argv"`
+	Script bool              `json:"script,omitempty"` // argv is a shell that was asked for, with its script
+	Dir    string            `json:"dir"`              // relative to the workspace
+	Env    map[string]string `json:"env,omitempty"`    // beyond the machine's own
+	Stdin  string            `json:"stdin_sha256,omitempty"`
+	Binary string            `json:"binary"`          // absolute path that argv[0] resolved to
+	Files  []File            `json:"files,omitempty"` // workspace files that argv names
+	TTY    bool              `json:"tty,omitempty"`
+}
+
+// Fetch is one HTTP request made by the node on the agent's behalf.
+type Fetch struct {
+	Method  string            `json:"method"`
+	URL     string            `json:"url"`
+	Host    string            `json:"host"` // lower case, no brackets, no trailing dot
+	Port    int               `json:"port"`
+	Path    string            `json:"path"`
+	Headers map[string]string `json:"headers,omitempty"`
+	Body    string            `json:"body_sha256,omitempty"`
+	Bytes   int               `json:"body_bytes,omitempty"`
+}
+
+// Connect is one connection that a program in the machine opens.
+type Connect struct {
+	Host string `json:"host"`
+	Port int    `json:"port"`
+}
+
+// Push moves one ref of a remote. Old is all zeros for a ref that does not exist.
+type Push struct {
+	Repo   string `json:"repo"`   // the workspace's record of it
+	Remote string `json:"remote"` // URL, from the record on the host
+	Ref    string `json:"ref"`
+	Old    string `json:"old"`
+	New    string `json:"new"`
+}
+
+// PR opens a pull request.
+type PR struct {
+	Repository string `json:"repository"` // OWNER/NAME
+	API        string `json:"api"`        // base URL of the forge's API
+	Base       string `json:"base"`
+	Head       string `json:"head"`
+	HeadID     string `json:"head_id"`
+	Title      string `json:"title"`
+	Body       string `json:"body"`
+}
+
+// Commit records staged or named paths of one repository.
+type Commit struct {
+	Repo    string   `json:"repo"`
+	Message string   `json:"message"`
+	Paths   []string `json:"paths,omitempty"`
+	Name    string   `json:"name"`
+	Email   string   `json:"email"`
+}
+
+// Salt is the 32 random bytes that go into one request's digest, so that a
+// digest shown in a receipt does not give away what it does not show.
+type Salt [32]byte
+
+// NewSalt returns fresh random bytes.
+func NewSalt() Salt {
+	var s Salt
+	rand.Read(s[:]) // never fails: crypto/rand ends the program instead
+	return s
+}
+
+// Digest is the hex SHA-256 of the salt followed by the canonical bytes of the
+// action. It is what permit, ask, grant and log entry carry.
+func (a Action) Digest(salt Salt) (string, error) {
+	canonical, err := Canonical(a)
+	if err != nil {
+		return "", err
+	}
+	h := sha256.New()
+	h.Write(salt[:])
+	h.Write(canonical)
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// SHA256 returns the hex digest of data.
+func SHA256(data []byte) string {
+	sum := sha256.Sum256(data)
+	return hex.EncodeToString(sum[:])
+}
+
+// NewID returns prefix followed by 26 characters of base32, 130 random bits.
+func NewID(prefix string) string { return prefix + rand.Text() }

@@ -1,0 +1,56 @@
+package nucleus
+
+import "encoding/json"
+
+// MaxEntry is the largest log entry in bytes (C2SP tlog-tiles: a uint16 length).
+const MaxEntry = 65535
+
+// Entry is one line of the log. It is stored as canonical JSON. Fields that do
+// not apply are absent. Args are the shown arguments: secrets redacted, cut
+// visibly at 4 KiB.
+type Entry struct {
+	Seq      int64           `json:"seq"`
+	Time     string          `json:"time"` // RFC 3339 with nanoseconds, UTC
+	Pod      string          `json:"pod,omitempty"`
+	Session  string          `json:"session,omitempty"`
+	Actor    string          `json:"actor,omitempty"` // key id
+	Kind     string          `json:"kind"`
+	Op       Op              `json:"op,omitempty"`
+	Digest   string          `json:"digest,omitempty"` // Action.Digest
+	Args     json.RawMessage `json:"args,omitempty"`
+	Verdict  Verdict         `json:"decision,omitempty"`
+	Rule     string          `json:"rule,omitempty"`
+	Exposure []string        `json:"exposure,omitempty"` // after the entry
+	Permit   string          `json:"permit,omitempty"`
+	Ask      string          `json:"ask,omitempty"`
+	Grants   []string        `json:"grants,omitempty"`
+	Outcome  *Signed         `json:"outcome,omitempty"`
+	Status   string          `json:"status,omitempty"`
+	Data     json.RawMessage `json:"data,omitempty"` // what the kind adds
+}
+
+// The kinds of entries. A reader of an old log accepts kinds it does not know.
+const (
+	KindPodStart       = "pod.start"
+	KindPodAdopt       = "pod.adopt"
+	KindPodStop        = "pod.stop"
+	KindPodFail        = "pod.fail"
+	KindSessionStart   = "session.start"
+	KindSessionEnd     = "session.end"
+	KindIntent         = "request.intent"
+	KindOutcome        = "request.outcome"
+	KindApprovalAsk    = "approval.ask"
+	KindApprovalGrant  = "approval.grant"
+	KindApprovalDeny   = "approval.deny"
+	KindApprovalUse    = "approval.use"
+	KindApprovalRefuse = "approval.refuse"
+	KindEgressOpen     = "egress.open"
+	KindEgressClose    = "egress.close"
+	KindModelCall      = "model.call"
+	KindRepoImport     = "repo.import"
+	KindRepoFetch      = "repo.fetch"
+	KindPolicyLoad     = "policy.load"
+	KindKeyNew         = "key.new"
+	KindLogOpen        = "log.open"
+	KindLogTorn        = "log.torn"
+)

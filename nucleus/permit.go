@@ -1,0 +1,114 @@
+package nucleus
+
+import (
+	"crypto/ed25519"
+	"encoding/json"
+	"errors"
+	"fmt"
+)
+
+// Boot is the first frame on a machine's wire, accepted once and before any
+// other process starts in the machine. Keys are raw Ed25519 public keys, base64
+// in JSON.
+type Boot struct {
+	Pod       string            `json:"pod"`
+	Boot      string            `json:"boot"`
+	NodeKey   []byte            `json:"node_key"`
+	Approvers map[string][]byte `json:"approvers,omitempty"` // name -> key
+	Policy    json.RawMessage   `json:"policy"`              // normalised, canonical
+	UnixMilli int64             `json:"unix_ms"`
+	Guest     json.RawMessage   `json:"guest"` // users, mounts and ports; package guest reads it
+}
+
+// BootReply answers Boot. OutcomeKey is new at every boot, restore and fork.
+type BootReply struct {
+	Boot       string `json:"boot"`
+	OutcomeKey []byte `json:"outcome_key"`
+	Version    string `json:"version"`
+}
+
+// Permit is the node's word to one machine that one request may be acted on,
+// once, until a time. Seq is accepted once and only in rising order of arrival
+// of unseen numbers; Expires is compared with the guest's monotonic clock,
+// counted from Boot.
+type Permit struct {
+	ID        string   `json:"id"`
+	Pod       string   `json:"pod"`
+	Boot      string   `json:"boot"`
+	Session   string   `json:"session"`
+	Seq       uint64   `json:"seq"`
+	Op        Op       `json:"op"`
+	Digest    string   `json:"digest"` // Action.Digest
+	Salt      []byte   `json:"salt"`
+	Verdict   Verdict  `json:"verdict"`
+	Rule      string   `json:"rule"`
+	Context   Context  `json:"context"`
+	Grants    []string `json:"grants,omitempty"` // tokens, where Verdict is Ask
+	Issued    int64    `json:"issued_ms"`
+	Expires   int64    `json:"expires_ms"`
+	Requester string   `json:"requester"`
+}
+
+// Outcome is what the guest (or, for an outward operation, the node) says came
+// of a permit. Status is one of the Outcome constants.
+type Outcome struct {
+	Permit   string `json:"permit"`
+	Pod      string `json:"pod"`
+	Boot     string `json:"boot"`
+	Seq      uint64 `json:"seq"`
+	Status   string `json:"status"`
+	ExitCode int    `json:"exit_code,omitempty"`
+	Result   string `json:"result_sha256,omitempty"` // of the canonical result
+	Bytes    int64  `json:"bytes,omitempty"`
+	Message  string `json:"message,omitempty"`
+	Millis   int64  `json:"ms"`
+}
+
+// The statuses of an outcome.
+const (
+	OutcomeDone    = "done"    // the effect took place
+	OutcomeFailed  = "failed"  // it was tried and failed; Message says how
+	OutcomeRefused = "refused" // the guest's own decision was stricter
+	OutcomeUnknown = "unknown" // nobody can say: written by recovery
+)
+
+// Signed is canonical JSON and one Ed25519 signature over domain, a newline and
+// the payload. The domain keeps a signature made for one purpose from being read
+// as another.
+type Signed struct {
+	Payload []byte `json:"payload_b64"`
+	Sig     []byte `json:"sig_b64"`
+}
+
+// Signature domains.
+const (
+	DomainPermit  = "nucleus-permit-v1"
+	DomainOutcome = "nucleus-outcome-v1"
+	DomainAttach  = "nucleus-attach-v1"
+	DomainAsk     = "nucleus-ask-v1"
+)
+
+// Sign makes the canonical bytes of v and signs them.
+func Sign(key ed25519.PrivateKey, domain string, v any) (Signed, error) {
+	payload, err := Canonical(v)
+	if err != nil {
+		return Signed{}, err
+	}
+	return Signed{payload, ed25519.Sign(key, signedBytes(domain, payload))}, nil
+}
+
+// Open verifies the signature and decodes the payload into v; unknown fields
+// are refused.
+func (s Signed) Open(key ed25519.PublicKey, domain string, v any) error {
+	if len(key) != ed25519.PublicKeySize {
+		return fmt.Errorf("public key has %d bytes, want %d", len(key), ed25519.PublicKeySize)
+	}
+	if !ed25519.Verify(key, signedBytes(domain, s.Payload), s.Sig) {
+		return errors.New("bad signature")
+	}
+	return Strict(s.Payload, v)
+}
+
+func signedBytes(domain string, payload []byte) []byte {
+	return append([]byte(domain+"\n"), payload...)
+}

@@ -1,0 +1,145 @@
+package nucleus
+
+import "encoding/json"
+
+// Tier says how strong the wall around a machine is.
+type Tier string
+
+// The tiers, strongest first. TierEmulated is used only when asked for by name
+// and satisfies no requirement.
+const (
+	TierVM       Tier = "vm"
+	TierKernel   Tier = "kernel"
+	TierEmulated Tier = "emulated"
+	TierNone     Tier = "none"
+)
+
+// Satisfies reports whether a machine of tier t meets the requirement want; an
+// empty want is met by vm and kernel.
+func (t Tier) Satisfies(want Tier) bool {
+	switch want {
+	case TierVM:
+		return t == TierVM
+	case TierKernel, "":
+		return t == TierVM || t == TierKernel
+	}
+	return t == want && want == TierNone
+}
+
+// Mode says what the agent's process may do itself.
+type Mode string
+
+// The modes. In mediated mode the agent's process has a root of its own without
+// workspace, shell or git; in contained mode it may do all it likes inside the
+// machine.
+const (
+	Mediated  Mode = "mediated"
+	Contained Mode = "contained"
+)
+
+// PodSpec is a request for a pod. Unknown fields are errors; zero values are
+// the safest meaning.
+type PodSpec struct {
+	Workspace string            `json:"workspace,omitempty"` // name of a persistent workspace; empty: one that ends with the pod
+	Driver    string            `json:"driver,omitempty"`    // empty: the strongest whose probe succeeds
+	Require   Tier              `json:"require,omitempty"`   // fail closed below this
+	Mode      Mode              `json:"mode"`
+	Policy    json.RawMessage   `json:"policy"` // a profile's name as a string, or a whole policy
+	Image     Image             `json:"image"`
+	Repos     []Repo            `json:"repos,omitempty"`
+	Resources Resources         `json:"resources"`
+	Watched   []string          `json:"allow_watched,omitempty"` // resources whose limit may be watched only
+	Agent     *Agent            `json:"agent,omitempty"`
+	Model     *Model            `json:"model,omitempty"`
+	Env       map[string]string `json:"env,omitempty"` // handed to the tools by name
+	Identity  Identity          `json:"identity"`
+}
+
+// Image is the root file system. Kind "host" is a read-only view of the host's
+// programs; "directory" is Path.
+type Image struct {
+	Kind   string  `json:"kind"`
+	Path   string  `json:"path,omitempty"`
+	Layers []Layer `json:"layers,omitempty"` // toolchains and caches, read-only
+}
+
+// Layer is a directory of the host shown read-only at Guest.
+type Layer struct {
+	Name  string `json:"name"` // "go", "go modules", "npm cache", ...
+	Host  string `json:"host"`
+	Guest string `json:"guest"`
+}
+
+// Repo is a repository of the person that goes into the machine by git.
+type Repo struct {
+	Name    string `json:"name"`              // directory below ~/workspace
+	Path    string `json:"path"`              // on the host
+	Branch  string `json:"branch"`            // of the agent; made from Base
+	Base    string `json:"base"`              // commit id that the person brought
+	Trusted *bool  `json:"trusted,omitempty"` // the person's word; nil: decided by its remotes
+}
+
+// Resources limit the machine. 0 is the default of the node.
+type Resources struct {
+	CPU      int `json:"cpu,omitempty"`       // cores
+	MemoryMB int `json:"memory_mb,omitempty"` // MiB
+	Pids     int `json:"pids,omitempty"`
+}
+
+// Agent is the program of a session.
+type Agent struct {
+	Name string            `json:"name"` // "claude-code", "codex", ...; "" for a plain command
+	Root []Layer           `json:"root"` // files and directories of its own root, read-only
+	Argv []string          `json:"argv"`
+	Env  map[string]string `json:"env,omitempty"`
+	Home map[string][]byte `json:"home,omitempty"` // files put into its empty HOME
+}
+
+// Model is the route to the agent's model. Key is a secret: the node keeps it
+// from every log, entry and guest.
+type Model struct {
+	Protocol string `json:"protocol"` // "anthropic" or "openai"
+	BaseURL  string `json:"base_url"`
+	Key      string `json:"key,omitempty"`
+	Bearer   bool   `json:"bearer,omitempty"` // an OAuth token, sent as Authorization
+}
+
+// Identity is written into commits.
+type Identity struct {
+	Name  string `json:"name,omitempty"`
+	Email string `json:"email,omitempty"`
+}
+
+// PodStatus is what the API says of a pod.
+type PodStatus struct {
+	ID        string       `json:"id"`
+	Workspace string       `json:"workspace,omitempty"`
+	State     string       `json:"state"` // "starting", "running", "stopped", "failed"
+	Driver    string       `json:"driver"`
+	Tier      Tier         `json:"tier"`
+	Mode      Mode         `json:"mode"`
+	Session   string       `json:"session"`
+	Boot      string       `json:"boot,omitempty"`
+	Agent     string       `json:"agent,omitempty"`
+	Exposure  []string     `json:"exposure"`
+	Limits    []Limit      `json:"limits,omitempty"`
+	Repos     []RepoStatus `json:"repos,omitempty"`
+	Created   string       `json:"created"`
+	Reason    string       `json:"reason,omitempty"` // why it failed or stopped
+}
+
+// RepoStatus is a repository in a pod with its label.
+type RepoStatus struct {
+	Name    string `json:"name"`
+	Branch  string `json:"branch"`
+	Base    string `json:"base"`
+	Trusted bool   `json:"trusted"`
+	Why     string `json:"why"` // of the label
+}
+
+// Limit says how a resource's limit is kept: "enforced", "watched" or "none".
+type Limit struct {
+	Resource string `json:"resource"`
+	Value    string `json:"value"`
+	How      string `json:"how"`
+}
