@@ -5,6 +5,9 @@ import "encoding/json"
 // MaxEntry is the largest log entry in bytes (C2SP tlog-tiles: a uint16 length).
 const MaxEntry = 65535
 
+// LogOrigin names the node's log in its checkpoints (C2SP tlog-checkpoint).
+const LogOrigin = "cal/node-log"
+
 // Entry is one line of the log. It is stored as canonical JSON. Fields that do
 // not apply are absent. Args are the shown arguments: secrets redacted, cut
 // visibly at 4 KiB.

@@ -25,6 +25,7 @@ type BootReply struct {
 	Boot       string `json:"boot"`
 	OutcomeKey []byte `json:"outcome_key"`
 	Version    string `json:"version"`
+	Error      string `json:"error,omitempty"` // why the machine refuses to serve
 }
 
 // Permit is the node's word to one machine that one request may be acted on,

@@ -21,9 +21,16 @@ import (
 //	"bundle"   header Bundle          -> FrameData*, FrameData empty, FrameResult Result    (repository out)
 //	"unbundle" header Unbundle, FrameData*, FrameData empty -> FrameResult Result          (repository in)
 //
-// For "resolve" the arguments follow as FrameJSON too. While a "do" of run_bash runs, the
-// caller may send FrameStdin, FrameSize and FrameSignal; closing the stream
-// kills the command's whole process group.
+// The proxy is wire.Host of the session, the worker wire.Guest. For "resolve" the
+// arguments follow as FrameJSON too. While a "do" of run_bash runs, the caller may send
+// FrameSize, FrameSignal and, where Stdin or Terminal is set, FrameStdin; closing
+// the stream ends the call and kills the command with all that it started, so a
+// caller keeps it open until the result. A "bundle" that fails sends no empty
+// FrameData.
+//
+// BUG: a caller that sends more input than the command takes is held back after
+// 4 MiB, and what it sends behind that, signals and the stream's end too, is not
+// seen before the command takes more or ends.
 const (
 	StreamResolve  = "resolve"
 	StreamDo       = "do"
@@ -45,7 +52,7 @@ type Call struct {
 	Cols     uint16           `json:"cols,omitempty"`
 	Stream   bool             `json:"stream,omitempty"` // run_bash: send output as it comes and do not keep it
 	Stdin    bool             `json:"stdin,omitempty"`  // run_bash: stdin comes as FrameStdin
-	Identity nucleus.Identity `json:"identity"`
+	Identity nucleus.Identity `json:"identity"`         // for git_commit
 }
 
 // Args is the FrameJSON that follows a Call's header.

@@ -1,0 +1,66 @@
+# CAL. The two commands that matter: make demo, make test.
+SHELL     := /bin/bash
+GO        ?= go
+PREFIX    ?= /usr/local
+BIN       := $(CURDIR)/bin
+VERSION   := $(shell sed -n 's/^const Version = "\(.*\)"/\1/p' nucleus/version.go)
+PROGRAMS  := cal nucleus-node nucleus-authority nucleus-tool-proxy
+RUNSC_VER := 20260905
+export CGO_ENABLED := 0
+export GOTOOLCHAIN := local
+export GOFLAGS := -trimpath -buildvcs=false
+
+.PHONY: all programs runsc install uninstall demo demo-control test test-long bench lint clean
+
+all: programs runsc ## the four static programs and the pinned runsc, into bin/
+
+programs:
+	@mkdir -p $(BIN)
+	$(GO) build -ldflags='-s -w' -o $(BIN)/ $(PROGRAMS:%=./cmd/%)
+
+# gVisor is a module of its own, so that its 135 modules stay out of the product's.
+runsc: $(BIN)/runsc
+$(BIN)/runsc: tools/runsc/go.mod tools/runsc/go.sum
+	@mkdir -p $(BIN)
+	@echo "building the pinned runsc (once; about two minutes on two cores)"
+	cd tools/runsc && $(GO) build -ldflags='-s -w -X gvisor.dev/gvisor/runsc/version.version=$(RUNSC_VER)' -o $@ gvisor.dev/gvisor/runsc
+
+install: all
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(PROGRAMS:%=$(BIN)/%) $(BIN)/runsc $(DESTDIR)$(PREFIX)/bin/
+
+uninstall:
+	rm -f $(PROGRAMS:%=$(DESTDIR)$(PREFIX)/bin/%) $(DESTDIR)$(PREFIX)/bin/runsc
+
+demo: all ## the main job from start to end, in a gVisor machine
+	$(GO) run ./internal/demo --bin $(BIN)
+
+demo-control: all ## each wall taken away in turn: the attack must then succeed
+	$(GO) run ./internal/demo --bin $(BIN) --control
+
+test: all agents ## everything that must hold; prints its ten slowest tests
+	@internal/test.sh ./...
+
+test-long: all agents ## the slow ones: more kills, more rounds
+	CAL_LONG=1 internal/test.sh ./...
+
+bench: all agents ## measurements, into bench/README.md
+	$(GO) run ./internal/bench --bin $(BIN) --out bench/README.md
+
+# Real agents for the end-to-end tests, from the npm registry, at pinned versions.
+AGENTS := .cache/agents
+agents: $(AGENTS)/.ready
+$(AGENTS)/.ready: internal/testenv/agents.json
+	@mkdir -p $(AGENTS)
+	cp internal/testenv/agents.json $(AGENTS)/package.json
+	cd $(AGENTS) && npm install --ignore-scripts --no-audit --no-fund --loglevel=error
+	touch $@
+.PHONY: agents
+
+lint: $(BIN)/golangci-lint
+	$(BIN)/golangci-lint run ./...
+$(BIN)/golangci-lint:
+	GOBIN=$(BIN) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+
+clean:
+	rm -rf bin .cache

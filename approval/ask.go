@@ -1,0 +1,212 @@
+// Package approval turns one ask into the bytes that are signed, the text that
+// a person reads, and the check of the grant that comes back.
+//
+// The threat is an asker that shows one thing and does another: a grant moved
+// to another pod, argument or time, and a text whose control characters hide
+// what will run. So text and grant are both made from the same canonical bytes,
+// and a grant is good only for the digest of exactly these bytes.
+//
+// The package is pure: no clock, no files, no network, and no key but public
+// ones, so that it cannot sign.
+package approval
+
+import (
+	"errors"
+	"fmt"
+	"reflect"
+	"strings"
+	"unicode/utf8"
+
+	"cal/nucleus"
+)
+
+// MaxAsk is the largest canonical ask in bytes. What does not fit is cut by the
+// asker, visibly.
+const MaxAsk = 4 << 20
+
+// MaxLife is the longest time, in milliseconds, between an ask's making and its
+// expiry.
+const MaxLife = 24 * 60 * 60 * 1000
+
+const maxName = 128
+
+// Digest returns the canonical bytes of an ask and their hex SHA-256. Strings
+// that are not UTF-8 are refused: encoding them would make two asks one.
+func Digest(ask nucleus.AskRequest) (hex string, canonical []byte, err error) {
+	if err := checkText(reflect.ValueOf(ask), "ask"); err != nil {
+		return "", nil, err
+	}
+	canonical, err = nucleus.Canonical(ask)
+	if err != nil {
+		return "", nil, fmt.Errorf("ask %q: %w", ask.ID, err)
+	}
+	if len(canonical) > MaxAsk {
+		return "", nil, fmt.Errorf("ask %q has %d bytes, at most %d are allowed", ask.ID, len(canonical), MaxAsk)
+	}
+	return nucleus.SHA256(canonical), canonical, nil
+}
+
+// Parse reads an ask from JSON and refuses what the ask does not say in full:
+// the canonical form of raw must be the canonical form of what was understood.
+// A key in other case, a repeated key and an explicit empty value are errors.
+func Parse(raw []byte) (ask nucleus.AskRequest, digest string, canonical []byte, err error) {
+	fail := func(err error) (nucleus.AskRequest, string, []byte, error) {
+		return nucleus.AskRequest{}, "", nil, err
+	}
+	if len(raw) > 2*MaxAsk {
+		return fail(fmt.Errorf("ask has %d bytes, at most %d are allowed", len(raw), MaxAsk))
+	}
+	given, err := nucleus.CanonicalJSON(raw)
+	if err != nil {
+		return fail(err)
+	}
+	if err := nucleus.Strict(given, &ask); err != nil {
+		return fail(err)
+	}
+	digest, canonical, err = Digest(ask)
+	if err != nil {
+		return fail(err)
+	}
+	if string(given) != string(canonical) {
+		return fail(errors.New("ask is not in its canonical form"))
+	}
+	return ask, digest, canonical, nil
+}
+
+// Check says what is wrong with an ask in itself: a field that is missing or
+// malformed, a digest that its action and salt do not give, a part of another
+// operation. It knows no time and no key.
+func Check(ask nucleus.AskRequest) error {
+	for _, f := range []struct{ name, value string }{
+		{"id", ask.ID}, {"pod", ask.Pod}, {"session", ask.Session}, {"boot", ask.Boot},
+		{"requester", ask.Requester}, {"nonce", ask.Nonce},
+	} {
+		if err := CheckName(f.name, f.value); err != nil {
+			return fmt.Errorf("ask %q: %w", ask.ID, err)
+		}
+	}
+	for _, f := range []struct{ name, value string }{{"policy digest", ask.Policy}, {"digest", ask.Digest}} {
+		if !validSHA256(f.value) {
+			return fmt.Errorf("ask %q: %s %q is not a hex SHA-256", ask.ID, f.name, f.value)
+		}
+	}
+	if len(ask.Salt) != len(nucleus.Salt{}) {
+		return fmt.Errorf("ask %q: salt has %d bytes, want %d", ask.ID, len(ask.Salt), len(nucleus.Salt{}))
+	}
+	if ask.Created <= 0 || ask.Expires <= ask.Created || ask.Expires-ask.Created > MaxLife {
+		return fmt.Errorf("ask %q: made at %d ms, expires at %d ms; want a life of at most %d ms", ask.ID, ask.Created, ask.Expires, int64(MaxLife))
+	}
+	if err := checkParts(ask.Action); err != nil {
+		return fmt.Errorf("ask %q: %w", ask.ID, err)
+	}
+	digest, err := ask.Action.Digest(nucleus.Salt(ask.Salt))
+	if err != nil {
+		return fmt.Errorf("ask %q: %w", ask.ID, err)
+	}
+	if digest != ask.Digest {
+		return fmt.Errorf("ask %q: digest is %s, action and salt give %s", ask.ID, ask.Digest, digest)
+	}
+	return nil
+}
+
+// checkParts refuses an action whose parts are not the one that its operation
+// has: what is shown for a push must not ride beside a command.
+func checkParts(a nucleus.Action) error {
+	if !a.Op.Valid() {
+		return fmt.Errorf("unknown operation %q", a.Op)
+	}
+	if !validSHA256(a.Args) {
+		return fmt.Errorf("arguments' digest %q is not a hex SHA-256", a.Args)
+	}
+	present := map[string]bool{
+		"files": len(a.Files) > 0, "command": a.Command != nil, "fetch": a.Fetch != nil,
+		"connect": a.Connect != nil, "push": a.Push != nil, "pr": a.PR != nil, "commit": a.Commit != nil,
+	}
+	want := map[nucleus.Op]string{
+		nucleus.ReadFiles: "files", nucleus.WriteFiles: "files", nucleus.EditFiles: "files",
+		nucleus.GlobSearch: "files", nucleus.GrepSearch: "files", nucleus.RunBash: "command",
+		nucleus.WebFetch: "fetch", nucleus.NetConnect: "connect", nucleus.GitPush: "push",
+		nucleus.CreatePR: "pr", nucleus.GitCommit: "commit",
+	}[a.Op]
+	for _, part := range []string{"files", "command", "fetch", "connect", "push", "pr", "commit"} {
+		switch {
+		case part == want && !present[part]:
+			return fmt.Errorf("%s without its %s", a.Op, part)
+		case part != want && present[part]:
+			return fmt.Errorf("%s with a %s that does not belong to it", a.Op, part)
+		}
+	}
+	return nil
+}
+
+// CheckName refuses a value that is not an id: 1 to 128 ASCII letters, digits and
+// -._:@, and neither "." nor "..".
+func CheckName(what, value string) error {
+	if !validName(value) {
+		return fmt.Errorf("%s %q is not 1 to %d letters, digits and -._:@", what, value, maxName)
+	}
+	return nil
+}
+
+func validName(s string) bool {
+	if s == "" || len(s) > maxName {
+		return false
+	}
+	for _, r := range s {
+		if !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-._:@", r)) {
+			return false
+		}
+	}
+	return s != "." && s != ".."
+}
+
+func validSHA256(s string) bool {
+	if len(s) != 64 {
+		return false
+	}
+	for _, r := range s {
+		if !(r >= '0' && r <= '9' || r >= 'a' && r <= 'f') {
+			return false
+		}
+	}
+	return true
+}
+
+// checkText walks every string of v, keys of maps included.
+func checkText(v reflect.Value, where string) error {
+	switch v.Kind() {
+	case reflect.String:
+		if !utf8.ValidString(v.String()) {
+			return fmt.Errorf("%s: text %q is not UTF-8", where, v.String())
+		}
+	case reflect.Pointer:
+		if !v.IsNil() {
+			return checkText(v.Elem(), where)
+		}
+	case reflect.Struct:
+		for i := range v.NumField() {
+			if err := checkText(v.Field(i), where+"."+v.Type().Field(i).Name); err != nil {
+				return err
+			}
+		}
+	case reflect.Slice:
+		if v.Type().Elem().Kind() == reflect.Uint8 {
+			return nil // bytes: base64, or JSON that Canonical reads itself
+		}
+		for i := range v.Len() {
+			if err := checkText(v.Index(i), fmt.Sprintf("%s[%d]", where, i)); err != nil {
+				return err
+			}
+		}
+	case reflect.Map:
+		for it := v.MapRange(); it.Next(); {
+			if err := checkText(it.Key(), where); err != nil {
+				return err
+			}
+			if err := checkText(it.Value(), where); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

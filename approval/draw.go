@@ -1,0 +1,360 @@
+package approval
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"cal/nucleus"
+)
+
+// View says how an ask is drawn. The zero value is 80 columns, long parts cut.
+type View struct {
+	Width int  // columns; below 40 counts as 40, 0 as 80
+	Whole bool // cut nothing
+}
+
+// Screen is an ask as a person sees it.
+//
+// Text consists of printable ASCII and newlines alone: every other character is
+// written as its code point, \u{202e}, and a backslash as \\. A line at the left
+// edge is this program's own. What the ask says stands behind a label, or behind
+// "  | " for the lines of a longer text; "  : " carries on the line above, and
+// "  ~ " says that lines were left out, how many, and the digest of the whole.
+// No text of an ask can imitate any of these.
+type Screen struct {
+	Digest string // of the bytes it was drawn from
+	Text   string
+	Cut    bool // something was left out; View.Whole shows it
+}
+
+// A section keeps at most headLines + tailLines of its lines: the end is shown
+// too, since that is where something would be hidden.
+const (
+	headLines = 45
+	tailLines = 15
+)
+
+// Draw makes the screen of an ask from its canonical bytes: the action stands
+// last, next to the question. It fails where the ask has no digest.
+func Draw(ask nucleus.AskRequest, view View) (Screen, error) {
+	digest, canonical, err := Digest(ask)
+	if err != nil {
+		return Screen{}, err
+	}
+	// What is drawn has gone through the signed bytes, whatever the caller holds.
+	var signed nucleus.AskRequest
+	if err := nucleus.Strict(canonical, &signed); err != nil {
+		return Screen{}, fmt.Errorf("ask %q: %w", ask.ID, err)
+	}
+	d := drawing{width: max(view.Width, 40), whole: view.Whole}
+	if view.Width == 0 {
+		d.width = 80
+	}
+	d.head(signed, digest)
+	d.why(signed)
+	for i, detail := range signed.Detail {
+		d.begin(fmt.Sprintf("detail %d of %d", i+1, len(signed.Detail)))
+		d.field("title", quote(detail.Title))
+		d.block(detail.Text)
+		d.end(detail)
+	}
+	d.action(signed)
+	return Screen{digest, d.out.String(), d.cut}, nil
+}
+
+// Summary is the action of an ask in one line of printable ASCII.
+func Summary(ask nucleus.AskRequest) string {
+	a := ask.Action
+	line := string(a.Op)
+	switch {
+	case a.Push != nil:
+		line += " " + Visible(a.Push.Ref) + " to " + Visible(a.Push.Remote)
+	case a.PR != nil:
+		line += " " + Visible(a.PR.Repository) + ": " + Visible(a.PR.Title)
+	case a.Fetch != nil:
+		line += " " + Visible(a.Fetch.Method) + " " + Visible(a.Fetch.URL)
+	case a.Connect != nil:
+		line += " " + Visible(a.Connect.Host) + ":" + strconv.Itoa(a.Connect.Port)
+	case a.Command != nil:
+		for _, arg := range a.Command.Argv {
+			line += " " + quote(arg)
+		}
+	case a.Commit != nil:
+		line += " " + Visible(a.Commit.Repo) + ": " + Visible(a.Commit.Message)
+	case len(a.Files) > 0:
+		line += " " + Visible(a.Files[0].Path)
+		if n := len(a.Files) - 1; n > 0 {
+			line += fmt.Sprintf(" and %d more", n)
+		}
+	}
+	const most = 160
+	if len(line) > most {
+		line = line[:most-3] + "..."
+	}
+	return line
+}
+
+// Visible writes s in printable ASCII: what is not becomes its code point, and
+// a backslash is doubled so that no text can imitate one.
+func Visible(s string) string {
+	var out strings.Builder
+	for i, r := range s {
+		switch {
+		case r == '\\':
+			out.WriteString(`\\`)
+		case r >= 0x20 && r < 0x7f:
+			out.WriteRune(r)
+		case r == '\n':
+			out.WriteString(`\n`)
+		case r == '\t':
+			out.WriteString(`\t`)
+		case r == '\r':
+			out.WriteString(`\r`)
+		case r == 0xfffd && s[i] != 0xef:
+			fmt.Fprintf(&out, `\x{%02x}`, s[i]) // not UTF-8; Digest refuses it, a listing may meet it
+		default:
+			fmt.Fprintf(&out, `\u{%x}`, r)
+		}
+	}
+	return out.String()
+}
+
+func quote(s string) string { return `"` + strings.ReplaceAll(Visible(s), `"`, `\"`) + `"` }
+
+type drawing struct {
+	width   int
+	whole   bool
+	cut     bool
+	out     strings.Builder
+	section []string
+}
+
+func (d *drawing) begin(title string) {
+	d.section = d.section[:0]
+	d.out.WriteString(title + "\n")
+}
+
+// end writes the section; source is what it shows, for the digest of the whole.
+func (d *drawing) end(source any) {
+	lines := d.section
+	if cut := len(lines) - headLines - tailLines; cut > 0 && !d.whole {
+		d.cut = true
+		whole, err := nucleus.Canonical(source)
+		if err != nil {
+			panic(err) // it is a part of what has canonical bytes
+		}
+		d.write(lines[:headLines])
+		d.write([]string{
+			fmt.Sprintf("  ~ %d of %d lines are cut here", cut, len(lines)),
+			fmt.Sprintf("  ~ whole: %d bytes", len(whole)),
+			"  ~ sha256 " + nucleus.SHA256(whole)[:32],
+			"  ~        " + nucleus.SHA256(whole)[32:],
+		})
+		lines = lines[len(lines)-tailLines:]
+	}
+	d.write(lines)
+}
+
+func (d *drawing) write(lines []string) {
+	for _, line := range lines {
+		d.out.WriteString(line)
+		d.out.WriteByte('\n')
+	}
+}
+
+// line adds one logical line, wrapped here: a terminal that wraps would put text
+// of the ask at the left edge.
+func (d *drawing) line(text string) {
+	for prefix := ""; ; prefix = "  : " {
+		room := d.width - len(prefix)
+		if len(text) <= room {
+			d.section = append(d.section, prefix+text)
+			return
+		}
+		d.section = append(d.section, prefix+text[:room])
+		text = text[room:]
+	}
+}
+
+func (d *drawing) field(label, value string) { d.line(fmt.Sprintf("  %-11s %s", label, value)) }
+
+// block adds text line by line. A space at a line's end is made visible.
+func (d *drawing) block(text string) {
+	for _, line := range strings.Split(text, "\n") {
+		body := strings.TrimRight(line, " ")
+		d.line("  | " + Visible(body) + strings.Repeat(`\u{20}`, len(line)-len(body)))
+	}
+}
+
+// text adds a value that may have several lines.
+func (d *drawing) text(label, value string) {
+	if !strings.Contains(value, "\n") {
+		d.field(label, quote(value))
+		return
+	}
+	d.field(label, fmt.Sprintf("%d lines:", strings.Count(value, "\n")+1))
+	d.block(value)
+}
+
+// host adds a field that holds a host name. An internationalised name is ASCII
+// on the wire and may look like another one elsewhere (RFC 5890, 4.4).
+func (d *drawing) host(label, value string) {
+	d.field(label, quote(value))
+	if strings.Contains(strings.ToLower(value), "xn--") {
+		d.field("note", "the host name stands for letters beyond ASCII (xn--)")
+	}
+}
+
+func (d *drawing) head(ask nucleus.AskRequest, digest string) {
+	d.begin("who asks")
+	d.field("ask", quote(ask.ID))
+	d.field("signed", digest)
+	d.field("pod", quote(ask.Pod))
+	d.field("workspace", quote(ask.Workspace))
+	d.field("session", quote(ask.Session))
+	d.field("boot", quote(ask.Boot))
+	d.field("requester", quote(ask.Requester))
+	d.field("request", nucleus.SHA256(ask.Request))
+	d.field("mode", quote(ask.Mode))
+	d.field("tier", quote(ask.Tier))
+	d.field("asked", moment(ask.Created))
+	d.field("until", moment(ask.Expires))
+	d.end(ask)
+}
+
+func (d *drawing) why(ask nucleus.AskRequest) {
+	d.begin("why you are asked")
+	d.field("rule", quote(ask.Rule))
+	d.text("because", ask.Why)
+	d.field("policy", quote(ask.Policy))
+	d.field("decided", moment(ask.Context.UnixMilli))
+	exposure := strings.Join(ask.Context.Exposure.Names(), ", ")
+	if exposure == "" {
+		exposure = "none"
+	}
+	if unknown := ask.Context.Exposure &^ (nucleus.Private | nucleus.Untrusted | nucleus.WayOut); unknown != 0 {
+		exposure += fmt.Sprintf(", unknown 0x%x", uint8(unknown))
+	}
+	d.field("exposure", exposure)
+	for _, flag := range []struct {
+		set  bool
+		says string
+	}{
+		{ask.Context.UntrustedRepo, "the machine holds a repository labelled untrusted"},
+		{ask.Context.Contained, "contained mode: the agent acts freely inside the machine"},
+		{ask.Context.DirectNetwork, "the machine has a network that does not pass the gateway"},
+	} {
+		if flag.set {
+			d.field("note", flag.says)
+		}
+	}
+	for _, e := range ask.Evidence {
+		d.field("log entry", fmt.Sprintf("%d leg %s: %s", e.Seq, quote(e.Leg), quote(e.What)))
+	}
+	d.end(struct {
+		Rule, Why string
+		Context   nucleus.Context
+		Evidence  []nucleus.Evidence
+	}{ask.Rule, ask.Why, ask.Context, ask.Evidence})
+}
+
+func (d *drawing) action(ask nucleus.AskRequest) {
+	a := ask.Action
+	d.begin("what will happen: " + string(a.Op))
+	d.files("file", a.Files)
+	d.command(a.Command)
+	if f := a.Fetch; f != nil {
+		d.field("method", quote(f.Method))
+		d.field("url", quote(f.URL))
+		d.host("host", f.Host)
+		d.field("port", strconv.Itoa(f.Port))
+		d.field("path", quote(f.Path))
+		d.pairs("header", f.Headers)
+		d.field("body", strconv.Itoa(f.Bytes)+" bytes")
+		d.field("  digest", quote(f.Body))
+	}
+	if c := a.Connect; c != nil {
+		d.host("host", c.Host)
+		d.field("port", strconv.Itoa(c.Port))
+		d.field("note", "what the connection will carry is not known")
+	}
+	if p := a.Push; p != nil {
+		d.field("repository", quote(p.Repo))
+		d.host("remote", p.Remote)
+		d.field("ref", quote(p.Ref))
+		d.field("old", quote(p.Old))
+		d.field("new", quote(p.New))
+		if len(ask.Detail) == 0 {
+			d.field("note", "no commits, files or diff were given with this push")
+		}
+	}
+	if p := a.PR; p != nil {
+		d.field("repository", quote(p.Repository))
+		d.field("api", quote(p.API))
+		d.field("base", quote(p.Base))
+		d.field("head", quote(p.Head))
+		d.field("head id", quote(p.HeadID))
+		d.text("title", p.Title)
+		d.text("body", p.Body)
+	}
+	if c := a.Commit; c != nil {
+		d.field("repository", quote(c.Repo))
+		d.field("name", quote(c.Name))
+		d.field("email", quote(c.Email))
+		for _, path := range c.Paths {
+			d.field("path", quote(path))
+		}
+		d.text("message", c.Message)
+	}
+	d.field("arguments", quote(a.Args))
+	d.field("digest", quote(ask.Digest))
+	d.end(a)
+}
+
+func (d *drawing) command(c *nucleus.Command) {
+	if c == nil {
+		return
+	}
+	if c.Script {
+		d.field("note", "arbitrary code: a shell runs the script below")
+	}
+	for i, arg := range c.Argv {
+		d.text(fmt.Sprintf("argv[%d]", i), arg)
+	}
+	d.field("binary", quote(c.Binary))
+	d.field("directory", quote(c.Dir))
+	d.pairs("env", c.Env)
+	if c.Stdin != "" {
+		d.field("stdin", quote(c.Stdin))
+	}
+	if c.TTY {
+		d.field("note", "runs on a terminal")
+	}
+	d.files("names file", c.Files)
+}
+
+func (d *drawing) files(label string, files []nucleus.File) {
+	for _, f := range files {
+		d.field(label, quote(f.Path))
+		if f.Before != "" {
+			d.field("  before", quote(f.Before))
+		}
+		if f.After != "" {
+			d.field("  after", quote(f.After))
+		}
+	}
+}
+
+func (d *drawing) pairs(label string, pairs map[string]string) {
+	for _, name := range slices.Sorted(maps.Keys(pairs)) {
+		d.field(label, quote(name)+" = "+quote(pairs[name]))
+	}
+}
+
+func moment(ms int64) string {
+	return time.UnixMilli(ms).UTC().Format("2006-01-02 15:04:05.000 MST")
+}

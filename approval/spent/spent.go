@@ -1,0 +1,109 @@
+// Package spent keeps the grants that were used: each is good for one effect.
+//
+// The threat is a grant that works twice: sent again, sent by two callers at
+// once, or sent after a crash between the use and its record. Use is durable
+// before it returns, so that whoever calls it before the effect can lose a grant
+// in a crash and can never use one twice.
+//
+// Who can change or delete the database's file undoes that; it belongs to the
+// user that acts on grants and to nobody else.
+package spent
+
+import (
+	"database/sql"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+
+	_ "modernc.org/sqlite" // the driver "sqlite"
+
+	"cal/nucleus"
+)
+
+// ErrUsed is the error of a grant that was used before.
+var ErrUsed = errors.New("grant was used before")
+
+// Store is the set of used grants in one file. Several processes may use one
+// file; its methods may be called at the same time.
+type Store struct{ db *sql.DB }
+
+const schema = `CREATE TABLE IF NOT EXISTS spent (
+	jti TEXT PRIMARY KEY,
+	ask TEXT NOT NULL,
+	pod TEXT NOT NULL,
+	digest TEXT NOT NULL,
+	expires_ms INTEGER NOT NULL
+) STRICT`
+
+// Open opens the store at path and makes it, readable for its owner only, if
+// there is none. A file that is no such store, or a damaged one, is an error.
+func Open(path string) (*Store, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("used grants: %w", err)
+	}
+	if err := errors.Join(f.Sync(), f.Close(), syncDir(filepath.Dir(path))); err != nil {
+		return nil, fmt.Errorf("used grants: %w", err)
+	}
+	// FULL: in WAL mode the default would lose the last commits with the power.
+	dsn := url.URL{Scheme: "file", OmitHost: true, Path: path, RawQuery: "_txlock=immediate&_pragma=busy_timeout(5000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)"}
+	db, err := sql.Open("sqlite", dsn.String())
+	if err != nil {
+		return nil, fmt.Errorf("used grants %s: %w", path, err)
+	}
+	db.SetMaxOpenConns(1)
+	if err := prepare(db); err != nil {
+		return nil, errors.Join(fmt.Errorf("used grants %s: %w", path, err), db.Close())
+	}
+	return &Store{db}, nil
+}
+
+func prepare(db *sql.DB) error {
+	var mode, check string
+	if err := db.QueryRow("PRAGMA journal_mode").Scan(&mode); err != nil {
+		return err
+	}
+	if err := db.QueryRow("PRAGMA quick_check(1)").Scan(&check); err != nil {
+		return err
+	}
+	if mode != "wal" || check != "ok" {
+		return fmt.Errorf("journal mode %q, check %q", mode, check)
+	}
+	_, err := db.Exec(schema)
+	return err
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// Close releases the file.
+func (s *Store) Close() error { return s.db.Close() }
+
+// Use marks a verified grant as used, durably, and must return before the effect
+// starts. It returns ErrUsed for a grant that was used before; any other error
+// means that nobody can say, and the effect must not start.
+func (s *Store) Use(grant nucleus.Grant) error {
+	if grant.ID == "" {
+		return errors.New("grant has no id")
+	}
+	result, err := s.db.Exec("INSERT INTO spent VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+		grant.ID, grant.Ask, grant.Pod, grant.Digest, grant.Expires)
+	if err != nil {
+		return fmt.Errorf("using grant %s: %w", grant.ID, err)
+	}
+	added, err := result.RowsAffected()
+	if err != nil {
+		return fmt.Errorf("using grant %s: %w", grant.ID, err)
+	}
+	if added == 0 {
+		return fmt.Errorf("grant %s: %w", grant.ID, ErrUsed)
+	}
+	return nil
+}

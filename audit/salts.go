@@ -1,0 +1,131 @@
+package audit
+
+import (
+	"bufio"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+
+	"cal/internal/durable"
+	"cal/nucleus"
+)
+
+// Salts is the private file that holds, by request, the salt of the digests in
+// the log. It lies beside the log's directory, not in it, so that the directory
+// can be handed to a stranger. One line is one salt: ID, a space, 64 hex digits.
+//
+// Put writes at once but does not sync: a killed process loses nothing, a power
+// cut may lose the salts since the last Sync. The log stays provable without
+// them; only the requests behind those digests can no longer be shown to fit,
+// and FindSalt then says so.
+type Salts struct {
+	mu   sync.Mutex
+	file *os.File
+	err  error // a write that failed: the file's end is unknown
+}
+
+// OpenSalts opens the file, or makes it, readable by its owner only.
+func OpenSalts(name string) (*Salts, error) {
+	if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
+		if err := durable.WriteFile(name, nil, 0o600); err != nil {
+			return nil, err
+		}
+	}
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_APPEND|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkSalts(f); err != nil {
+		return nil, errors.Join(fmt.Errorf("salts %s: %w", name, err), f.Close())
+	}
+	return &Salts{file: f}, nil
+}
+
+// checkSalts refuses a file that others can read, and ends a line that a crash
+// cut, so that it spoils no other.
+func checkSalts(f *os.File) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("mode is %s, want a regular file of mode 0600", info.Mode())
+	}
+	if info.Size() == 0 {
+		return nil
+	}
+	last := make([]byte, 1)
+	if _, err := f.ReadAt(last, info.Size()-1); err != nil {
+		return err
+	}
+	if last[0] != '\n' {
+		_, err = f.Write([]byte("\n"))
+	}
+	return err
+}
+
+// Put keeps the salt of a request. The id has no white space.
+func (s *Salts) Put(id string, salt nucleus.Salt) error {
+	if id == "" || strings.ContainsAny(id, " \t\r\n") {
+		return fmt.Errorf("salt of request %q: an id has no white space and is not empty", id)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return s.err
+	}
+	if _, err := fmt.Fprintf(s.file, "%s %s\n", id, hex.EncodeToString(salt[:])); err != nil {
+		s.err = fmt.Errorf("salts cannot be written: %w", err)
+	}
+	return s.err
+}
+
+// Sync puts on the disk what Put wrote.
+func (s *Salts) Sync() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err == nil {
+		if err := durable.Datasync(s.file); err != nil {
+			s.err = fmt.Errorf("salts cannot be written: %w", err)
+		}
+	}
+	return s.err
+}
+
+// Close syncs and closes the file.
+func (s *Salts) Close() error {
+	err := s.Sync()
+	return errors.Join(err, s.file.Close())
+}
+
+// FindSalt reads the salt of a request from the file, which may be open for
+// writing elsewhere. fs.ErrNotExist says that it is not there.
+func FindSalt(name, id string) (salt nucleus.Salt, err error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return salt, err
+	}
+	defer f.Close()
+	lines := bufio.NewReader(f)
+	for {
+		line, err := lines.ReadString('\n')
+		if errors.Is(err, io.EOF) {
+			return salt, fmt.Errorf("salts %s: none of request %q: %w", name, id, fs.ErrNotExist)
+		}
+		if err != nil {
+			return salt, err
+		}
+		if rest, ok := strings.CutPrefix(line, id+" "); ok {
+			digits := strings.TrimSuffix(rest, "\n")
+			if decoded, err := hex.DecodeString(digits); err == nil && len(decoded) == len(salt) {
+				return nucleus.Salt(decoded), nil
+			}
+		}
+	}
+}

@@ -1,0 +1,201 @@
+package authority
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/term"
+
+	"cal/approval"
+	"cal/approval/client"
+	"cal/nucleus"
+)
+
+// ErrNotGranted is the error of a person who did not grant.
+var ErrNotGranted = errors.New("not granted")
+
+// Prompt is a terminal with a person at it. There is no other source of a
+// passphrase: not standard input, not the environment, not an argument.
+type Prompt struct{ tty *os.File }
+
+const maxLine = 1024
+
+// OpenPrompt opens the process's controlling terminal.
+func OpenPrompt() (*Prompt, error) {
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("no terminal to ask a person at: %w", err)
+	}
+	if !term.IsTerminal(int(tty.Fd())) {
+		return nil, errors.Join(errors.New("/dev/tty is no terminal"), tty.Close())
+	}
+	return &Prompt{tty}, nil
+}
+
+// Close closes the terminal.
+func (p *Prompt) Close() error { return p.tty.Close() }
+
+// Guard returns a function that puts the terminal back as it is now, for whoever
+// ends the process while a passphrase is read.
+func (p *Prompt) Guard() (restore func(), err error) {
+	state, err := term.GetState(int(p.tty.Fd()))
+	if err != nil {
+		return nil, err
+	}
+	return func() { _ = term.Restore(int(p.tty.Fd()), state) }, nil
+}
+
+func (p *Prompt) print(format string, args ...any) error {
+	_, err := fmt.Fprintf(p.tty, format, args...)
+	return err
+}
+
+// question asks and reads one line. What was typed ahead does not count.
+func (p *Prompt) question(text string) (string, error) {
+	if err := errors.Join(dropTyped(int(p.tty.Fd())), p.print("%s", text)); err != nil {
+		return "", err
+	}
+	var line []byte
+	for one := make([]byte, 1); len(line) < maxLine; {
+		n, err := p.tty.Read(one)
+		if err != nil {
+			return "", fmt.Errorf("no answer: %w", err)
+		}
+		if n == 1 && one[0] == '\n' {
+			return strings.TrimSpace(string(line)), nil
+		}
+		line = append(line, one[:n]...)
+	}
+	return "", fmt.Errorf("the answer is longer than %d bytes", maxLine)
+}
+
+func (p *Prompt) passphrase(text string) (string, error) {
+	if err := errors.Join(dropTyped(int(p.tty.Fd())), p.print("%s", text)); err != nil {
+		return "", err
+	}
+	typed, err := term.ReadPassword(int(p.tty.Fd()))
+	defer clear(typed)
+	if err := errors.Join(err, p.print("\n")); err != nil {
+		return "", err
+	}
+	return string(typed), nil
+}
+
+// Init asks the person for passphrase and phrase and makes the key.
+func (p *Prompt) Init(cfg Config, approver string) (Identity, error) {
+	if _, err := ReadIdentity(cfg.Dir); err == nil {
+		return Identity{}, fmt.Errorf("there is an approval key in %s; it is not replaced", cfg.Dir)
+	} else if !errors.Is(err, ErrNoKey) {
+		return Identity{}, err
+	}
+	if err := p.print("A key for approver %q is made in %s.\nA passphrase seals it; whoever knows it can approve. At least %d characters.\n", approver, cfg.Dir, MinPassphrase); err != nil {
+		return Identity{}, err
+	}
+	first, err := p.passphrase("passphrase: ")
+	if err != nil {
+		return Identity{}, err
+	}
+	if err := checkPassphrase(first); err != nil {
+		return Identity{}, err
+	}
+	again, err := p.passphrase("passphrase again: ")
+	if err != nil {
+		return Identity{}, err
+	}
+	if first != again {
+		return Identity{}, errors.New("the two passphrases differ")
+	}
+	if err := p.print("A phrase of your own stands on every screen that asks for the passphrase.\nWhere you do not see it, do not type the passphrase.\n"); err != nil {
+		return Identity{}, err
+	}
+	phrase, err := p.question("your phrase: ")
+	if err != nil {
+		return Identity{}, err
+	}
+	identity, err := Init(cfg, approver, phrase, first)
+	if err != nil {
+		return Identity{}, err
+	}
+	return identity, p.print("The key is made. Approver %s, public key %x\n", identity.Approver, []byte(identity.PublicKey))
+}
+
+const passphraseTries = 3
+
+// Approve shows the ask id as its bytes say and grants it if the person wants it
+// and knows the passphrase. ErrNotGranted leaves the ask as it was.
+func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identity, id, reason string) (client.Status, error) {
+	ask, digest, err := c.Get(ctx, id)
+	if err != nil {
+		return client.Status{}, err
+	}
+	if err := approval.Check(ask); err != nil {
+		return client.Status{}, err
+	}
+	if err := p.consent(ask, digest, identity, reason); err != nil {
+		return client.Status{}, err
+	}
+	for try := 1; ; try++ {
+		passphrase, err := p.passphrase(fmt.Sprintf("your phrase: %s\npassphrase of %s: ", approval.Visible(identity.Phrase), identity.Approver))
+		if err != nil {
+			return client.Status{}, err
+		}
+		status, err := c.Decide(ctx, id, client.Decision{Approve: true, AskDigest: digest, Reason: reason, Passphrase: passphrase})
+		var refusal *nucleus.Error
+		if errors.As(err, &refusal) && refusal.Kind == nucleus.KindForbidden {
+			if err := p.print("%s\n", approval.Visible(refusal.Message)); err != nil {
+				return client.Status{}, err
+			}
+			if try < passphraseTries {
+				continue
+			}
+			return client.Status{}, fmt.Errorf("%w: %s", ErrNotGranted, refusal.Message)
+		}
+		if err != nil {
+			return client.Status{}, err
+		}
+		return status, p.print("granted once, until %s\n", time.UnixMilli(ask.Expires).UTC().Format("2006-01-02 15:04:05 MST"))
+	}
+}
+
+// consent shows the ask and returns nil if the person wants to grant it.
+func (p *Prompt) consent(ask nucleus.AskRequest, digest string, identity Identity, reason string) error {
+	for view := (approval.View{}); ; view.Whole = true {
+		if width, _, err := term.GetSize(int(p.tty.Fd())); err == nil && width > 0 {
+			view.Width = width
+		}
+		screen, err := approval.Draw(ask, view)
+		if err != nil {
+			return err
+		}
+		if screen.Digest != digest {
+			return fmt.Errorf("ask %s: drawn from %s, fetched %s", ask.ID, screen.Digest, digest)
+		}
+		if err := p.print("\napproval by %s\n\n%s\n", identity.Approver, screen.Text); err != nil {
+			return err
+		}
+		if reason != "" {
+			if err := p.print("your reason: %s\n", approval.Visible(reason)); err != nil {
+				return err
+			}
+		}
+		text := "grant this once? [y/N] "
+		if screen.Cut {
+			text = "parts are cut; v shows them whole. grant this once? [y/N/v] "
+		}
+		answer, err := p.question(text)
+		if err != nil {
+			return err
+		}
+		switch {
+		case answer == "y" || answer == "Y" || answer == "yes":
+			return nil
+		case answer == "v" && screen.Cut:
+			continue
+		}
+		return fmt.Errorf("%w: ask %s stays open until it expires; deny refuses it", ErrNotGranted, ask.ID)
+	}
+}

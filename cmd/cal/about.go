@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"cal/machine"
+	"cal/machine/gvisor"
+	"cal/policy"
+	"cal/workspace"
+	"cal/workspace/agents"
+)
+
+func policyCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "policy", Short: "Profiles and policy files", Example: "  cal policy show default"}
+	var asJSON bool
+	list := &cobra.Command{
+		Use: "list", Short: "List the profiles", Example: "  cal policy list", Args: args(cobra.NoArgs),
+		RunE: func(*cobra.Command, []string) error {
+			return printList(policy.Profiles(), asJSON, "PROFILE", func(s string) string { return s })
+		},
+	}
+	list.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	show := &cobra.Command{
+		Use: "show NAME", Short: "Print a profile or file in full, as JSON", Example: "  cal policy show fix-issue", Args: args(cobra.ExactArgs(1)),
+		RunE: func(_ *cobra.Command, given []string) error {
+			p, err := loadPolicy(given[0])
+			if err != nil {
+				return err
+			}
+			raw, err := p.Canonical()
+			if err != nil {
+				return err
+			}
+			fmt.Println(string(raw))
+			for _, rule := range p.TrustedRules() {
+				fmt.Fprintln(os.Stderr, "assumption: counts on no leg:", rule)
+			}
+			return nil
+		},
+	}
+	check := &cobra.Command{
+		Use: "check FILE", Short: "Say whether a policy file is valid", Example: "  cal policy check .cal/policy.yaml", Args: args(cobra.ExactArgs(1)),
+		RunE: func(_ *cobra.Command, given []string) error {
+			raw, err := os.ReadFile(given[0])
+			if err == nil {
+				_, err = policy.Load(given[0], raw)
+			}
+			return err
+		},
+	}
+	cmd.AddCommand(list, show, check)
+	return cmd
+}
+
+func loadPolicy(name string) (*policy.Policy, error) {
+	if p, err := policy.Profile(name); err == nil {
+		return p, nil
+	}
+	raw, err := os.ReadFile(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return policy.Load(name, raw)
+}
+
+func agentCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "agent", Short: "Agents that CAL knows how to start", Example: "  cal agent list"}
+	type found struct {
+		Name    string `json:"name"`
+		Version string `json:"version,omitempty"`
+		Path    string `json:"path,omitempty"`
+		Missing string `json:"missing,omitempty"`
+		Hint    string `json:"hint,omitempty"`
+	}
+	var asJSON bool
+	list := &cobra.Command{
+		Use: "list", Short: "List the agents and where their installs lie", Example: "  cal agent list --json", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var all []found
+			for _, name := range agents.Names() {
+				install, err := workspace.LocateAgent(cmd.Context(), name)
+				f := found{Name: name, Version: install.Version, Path: install.Path}
+				var missing *agents.Missing
+				if errors.As(err, &missing) {
+					f.Missing, f.Hint = missing.Fact, missing.Hint
+				} else if err != nil {
+					f.Missing = err.Error()
+				}
+				all = append(all, f)
+			}
+			return printList(all, asJSON, "AGENT\tVERSION\tWHERE", func(f found) string {
+				if f.Missing != "" {
+					return fmt.Sprintf("%s\t-\t%s (%s)", f.Name, f.Missing, f.Hint)
+				}
+				return f.Name + "\t" + f.Version + "\t" + f.Path
+			})
+		},
+	}
+	list.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	cmd.AddCommand(list)
+	return cmd
+}
+
+func doctorCommand() *cobra.Command {
+	type check struct {
+		Driver string `json:"driver"`
+		Tier   string `json:"tier"`
+		OK     bool   `json:"ok"`
+		Cause  string `json:"cause,omitempty"`
+		Mend   string `json:"mend,omitempty"`
+		Millis int64  `json:"ms"`
+	}
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "doctor", Short: "Prove by running guest code which machines work here, and say the mend where not", Example: "  cal doctor", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			runsc, err := workspace.Program("runsc")
+			if err != nil {
+				return err
+			}
+			var checks []check
+			works := false
+			for _, d := range []machine.Driver{gvisor.New(gvisor.Config{Runsc: runsc})} {
+				ctx, cancel := context.WithTimeout(cmd.Context(), 30*time.Second)
+				started := time.Now()
+				err := d.Probe(ctx)
+				cancel()
+				c := check{Driver: d.Name(), Tier: string(d.Tier()), OK: err == nil, Millis: time.Since(started).Milliseconds()}
+				var failed *machine.ProbeError
+				if errors.As(err, &failed) {
+					c.Cause, c.Mend = failed.Error(), failed.Mend
+				} else if err != nil {
+					c.Cause = err.Error()
+				}
+				works = works || c.OK
+				checks = append(checks, c)
+			}
+			err = printList(checks, asJSON, "DRIVER\tTIER\tWORKS\tTIME\tCAUSE\tMEND", func(c check) string {
+				return fmt.Sprintf("%s\t%s\t%v\t%d ms\t%s\t%s", c.Driver, c.Tier, c.OK, c.Millis, c.Cause, c.Mend)
+			})
+			if err == nil && !works {
+				err = errors.New("no machine can be started here")
+			}
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	return cmd
+}

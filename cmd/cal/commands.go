@@ -1,0 +1,242 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"cal/node/client"
+	"cal/nucleus"
+	"cal/workspace"
+)
+
+// printList prints a listing as a table, or as JSON.
+func printList[T any](list []T, asJSON bool, header string, row func(T) string) error {
+	if asJSON {
+		enc := json.NewEncoder(os.Stdout)
+		enc.SetIndent("", "  ")
+		return enc.Encode(list)
+	}
+	w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(w, header)
+	for _, item := range list {
+		fmt.Fprintln(w, row(item))
+	}
+	return w.Flush()
+}
+
+func withNode(cmd *cobra.Command, use func(context.Context, *client.Client) error) error {
+	home, err := workspace.OpenHome()
+	if err != nil {
+		return err
+	}
+	node, err := home.RunningNode(cmd.Context())
+	if err != nil {
+		return err
+	}
+	return use(cmd.Context(), node)
+}
+
+func repoCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "repo", Short: "See and take what an agent did to a repository", Example: "  cal repo diff"}
+	var path, name string
+	with := func(cmd *cobra.Command, use func(context.Context, workspace.Work) error) error {
+		home, err := workspace.OpenHome()
+		if err != nil {
+			return err
+		}
+		work, err := home.Work(cmd.Context(), path, name)
+		if err != nil {
+			return err
+		}
+		return use(cmd.Context(), work)
+	}
+	cmd.PersistentFlags().StringVar(&path, "repo", ".", "the repository on the host")
+	cmd.PersistentFlags().StringVar(&name, "workspace", "", "the workspace, where several hold the repository")
+	var stat bool
+	diff := &cobra.Command{
+		Use: "diff", Short: "Show what the agent changed, committed or not", Example: "  cal repo diff --stat", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return with(cmd, func(ctx context.Context, w workspace.Work) error {
+				return w.Diff(ctx, os.Stdout, term.IsTerminal(1) && os.Getenv("NO_COLOR") == "", stat)
+			})
+		},
+	}
+	diff.Flags().BoolVar(&stat, "stat", false, "files and counts only")
+	fetch := &cobra.Command{
+		Use: "fetch", Short: "Bring the agent's branch into the repository, as a branch", Example: "  cal repo fetch && git log agent/claude-code", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return with(cmd, func(ctx context.Context, w workspace.Work) error {
+				ref, err := w.Fetch(ctx)
+				if err == nil {
+					fmt.Printf("%s is at %.12s\n", ref, w.Head)
+				}
+				return err
+			})
+		},
+	}
+	apply := &cobra.Command{
+		Use: "apply", Short: "Put what the agent changed onto the working tree, uncommitted", Example: "  cal repo apply && git diff", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return with(cmd, func(ctx context.Context, w workspace.Work) error {
+				if err := w.Apply(ctx); err != nil {
+					return err
+				}
+				return w.Diff(ctx, os.Stdout, false, true)
+			})
+		},
+	}
+	var asJSON bool
+	status := &cobra.Command{
+		Use: "status", Short: "List the repositories of all workspaces", Example: "  cal repo status --json", Args: args(cobra.NoArgs),
+		RunE: func(*cobra.Command, []string) error {
+			home, err := workspace.OpenHome()
+			if err != nil {
+				return err
+			}
+			works, err := home.Works()
+			if err != nil {
+				return err
+			}
+			return printList(works, asJSON, "WORKSPACE\tREPO\tBRANCH\tBASE\tHEAD\tPATH", func(w workspace.Work) string {
+				return fmt.Sprintf("%s\t%s\t%s\t%.12s\t%.12s\t%s", w.Workspace, w.Repo, w.Branch, w.Base, w.Head, w.Path)
+			})
+		},
+	}
+	status.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	cmd.AddCommand(diff, fetch, apply, status)
+	return cmd
+}
+
+func vmCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "vm", Short: "Machines", Example: "  cal vm list"}
+	var asJSON bool
+	list := &cobra.Command{
+		Use: "list", Short: "List the machines of the node", Example: "  cal vm list --json", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withNode(cmd, func(ctx context.Context, node *client.Client) error {
+				pods, err := node.Pods(ctx)
+				if err != nil {
+					return err
+				}
+				return printList(pods, asJSON, "POD\tWORKSPACE\tSTATE\tTIER\tMODE\tAGENT\tEXPOSURE\tCREATED", podRow)
+			})
+		},
+	}
+	list.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	stop := &cobra.Command{
+		Use: "stop POD", Short: "Stop a machine; a named workspace stays", Example: "  cal vm stop p-abcdefghij", Args: args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			return withNode(cmd, func(ctx context.Context, node *client.Client) error { return node.DeletePod(ctx, given[0]) })
+		},
+	}
+	cmd.AddCommand(list, stop)
+	return cmd
+}
+
+func nodeCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "node", Short: "The control plane on this host", Example: "  cal node status"}
+	start := &cobra.Command{
+		Use: "start", Short: "Start the node, and the authority where its key exists", Example: "  cal node start", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			home, err := workspace.OpenHome()
+			if err == nil {
+				_, err = home.Node(cmd.Context())
+			}
+			return err
+		},
+	}
+	stop := &cobra.Command{
+		Use: "stop", Short: "Stop the node; machines wait a minute for the next one", Example: "  cal node stop", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			home, err := workspace.OpenHome()
+			if err != nil {
+				return err
+			}
+			return home.StopNode(cmd.Context())
+		},
+	}
+	restart := &cobra.Command{
+		Use: "restart", Short: "Replace the running node; machines and sessions go on", Example: "  cal node restart", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			home, err := workspace.OpenHome()
+			if err != nil {
+				return err
+			}
+			if err := home.StopNode(cmd.Context()); err != nil && !errors.Is(err, workspace.ErrNoNode) {
+				return err
+			}
+			_, err = home.Node(cmd.Context())
+			return err
+		},
+	}
+	var asJSON bool
+	status := &cobra.Command{
+		Use: "status", Short: "Say whether a node runs, and what it holds", Example: "  cal node status --json", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withNode(cmd, func(ctx context.Context, node *client.Client) error {
+				version, err := node.Health(ctx)
+				if err != nil {
+					return err
+				}
+				pods, err := node.Pods(ctx)
+				if err != nil {
+					return err
+				}
+				if asJSON {
+					return json.NewEncoder(os.Stdout).Encode(map[string]any{"version": version, "pods": pods})
+				}
+				fmt.Printf("node %s runs, %s\n", version, count(len(pods), "pod"))
+				return nil
+			})
+		},
+	}
+	status.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	cmd.AddCommand(start, stop, restart, status)
+	return cmd
+}
+
+// approveCommand hands over to the authority's own program: it alone draws an ask.
+func approveCommand() *cobra.Command {
+	sub := func(use, short, example string) *cobra.Command {
+		return &cobra.Command{
+			Use: use, Short: short, Example: example, DisableFlagParsing: true,
+			RunE: func(cmd *cobra.Command, given []string) error {
+				return authority(append([]string{cmd.Name()}, given...))
+			},
+		}
+	}
+	cmd := sub("approve", "See and decide what agents ask for", "  cal approve list\n  cal approve a-2X...")
+	cmd.Use = "approve [ID]"
+	cmd.AddCommand(sub("list", "List what waits for a decision", "  cal approve list --json"), sub("show ID", "Show one ask", "  cal approve show ID"),
+		sub("deny ID", "Say no", "  cal approve deny ID --reason 'not this one'"), sub("init", "Make the approval key", "  cal approve init"))
+	return cmd
+}
+
+func authority(given []string) error {
+	home, err := workspace.OpenHome()
+	if err != nil {
+		return err
+	}
+	program, err := workspace.Program("nucleus-authority")
+	if err != nil {
+		return err
+	}
+	argv := append([]string{program, given[0], "--dir", home.AuthorityDir()}, given[1:]...)
+	if err := syscall.Exec(program, argv, os.Environ()); err != nil {
+		return fmt.Errorf("%s: %w", program, err)
+	}
+	return nil
+}
+
+func podRow(p nucleus.PodStatus) string {
+	return strings.Join([]string{p.ID, p.Workspace, p.State, string(p.Tier), string(p.Mode), p.Agent, strings.Join(p.Exposure, "+"), p.Created}, "\t")
+}

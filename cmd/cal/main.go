@@ -1,0 +1,115 @@
+// Command cal runs coding agents in isolated machines.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"cal/nucleus"
+	"cal/workspace/agents"
+)
+
+// Exit codes (doc/cli.md).
+const (
+	exitFailed      = 1
+	exitUsage       = 2
+	exitDenied      = 3
+	exitApproval    = 4
+	exitInterrupted = 130
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	root := newRoot()
+	err := root.ExecuteContext(ctx)
+	os.Exit(report(ctx, err))
+}
+
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "cal",
+		Short:         "Run coding agents in isolated machines, every side effect decided and recorded",
+		Example:       "  cal run --repo . --agent claude-code\n  cal run --repo . -- make test",
+		SilenceErrors: true, SilenceUsage: true,
+		Version: nucleus.Version,
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.AddCommand(runCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
+	return root
+}
+
+// usageError ends with exit code 2; exitCode is a command's own.
+type usageError struct{ error }
+
+type exitCode int
+
+func (e exitCode) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
+
+// report prints the error, one line of fact and one hint, and returns the exit code.
+func report(ctx context.Context, err error) int {
+	var code exitCode
+	var usage usageError
+	var refused *nucleus.Error
+	var missing *agents.Missing
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &code):
+		return int(code)
+	case errors.Is(err, context.Canceled) || ctx.Err() != nil:
+		fmt.Fprintln(os.Stderr, "cal: interrupted")
+		return exitInterrupted
+	}
+	fmt.Fprintln(os.Stderr, "cal:", err)
+	switch {
+	case errors.As(err, &usage):
+		return exitUsage
+	case errors.As(err, &missing):
+		fmt.Fprintln(os.Stderr, "hint:", missing.Hint)
+	case errors.As(err, &refused):
+		return refusalCode(refused)
+	}
+	return exitFailed
+}
+
+func refusalCode(e *nucleus.Error) int {
+	if e.Rule != "" && e.Kind == nucleus.KindDenied {
+		fmt.Fprintln(os.Stderr, "rule:", e.Rule)
+	}
+	if e.Ask != "" {
+		fmt.Fprintf(os.Stderr, "hint: cal approve %s\n", e.Ask)
+	}
+	switch e.Kind {
+	case nucleus.KindDenied, nucleus.KindForbidden:
+		return exitDenied
+	case nucleus.KindApproval, nucleus.KindRefused:
+		return exitApproval
+	case nucleus.KindInvalid:
+		return exitUsage
+	}
+	return exitFailed
+}
+
+// args wraps cobra's checks so that a wrong count is a usage error.
+func args(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, given []string) error {
+		if err := check(cmd, given); err != nil {
+			return usageError{fmt.Errorf("%s: %w (cal %s --help)", cmd.CommandPath(), err, cmd.Name())}
+		}
+		return nil
+	}
+}
+
+func versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the version", Example: "  cal version", Args: args(cobra.NoArgs),
+		Run: func(*cobra.Command, []string) { fmt.Println("cal", nucleus.Version) },
+	}
+}

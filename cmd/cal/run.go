@@ -1,0 +1,328 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"cal/node/client"
+	"cal/nucleus"
+	"cal/wire"
+	"cal/workspace"
+)
+
+func runCommand() *cobra.Command {
+	var o workspace.RunOptions
+	var yes bool
+	cmd := &cobra.Command{
+		Use:   "run [--repo PATH] [--agent NAME [--prompt TEXT]] [-- COMMAND ARG...]",
+		Short: "Run an agent, or a command, in an isolated machine",
+		Example: `  cal run --repo . --agent claude-code --prompt "make the tests pass"
+  cal run --repo . --agent codex            # the agent's own screen
+  cal run --repo . -- make test             # any command; its exit code is returned
+  cal run -- uname -a                       # a machine that ends with the command`,
+		Args: func(cmd *cobra.Command, given []string) error {
+			if len(given) > 0 && cmd.ArgsLenAtDash() != 0 {
+				return usageError{fmt.Errorf("unexpected argument %q: a command follows \"--\"", given[0])}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, given []string) error {
+			o.Command = given
+			return run(cmd.Context(), o, yes)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Repo, "repo", "", "repository to hand over, by git, from its HEAD")
+	f.StringVar(&o.Agent, "agent", "", "agent to run (cal agent list)")
+	f.StringVar(&o.Prompt, "prompt", "", "what the agent is to do; without it the agent's own screen")
+	f.StringVar(&o.Workspace, "workspace", "", "name of the workspace (default: the repository's name)")
+	f.StringVar(&o.Branch, "branch", "", "branch for the agent's commits (default: agent/AGENT)")
+	f.StringVar(&o.Policy, "policy", "default", "profile, or file")
+	f.StringVar(&o.Mode, "mode", "", "mediated or contained (default: mediated)")
+	f.StringVar(&o.Driver, "driver", "", "driver to use (default: the strongest that works)")
+	f.StringVar(&o.Require, "require", "", "fail unless the machine is of this tier: vm or kernel")
+	f.StringVar(&o.EnvFile, "env-file", "", "NAME=VALUE lines, handed to the tools in the machine")
+	f.StringVar(&o.Root, "root", "host", "root file system: host, or a directory")
+	f.BoolVar(&o.Trust, "trust", false, "the repository holds nothing that a stranger wrote")
+	f.BoolVar(&o.NoTTY, "no-tty", false, "no terminal, even where there is one")
+	f.IntVar(&o.CPU, "cpu", 0, "limit in cores")
+	f.IntVar(&o.MemoryMB, "memory", 0, "limit in MiB")
+	f.StringSliceVar(&o.AllowWatched, "allow-watched", nil, "resources whose limit may be watched where it cannot be enforced")
+	f.BoolVarP(&yes, "yes", "y", false, "answer the launch confirmation (never an approval)")
+	return cmd
+}
+
+func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
+	if (o.Agent == "") == (len(o.Command) == 0) {
+		return usageError{errors.New("name an agent (--agent), or a command behind \"--\"")}
+	}
+	if o.Prompt != "" && o.Agent == "" {
+		return usageError{errors.New("--prompt needs --agent")}
+	}
+	home, err := workspace.OpenHome()
+	if err != nil {
+		return err
+	}
+	terminal := !o.NoTTY && term.IsTerminal(0) && term.IsTerminal(1)
+	if o.Agent != "" && o.Prompt == "" && !terminal {
+		return usageError{errors.New("without --prompt the agent needs a terminal")}
+	}
+	plan, err := home.Plan(ctx, o)
+	if err != nil {
+		return err
+	}
+	for _, line := range plan.Notes {
+		fmt.Fprintln(os.Stderr, "cal:", line)
+	}
+	if err := confirm(plan, yes || o.Agent == "" || !terminal); err != nil {
+		return err
+	}
+	node, err := home.Node(ctx)
+	if err != nil {
+		return err
+	}
+	pod, err := node.CreatePod(ctx, plan.Spec)
+	if err != nil {
+		return err
+	}
+	// Whatever happens, the machine ends with the run.
+	defer func() {
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		if delErr := node.DeletePod(ending, pod.ID); delErr != nil && err == nil {
+			err = delErr
+		}
+	}()
+	session := session{node: node, pod: pod, plan: plan, terminal: terminal && (o.Agent == "" || o.Prompt == "")}
+	if o.Agent != "" {
+		session.banner()
+	}
+	code, err := session.run(ctx, o)
+	if err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	if reportErr := session.report(context.WithoutCancel(ctx), o.Agent != ""); reportErr != nil {
+		fmt.Fprintln(os.Stderr, "cal:", reportErr)
+		if code == 0 {
+			code = exitFailed
+		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if code != 0 {
+		return exitCode(code)
+	}
+	return nil
+}
+
+// confirm shows what is about to be handed over and waits for Enter.
+func confirm(plan *workspace.Plan, yes bool) error {
+	if yes {
+		return nil
+	}
+	fmt.Fprint(os.Stderr, plan.Summary())
+	fmt.Fprint(os.Stderr, "Enter launches, q quits: ")
+	var answer string
+	fmt.Scanln(&answer)
+	if strings.HasPrefix(strings.ToLower(answer), "q") || strings.HasPrefix(strings.ToLower(answer), "n") {
+		return exitCode(exitInterrupted)
+	}
+	return nil
+}
+
+// session is one run on the person's terminal.
+type session struct {
+	node     *client.Client
+	pod      nucleus.PodStatus
+	plan     *workspace.Plan
+	terminal bool
+}
+
+func (s *session) banner() {
+	line := fmt.Sprintf("\U0001F512 CAL ISOLATION ACTIVE | %s | %s | %s | tier %s (%s)", s.name(), s.pod.Agent, s.mode(), s.pod.Tier, s.pod.Driver)
+	if term.IsTerminal(2) {
+		fmt.Fprintf(os.Stderr, "\x1b]0;%s\x07", line)
+		if os.Getenv("NO_COLOR") == "" {
+			line = "\x1b[1;32m" + line + "\x1b[0m"
+		}
+	}
+	fmt.Fprintln(os.Stderr, line)
+}
+
+func (s *session) name() string {
+	if s.pod.Workspace != "" {
+		return s.pod.Workspace
+	}
+	return s.pod.ID
+}
+
+func (s *session) mode() string {
+	if s.pod.Mode == nucleus.Mediated {
+		return "mediated"
+	}
+	return string(s.pod.Mode)
+}
+
+func (s *session) run(ctx context.Context, o workspace.RunOptions) (int, error) {
+	rows, cols := uint16(24), uint16(80)
+	if s.terminal {
+		if w, h, err := term.GetSize(1); err == nil {
+			rows, cols = uint16(h), uint16(w)
+		}
+	}
+	var stream *wire.Stream
+	var err error
+	if o.Agent != "" {
+		stream, err = s.node.Agent(ctx, s.pod.ID, client.AgentRequest{TTY: s.terminal, Rows: rows, Cols: cols, Files: s.plan.Files})
+	} else {
+		args := map[string]any{"argv": o.Command, "timeout_s": int((24 * time.Hour).Seconds())}
+		if s.plan.Dir != "" {
+			args["dir"] = s.plan.Dir
+		}
+		stream, err = s.node.Run(ctx, s.pod.ID, args, client.Terminal{TTY: s.terminal, Stdin: true, Rows: rows, Cols: cols})
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer stream.Close()
+	return s.relay(ctx, stream)
+}
+
+// relay joins the person's terminal, or pipes, and the command in the machine.
+func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
+	if s.terminal {
+		old, err := term.MakeRaw(0)
+		if err != nil {
+			return 0, err
+		}
+		defer term.Restore(0, old)
+		stopResize := s.watchSize(stream)
+		defer stopResize()
+	}
+	go sendInput(stream)
+	// The first Ctrl-C goes to the command, which may clean up; if it has not ended
+	// soon the stream is closed and the machine kills it.
+	stop := context.AfterFunc(ctx, func() {
+		stream.Send(wire.FrameSignal, []byte("INT"))
+		time.AfterFunc(3*time.Second, func() { stream.Close() })
+	})
+	defer stop()
+	for {
+		kind, payload, err := stream.Recv(4 << 20)
+		if err != nil {
+			if ctx.Err() != nil {
+				return exitInterrupted, ctx.Err()
+			}
+			return 0, nucleus.Errorf(nucleus.KindUnavailable, "the connection to the node ended: %v", err)
+		}
+		switch kind {
+		case wire.FrameStdout:
+			os.Stdout.Write(payload)
+		case wire.FrameStderr:
+			os.Stderr.Write(payload)
+		case wire.FrameResult:
+			return result(payload)
+		}
+	}
+}
+
+// result reads the last frame, of a command or of an agent.
+func result(payload []byte) (int, error) {
+	var r struct {
+		Value *struct {
+			ExitCode int    `json:"exit_code"`
+			TimedOut bool   `json:"timed_out"`
+			Note     string `json:"note"`
+		} `json:"value"`
+		ExitCode int            `json:"exit_code"`
+		Error    *nucleus.Error `json:"error"`
+	}
+	if err := json.Unmarshal(payload, &r); err != nil {
+		return 0, err
+	}
+	if r.Error != nil {
+		return 0, r.Error
+	}
+	if r.Value != nil {
+		return r.Value.ExitCode, nil
+	}
+	return r.ExitCode, nil
+}
+
+func (s *session) watchSize(stream *wire.Stream) (stop func()) {
+	changed := make(chan os.Signal, 1)
+	signal.Notify(changed, syscall.SIGWINCH)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for range changed {
+			if w, h, err := term.GetSize(1); err == nil {
+				stream.SendJSON(wire.FrameSize, map[string]int{"rows": h, "cols": w})
+			}
+		}
+	}()
+	return func() {
+		signal.Stop(changed)
+		close(changed)
+		<-done
+	}
+}
+
+// sendInput ends with the process: a read from a terminal cannot be called off.
+func sendInput(stream *wire.Stream) {
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := os.Stdin.Read(buf)
+		if n > 0 && stream.Send(wire.FrameStdin, buf[:n]) != nil {
+			return
+		}
+		if err != nil {
+			stream.Send(wire.FrameStdin, nil)
+			return
+		}
+	}
+}
+
+// report brings the work back and says what there is, read from git.
+func (s *session) report(ctx context.Context, agent bool) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
+	defer cancel()
+	for _, r := range s.pod.Repos {
+		fetched, err := s.node.FetchRepo(ctx, s.pod.ID, r.Name)
+		if err != nil {
+			return fmt.Errorf("bringing back %s: %w", r.Name, err)
+		}
+		if !agent && fetched.Worktree == fetched.Base {
+			continue
+		}
+		fmt.Fprintf(os.Stderr, "\ncal: %s: branch %s, %s on %.12s\n", r.Name, fetched.Branch, count(fetched.Commits, "commit"), fetched.Base)
+		if strings.TrimSpace(fetched.Stat) == "" {
+			fmt.Fprintln(os.Stderr, "cal: nothing was changed")
+			continue
+		}
+		fmt.Fprint(os.Stderr, fetched.Stat)
+		if fetched.Worktree != fetched.Head {
+			fmt.Fprintln(os.Stderr, "cal: some of it is not committed")
+		}
+		fmt.Fprintln(os.Stderr, "cal: next: cal repo diff | cal repo fetch | cal repo apply")
+	}
+	return nil
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}

@@ -1,0 +1,88 @@
+// Command nucleus-node is the control plane of CAL: pods, the request path, the
+// log, the gateway. cal starts it when none runs.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"cal/machine"
+	"cal/machine/gvisor"
+	"cal/node"
+)
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			os.Exit(2)
+		}
+		fmt.Fprintln(os.Stderr, "nucleus-node:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	flags := flag.NewFlagSet("nucleus-node", flag.ContinueOnError)
+	flags.Usage = func() {
+		fmt.Fprintln(flags.Output(), "nucleus-node serves pods on DIR/run/node.sock until it is told to stop.\n\nExample: nucleus-node --home ~/.cal")
+		flags.PrintDefaults()
+	}
+	home := flags.String("home", "", "CAL_HOME, made if it does not exist (required)")
+	authority := flags.String("authority", "", "socket of nucleus-authority; without it nobody can approve")
+	proxy := flags.String("proxy", beside("nucleus-tool-proxy"), "the static nucleus-tool-proxy")
+	runsc := flags.String("runsc", beside("runsc"), "gVisor's runsc")
+	forge := flags.String("github-api", "", "base URL of GitHub's API, for GitHub Enterprise")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if *home == "" || flags.NArg() > 0 {
+		flags.Usage()
+		return flag.ErrHelp
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	n, err := node.Open(ctx, node.Config{
+		Home:      *home,
+		Drivers:   []machine.Driver{gvisor.New(gvisor.Config{Runsc: *runsc})},
+		Proxy:     *proxy,
+		Authority: *authority,
+		GitHub:    node.Forge{API: *forge, Token: token()},
+		Stop:      stop,
+	})
+	if err != nil {
+		return err
+	}
+	err = n.Serve(ctx)
+	slog.Info("node stops; its machines wait for the next one")
+	return errors.Join(err, n.Close())
+}
+
+// token takes the forge's token out of the environment, so that no child has it.
+func token() string {
+	for _, name := range []string{"GH_TOKEN", "GITHUB_TOKEN"} {
+		if value := os.Getenv(name); value != "" {
+			os.Unsetenv("GH_TOKEN")
+			os.Unsetenv("GITHUB_TOKEN")
+			return value
+		}
+	}
+	return ""
+}
+
+func beside(name string) string {
+	self, err := os.Executable()
+	if err != nil {
+		return name
+	}
+	if real, err := filepath.EvalSymlinks(self); err == nil {
+		self = real
+	}
+	return filepath.Join(filepath.Dir(self), name)
+}

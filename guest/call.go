@@ -1,0 +1,309 @@
+package guest
+
+import (
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"fmt"
+	"io"
+	"time"
+
+	"cal/approval"
+	"cal/guest/tools"
+	"cal/nucleus"
+	"cal/wire"
+)
+
+// Call is the header of a "call" stream. The arguments follow as FrameJSON; what
+// a running command is sent or says passes as frames; FrameResult holds a
+// CallResult. With Resolve there is no permit and nothing is done: the result is
+// the resolved action.
+type Call struct {
+	Resolve  bool                `json:"resolve,omitempty"`
+	Op       nucleus.Op          `json:"op"`
+	Permit   *nucleus.Signed     `json:"permit,omitempty"`
+	Ask      *nucleus.AskRequest `json:"ask,omitempty"` // what the permit's grants were given for
+	Terminal bool                `json:"terminal,omitempty"`
+	Rows     uint16              `json:"rows,omitempty"`
+	Cols     uint16              `json:"cols,omitempty"`
+	Stream   bool                `json:"stream,omitempty"`
+	Stdin    bool                `json:"stdin,omitempty"`
+}
+
+// CallResult ends a call.
+type CallResult struct {
+	Value   json.RawMessage `json:"value,omitempty"`
+	Action  *nucleus.Action `json:"action,omitempty"` // for Resolve
+	Error   *nucleus.Error  `json:"error,omitempty"`
+	Outcome *nucleus.Signed `json:"outcome,omitempty"` // nucleus.Outcome by the boot's key
+}
+
+const maxResult = 32 << 20
+
+func (p *Proxy) call(ctx context.Context, stream *wire.Stream) {
+	var call Call
+	if err := nucleus.Strict(stream.Header, &call); err != nil {
+		finish(stream, CallResult{Error: nucleus.Errorf(nucleus.KindInvalid, "call: %v", err)})
+		return
+	}
+	stream.SetReadDeadline(time.Now().Add(bootDeadline))
+	var args tools.Args
+	if err := stream.RecvJSON(wire.FrameJSON, 2*tools.MaxArgs, &args); err != nil {
+		finish(stream, CallResult{Error: nucleus.Errorf(nucleus.KindInvalid, "arguments: %v", err)})
+		return
+	}
+	stream.SetReadDeadline(time.Time{})
+	if call.Resolve {
+		p.resolve(ctx, stream, call, args)
+		return
+	}
+	permit, refusal := p.admit(call, args.Action)
+	if refusal != nil {
+		finish(stream, p.outcome(permit, CallResult{Error: refusal}, nucleus.OutcomeRefused, 0, time.Now()))
+		return
+	}
+	p.act(ctx, stream, call, args, permit)
+}
+
+func finish(stream *wire.Stream, result CallResult) {
+	stream.SetWriteDeadline(time.Now().Add(bootDeadline))
+	stream.SendJSON(wire.FrameResult, result)
+}
+
+// admit is the second lock: the permit is the node's, for this boot, unused and
+// in time, for exactly this action; and the policy of the boot, with the legs that
+// this proxy has served itself, allows what the permit says.
+func (p *Proxy) admit(call Call, action *nucleus.Action) (nucleus.Permit, *nucleus.Error) {
+	var permit nucleus.Permit
+	refuse := func(format string, args ...any) (nucleus.Permit, *nucleus.Error) {
+		e := nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: "+format, args...)
+		e.Operation, e.Rule = call.Op, "second-lock"
+		return permit, e
+	}
+	if call.Permit == nil || action == nil {
+		return refuse("no permit or no action")
+	}
+	if err := call.Permit.Open(p.boot.NodeKey, nucleus.DomainPermit, &permit); err != nil {
+		permit = nucleus.Permit{} // nothing in it is known
+		return refuse("permit: %v", err)
+	}
+	p.clock.observe(permit.Issued)
+	switch {
+	case permit.Pod != p.boot.Pod || permit.Boot != p.boot.Boot:
+		return refuse("permit is for pod %s boot %s, this is pod %s boot %s", permit.Pod, permit.Boot, p.boot.Pod, p.boot.Boot)
+	case permit.Op != call.Op || action.Op != call.Op:
+		return refuse("permit is for %s, the call is %s", permit.Op, call.Op)
+	case p.clock.now() > permit.Expires:
+		return refuse("permit expired %d ms ago", p.clock.now()-permit.Expires)
+	case len(permit.Salt) != len(nucleus.Salt{}):
+		return refuse("salt of %d bytes", len(permit.Salt))
+	}
+	digest, err := action.Digest(nucleus.Salt(permit.Salt))
+	if err != nil || digest != permit.Digest {
+		return refuse("the permit binds another action")
+	}
+	return permit, p.decideAgain(permit, call, *action)
+}
+
+func (p *Proxy) decideAgain(permit nucleus.Permit, call Call, action nucleus.Action) *nucleus.Error {
+	p.served.mu.Lock()
+	defer p.served.mu.Unlock()
+	if !p.served.fresh(permit.Seq) {
+		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: permit %d was used before", permit.Seq)
+	}
+	context := permit.Context
+	context.Exposure |= p.served.exposure
+	context.Contained = context.Contained || p.config.Mode == nucleus.Contained
+	own := p.policy.Decide(action, context)
+	if own.Verdict.StricterThan(permit.Verdict) {
+		e := nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: the permit says %s, its own decision is %s: %s", permit.Verdict, own.Verdict, own.Why)
+		e.Operation, e.Rule = action.Op, own.Rule
+		return e
+	}
+	if permit.Verdict == nucleus.Ask {
+		if e := p.checkGrants(permit, call); e != nil {
+			return e
+		}
+	}
+	p.served.exposure |= own.Takes
+	return nil
+}
+
+// checkGrants verifies the approvers' own signatures: the node cannot make one.
+func (p *Proxy) checkGrants(permit nucleus.Permit, call Call) *nucleus.Error {
+	if call.Ask == nil || len(permit.Grants) == 0 {
+		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: an approval is needed and the permit holds none")
+	}
+	ask := *call.Ask
+	if ask.Digest != permit.Digest || ask.Boot != p.boot.Boot || ask.Pod != p.boot.Pod || ask.Action.Op != permit.Op {
+		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: the approval is for something else")
+	}
+	if _, err := approval.Verify(permit.Grants[0], ask, approverKeys(p.boot.Approvers), p.clock.now()); err != nil {
+		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: grant: %v", err)
+	}
+	return nil
+}
+
+// fresh reports whether seq was never seen, and remembers it. Numbers arrive
+// nearly in order, so what lies far below the highest counts as seen.
+func (s *servedState) fresh(seq uint64) bool {
+	const window = 4096
+	if seq <= s.floor || s.seqs[seq] {
+		return false
+	}
+	s.seqs[seq] = true
+	if seq > s.floor+2*window {
+		s.floor = seq - window
+		for n := range s.seqs {
+			if n <= s.floor {
+				delete(s.seqs, n)
+			}
+		}
+	}
+	return true
+}
+
+// act lets the worker do it and signs what came of it.
+func (p *Proxy) act(ctx context.Context, stream *wire.Stream, call Call, args tools.Args, permit nucleus.Permit) {
+	started := time.Now()
+	result, err := p.work(ctx, tools.StreamDo, p.header(call), args, stream)
+	if err != nil {
+		e := nucleus.Errorf(nucleus.KindInternal, "tools worker: %v", err)
+		finish(stream, p.outcome(permit, CallResult{Error: e}, nucleus.OutcomeUnknown, 0, started))
+		return
+	}
+	status := nucleus.OutcomeDone
+	if result.Error != nil {
+		status = nucleus.OutcomeFailed
+	}
+	finish(stream, p.outcome(permit, CallResult{Value: result.Value, Error: result.Error}, status, result.ExitCode, started))
+}
+
+func (p *Proxy) resolve(ctx context.Context, stream *wire.Stream, call Call, args tools.Args) {
+	session, err := p.worker.Open(ctx, tools.StreamResolve, p.header(call))
+	if err != nil {
+		finish(stream, CallResult{Error: nucleus.Errorf(nucleus.KindInternal, "tools worker: %v", err)})
+		return
+	}
+	defer session.Close()
+	var resolved tools.Resolved
+	if err = session.SendJSON(wire.FrameJSON, args); err == nil {
+		session.SetReadDeadline(time.Now().Add(time.Minute))
+		err = session.RecvJSON(wire.FrameResult, maxResult, &resolved)
+	}
+	if err != nil {
+		finish(stream, CallResult{Error: nucleus.Errorf(nucleus.KindInternal, "tools worker: %v", err)})
+		return
+	}
+	finish(stream, CallResult{Action: resolved.Action, Error: resolved.Error})
+}
+
+func (p *Proxy) header(call Call) tools.Call {
+	return tools.Call{
+		Op: call.Op, Terminal: call.Terminal, Rows: call.Rows, Cols: call.Cols,
+		Stream: call.Stream, Stdin: call.Stdin, Identity: p.config.Identity,
+	}
+}
+
+// work splices one call to the worker: frames of the node go in, frames of the
+// worker come out, the result is returned.
+func (p *Proxy) work(ctx context.Context, kind string, header, first any, node *wire.Stream) (tools.Result, error) {
+	var result tools.Result
+	worker, err := p.worker.Open(ctx, kind, header)
+	if err != nil {
+		return result, err
+	}
+	defer worker.Close()
+	if first != nil {
+		if err := worker.SendJSON(wire.FrameJSON, first); err != nil {
+			return result, err
+		}
+	}
+	go func() {
+		for {
+			frame, payload, err := node.Recv(1 << 20)
+			if err != nil {
+				worker.Close() // the caller is gone: the worker ends the command
+				return
+			}
+			if worker.Send(frame, payload) != nil {
+				return
+			}
+		}
+	}()
+	for {
+		frame, payload, err := worker.Recv(maxResult)
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return result, err
+		}
+		if frame == wire.FrameResult {
+			return result, json.Unmarshal(payload, &result)
+		}
+		if err := node.Send(frame, payload); err != nil {
+			return result, fmt.Errorf("the node does not read: %w", err)
+		}
+	}
+}
+
+// outcome signs what came of a permit.
+func (p *Proxy) outcome(permit nucleus.Permit, result CallResult, status string, exit int, started time.Time) CallResult {
+	outcome := nucleus.Outcome{
+		Permit: permit.ID, Pod: p.boot.Pod, Boot: p.boot.Boot, Seq: permit.Seq,
+		Status: status, ExitCode: exit, Millis: time.Since(started).Milliseconds(), Bytes: int64(len(result.Value)),
+	}
+	if result.Error != nil {
+		outcome.Message = cut(result.Error.Message, 512)
+	}
+	if len(result.Value) > 0 {
+		outcome.Result = nucleus.SHA256(result.Value)
+	}
+	if signed, err := nucleus.Sign(p.key, nucleus.DomainOutcome, outcome); err == nil {
+		result.Outcome = &signed
+	}
+	return result
+}
+
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return s[:n] + fmt.Sprintf("... (%d bytes more)", len(s)-n)
+}
+
+// RepoCall is the header of a "repo" stream. It needs no permit: it moves
+// repositories between the workspace and the node's quarantine, on the node's word.
+type RepoCall struct {
+	Out *tools.Bundle   `json:"out,omitempty"`
+	In  *tools.Unbundle `json:"in,omitempty"`
+}
+
+func (p *Proxy) repo(ctx context.Context, stream *wire.Stream) {
+	var call RepoCall
+	err := nucleus.Strict(stream.Header, &call)
+	var result tools.Result
+	switch {
+	case err != nil:
+	case call.Out != nil:
+		result, err = p.work(ctx, tools.StreamBundle, call.Out, nil, stream)
+	case call.In != nil:
+		result, err = p.work(ctx, tools.StreamUnbundle, call.In, nil, stream)
+	default:
+		err = fmt.Errorf("neither in nor out")
+	}
+	if err != nil {
+		result.Error = nucleus.Errorf(nucleus.KindFailed, "repository transfer: %v", err)
+	}
+	stream.SetWriteDeadline(time.Now().Add(bootDeadline))
+	stream.SendJSON(wire.FrameResult, result)
+}
+
+func approverKeys(raw map[string][]byte) map[string]ed25519.PublicKey {
+	keys := map[string]ed25519.PublicKey{}
+	for name, key := range raw {
+		keys[name] = key
+	}
+	return keys
+}

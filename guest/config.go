@@ -1,0 +1,100 @@
+package guest
+
+import (
+	"fmt"
+	"strings"
+
+	"cal/nucleus"
+)
+
+// Places in the machine. Drivers mount them, the proxy relies on them.
+const (
+	ProxyPath = "/.nucleus/nucleus-tool-proxy" // this program
+	AgentDir  = "/.nucleus/agent"              // the agent's layers, read-only, one numbered entry each
+	Home      = "/home/agent"                  // of the tools' user: scratch
+	Workspace = "/home/agent/workspace"
+)
+
+// The loopback endpoints. SOCKS and HTTP proxy listen in the tools' network
+// namespace, MCP and model in the agent's.
+const (
+	SOCKSAddr = "127.0.0.1:1080"
+	ProxyAddr = "127.0.0.1:8080"
+	MCPAddr   = "127.0.0.1:7001"
+	ModelAddr = "127.0.0.1:7002"
+	MCPURL    = "http://" + MCPAddr + "/mcp"
+	ModelURL  = "http://" + ModelAddr
+	dnsAddr   = "127.0.0.1:53"
+)
+
+// Config is Boot.Guest: what the proxy must know of its machine.
+type Config struct {
+	ToolsUID int               `json:"tools_uid"`
+	ToolsGID int               `json:"tools_gid"`
+	AgentUID int               `json:"agent_uid"`
+	AgentGID int               `json:"agent_gid"`
+	Mode     nucleus.Mode      `json:"mode"`
+	Env      map[string]string `json:"env,omitempty"`    // of the tools
+	Layers   []AgentLayer      `json:"layers,omitempty"` // of the agent's own root
+	Identity nucleus.Identity  `json:"identity"`
+	MaxPids  int               `json:"max_pids,omitempty"`
+	WaitAsk  int               `json:"wait_ask_s,omitempty"` // how long an MCP call waits for a person
+}
+
+// AgentLayer shows Source, a place in the machine, read-only at Path of the
+// agent's root.
+type AgentLayer struct {
+	Source string `json:"source"`
+	Path   string `json:"path"`
+}
+
+func (c Config) check() error {
+	if c.AgentUID == c.ToolsUID || c.AgentUID == 0 {
+		return fmt.Errorf("agent uid %d is the tools' (%d) or root's", c.AgentUID, c.ToolsUID)
+	}
+	if c.Mode != nucleus.Mediated && c.Mode != nucleus.Contained {
+		return fmt.Errorf("unknown mode %q", c.Mode)
+	}
+	for _, l := range c.Layers {
+		if !strings.HasPrefix(l.Source, AgentDir+"/") || !strings.HasPrefix(l.Path, "/") || strings.Contains(l.Path, "/../") {
+			return fmt.Errorf("layer %s at %s: outside %s", l.Source, l.Path, AgentDir)
+		}
+	}
+	return nil
+}
+
+// Stream kinds between node and proxy.
+const (
+	StreamBoot   = "boot"   // node: FrameJSON nucleus.Boot -> FrameJSON nucleus.BootReply
+	StreamCall   = "call"   // node: header Call; see call.go
+	StreamRepo   = "repo"   // node: header RepoCall; spliced to the worker's bundle or unbundle
+	StreamAgent  = "agent"  // node: header AgentStart; a terminal or pipes until FrameResult
+	StreamAttach = "attach" // node: header AgentAttach; joins the running agent
+	StreamAPI    = "api"    // proxy: one HTTP connection to the node's API
+	StreamSOCKS  = "socks"  // proxy: one SOCKS5 connection
+	StreamHTTP   = "http"   // proxy: one HTTP proxy connection
+	StreamModel  = "model"  // proxy: one connection to the model route
+	StreamProof  = "proof"  // proxy, first on a new wire: nonce -> node's signature
+)
+
+// AgentStart starts the session's agent.
+type AgentStart struct {
+	Argv []string          `json:"argv"`
+	Env  map[string]string `json:"env,omitempty"`
+	TTY  bool              `json:"tty,omitempty"`
+	Rows uint16            `json:"rows,omitempty"`
+	Cols uint16            `json:"cols,omitempty"`
+}
+
+// AgentFiles follows AgentStart as FrameJSON: what lies in the agent's HOME, and
+// the read-only copies in its working directory.
+type AgentFiles struct {
+	Home map[string][]byte `json:"home,omitempty"`
+	Work map[string][]byte `json:"work,omitempty"`
+}
+
+// AgentExit is the FrameResult of an agent stream.
+type AgentExit struct {
+	ExitCode int            `json:"exit_code"`
+	Error    *nucleus.Error `json:"error,omitempty"`
+}

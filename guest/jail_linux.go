@@ -1,0 +1,466 @@
+package guest
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"time"
+
+	"github.com/elastic/go-seccomp-bpf"
+	"golang.org/x/sys/unix"
+)
+
+// A jail is a child of the proxy in pid, mount, network and IPC namespaces of
+// its own. Its first stage runs as the container's root, makes the mounts,
+// raises lo, opens the listeners and hands them to the proxy; then it gives up
+// every privilege and becomes the second stage. So nobody else in the machine
+// can reach the listeners, and nothing in the jail ever held more than it needs.
+
+// Descriptors of a jail's first stage. 0 to 2 are the terminal or pipes.
+const (
+	fdControl = 3 // socket to the proxy: jailPlan in, listeners out, then the second stage's stream
+)
+
+// jailPlan is what the proxy tells the first stage.
+type jailPlan struct {
+	Kind   string            `json:"kind"` // "tools" or "agent"
+	UID    int               `json:"uid"`
+	GID    int               `json:"gid"`
+	Listen []string          `json:"listen"` // TCP addresses
+	DNS    bool              `json:"dns"`    // a stub that answers NXDOMAIN
+	Layers []AgentLayer      `json:"layers,omitempty"`
+	Next   []string          `json:"next"` // argv of the second stage
+	Env    []string          `json:"env,omitempty"`
+	Home   map[string][]byte `json:"home,omitempty"`
+	Files  map[string][]byte `json:"files,omitempty"`
+}
+
+// jail is a running one, as the proxy sees it.
+type jail struct {
+	cmd       *exec.Cmd
+	control   *net.UnixConn
+	listeners []net.Listener
+	dns       net.PacketConn
+}
+
+const jailDeadline = 20 * time.Second
+
+// startJail starts the first stage and returns when the listeners are there. With
+// setup the caller sets stdio before the start.
+func startJail(plan jailPlan, setup func(*exec.Cmd)) (*jail, error) {
+	ours, theirs, err := socketPair()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	cmd := exec.Command(ProxyPath, "jail")
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC,
+	}
+	cmd.Stderr = os.Stderr
+	if setup != nil {
+		setup(cmd)
+	}
+	if err := cmd.Start(); err != nil {
+		ours.Close()
+		return nil, fmt.Errorf("starting the %s jail: %w", plan.Kind, err)
+	}
+	j := &jail{cmd: cmd, control: ours}
+	if err := j.handshake(plan); err != nil {
+		j.kill()
+		return nil, fmt.Errorf("setting up the %s jail: %w", plan.Kind, err)
+	}
+	return j, nil
+}
+
+func (j *jail) handshake(plan jailPlan) error {
+	j.control.SetDeadline(time.Now().Add(jailDeadline))
+	defer j.control.SetDeadline(time.Time{})
+	message, err := json.Marshal(plan)
+	if err != nil {
+		return err
+	}
+	if err := writeBlock(j.control, message); err != nil {
+		return err
+	}
+	answer, files, err := recvFiles(j.control)
+	if err != nil {
+		return fmt.Errorf("no answer from the first stage: %w", err)
+	}
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	if answer != "ok" {
+		return errors.New(answer)
+	}
+	want := len(plan.Listen)
+	if plan.DNS {
+		want++
+	}
+	if len(files) != want {
+		return fmt.Errorf("%d listeners, want %d", len(files), want)
+	}
+	for i := range plan.Listen {
+		l, err := net.FileListener(files[i])
+		if err != nil {
+			return err
+		}
+		j.listeners = append(j.listeners, l)
+	}
+	if plan.DNS {
+		if j.dns, err = net.FilePacketConn(files[len(files)-1]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// kill ends every process of the jail: its first process is init of a pid
+// namespace, so the kernel takes the others with it.
+func (j *jail) kill() {
+	j.cmd.Process.Kill()
+	j.cmd.Wait()
+	j.close()
+}
+
+func (j *jail) close() {
+	j.control.Close()
+	for _, l := range j.listeners {
+		l.Close()
+	}
+	if j.dns != nil {
+		j.dns.Close()
+	}
+}
+
+// RunJail is the first stage: it becomes the second by exec and returns only
+// when it failed.
+func RunJail() error {
+	runtime.LockOSThread() // exec takes this thread's credentials along
+	conn, err := fileConn(fdControl, "control")
+	if err != nil {
+		return err
+	}
+	conn.SetDeadline(time.Now().Add(jailDeadline))
+	raw, err := readBlock(conn, 32<<20)
+	if err != nil {
+		return err
+	}
+	var plan jailPlan
+	if err := json.Unmarshal(raw, &plan); err != nil {
+		return err
+	}
+	files, err := buildJail(plan)
+	if err != nil {
+		sendFiles(conn, err.Error(), nil)
+		return err
+	}
+	// Privileges go before the answer: a jail that could not drop them is refused.
+	if err := dropPrivileges(plan); err != nil {
+		sendFiles(conn, err.Error(), nil)
+		return err
+	}
+	if err := sendFiles(conn, "ok", files); err != nil {
+		return err
+	}
+	for _, f := range files {
+		f.Close()
+	}
+	conn.Close()
+	return fmt.Errorf("exec %s: %w", plan.Next[0], syscall.Exec(plan.Next[0], plan.Next, plan.Env))
+}
+
+func buildJail(plan jailPlan) ([]*os.File, error) {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return nil, fmt.Errorf("making mounts private: %w", err)
+	}
+	var err error
+	switch plan.Kind {
+	case "tools":
+		err = toolsRoot()
+	case "agent":
+		err = agentRoot(plan)
+	default:
+		err = fmt.Errorf("unknown kind of jail %q", plan.Kind)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := raiseLoopback(); err != nil {
+		return nil, err
+	}
+	return openListeners(plan)
+}
+
+// toolsRoot gives the tools a /proc of their own namespace and takes the proxy's
+// and the agent's places out of sight.
+func toolsRoot() error {
+	if err := mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return err
+	}
+	if _, err := os.Stat(AgentDir); err == nil {
+		return mount("tmpfs", AgentDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_RDONLY, "mode=000,size=4k")
+	}
+	return nil
+}
+
+// agentRoot builds the agent's own root: its install, an empty HOME, generated
+// files of /etc, a few devices. No workspace, no shell, no git.
+func agentRoot(plan jailPlan) error {
+	const root = "/tmp/.agent-root"
+	if err := os.MkdirAll(root, 0o755); err != nil {
+		return err
+	}
+	if err := mount("tmpfs", root, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=755,size=512m"); err != nil {
+		return err
+	}
+	for _, dir := range []string{"proc", "dev", "dev/shm", "dev/pts", "etc", "tmp", "home", "home/agent", "home/agent/work", "old"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			return err
+		}
+	}
+	for _, l := range plan.Layers {
+		if err := bindReadOnly(l.Source, filepath.Join(root, l.Path)); err != nil {
+			return err
+		}
+	}
+	for _, dev := range []string{"null", "zero", "full", "random", "urandom", "tty"} {
+		target := filepath.Join(root, "dev", dev)
+		if err := os.WriteFile(target, nil, 0o666); err != nil {
+			return err
+		}
+		if err := mount("/dev/"+dev, target, "", unix.MS_BIND, ""); err != nil {
+			return err
+		}
+	}
+	if err := mount("/dev/pts", filepath.Join(root, "dev/pts"), "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	if err := mount("tmpfs", filepath.Join(root, "dev/shm"), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=1777,size=64m"); err != nil {
+		return err
+	}
+	if err := mount("proc", filepath.Join(root, "proc"), "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return err
+	}
+	if err := agentFiles(root, plan); err != nil {
+		return err
+	}
+	if err := unix.Chdir(root); err != nil {
+		return err
+	}
+	if err := unix.PivotRoot(".", "old"); err != nil {
+		return fmt.Errorf("pivot_root: %w", err)
+	}
+	if err := unix.Chdir("/"); err != nil {
+		return err
+	}
+	if err := unix.Unmount("/old", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("unmounting the machine's root: %w", err)
+	}
+	if err := os.Remove("/old"); err != nil {
+		return err
+	}
+	return unix.Chdir("/home/agent/work")
+}
+
+// agentFiles writes /etc, HOME and the working directory. What is in them is
+// the agent's own, but for the instruction files, which stay root's.
+func agentFiles(root string, plan jailPlan) error {
+	etc := map[string]string{
+		"passwd":        fmt.Sprintf("root:x:0:0:root:/:/none\nagent:x:%d:%d:agent:/home/agent:/none\n", plan.UID, plan.GID),
+		"group":         fmt.Sprintf("root:x:0:\nagent:x:%d:\n", plan.GID),
+		"hosts":         "127.0.0.1 localhost\n::1 localhost\n",
+		"resolv.conf":   "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n",
+		"nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+	}
+	for name, text := range etc {
+		if err := os.WriteFile(filepath.Join(root, "etc", name), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	if err := os.Chmod(filepath.Join(root, "tmp"), 0o1777|os.ModeSticky); err != nil {
+		return err
+	}
+	home, err := os.OpenRoot(filepath.Join(root, "home/agent"))
+	if err != nil {
+		return err
+	}
+	defer home.Close()
+	for name, data := range plan.Home {
+		if err := home.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+			return err
+		}
+		if err := home.WriteFile(name, data, 0o600); err != nil {
+			return err
+		}
+	}
+	// Before the instruction files are there, so that they stay root's.
+	err = filepath.WalkDir(filepath.Join(root, "home/agent"), func(path string, _ os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		return os.Lchown(path, plan.UID, plan.GID)
+	})
+	if err != nil {
+		return err
+	}
+	for name, data := range plan.Files {
+		name = filepath.Join("work", name)
+		if err := home.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			return err
+		}
+		if err := home.WriteFile(name, data, 0o444); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func bindReadOnly(source, target string) error {
+	info, err := os.Stat(source)
+	if err != nil {
+		return err
+	}
+	if info.IsDir() {
+		err = os.MkdirAll(target, 0o755)
+	} else if err = os.MkdirAll(filepath.Dir(target), 0o755); err == nil {
+		err = os.WriteFile(target, nil, 0o644)
+	}
+	if err != nil {
+		return err
+	}
+	if err := mount(source, target, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return err
+	}
+	return mount("", target, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, "")
+}
+
+func mount(source, target, fstype string, flags uintptr, data string) error {
+	if err := unix.Mount(source, target, fstype, flags, data); err != nil {
+		return fmt.Errorf("mount %s at %s: %w", source, target, err)
+	}
+	return nil
+}
+
+func raiseLoopback() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	req.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	// gVisor has no such ioctl and no need of it: lo is up in every new namespace.
+	// Where it is not, the listeners cannot be opened and the jail is refused.
+	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, req); err != nil && err != unix.ENOTTY {
+		return fmt.Errorf("raising lo: %w", err)
+	}
+	return nil
+}
+
+func openListeners(plan jailPlan) ([]*os.File, error) {
+	var files []*os.File
+	for _, addr := range plan.Listen {
+		l, err := net.Listen("tcp4", addr)
+		if err != nil {
+			return nil, err
+		}
+		f, err := l.(*net.TCPListener).File()
+		if err != nil {
+			return nil, err
+		}
+		l.Close()
+		files = append(files, f)
+	}
+	if plan.DNS {
+		c, err := net.ListenPacket("udp4", dnsAddr)
+		if err != nil {
+			return nil, err
+		}
+		f, err := c.(*net.UDPConn).File()
+		if err != nil {
+			return nil, err
+		}
+		c.Close()
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+// dropPrivileges makes this thread the jail's user without any capability, for
+// ever: what it executes cannot gain one.
+func dropPrivileges(plan jailPlan) error {
+	for c := 0; c <= unix.CAP_LAST_CAP; c++ {
+		// EINVAL: a capability that this kernel does not know.
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0); err != nil && err != unix.EINVAL {
+			return fmt.Errorf("dropping capability %d: %w", c, err)
+		}
+	}
+	if err := rawSetIDs(plan.UID, plan.GID); err != nil {
+		return err
+	}
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var none [2]unix.CapUserData
+	if err := unix.Capset(&header, &none[0]); err != nil {
+		return fmt.Errorf("giving up capabilities: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("no_new_privs: %w", err)
+	}
+	return loadSeccomp(plan.Kind)
+}
+
+// rawSetIDs changes this thread only: the process becomes another by exec next.
+func rawSetIDs(uid, gid int) error {
+	if _, _, e := unix.RawSyscall(unix.SYS_SETGROUPS, 0, 0, 0); e != 0 {
+		return fmt.Errorf("setgroups: %w", e)
+	}
+	if _, _, e := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)); e != 0 {
+		return fmt.Errorf("setresgid %d: %w", gid, e)
+	}
+	if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid)); e != 0 {
+		return fmt.Errorf("setresuid %d: %w", uid, e)
+	}
+	return nil
+}
+
+// forbidden are calls that no tool and no agent needs: they change the machine
+// itself or open kernel surface.
+var forbidden = []string{
+	"mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsmount", "fsconfig", "fspick", "mount_setattr",
+	"unshare", "setns", "bpf", "perf_event_open", "userfaultfd", "keyctl", "add_key", "request_key",
+	"init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot", "swapon", "swapoff",
+	"open_by_handle_at", "name_to_handle_at", "acct", "quotactl", "syslog", "settimeofday", "clock_settime", "adjtimex",
+	"iopl", "ioperm", "sethostname", "setdomainname", "lookup_dcookie", "vhangup", "process_vm_writev",
+}
+
+func loadSeccomp(kind string) error {
+	names := forbidden
+	if kind == "agent" {
+		names = append([]string{"memfd_create", "ptrace", "process_vm_readv"}, names...)
+	}
+	filter := seccomp.Filter{
+		NoNewPrivs: false, // set already, on this thread
+		Policy: seccomp.Policy{
+			DefaultAction: seccomp.ActionAllow,
+			Syscalls:      []seccomp.SyscallGroup{{Action: seccomp.ActionErrno, Names: names}},
+		},
+	}
+	if err := seccomp.LoadFilter(filter); err != nil {
+		return fmt.Errorf("loading the seccomp filter: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,89 @@
+package guest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+
+	"github.com/modelcontextprotocol/go-sdk/mcp"
+
+	"cal/guest/tools"
+	"cal/nucleus"
+	"cal/wire"
+)
+
+// mcpHandler serves the agent's tools. Each call becomes a signed request to the
+// node, which decides; nothing is done here.
+func (p *Proxy) mcpHandler() http.Handler {
+	client := p.api()
+	server := mcp.NewServer(&mcp.Implementation{Name: "cal", Version: Version}, nil)
+	for _, tool := range tools.Describe() {
+		server.AddTool(&mcp.Tool{Name: tool.Name, Description: tool.Description, InputSchema: tool.InputSchema},
+			func(ctx context.Context, req *mcp.CallToolRequest) (*mcp.CallToolResult, error) {
+				return p.callTool(ctx, client, req.Params.Name, req.Params.Arguments), nil
+			})
+	}
+	handler := mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return server }, nil)
+	mux := http.NewServeMux()
+	mux.Handle("/mcp", http.MaxBytesHandler(handler, tools.MaxArgs+1<<20))
+	return mux
+}
+
+// callTool asks the node for one operation and waits for a person as long as the
+// agent's client does.
+func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, args json.RawMessage) *mcp.CallToolResult {
+	value, err := p.request(ctx, client, name, args)
+	if err != nil {
+		e := nucleus.AsError(err)
+		text, _ := json.Marshal(struct {
+			Error *nucleus.Error `json:"error"`
+		}{e})
+		return &mcp.CallToolResult{IsError: true, Content: []mcp.Content{&mcp.TextContent{Text: string(text)}}}
+	}
+	return &mcp.CallToolResult{Content: toolContent(value)}
+}
+
+func (p *Proxy) request(ctx context.Context, client *http.Client, name string, args json.RawMessage) (json.RawMessage, error) {
+	op, args, err := tools.Operation(name, args)
+	if err != nil {
+		return nil, err
+	}
+	url := fmt.Sprintf("http://nucleus/v1/pods/%s/tools/%s?wait=%d", p.boot.Pod, op, p.config.WaitAsk)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(args))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	signer := wire.Signer{KeyID: p.boot.Boot, Ed25519: p.key, Now: p.clock.time}
+	if err := signer.Sign(req, p.boot.Pod, args); err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, nucleus.Errorf(nucleus.KindUnavailable, "the node cannot be reached: %v", err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, wire.ReadError(resp)
+	}
+	return io.ReadAll(io.LimitReader(resp.Body, maxResult))
+}
+
+// toolContent shows a result as the model reads it best: an image as an image,
+// everything else as its JSON.
+func toolContent(value json.RawMessage) []mcp.Content {
+	var image struct {
+		Image *struct {
+			MIME string `json:"mime"`
+			Data []byte `json:"data_b64"`
+		} `json:"image"`
+	}
+	if json.Unmarshal(value, &image) == nil && image.Image != nil {
+		return []mcp.Content{&mcp.ImageContent{MIMEType: image.Image.MIME, Data: image.Image.Data}}
+	}
+	return []mcp.Content{&mcp.TextContent{Text: strings.TrimSpace(string(value))}}
+}

@@ -1,0 +1,77 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"cal/guest/tools"
+	"cal/policy"
+	"cal/wire"
+)
+
+// Descriptors that a role inherits.
+const (
+	fdWire   = 3 // init: the wire
+	fdWorker = 4 // tools: the stream to the proxy
+)
+
+// Init serves the machine over the inherited wire.
+func Init(ctx context.Context) error {
+	conn, err := fileConn(fdWire, "wire")
+	if err != nil {
+		return err
+	}
+	return Run(ctx, conn)
+}
+
+// RunTools is the tools worker: files and commands as the tools' user.
+func RunTools(ctx context.Context) error {
+	if err := notDumpable(); err != nil {
+		return err
+	}
+	conn, err := fileConn(fdWorker, "worker")
+	if err != nil {
+		return err
+	}
+	session, err := wire.Guest(conn)
+	if err != nil {
+		return err
+	}
+	config, err := receiveConfig(session)
+	if err != nil {
+		return err
+	}
+	return tools.Serve(ctx, session, config)
+}
+
+// receiveConfig takes the first stream, which holds the worker's configuration.
+func receiveConfig(session *wire.Session) (tools.Config, error) {
+	stream, err := session.Accept()
+	if err != nil {
+		return tools.Config{}, err
+	}
+	defer stream.Close()
+	stream.SetDeadline(time.Now().Add(bootDeadline))
+	var sent WorkerConfig
+	config, err := tools.Config{}, error(nil)
+	if stream.Kind != "config" {
+		err = fmt.Errorf("first stream is of kind %q", stream.Kind)
+	} else if err = stream.RecvJSON(wire.FrameJSON, 4<<20, &sent); err == nil {
+		config, err = workerConfig(sent)
+	}
+	answer := struct{ Error string }{}
+	if err != nil {
+		answer.Error = err.Error()
+	}
+	return config, errors.Join(err, stream.SendJSON(wire.FrameJSON, answer))
+}
+
+func workerConfig(sent WorkerConfig) (tools.Config, error) {
+	p, err := policy.Load("boot", sent.Policy)
+	if err != nil {
+		return tools.Config{}, err
+	}
+	return tools.Config{Workspace: Workspace, Home: Home, Env: sent.Env, Blocked: p.Blocked}, nil
+}

@@ -1,0 +1,406 @@
+package tools
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// callMark is the environment variable that says to which call a process
+// belongs. A process that sheds it gains nothing, see attribute.
+const callMark = "CAL_CALL"
+
+// children starts processes and is the only owner of their ends.
+//
+// As process 1 of a pid namespace it also inherits every orphan and must reap
+// it. A second waiter anywhere in the program would lose exit statuses to this one,
+// so every child is started here. Elsewhere (a test, a machine without
+// namespaces) it waits for its own children only.
+type children struct {
+	init   bool
+	mu     sync.Mutex // held from fork to entry in live, and while reaping
+	live   map[int]*child
+	closed bool
+	forked chan struct{} // wakes the reaper: there is something to wait for
+	done   chan struct{}
+	work   sync.WaitGroup
+	limit  int // processes of one call; 0: any number
+}
+
+// child is one process that was asked for, the leader of a session of its own.
+type child struct {
+	pid    int
+	mark   string
+	start  uint64
+	over   chan struct{} // closed when the process was reaped
+	status unix.WaitStatus
+	mu     sync.Mutex
+	reason string // why it was killed, if this program did it
+}
+
+var errClosed = errors.New("the tools worker is ending")
+
+// watchEvery is how often the number of processes is looked at.
+const watchEvery = 200 * time.Millisecond
+
+func newChildren(limit int) *children {
+	k := &children{
+		init: os.Getpid() == 1, live: map[int]*child{}, limit: limit,
+		forked: make(chan struct{}, 1), done: make(chan struct{}),
+	}
+	if k.init {
+		k.work.Go(k.reap)
+	}
+	if limit > 0 {
+		k.work.Go(k.watch)
+	}
+	return k
+}
+
+// begin starts a program. attr.Sys must make it the leader of a session.
+func (k *children) begin(binary string, argv []string, attr *os.ProcAttr, mark string) (*child, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.closed {
+		return nil, errClosed
+	}
+	process, err := os.StartProcess(binary, argv, attr)
+	if err != nil {
+		return nil, err
+	}
+	c := &child{pid: process.Pid, mark: mark, over: make(chan struct{})}
+	if k.limit > 0 {
+		// As root, and in gVisor, it limits nothing; there watch is the limit.
+		limit := unix.Rlimit{Cur: uint64(k.limit), Max: uint64(k.limit)}
+		_ = unix.Prlimit(c.pid, unix.RLIMIT_NPROC, &limit, nil)
+	}
+	if p, err := readProcess(c.pid); err == nil {
+		c.start = p.start
+	}
+	process.Release()
+	k.live[c.pid] = c
+	if k.init {
+		select {
+		case k.forked <- struct{}{}:
+		default:
+		}
+	} else {
+		k.work.Go(func() {
+			await(unix.P_PID, c.pid)
+			k.collect(c.pid)
+		})
+	}
+	return c, nil
+}
+
+// reap is the one waiter of process 1.
+func (k *children) reap() {
+	for {
+		if await(unix.P_ALL, 0) == nil {
+			k.collect(-1)
+			continue
+		}
+		select { // no child at all
+		case <-k.forked:
+		case <-k.done:
+			return
+		}
+	}
+}
+
+// await returns when a child can be reaped, without reaping it: its number stays
+// taken until collect holds the lock under which live is read.
+func await(kind, pid int) error {
+	for {
+		if err := unix.Waitid(kind, pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+func (k *children) collect(which int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var status unix.WaitStatus
+	pid, err := unix.Wait4(which, &status, unix.WNOHANG, nil)
+	if c := k.live[pid]; err == nil && c != nil {
+		delete(k.live, pid)
+		c.status = status
+		close(c.over)
+	}
+}
+
+// close kills whatever lives and returns when all of it has been reaped.
+func (k *children) close() {
+	k.mu.Lock()
+	k.closed = true
+	var left []*child
+	for _, c := range k.live {
+		left = append(left, c)
+	}
+	k.mu.Unlock()
+	close(k.done)
+	if k.init {
+		unix.Kill(-1, unix.SIGKILL) // all of this pid namespace but process 1
+	}
+	for _, c := range left {
+		k.end(c, "the session ended")
+	}
+	k.work.Wait()
+}
+
+// end kills a child with everything it started and waits until it is reaped.
+func (k *children) end(c *child, reason string) {
+	k.kill(c, reason)
+	<-c.over
+	k.sweep(c)
+}
+
+// kill ends the child's process group at once. The kernel does it in one step,
+// so that a group which forks is ended too.
+func (k *children) kill(c *child, reason string) {
+	c.mu.Lock()
+	if c.reason == "" {
+		c.reason = reason
+	}
+	c.mu.Unlock()
+	k.signal(c, unix.SIGKILL)
+}
+
+// signal sends to the child's process group while its number is certain to be
+// its own.
+func (k *children) signal(c *child, sig unix.Signal) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.live[c.pid] == c {
+		unix.Kill(-c.pid, sig)
+	}
+}
+
+// killed says why the child was killed, or "".
+func (c *child) killed() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reason
+}
+
+// exit is the exit code as a shell gives it.
+func (c *child) exit() int {
+	if c.status.Signaled() {
+		return 128 + int(c.status.Signal())
+	}
+	return c.status.ExitStatus()
+}
+
+// sweepDeadline bounds the hunt for what a call left behind.
+const sweepDeadline = 3 * time.Second
+
+// sweep kills what belongs to a child that has ended, until nothing is found.
+func (k *children) sweep(c *child) {
+	deadline := time.Now().Add(sweepDeadline)
+	for pause := time.Millisecond; time.Now().Before(deadline); pause = min(2*pause, 20*time.Millisecond) {
+		left := k.attribute(c)[c]
+		if len(left) == 0 {
+			return
+		}
+		for _, p := range left {
+			if p.session == c.pid {
+				unix.Kill(-p.group, unix.SIGKILL) // in one step: it may be forking
+			}
+			p.kill()
+		}
+		timer := time.NewTimer(pause)
+		<-timer.C
+	}
+}
+
+// process is one line of the process table.
+type process struct {
+	pid, parent, group, session int
+	state                       byte
+	start                       uint64 // clock ticks after boot
+}
+
+// attribute sorts the living processes by the call that they belong to: by
+// session, by mark, or through their parent. ended is a call whose leader is gone
+// already. As process 1, an orphan that nobody claims counts to ended: it has left
+// its session and shed its mark, and lives on no longer than the next end of a
+// call.
+func (k *children) attribute(ended *child) map[*child][]process {
+	table := processes() // before live is read: what begins after that is in neither
+	owners := map[int]*child{}
+	marks := map[string]*child{}
+	k.mu.Lock()
+	for pid, c := range k.live {
+		owners[pid], marks[c.mark] = c, c
+	}
+	k.mu.Unlock()
+	if ended != nil {
+		if _, taken := owners[ended.pid]; !taken {
+			owners[ended.pid] = ended
+		}
+		marks[ended.mark] = ended
+	}
+	found := map[int]*child{}
+	for _, p := range table {
+		found[p.pid] = k.ownerOf(p, owners, marks, ended)
+	}
+	result := map[*child][]process{}
+	for _, p := range table {
+		at := p
+		for found[at.pid] == nil && at.parent > 1 {
+			next, ok := table[at.parent]
+			if !ok || next.start > at.start {
+				break
+			}
+			at = next
+		}
+		if c := found[at.pid]; c != nil && p.pid != os.Getpid() {
+			result[c] = append(result[c], p)
+		}
+	}
+	return result
+}
+
+func (k *children) ownerOf(p process, owners map[int]*child, marks map[string]*child, ended *child) *child {
+	if p.pid == os.Getpid() {
+		return nil
+	}
+	if c := owners[p.session]; c != nil && p.start >= c.start {
+		return c
+	}
+	if mark := markOf(p, marks); mark != nil {
+		return mark
+	}
+	if k.init && p.parent == 1 {
+		return ended
+	}
+	return nil
+}
+
+// markOf reads the mark in a process's environment, of those that began after
+// the oldest call that matters.
+func markOf(p process, marks map[string]*child) *child {
+	candidate := false
+	for _, c := range marks {
+		candidate = candidate || p.start >= c.start
+	}
+	if !candidate {
+		return nil
+	}
+	environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", p.pid))
+	if err != nil {
+		return nil
+	}
+	for entry := range bytes.SplitSeq(environ, []byte{0}) {
+		if value, ok := strings.CutPrefix(string(entry), callMark+"="); ok {
+			return marks[value]
+		}
+	}
+	return nil
+}
+
+// processes reads the process table; what is dead but not reaped is left out.
+// Where /proc shows another pid namespace it returns nothing, rather than numbers that
+// mean someone else.
+func processes() map[int]process {
+	table := map[int]process{}
+	if self, err := os.Readlink("/proc/self"); err != nil || self != strconv.Itoa(os.Getpid()) {
+		return table
+	}
+	dir, err := os.Open("/proc")
+	if err != nil {
+		return table
+	}
+	defer dir.Close()
+	names, _ := dir.Readdirnames(-1)
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		if p, err := readProcess(pid); err == nil && p.state != 'Z' && p.state != 'X' {
+			table[pid] = p
+		}
+	}
+	return table
+}
+
+// readProcess parses /proc/PID/stat (proc(5)). The second field is the program's
+// own name and may hold spaces and parentheses.
+func readProcess(pid int) (process, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return process{}, err
+	}
+	_, rest, _ := strings.Cut(string(data[bytes.LastIndexByte(data, ')')+1:]), " ")
+	fields := strings.Fields(rest)
+	if len(fields) < 20 {
+		return process{}, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
+	}
+	p := process{pid: pid, state: fields[0][0]}
+	for i, into := range []*int{&p.parent, &p.group, &p.session} {
+		if *into, err = strconv.Atoi(fields[1+i]); err != nil {
+			return process{}, err
+		}
+	}
+	p.start, err = strconv.ParseUint(fields[19], 10, 64)
+	return p, err
+}
+
+// kill ends exactly the process that was seen: a pid that was used again since
+// has another start time.
+func (p process) kill() {
+	fd, err := unix.PidfdOpen(p.pid, 0)
+	if err != nil && err != unix.ENOSYS {
+		return
+	}
+	if now, again := readProcess(p.pid); again != nil || now.start != p.start {
+		if err == nil {
+			unix.Close(fd)
+		}
+		return
+	}
+	if err == unix.ENOSYS { // gVisor
+		unix.Kill(p.pid, unix.SIGKILL)
+		return
+	}
+	unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	unix.Close(fd)
+}
+
+// watch ends a call that has more than limit processes. It is the only limit
+// where the kernel does not keep RLIMIT_NPROC.
+func (k *children) watch() {
+	ticker := time.NewTicker(watchEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-k.done:
+			return
+		case <-ticker.C:
+		}
+		k.mu.Lock()
+		idle := len(k.live) == 0
+		k.mu.Unlock()
+		if idle {
+			continue
+		}
+		for c, list := range k.attribute(nil) {
+			if len(list) <= k.limit {
+				continue
+			}
+			k.kill(c, fmt.Sprintf("it had %d processes, at most %d are allowed", len(list), k.limit))
+			for _, p := range list {
+				p.kill()
+			}
+		}
+	}
+}

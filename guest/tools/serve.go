@@ -1,0 +1,370 @@
+package tools
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"reflect"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cal/nucleus"
+	"cal/wire"
+)
+
+// Timeouts and sizes that hold where Config says nothing.
+const (
+	DefaultTimeout   = 120 * time.Second
+	MaxTimeout       = 24 * time.Hour
+	DefaultOutputCap = 256 << 10
+
+	argsTimeout   = time.Minute     // from a stream's header to its whole arguments
+	dataTimeout   = 5 * time.Minute // between two pieces of a bundle
+	resultTimeout = 5 * time.Minute // for a caller to take a result
+	maxFrame      = 1 << 20         // bytes of one frame after the arguments
+	maxCalls      = 256             // at once; more wait on the wire
+)
+
+// Config is all that the worker knows of its machine.
+type Config struct {
+	Workspace      string            // absolute path of the directory that file tools are kept to
+	Home           string            // HOME of commands
+	Env            map[string]string // environment of commands: this and nothing inherited
+	Blocked        func(path string) bool
+	OutputCap      int           // bytes kept of each stream of a command; 0: DefaultOutputCap
+	DefaultTimeout time.Duration // of a command that names none; 0: DefaultTimeout
+	MaxTimeout     time.Duration // 0: MaxTimeout
+	MaxProcesses   int           // of one command; 0: not limited here
+}
+
+func (c Config) withDefaults() Config {
+	if c.OutputCap <= 0 {
+		c.OutputCap = DefaultOutputCap
+	}
+	if c.DefaultTimeout <= 0 {
+		c.DefaultTimeout = DefaultTimeout
+	}
+	if c.MaxTimeout <= 0 || c.MaxTimeout > MaxTimeout {
+		c.MaxTimeout = MaxTimeout
+	}
+	c.DefaultTimeout = min(c.DefaultTimeout, c.MaxTimeout)
+	return c
+}
+
+// worker serves the calls of one session.
+type worker struct {
+	config Config
+	box    *Sandbox
+	exec   *Executor
+	// changing is held from a file's resolution to its replacement, so that of two
+	// edits at once the second sees the first. Commands are not held back by it.
+	changing sync.Mutex
+}
+
+// Serve answers calls until the session or ctx ends; it closes the session. When
+// it returns, every process that it started is dead and reaped. It returns nil when
+// the other end closed the session, and an error when it could not begin.
+func Serve(ctx context.Context, session *wire.Session, c Config) error {
+	defer session.Close()
+	c = c.withDefaults()
+	box, err := OpenSandbox(c.Workspace, c.Blocked)
+	if err != nil {
+		return err
+	}
+	defer box.Close()
+	w := &worker{config: c, box: box, exec: newExecutor(box, c)}
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(ctx, func() { session.Close() })
+	var calls sync.WaitGroup
+	slots := make(chan struct{}, maxCalls)
+	for {
+		stream, err := session.Accept()
+		if err != nil {
+			break
+		}
+		select {
+		case slots <- struct{}{}:
+		case <-session.Done():
+			stream.Close()
+			continue // Accept says it again
+		}
+		calls.Go(func() {
+			defer func() { <-slots }()
+			w.serve(ctx, stream)
+		})
+	}
+	stop()
+	cancel()
+	w.exec.close()
+	calls.Wait()
+	return nil
+}
+
+// caller is the other end of one call.
+type caller struct {
+	stream    *wire.Stream
+	call      Call
+	cancel    context.CancelFunc
+	listening sync.WaitGroup
+}
+
+func (w *worker) serve(ctx context.Context, stream *wire.Stream) {
+	ctx, cancel := context.WithCancel(ctx)
+	c := &caller{stream: stream, cancel: cancel}
+	defer func() {
+		stream.SetReadDeadline(time.Now())
+		cancel()
+		stream.Close()
+		c.listening.Wait()
+	}()
+	switch stream.Kind {
+	case StreamResolve:
+		action, err := w.resolve(c)
+		if err != nil {
+			c.finish(Resolved{Error: w.failure(c.call.Op, err)})
+			return
+		}
+		c.finish(Resolved{Action: &action})
+	case StreamDo:
+		value, exit, err := w.do(ctx, c)
+		w.conclude(c, value, exit, err)
+	case StreamBundle:
+		var header Bundle
+		var value any
+		err := strictHeader(stream.Header, &header)
+		if err == nil {
+			c.listen(nil, nil)
+			value, err = w.bundle(ctx, stream, header)
+		}
+		if err == nil {
+			err = stream.Send(wire.FrameData, nil)
+		}
+		w.conclude(c, value, 0, err)
+	case StreamUnbundle:
+		var header Unbundle
+		var value any
+		err := strictHeader(stream.Header, &header)
+		if err == nil {
+			value, err = w.unbundle(ctx, &frameReader{stream: stream}, header)
+		}
+		w.conclude(c, value, 0, err)
+	default:
+		c.finish(Result{Error: nucleus.Errorf(nucleus.KindInvalid, "unknown kind of stream %q", stream.Kind)})
+	}
+}
+
+func strictHeader(raw json.RawMessage, v any) error {
+	if err := nucleus.Strict(raw, v); err != nil {
+		return nucleus.Errorf(nucleus.KindInvalid, "header: %v", err)
+	}
+	return nil
+}
+
+// conclude sends the result of a call.
+func (w *worker) conclude(c *caller, value any, exit int, err error) {
+	if err != nil {
+		c.finish(Result{Error: w.failure(c.call.Op, err)})
+		return
+	}
+	raw, err := json.Marshal(value)
+	if err != nil {
+		c.finish(Result{Error: w.failure(c.call.Op, err)})
+		return
+	}
+	c.finish(Result{Value: raw, ExitCode: exit})
+}
+
+func (w *worker) failure(op nucleus.Op, err error) *nucleus.Error {
+	e := *nucleus.AsError(err)
+	if errors.Is(err, context.Canceled) {
+		e.Kind, e.Message = nucleus.KindFailed, "the caller went away"
+	}
+	e.Operation = op
+	return &e
+}
+
+func (c *caller) finish(result any) {
+	c.stream.SetWriteDeadline(time.Now().Add(resultTimeout))
+	c.stream.SendJSON(wire.FrameResult, result)
+}
+
+// receive reads header and arguments.
+func (c *caller) receive() (Args, error) {
+	var args Args
+	if err := strictHeader(c.stream.Header, &c.call); err != nil {
+		return args, err
+	}
+	c.stream.SetReadDeadline(time.Now().Add(argsTimeout))
+	// An action holds what the arguments hold once more, and JSON may escape every byte.
+	if err := c.stream.RecvJSON(wire.FrameJSON, 2*MaxArgs, &args); err != nil {
+		return args, nucleus.Errorf(nucleus.KindInvalid, "arguments: %v", err)
+	}
+	c.stream.SetReadDeadline(time.Time{})
+	return args, nil
+}
+
+// listen reads what the caller sends while the call runs; its going away, or
+// what makes no sense, ends the call. r and in are nil for a call that takes nothing.
+func (c *caller) listen(r *running, in *inlet) {
+	c.listening.Go(func() {
+		defer c.cancel()
+		for {
+			kind, payload, err := c.stream.Recv(maxFrame)
+			if err == nil && r == nil {
+				err = fmt.Errorf("frame %q for a call that takes none", kind)
+			} else if err == nil {
+				err = r.frame(kind, payload, in)
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+}
+
+// resolve answers what a call would do. Nothing is changed.
+func (w *worker) resolve(c *caller) (nucleus.Action, error) {
+	args, err := c.receive()
+	if err != nil {
+		return nucleus.Action{}, err
+	}
+	p, err := w.plan(c.call, args.Args)
+	return p.action, err
+}
+
+// do carries a call out if it still resolves to what was permitted.
+func (w *worker) do(ctx context.Context, c *caller) (any, int, error) {
+	args, err := c.receive()
+	if err != nil {
+		return nil, 0, err
+	}
+	if args.Action == nil {
+		return nil, 0, invalid(c.call.Op, "no action: what was permitted has to be handed in")
+	}
+	if c.call.Op == nucleus.WriteFiles || c.call.Op == nucleus.EditFiles {
+		w.changing.Lock()
+		defer w.changing.Unlock()
+	}
+	p, err := w.plan(c.call, args.Args)
+	if err != nil {
+		return nil, 0, err
+	}
+	if err := sameAction(*args.Action, p.action); err != nil {
+		return nil, 0, err
+	}
+	if c.call.Op != nucleus.RunBash {
+		c.listen(nil, nil)
+	}
+	return p.run(ctx, c)
+}
+
+// plan resolves a call.
+func (w *worker) plan(call Call, raw json.RawMessage) (plan, error) {
+	decoded, err := Decode(call.Op, raw)
+	if err != nil {
+		return plan{}, err
+	}
+	action, err := newAction(call.Op, raw)
+	if err != nil {
+		return plan{}, err
+	}
+	switch args := decoded.(type) {
+	case ReadArgs:
+		return w.planRead(action, args)
+	case WriteArgs:
+		return w.planWrite(action, args)
+	case EditArgs:
+		return w.planEdit(action, args)
+	case GlobArgs:
+		return w.planGlob(action, args)
+	case GrepArgs:
+		return w.planGrep(action, args)
+	case RunArgs:
+		return w.planRun(call, action, args)
+	case CommitArgs:
+		return w.planCommit(call, action, args)
+	}
+	return plan{}, invalid(call.Op, "%s takes effect on the host", call.Op)
+}
+
+// sameAction compares what was permitted with what would be done.
+func sameAction(permitted, now nucleus.Action) error {
+	if reflect.DeepEqual(plain(permitted), plain(now)) {
+		return nil
+	}
+	what := "the request"
+	if len(permitted.Files) == 1 && len(now.Files) == 1 {
+		switch p, n := permitted.Files[0], now.Files[0]; {
+		case p.Path != n.Path:
+			return nucleus.Errorf(nucleus.KindConflict, "%q leads to %q: name that path", p.Path, n.Path)
+		case p != n:
+			what = fmt.Sprintf("%q", n.Path)
+		}
+	}
+	if permitted.Command != nil && now.Command != nil {
+		what = "the command, or a file that it names,"
+	}
+	return nucleus.Errorf(nucleus.KindConflict, "%s has changed since it was decided; nothing was done", what)
+}
+
+// plain is an action as its canonical bytes, in which absent and empty are one.
+func plain(a nucleus.Action) string {
+	canonical, err := nucleus.Canonical(a)
+	if err != nil {
+		return err.Error()
+	}
+	return string(canonical)
+}
+
+// NotDumpable keeps other processes of the same user from reading this one's
+// memory, descriptors and environment, and from tracing it.
+func NotDumpable() error {
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("prctl(PR_SET_DUMPABLE): %w", err)
+	}
+	return nil
+}
+
+// RunWorker is the tools role of the proxy's binary: it serves the proxy, which
+// holds the other end of the socket pair that fd is one of and speaks as wire.Host,
+// until it closes. No other descriptor above 2 is passed on to a command.
+func RunWorker(ctx context.Context, fd int, c Config) error {
+	if err := NotDumpable(); err != nil {
+		return err
+	}
+	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		closeOnExec()
+	}
+	file := os.NewFile(uintptr(fd), "wire")
+	if file == nil {
+		return fmt.Errorf("descriptor %d is not valid", fd)
+	}
+	conn, err := net.FileConn(file)
+	file.Close()
+	if err != nil {
+		return fmt.Errorf("descriptor %d: %w", fd, err)
+	}
+	session, err := wire.Guest(conn)
+	if err != nil {
+		return err
+	}
+	return Serve(ctx, session, c)
+}
+
+// closeOnExec marks every descriptor one by one, for kernels without
+// close_range's flag.
+func closeOnExec() {
+	var limit unix.Rlimit
+	highest := 4096
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil {
+		highest = int(min(limit.Cur, 1<<16))
+	}
+	for fd := 3; fd < highest; fd++ {
+		unix.CloseOnExec(fd)
+	}
+}

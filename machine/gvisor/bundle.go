@@ -1,0 +1,194 @@
+package gvisor
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"cal/image"
+	"cal/machine"
+)
+
+// assemble makes the machine's root and bundle.
+func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) error {
+	if rec.IDBase != 0 {
+		if err := giveWorkspace(spec.Workspace, rec.IDBase); err != nil {
+			return fmt.Errorf("workspace: %w", err)
+		}
+	}
+	root, err := image.Resolve(spec.Image, d.config.Host)
+	if err != nil {
+		return machine.Refuse("%v", err)
+	}
+	rec.Facts.Env = root.Env
+	place := place(spec.Dir)
+	covers, err := d.covers(ctx, root, place)
+	if err != nil {
+		return err
+	}
+	binds := slices.Clone(root.Binds)
+	binds = append(binds, image.Bind{Host: spec.Proxy, Guest: machine.ProxyPath})
+	for _, layer := range spec.Agent {
+		source, err := filepath.EvalSymlinks(layer.Host)
+		if err != nil {
+			return machine.Refuse("agent layer %q: %v", layer.Name, err)
+		}
+		binds = append(binds, image.Bind{Host: source, Guest: layer.Guest})
+	}
+	skeleton, err := rec.makeRootfs(place)
+	if err != nil {
+		return err
+	}
+	root.Binds = binds
+	if err := root.Build(skeleton, "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", machine.AgentDir, machine.Workspace); err != nil {
+		return fmt.Errorf("root skeleton: %w", err)
+	}
+	if err := rec.save(place); err != nil {
+		return err
+	}
+	return writeConfig(place, d.config.oci(spec, *rec, append(binds, covers...)))
+}
+
+// covers returns binds that hide what `other` cannot read. Started as root the
+// host's kernel refuses such files to the machine's ids, and there is nothing to hide.
+func (d *Driver) covers(ctx context.Context, root image.Root, place place) ([]image.Bind, error) {
+	if !d.ordinary {
+		return nil, nil
+	}
+	var covers []image.Bind
+	for _, bind := range root.Binds {
+		hidden, err := d.screen.Unreadable(ctx, bind.Host, time.Now())
+		if err != nil {
+			return nil, machine.Refuse("%v", err)
+		}
+		for _, name := range hidden {
+			if name == bind.Host {
+				return nil, machine.Refuse("%s is not for everybody to read", name)
+			}
+			cover, err := place.cover(name)
+			if err != nil {
+				return nil, err
+			}
+			covers = append(covers, image.Bind{Host: cover, Guest: filepath.Join(bind.Guest, name[len(bind.Host):])})
+		}
+	}
+	return covers, nil
+}
+
+// cover returns an empty file or directory to lay over name.
+func (p place) cover(name string) (string, error) {
+	info, err := os.Lstat(name)
+	if err != nil {
+		return "", err
+	}
+	if err := os.Mkdir(p.empty(), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		return "", err
+	}
+	if info.IsDir() {
+		dir := filepath.Join(p.empty(), "dir")
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+			return "", err
+		}
+		return dir, nil
+	}
+	file := filepath.Join(p.empty(), "file")
+	return file, os.WriteFile(file, nil, 0o444)
+}
+
+func writeConfig(place place, config specs.Spec) error {
+	data, err := json.Marshal(config)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(place.config(), data, 0o600)
+}
+
+// capabilities of the proxy inside the machine: it builds roots, namespaces and
+// users for the others and gives none of these on. They are the sentry's, not the
+// host's. Nothing is inheritable or ambient.
+var capabilities = []string{
+	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_MKNOD", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE",
+	"CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE", "CAP_SYS_RESOURCE",
+}
+
+const defaultPids = 1 << 20
+
+// oci is the bundle's config.json.
+func (c Config) oci(spec machine.Spec, rec record, binds []image.Bind) specs.Spec {
+	pids := uint64(defaultPids)
+	if rec.Pids != 0 {
+		pids = uint64(rec.Pids)
+	}
+	return specs.Spec{
+		Version:  specs.Version,
+		Hostname: "cal",
+		Root:     &specs.Root{Path: rec.rootfs(place(spec.Dir)), Readonly: true},
+		Process: &specs.Process{
+			Args:            []string{machine.ProxyPath, "init"},
+			Env:             []string{"PATH=" + image.DefaultPath},
+			Cwd:             "/",
+			NoNewPrivileges: true,
+			Capabilities:    &specs.LinuxCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities},
+			Rlimits: []specs.POSIXRlimit{
+				{Type: "RLIMIT_NPROC", Hard: pids, Soft: pids},
+				{Type: "RLIMIT_NOFILE", Hard: 1 << 20, Soft: 65536},
+				{Type: "RLIMIT_CORE"},
+			},
+		},
+		Mounts: c.mounts(spec, rec, binds),
+		Linux:  rec.linux(),
+	}
+}
+
+func (c Config) mounts(spec machine.Spec, rec record, binds []image.Bind) []specs.Mount {
+	uid, gid := fmt.Sprintf("uid=%d", rec.Facts.ToolsUID), fmt.Sprintf("gid=%d", rec.Facts.ToolsGID)
+	mounts := []specs.Mount{
+		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "nodev", "noexec"}},
+		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro", "nosuid", "nodev", "noexec"}},
+		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid"}},
+		scratch("/dev/shm", "mode=1777"),
+		scratch("/tmp", "mode=1777"),
+		scratch("/run", "mode=755"),
+		scratch(machine.Home, "mode=755", uid, gid),
+	}
+	for _, bind := range binds {
+		mounts = append(mounts, specs.Mount{
+			Destination: bind.Guest, Type: "bind", Source: bind.Host, Options: []string{"bind", "ro", "nosuid", "nodev"},
+		})
+	}
+	return append(mounts, specs.Mount{
+		Destination: machine.Workspace, Type: "bind", Source: spec.Workspace, Options: []string{"bind", "rw", "nosuid", "nodev"},
+	})
+}
+
+func scratch(where string, options ...string) specs.Mount {
+	return specs.Mount{Destination: where, Type: "tmpfs", Source: "tmpfs", Options: append([]string{"nosuid", "nodev"}, options...)}
+}
+
+func (r record) linux() *specs.Linux {
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: r.IDBase, Size: idCount}}
+	if r.IDBase == 0 {
+		// runsc has by then entered a user namespace in which the user is 0.
+		ids = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 0, Size: 1}}
+	}
+	linux := &specs.Linux{UIDMappings: ids, GIDMappings: ids}
+	for _, kind := range []specs.LinuxNamespaceType{
+		specs.PIDNamespace, specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.MountNamespace, specs.UserNamespace,
+	} {
+		linux.Namespaces = append(linux.Namespaces, specs.LinuxNamespace{Type: kind})
+	}
+	if r.Cgroup != "" {
+		linux.CgroupsPath = "/" + r.Cgroup
+	}
+	return linux
+}
+
+// environment is all that runsc gets of the environment.
+var environment = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}

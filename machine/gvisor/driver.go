@@ -1,0 +1,268 @@
+// Package gvisor runs machines under gVisor's user-space kernel, runsc, with the
+// systrap platform: on any Linux, without KVM, as root or not.
+//
+// Claim: guest code reaches the host through the sentry's seccomp filter, one
+// stream, and the files of its root and workspace; nothing else. Threat: all in
+// the machine, root of the machine included, is hostile; the node may be killed
+// at any moment. Promise: started as root, no process of a machine has the host's
+// uid 0 or a capability outside its own user namespace, and files that `other`
+// cannot read are closed to it by the host's kernel; started by an ordinary user
+// such files are covered. No socket, fifo or device of the host can be named. What was made is
+// written down before it is made and can be removed from that record.
+//
+// BUG: an ordinary user without subordinate ids gets a user namespace with one
+// id. A process that broke out of the sentry is then that user.
+package gvisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"cal/image"
+	"cal/internal/durable"
+	"cal/machine"
+	"cal/nucleus"
+)
+
+// Version is the release of runsc that this driver was tried with. It is set
+// into the binary when it is built.
+const Version = "20260905"
+
+// Config is what the driver depends on. Every field but Runsc has a default.
+type Config struct {
+	Runsc   string // path of the pinned runsc
+	Version string // wanted of Runsc; empty: Version
+	Host    string // where the host's root is seen; empty: /
+	Cgroups string // where cgroups are mounted; empty: /sys/fs/cgroup
+	Roots   string // where root's machines have their skeletons, see record.Root; empty: /run/cal
+	Scratch string // where Probe makes and removes a directory; empty: the system's
+}
+
+// Driver makes machines with runsc.
+type Driver struct {
+	config   Config
+	ordinary bool // not root: one id, no cgroup
+	screen   image.Screen
+}
+
+// New returns a driver that has not been probed.
+func New(config Config) *Driver {
+	if config.Version == "" {
+		config.Version = Version
+	}
+	if config.Host == "" {
+		config.Host = "/"
+	}
+	if config.Cgroups == "" {
+		config.Cgroups = "/sys/fs/cgroup"
+	}
+	if config.Roots == "" {
+		config.Roots = "/run/cal"
+	}
+	return &Driver{config: config, ordinary: os.Geteuid() != 0}
+}
+
+// Name implements machine.Driver.
+func (d *Driver) Name() string { return "gvisor" }
+
+// Tier implements machine.Driver.
+func (d *Driver) Tier() nucleus.Tier { return nucleus.TierKernel }
+
+// Create implements machine.Driver.
+func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machine, err error) {
+	if err := spec.Check(); err != nil {
+		return nil, err
+	}
+	place := place(spec.Dir)
+	if err := place.check(); err != nil {
+		return nil, err
+	}
+	held, err := lockPlace(place)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Lstat(place.record()); err == nil {
+		held.Close()
+		return nil, machine.Refuse("machine directory %s is in use; Adopt or Remove it", place)
+	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		// What ended the start must not end the cleaning up.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+		defer cancel()
+		err = errors.Join(err, d.clear(ctx, place), place.unlock(held))
+	}()
+	rec, err := d.begin(spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.assemble(ctx, spec, &rec); err != nil {
+		return nil, err
+	}
+	return d.start(ctx, place, rec, held)
+}
+
+// begin decides what the machine will be, and writes it down before anything is
+// made of it.
+func (d *Driver) begin(spec machine.Spec) (record, error) {
+	rec := record{Driver: d.Name(), ID: spec.ID, Created: time.Now().UTC().Format(time.RFC3339Nano)}
+	if !d.ordinary {
+		base, err := idBase(spec.Workspace)
+		if err != nil {
+			return record{}, err
+		}
+		rec.IDBase = base
+		rec.Cgroup = nucleus.NewID("cal-" + spec.ID + "-")
+		rec.Root = filepath.Join(d.config.Roots, nucleus.NewID(spec.ID+"-"))
+	}
+	if err := rec.save(place(spec.Dir)); err != nil {
+		return record{}, err
+	}
+	group, err := makeCgroup(d.config.Cgroups, rec.Cgroup)
+	if err != nil {
+		return record{}, err
+	}
+	if group == "" {
+		rec.Cgroup = ""
+	}
+	rec.limit(spec.Resources)
+	rec.Facts = d.facts()
+	if err := spec.States(rec.Limits); err != nil {
+		return record{}, err
+	}
+	if err := rec.setCgroup(d.config.Cgroups); err != nil {
+		return record{}, err
+	}
+	return rec, rec.save(place(spec.Dir))
+}
+
+func (d *Driver) facts() machine.Facts {
+	facts := machine.Facts{ToolsUID: machine.ToolsID, ToolsGID: machine.ToolsID, AgentUID: machine.AgentID, AgentGID: machine.AgentID}
+	if d.ordinary {
+		facts.ToolsUID, facts.ToolsGID, facts.OneID = 0, 0, true
+	}
+	return facts
+}
+
+// Adopt implements machine.Driver.
+func (d *Driver) Adopt(ctx context.Context, dir string) (_ machine.Machine, err error) {
+	place := place(dir)
+	rec, err := loadRecord(place)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w", dir, machine.ErrGone)
+	}
+	if err != nil {
+		return nil, err
+	}
+	held, err := lockPlace(place)
+	if err != nil {
+		return nil, err
+	}
+	m, err := d.hold(place, rec, held)
+	if err != nil {
+		held.Close()
+		return nil, err
+	}
+	conn, err := m.Rewire(ctx)
+	if err != nil {
+		m.Release()
+		return nil, err
+	}
+	m.wire = conn
+	return m, nil
+}
+
+// Remove implements machine.Driver.
+func (d *Driver) Remove(ctx context.Context, dir string) error {
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	held, err := lockPlace(place(dir))
+	if err != nil {
+		return err
+	}
+	if err := d.clear(ctx, place(dir)); err != nil {
+		held.Close()
+		return err
+	}
+	return place(dir).discard(held)
+}
+
+func lockPlace(place place) (io.Closer, error) {
+	dir, err := durable.OpenDir(string(place))
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	held, err := dir.Lock(lockFile)
+	if err != nil {
+		return nil, fmt.Errorf("machine directory %s: %w", place, err)
+	}
+	return held, nil
+}
+
+// clear ends every process of a machine and deletes what was made for it, the
+// record last. It starts again while processes appear: a start that was caught
+// between fork and exec shows up late.
+func (d *Driver) clear(ctx context.Context, place place) error {
+	for {
+		if err := endProcesses(ctx, place.runscRoot()); err != nil {
+			return err
+		}
+		if err := d.delete(ctx, place); err != nil {
+			return err
+		}
+		left, err := processes(place.runscRoot())
+		if err != nil || len(left) == 0 {
+			return err
+		}
+	}
+}
+
+func (d *Driver) delete(ctx context.Context, place place) error {
+	rec, err := loadRecord(place)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := errors.Join(deleteTree(string(place), made...), d.deleteRoot(rec)); err != nil {
+		return err
+	}
+	if err := removeCgroup(ctx, d.config.Cgroups, rec.Cgroup); err != nil {
+		return err
+	}
+	return deleteTree(string(place), recordFile)
+}
+
+// deleteRoot removes a skeleton outside the place. A record that names anything
+// but a child of the directory for skeletons is damaged.
+func (d *Driver) deleteRoot(rec record) error {
+	if rec.Root == "" {
+		return nil
+	}
+	if filepath.Dir(rec.Root) != filepath.Clean(d.config.Roots) {
+		return fmt.Errorf("record names the root %s, which is not in %s", rec.Root, d.config.Roots)
+	}
+	return deleteTree(filepath.Dir(rec.Root), filepath.Base(rec.Root))
+}
+
+// deleteTree removes names of a directory and never goes through a mount.
+func deleteTree(dir string, names ...string) error {
+	for _, name := range names {
+		path := filepath.Join(dir, name)
+		if err := unmountBelow(path); err != nil {
+			return err
+		}
+		if err := os.RemoveAll(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,203 @@
+package gvisor
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"cal/machine"
+	"cal/machine/machinetest"
+)
+
+// The tests run twice where they are started as root: as root, and as an
+// ordinary user by a copy of this program with these in its environment.
+const (
+	asOrdinary = "CAL_TEST_ORDINARY" // directory that holds runsc, testguest and scratch
+	ordinaryID = 64321
+)
+
+// bench is what the tests of this package share; see TestMain.
+type bench struct {
+	dir   string // short, mode 0755
+	runsc string
+	guest string
+	skip  string // why there is nothing to try
+}
+
+var shared bench
+
+func TestMain(m *testing.M) { os.Exit(runMain(m)) }
+
+func runMain(m *testing.M) int {
+	if dir := os.Getenv(asOrdinary); dir != "" {
+		shared = bench{dir: filepath.Join(dir, "scratch"), runsc: filepath.Join(dir, "runsc"), guest: filepath.Join(dir, "testguest")}
+		return m.Run()
+	}
+	dir, err := os.MkdirTemp("", "calg")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	shared = bench{dir: dir}
+	shared.runsc, shared.skip = findRunsc()
+	return m.Run()
+}
+
+// findRunsc looks at $CAL_RUNSC, then in the repository's bin.
+func findRunsc() (path, skip string) {
+	path = os.Getenv("CAL_RUNSC")
+	if path == "" {
+		path, _ = filepath.Abs("../../bin/runsc")
+	}
+	if _, err := os.Stat(path); err != nil {
+		return "", fmt.Sprintf("no runsc: CAL_RUNSC is not set, and %v", err)
+	}
+	return path, ""
+}
+
+func need(t *testing.T) bench {
+	t.Helper()
+	if shared.skip != "" {
+		t.Skip(shared.skip)
+	}
+	if shared.guest == "" {
+		shared.guest = machinetest.TestGuest(t, shared.dir)
+	}
+	return shared
+}
+
+func host(t *testing.T) machinetest.Host {
+	b := need(t)
+	return machinetest.Host{
+		Driver:  func() machine.Driver { return New(Config{Runsc: b.runsc}) },
+		Proxy:   b.guest,
+		Scratch: b.dir,
+		Kill:    killSandbox,
+		Left:    left,
+	}
+}
+
+func sandboxOf(t *testing.T, dir string) process {
+	t.Helper()
+	running, err := processes(place(dir).runscRoot())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range running {
+		t.Cleanup(func() { p.file.Close() })
+	}
+	for _, p := range running {
+		if p.name == "runsc-sandbox" {
+			return p
+		}
+	}
+	t.Fatalf("no sandbox runs for %s", dir)
+	return process{}
+}
+
+func killSandbox(t *testing.T, dir string) {
+	t.Helper()
+	if err := sandboxOf(t, dir).signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// left lists what a machine must not leave.
+func left(t *testing.T, dir string) (found []string) {
+	t.Helper()
+	running, err := processes(place(dir).runscRoot())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range running {
+		found = append(found, fmt.Sprintf("process %d %s", p.pid, p.name))
+		p.file.Close()
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if filepath.IsAbs(dir) && strings.Contains(string(mounts), dir) {
+		found = append(found, "a mount")
+	}
+	id := filepath.Base(filepath.Dir(dir)) // as Host.Spec names machines
+	for _, pattern := range []string{"/sys/fs/cgroup/cal-" + id + "-*", "/sys/fs/cgroup/*/cal-" + id + "-*", "/run/cal/" + id + "-*"} {
+		names, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found = append(found, names...)
+	}
+	for _, name := range append(made, recordFile, lockFile) {
+		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+			found = append(found, name)
+		}
+	}
+	return found
+}
+
+func TestConformance(t *testing.T) { machinetest.Run(t, host(t)) }
+
+// TestOrdinaryUser runs all other tests as a user without any rights.
+func TestOrdinaryUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("this is the ordinary user")
+	}
+	b := need(t)
+	dir := filepath.Join(b.dir, "user")
+	must(t, os.Mkdir(dir, 0o755))
+	for name, source := range map[string]string{"runsc": b.runsc, "testguest": b.guest, "tests": "/proc/self/exe"} {
+		must(t, copyProgram(filepath.Join(dir, name), source))
+	}
+	for _, name := range []string{"scratch", "home"} {
+		must(t, os.Mkdir(filepath.Join(dir, name), 0o755))
+		must(t, os.Chown(filepath.Join(dir, name), ordinaryID, ordinaryID))
+	}
+	args := []string{"-test.v=" + fmt.Sprint(testing.Verbose()), "-test.timeout=5m"}
+	if testing.Short() {
+		args = append(args, "-test.short")
+	}
+	again := exec.CommandContext(t.Context(), filepath.Join(dir, "tests"), args...)
+	again.Dir = filepath.Join(dir, "scratch")
+	again.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir + "/home", "TMPDIR=" + dir + "/scratch", asOrdinary + "=" + dir}
+	again.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinaryID, Gid: ordinaryID}}
+	output, err := again.CombinedOutput()
+	if err != nil {
+		t.Fatalf("as user %d: %v\n%s", ordinaryID, err, output)
+	}
+	t.Logf("as user %d:\n%s", ordinaryID, output)
+}
+
+func copyProgram(to, from string) error {
+	source, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	target, err := os.OpenFile(to, os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o755)
+	if err != nil {
+		return err
+	}
+	if _, err := io.Copy(target, source); err != nil {
+		target.Close()
+		return err
+	}
+	return target.Close()
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,386 @@
+package gvisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cal/machine"
+	"cal/nucleus"
+)
+
+const (
+	startTimeout  = 60 * time.Second // of a start whose context has no deadline
+	attachTimeout = 30 * time.Second
+	watchEvery    = time.Second
+	resumeGrace   = 5 * time.Second // for the holder to make the guest smaller
+	consoleMost   = 1 << 20         // bytes on disk
+	consoleTail   = 16 << 10        // bytes shown
+)
+
+// Machine is a sandbox that this process holds.
+type Machine struct {
+	driver  *Driver
+	place   place
+	rec     record
+	sandbox process
+	held    io.Closer // the lock of the place
+
+	paused chan string
+	done   chan struct{}
+	ctx    context.Context // ends with Release and Destroy
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+
+	mu       sync.Mutex
+	wire     net.Conn
+	reason   string
+	stopped  bool      // by a watched limit
+	grace    time.Time // no watching before
+	released bool
+	gone     bool // Destroy has removed everything
+}
+
+// flags of every runsc command. Without --overlay2=none what a call wrote would
+// lie in memory; a gofer network namespace of its own leaves no mount on the host.
+func (d *Driver) flags(place place, rec record) []string {
+	flags := []string{
+		"--root=" + place.runscRoot(), "--platform=systrap", "--network=none", "--host-uds=none", "--host-fifo=none",
+		"--overlay2=none", "--gofer-network-namespace=new", "--host-settings=ignore",
+	}
+	if d.ordinary {
+		flags = append(flags, "--rootless")
+	}
+	if rec.Cgroup == "" {
+		flags = append(flags, "--ignore-cgroups")
+	}
+	return flags
+}
+
+func (d *Driver) start(ctx context.Context, place place, rec record, held io.Closer) (*Machine, error) {
+	host, guest, err := socketPair()
+	if err != nil {
+		return nil, err
+	}
+	defer guest.Close()
+	if err := d.run(ctx, place, rec, guest); err != nil {
+		host.Close()
+		return nil, err
+	}
+	m, err := d.hold(place, rec, held)
+	if err != nil {
+		host.Close()
+		return nil, err
+	}
+	if err := rec.checkCgroup(d.config.Cgroups, m.sandbox.pid); err != nil {
+		host.Close()
+		m.letGo()
+		return nil, err
+	}
+	m.wire = host
+	return m, nil
+}
+
+// run starts the sandbox in a session of its own: the death of the node, or of
+// the terminal it runs on, ends no machine.
+func (d *Driver) run(ctx context.Context, place place, rec record, guest *os.File) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	console, err := os.OpenFile(place.console(), os.O_CREATE|os.O_EXCL|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer console.Close()
+	if err := os.Mkdir(place.runscRoot(), 0o700); err != nil {
+		return err
+	}
+	args := append(d.flags(place, rec), "run", "--detach", "--bundle="+string(place), "--pid-file="+place.pid(), "--pass-fd=3:3", container)
+	cmd := command(ctx, d.config.Runsc, args, guest)
+	cmd.Stdout, cmd.Stderr = console, console
+	if err := startOn(cmd, rec.processors()); err != nil {
+		return fmt.Errorf("runsc: %w", err)
+	}
+	if err := cmd.Wait(); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return fmt.Errorf("runsc run: %w: %s", err, lastLine(tail(place.console())))
+	}
+	return nil
+}
+
+func command(ctx context.Context, runsc string, args []string, guest *os.File) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, runsc, args...)
+	cmd.Env = environment
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.WaitDelay = time.Second
+	if guest != nil {
+		cmd.ExtraFiles = []*os.File{guest} // descriptor 3
+	}
+	return cmd
+}
+
+// processors is on how many the sandbox is let run; 0 leaves it to the cgroup.
+func (r record) processors() int {
+	if r.Cgroup != "" {
+		return 0
+	}
+	return r.CPU
+}
+
+// startOn starts cmd on n processors. Affinity passes to a child from the
+// thread that starts it, so the thread takes it on for that moment.
+func startOn(cmd *exec.Cmd, n int) error {
+	if n == 0 {
+		return cmd.Start()
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var before unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &before); err != nil {
+		return err
+	}
+	few, err := someProcessors(n)
+	if err != nil {
+		return err
+	}
+	if err := unix.SchedSetaffinity(0, &few); err != nil {
+		return err
+	}
+	started := cmd.Start()
+	return errors.Join(started, unix.SchedSetaffinity(0, &before))
+}
+
+// hold finds the running sandbox of a place and begins to watch it.
+func (d *Driver) hold(place place, rec record, held io.Closer) (*Machine, error) {
+	running, err := processes(place.runscRoot())
+	if err != nil {
+		return nil, err
+	}
+	at := slices.IndexFunc(running, func(p process) bool { return p.name == "runsc-sandbox" })
+	for i, p := range running {
+		if i != at {
+			p.file.Close()
+		}
+	}
+	if at < 0 {
+		return nil, fmt.Errorf("%s: %w: %s", place, machine.ErrGone, lastLine(tail(place.console())))
+	}
+	m := &Machine{
+		driver: d, place: place, rec: rec, sandbox: running[at], held: held,
+		paused: make(chan string, 1), done: make(chan struct{}),
+	}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	m.work.Go(m.awaitDeath)
+	m.work.Go(m.watch)
+	return m, nil
+}
+
+// awaitDeath believes the process, not `runsc list`, which calls zombies running.
+func (m *Machine) awaitDeath() {
+	if err := m.sandbox.ended(); errors.Is(err, os.ErrClosed) {
+		return // released
+	}
+	m.mu.Lock()
+	if m.reason == "" {
+		m.reason = "the sandbox ended"
+		if m.rec.outOfMemory(m.driver.config.Cgroups) {
+			m.reason = fmt.Sprintf("the kernel killed the sandbox: it exceeded its memory limit of %d MB", m.rec.Memory>>20)
+		}
+	}
+	m.mu.Unlock()
+	close(m.done)
+}
+
+// watch keeps the console small and the watched memory below its limit.
+func (m *Machine) watch() {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-m.done:
+			return
+		case now := <-tick.C:
+			shorten(m.place.console())
+			m.watchMemory(now)
+		}
+	}
+}
+
+func (m *Machine) watchMemory(now time.Time) {
+	if m.rec.MaxWatch == 0 {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.stopped || now.Before(m.grace) {
+		return
+	}
+	used, err := memoryOf(m.sandbox.pid)
+	switch {
+	case err != nil:
+		m.halt(fmt.Sprintf("memory cannot be measured: %v", err))
+	case used > m.rec.MaxWatch:
+		m.halt(fmt.Sprintf("memory is %d MB, above the watched limit of %d MB", used>>20, m.rec.MaxWatch>>20))
+	}
+}
+
+// halt stops the sentry: without it the guest gets no memory, file or wire.
+func (m *Machine) halt(reason string) {
+	if m.sandbox.signal(unix.SIGSTOP) != nil {
+		return // it has ended, or ends
+	}
+	m.stopped = true
+	select {
+	case m.paused <- reason:
+	default:
+	}
+}
+
+// Resume implements machine.Machine. Watching begins anew after a few seconds.
+func (m *Machine) Resume(context.Context) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.stopped {
+		return nil
+	}
+	if err := m.sandbox.signal(unix.SIGCONT); err != nil {
+		return fmt.Errorf("resuming %s: %w", m.rec.ID, err)
+	}
+	m.stopped, m.grace = false, time.Now().Add(resumeGrace)
+	return nil
+}
+
+// Wire implements machine.Machine.
+func (m *Machine) Wire() net.Conn {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	conn := m.wire
+	m.wire = nil
+	return conn
+}
+
+// Facts implements machine.Machine.
+func (m *Machine) Facts() machine.Facts { return m.rec.Facts }
+
+// Limits implements machine.Machine.
+func (m *Machine) Limits() []nucleus.Limit { return slices.Clone(m.rec.Limits) }
+
+// Paused implements machine.Machine.
+func (m *Machine) Paused() <-chan string { return m.paused }
+
+// Done implements machine.Machine.
+func (m *Machine) Done() <-chan struct{} { return m.done }
+
+// Reason implements machine.Machine.
+func (m *Machine) Reason() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.reason
+}
+
+// Console implements machine.Machine.
+func (m *Machine) Console() string { return tail(m.place.console()) }
+
+// Rewire implements machine.Machine.
+func (m *Machine) Rewire(context.Context) (net.Conn, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.released || m.gone {
+		return nil, fmt.Errorf("%s: %w", m.place, machine.ErrGone)
+	}
+	select {
+	case <-m.done:
+		return nil, fmt.Errorf("%s: %w: %s", m.place, machine.ErrGone, m.reason)
+	default:
+	}
+	host, guest, err := socketPair()
+	if err != nil {
+		return nil, err
+	}
+	defer guest.Close()
+	// The hand-over outlives this call: the proxy takes the wire once the holder
+	// has proved itself on it.
+	ctx, cancel := context.WithTimeout(m.ctx, attachTimeout)
+	args := append(m.driver.flags(m.place, m.rec), "exec", "--pass-fd=3:3", container, machine.ProxyPath, "attach")
+	cmd := command(ctx, m.driver.config.Runsc, args, guest)
+	said := &bounded{}
+	cmd.Stdout, cmd.Stderr = said, said
+	if err := cmd.Start(); err != nil {
+		cancel()
+		host.Close()
+		return nil, fmt.Errorf("runsc exec: %w", err)
+	}
+	handed := &handedWire{Conn: host, answered: make(chan struct{})}
+	m.work.Go(func() {
+		defer cancel()
+		defer close(handed.answered)
+		if err := cmd.Wait(); err != nil {
+			handed.refusal = fmt.Errorf("the proxy did not take the new wire: %w: %s", err, lastLine(said.String()))
+		}
+	})
+	return handed, nil
+}
+
+// Destroy implements machine.Machine.
+func (m *Machine) Destroy(ctx context.Context) error {
+	m.mu.Lock()
+	if m.gone || m.released {
+		m.mu.Unlock()
+		return nil
+	}
+	if m.reason == "" {
+		m.reason = "destroyed"
+	}
+	m.mu.Unlock()
+	if err := m.driver.clear(ctx, m.place); err != nil {
+		return err
+	}
+	<-m.done
+	m.mu.Lock()
+	first := !m.gone
+	m.gone = true
+	m.mu.Unlock()
+	if !first {
+		return nil
+	}
+	m.letGo()
+	return m.place.discard(m.held)
+}
+
+// Release implements machine.Machine.
+func (m *Machine) Release() {
+	m.mu.Lock()
+	if m.released || m.gone {
+		m.mu.Unlock()
+		return
+	}
+	m.released = true
+	m.mu.Unlock()
+	m.letGo()
+	m.held.Close()
+}
+
+// letGo ends this process's part and waits for it.
+func (m *Machine) letGo() {
+	m.cancel()
+	m.sandbox.file.Close()
+	if conn := m.Wire(); conn != nil {
+		conn.Close()
+	}
+	m.work.Wait()
+}

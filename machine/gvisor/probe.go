@@ -1,0 +1,182 @@
+package gvisor
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"cal/image"
+	"cal/machine"
+	"cal/nucleus"
+)
+
+const probeTimeout = 10 * time.Second
+
+// probeScript runs in the guest. Only shell builtins: the answer comes from the
+// kernel that the guest sees, which must be gVisor's.
+const probeScript = `read -r version </proc/version && echo "cal-probe: $version"`
+
+// Probe implements machine.Driver: a shell of the host's root file system must
+// run under gVisor's kernel and say so.
+func (d *Driver) Probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	if err := d.probeRunsc(ctx); err != nil {
+		return err
+	}
+	if !d.ordinary {
+		if err := probeIDs("/proc/self/uid_map"); err != nil {
+			return err
+		}
+	}
+	dir, err := os.MkdirTemp(d.config.Scratch, "cal-probe-")
+	if err != nil {
+		return &machine.ProbeError{Cause: "no directory for a probe can be made", Mend: "set TMPDIR to a directory that you can write", Err: err}
+	}
+	output, err := d.probeGuest(ctx, place(dir))
+	end, stop := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	defer stop()
+	if cleared := errors.Join(d.clear(end, place(dir)), os.RemoveAll(dir)); cleared != nil {
+		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named runsc-sandbox", Err: cleared}
+	}
+	if err == nil && strings.Contains(output, "cal-probe: ") && strings.Contains(output, "gvisor") {
+		return nil
+	}
+	return d.diagnose("/proc", output, err, errors.Is(ctx.Err(), context.DeadlineExceeded))
+}
+
+// probeRunsc says whether the pinned runsc is there and is what it should be.
+func (d *Driver) probeRunsc(ctx context.Context) error {
+	const mend = "run `make` in CAL's source, or install CAL again: it brings its own runsc"
+	output, err := exec.CommandContext(ctx, d.config.Runsc, "--version").CombinedOutput()
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, exec.ErrNotFound):
+		return &machine.ProbeError{Cause: fmt.Sprintf("runsc is not at %q", d.config.Runsc), Mend: mend}
+	case errors.Is(err, fs.ErrPermission):
+		return &machine.ProbeError{
+			Cause: fmt.Sprintf("runsc at %s may not be executed", d.config.Runsc),
+			Mend:  "chmod 755 it, and see that its file system is not mounted noexec and its directories can be entered", Err: err,
+		}
+	case ctx.Err() != nil:
+		return hang("runsc --version")
+	case err != nil:
+		return &machine.ProbeError{Cause: fmt.Sprintf("%s --version failed: %s", d.config.Runsc, lastLine(string(output))), Mend: mend, Err: err}
+	}
+	first, _, _ := strings.Cut(string(output), "\n")
+	if got := strings.TrimPrefix(first, "runsc version "); got != d.config.Version {
+		return &machine.ProbeError{Cause: fmt.Sprintf("runsc at %s is version %q, wanted %q", d.config.Runsc, got, d.config.Version), Mend: mend}
+	}
+	return nil
+}
+
+func probeIDs(uidMap string) error {
+	file, err := os.Open(uidMap)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	if mapped, count := idsMapped(file); !mapped {
+		return &machine.ProbeError{
+			Cause: fmt.Sprintf("this root owns %d user ids, not those from %d on that machines get", count, lowestID),
+			Mend:  "run CAL as an ordinary user, or in a container that maps all ids",
+		}
+	}
+	return nil
+}
+
+// probeGuest runs the script attached, so that it ends with its parent.
+func (d *Driver) probeGuest(ctx context.Context, place place) (string, error) {
+	root, err := image.Resolve(nucleus.Image{Kind: "host"}, d.config.Host)
+	if err != nil {
+		return "", err
+	}
+	rec := record{Driver: d.Name(), ID: "probe", Facts: d.facts()}
+	if !d.ordinary {
+		rec.IDBase = lowestID
+		rec.Root = filepath.Join(d.config.Roots, nucleus.NewID("probe-"))
+	}
+	if err := errors.Join(rec.save(place), os.Mkdir(place.runscRoot(), 0o700)); err != nil {
+		return "", err
+	}
+	skeleton, err := rec.makeRootfs(place)
+	if err != nil {
+		return "", err
+	}
+	if err := root.Build(skeleton, "/proc", "/sys", "/dev", "/tmp", "/run", machine.Home); err != nil {
+		return "", err
+	}
+	spec := machine.Spec{Dir: string(place)}
+	config := d.config.oci(spec, rec, root.Binds)
+	config.Mounts = config.Mounts[:len(config.Mounts)-1] // no workspace
+	config.Process.Args = []string{"/bin/sh", "-c", probeScript}
+	config.Process.Capabilities = &specs.LinuxCapabilities{}
+	if err := writeConfig(place, config); err != nil {
+		return "", err
+	}
+	var output bounded
+	cmd := command(ctx, d.config.Runsc, append(d.flags(place, rec), "run", "--bundle="+string(place), container), nil)
+	cmd.Stdout, cmd.Stderr = &output, &output
+	err = cmd.Run()
+	return output.String(), err
+}
+
+func hang(what string) error {
+	return &machine.ProbeError{
+		Cause: fmt.Sprintf("%s did not answer within %s", what, probeTimeout),
+		Mend:  "see whether the host is overloaded, or a security module stops ptrace or seccomp; `cal doctor` tries again",
+	}
+}
+
+// diagnose finds the cause of a failed guest: first what the host says of
+// itself, then what runsc said.
+func (d *Driver) diagnose(proc, output string, err error, late bool) error {
+	if err == nil {
+		err = errors.New("no answer of gVisor's kernel")
+	}
+	seen := fmt.Errorf("%w: %s", err, lastLine(output))
+	read := func(name string) string {
+		data, err := os.ReadFile(filepath.Join(proc, name))
+		if err != nil {
+			return ""
+		}
+		return string(bytes.TrimSpace(data))
+	}
+	switch {
+	case late:
+		return hang("a guest under runsc")
+	case read("sys/user/max_user_namespaces") == "0":
+		return &machine.ProbeError{Cause: "user namespaces are switched off (user.max_user_namespaces is 0)",
+			Mend: "sudo sysctl -w user.max_user_namespaces=28633", Err: seen}
+	case d.ordinary && read("sys/kernel/unprivileged_userns_clone") == "0":
+		return &machine.ProbeError{Cause: "user namespaces are for root only (kernel.unprivileged_userns_clone is 0)",
+			Mend: "sudo sysctl -w kernel.unprivileged_userns_clone=1", Err: seen}
+	case d.ordinary && read("sys/kernel/apparmor_restrict_unprivileged_userns") == "1":
+		return &machine.ProbeError{Cause: "AppArmor restricts user namespaces of ordinary users (kernel.apparmor_restrict_unprivileged_userns is 1)",
+			Mend: "give runsc an AppArmor profile with `userns,`, or sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0", Err: seen}
+	case strings.Contains(strings.ToLower(output), "operation not permitted") && statusValue(read("self/status"), "Seccomp") == "2":
+		return &machine.ProbeError{Cause: "a seccomp filter around this process, a container's presumably, forbids what runsc needs",
+			Mend: "start the container with --security-opt seccomp=unconfined, or a profile that allows unshare, clone, mount and ptrace", Err: seen}
+	case strings.Contains(output, "operation not permitted") || strings.Contains(output, "permission denied"):
+		return &machine.ProbeError{Cause: "this process may not make the namespaces and mounts that runsc needs",
+			Mend: "in a container give it CAP_SYS_ADMIN or --privileged; else run as an ordinary user of the host", Err: seen}
+	}
+	return &machine.ProbeError{Cause: "runsc runs no guest here", Mend: "run `cal doctor` and report what it prints", Err: seen}
+}
+
+func statusValue(status, key string) string {
+	for line := range strings.Lines(status) {
+		if value, ok := strings.CutPrefix(line, key+":"); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
+}

@@ -1,0 +1,124 @@
+package gvisor
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"cal/internal/durable"
+	"cal/machine"
+	"cal/nucleus"
+)
+
+// place is a machine's directory. runsc's own state, the bundle, the console and
+// the record lie at fixed names in it, so that they can be removed unread.
+type place string
+
+func (p place) runscRoot() string { return filepath.Join(string(p), "r") }
+func (p place) empty() string     { return filepath.Join(string(p), "empty") }
+func (p place) config() string    { return filepath.Join(string(p), "config.json") }
+func (p place) console() string   { return filepath.Join(string(p), "console") }
+func (p place) pid() string       { return filepath.Join(string(p), "pid") }
+func (p place) record() string    { return filepath.Join(string(p), recordFile) }
+
+const (
+	recordFile = "machine.json"
+	lockFile   = "lock"
+	container  = "m" // runsc's name for the only container of its root
+)
+
+// made are all names in a place but the record, which goes last: while it is
+// there, what else is left is known.
+var made = []string{"r", "rootfs", "empty", "config.json", "console", "pid"}
+
+// check refuses a directory in which runsc could not put its control socket:
+// it would then put it into /run or /tmp without a word, where nobody removes it.
+func (p place) check() error {
+	socket := filepath.Join(p.runscRoot(), "runsc-"+container+".sock")
+	if most := len(syscall.RawSockaddrUnix{}.Path) - 1; len(socket) > most {
+		return machine.Refuse("machine directory %s is too long: its control socket's path has %d bytes, at most %d are possible", p, len(socket), most)
+	}
+	return nil
+}
+
+// unlock gives the place back as it was before Create.
+func (p place) unlock(held io.Closer) error {
+	err := os.Remove(filepath.Join(string(p), lockFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return errors.Join(err, held.Close())
+}
+
+// discard removes the emptied directory. One that holds anything else is its
+// owner's and stays.
+func (p place) discard(held io.Closer) error {
+	if err := p.unlock(held); err != nil {
+		return err
+	}
+	err := os.Remove(string(p))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTEMPTY) {
+		return nil
+	}
+	return err
+}
+
+// record is what another process needs to adopt or remove the machine. It is
+// on the disk before what it names is made.
+type record struct {
+	Driver  string `json:"driver"`
+	ID      string `json:"id"`
+	Created string `json:"created"`
+	IDBase  uint32 `json:"id_base,omitempty"` // host id of the machine's root; 0: the user who started it
+	Cgroup  string `json:"cgroup,omitempty"`
+
+	// Root is the directory of the root's skeleton where it cannot lie in the
+	// place: started as root, the gofer has an id of the machine's and must be able to
+	// walk there, which the host root's home does not let it. It holds no secret.
+	Root string `json:"root,omitempty"`
+
+	Facts    machine.Facts   `json:"facts"`
+	Limits   []nucleus.Limit `json:"limits,omitempty"`
+	Memory   int64           `json:"memory,omitempty"`    // bytes, where a cgroup enforces it
+	MaxWatch int64           `json:"max_watch,omitempty"` // bytes, where it is watched
+	CPU      int             `json:"cpu,omitempty"`
+	Pids     int             `json:"pids,omitempty"`
+}
+
+// rootfs is where the skeleton of the machine's root lies.
+func (r record) rootfs(place place) string {
+	if r.Root != "" {
+		return filepath.Join(r.Root, "rootfs")
+	}
+	return filepath.Join(string(place), "rootfs")
+}
+
+// makeRootfs makes that directory, empty.
+func (r record) makeRootfs(place place) (string, error) {
+	if r.Root != "" {
+		if err := os.MkdirAll(filepath.Dir(r.Root), 0o711); err != nil {
+			return "", err
+		}
+		if err := os.Mkdir(r.Root, 0o711); err != nil {
+			return "", err
+		}
+	}
+	return r.rootfs(place), os.Mkdir(r.rootfs(place), 0o755)
+}
+
+func (r record) save(place place) error { return durable.Store(place.record(), r) }
+
+func loadRecord(place place) (record, error) {
+	var rec record
+	if err := durable.Load(place.record(), &rec); err != nil {
+		return record{}, err
+	}
+	if rec.Driver != "gvisor" {
+		return record{}, fmt.Errorf("%s is a machine of driver %q", place, rec.Driver)
+	}
+	return rec, nil
+}

@@ -1,0 +1,24 @@
+package machinetest
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"testing"
+)
+
+// TestGuest builds the guest program into dir and returns its path.
+func TestGuest(t *testing.T, dir string) string {
+	t.Helper()
+	path := filepath.Join(dir, "testguest")
+	build := exec.Command(filepath.Join(runtime.GOROOT(), "bin", "go"), "build", "-o", path, "cal/machine/machinetest/testguest")
+	if runtime.GOROOT() == "" {
+		build.Path, _ = exec.LookPath("go")
+	}
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+	if output, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("building the test guest: %v\n%s", err, output)
+	}
+	return path
+}

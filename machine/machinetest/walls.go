@@ -1,0 +1,202 @@
+package machinetest
+
+import (
+	"crypto/rand"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"cal/machine"
+	"cal/machine/machinetest/script"
+	"cal/nucleus"
+)
+
+// testWalls tries from the inside what must not be possible. A driver without
+// a tier promises no wall.
+func testWalls(t *testing.T, host Host) {
+	if host.Driver().Tier() == nucleus.TierNone {
+		t.Skip("driver promises no wall")
+	}
+	for _, test := range []struct {
+		name string
+		try  func(*testing.T, Host)
+	}{
+		{"host files", testHostFiles},
+		{"private files of an image", testPrivateFiles},
+		{"read-only", testReadOnly},
+		{"doors of the workspace", testDoors},
+	} {
+		t.Run(test.name, func(t *testing.T) { test.try(t, host) })
+	}
+}
+
+// plant puts a canary wherever a host keeps what is nobody's business.
+func plant(t *testing.T, host Host) (canary, home string) {
+	t.Helper()
+	canary = "canary-" + strings.ToLower(rand.Text())
+	home, err := os.MkdirTemp(host.Scratch, "home")
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(home) })
+	t.Setenv("HOME", home)
+	t.Setenv("CAL_TEST_SECRET", canary)
+	must(t, os.Mkdir(filepath.Join(home, ".ssh"), 0o755))
+	for _, name := range []string{filepath.Join(home, ".ssh/id"), filepath.Join("/var/tmp", canary), filepath.Join(os.TempDir(), canary), filepath.Join("/run", canary)} {
+		if err := os.WriteFile(name, []byte(canary), 0o644); err != nil && !strings.HasPrefix(name, "/run/") {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.Remove(name) })
+	}
+	return canary, home
+}
+
+// searched are all places of a machine but the programs and the kernel's own.
+var searched = []string{"/etc", "/home", "/root", "/var", "/run", "/tmp", "/opt", "/srv", "/mnt", "/media", "/boot", "/dev", "/.nucleus/agent"}
+
+func testHostFiles(t *testing.T, host Host) {
+	canary, home := plant(t, host)
+	look := func(guest *Guest) (found []string) {
+		for _, place := range searched {
+			if reply := guest.Try(script.Action{Do: "find", Path: place, Data: canary, UID: -1}); reply.Data != "" {
+				found = append(found, reply.Data)
+			}
+		}
+		return found
+	}
+	_, guest := host.Create(t, host.Spec(t))
+	if found := look(guest); found != nil {
+		t.Errorf("files of the host: %v", found)
+	}
+	for _, pid := range []string{"1", "self"} {
+		if env := guest.Must(script.Action{Do: "read", Path: "/proc/" + pid + "/environ", UID: -1}); strings.Contains(env, canary) || strings.Contains(env, "HOME="+home) {
+			t.Errorf("environment of the host in process %s: %q", pid, env)
+		}
+	}
+	allowed := strings.Fields("bin dev etc home lib lib32 lib64 libx32 proc root run sbin sys tmp usr var .nucleus")
+	for name := range strings.Lines(guest.Must(script.Action{Do: "list", Path: "/", UID: -1})) {
+		if !slices.Contains(allowed, strings.TrimSpace(name)) {
+			t.Errorf("the machine's root holds %q", name)
+		}
+	}
+	for _, path := range []string{"/etc/shadow", "/etc/gshadow", "/etc/ssh", "/etc/sudoers", "/etc/ssl/private", home, "/proc/1/root" + home} {
+		guest.MustFail(script.Action{Do: "stat", Path: path, UID: -1})
+	}
+	if got := guest.Must(script.Action{Do: "interfaces", UID: -1}); got != "lo" {
+		t.Errorf("network interfaces: %q", got)
+	}
+
+	// Control: a layer is a door, and then the search finds the canary.
+	spec := host.Spec(t)
+	spec.Image.Layers = []nucleus.Layer{{Name: "mutant", Host: filepath.Join(home, ".ssh"), Guest: "/opt/leak"}}
+	_, guest = host.Create(t, spec)
+	if found := look(guest); !slices.Equal(found, []string{"/opt/leak/id"}) {
+		t.Errorf("the search cannot see a canary that is there: %v", found)
+	}
+}
+
+// testPrivateFiles: what `other` cannot read is in no machine, not even for its root.
+func testPrivateFiles(t *testing.T, host Host) {
+	image := filepath.Join(host.Spec(t).Workspace, "image")
+	for _, dir := range []string{"usr/share", "usr/private", "opt", "etc", "home/agent", "home/somebody"} {
+		must(t, os.MkdirAll(filepath.Join(image, dir), 0o755))
+	}
+	for name, mode := range map[string]os.FileMode{
+		"usr/share/public": 0o644, "usr/share/group": 0o640, "usr/share/owner": 0o600, "usr/share/none": 0,
+		"usr/private/inside": 0o644, "etc/public": 0o644, "etc/private": 0o640, "home/agent/private": 0o644, "home/somebody/public": 0o644,
+	} {
+		path := filepath.Join(image, name)
+		must(t, os.WriteFile(path, []byte("content"), 0o644))
+		must(t, os.Chmod(path, mode))
+	}
+	must(t, os.Chmod(filepath.Join(image, "usr/private"), 0o750))
+	must(t, syscall.Mkfifo(filepath.Join(image, "usr/share/fifo"), 0o666))
+	must(t, os.Symlink("/etc/shadow", filepath.Join(image, "etc/link")))
+	spec := host.Spec(t)
+	spec.Image = nucleus.Image{Kind: "directory", Path: image}
+	m, guest := host.Create(t, spec)
+	for _, uid := range []int{-1, m.Facts().ToolsUID, m.Facts().AgentUID} {
+		for _, name := range []string{"/usr/share/group", "/usr/share/owner", "/usr/share/none", "/usr/private/inside", "/etc/private", "/etc/link"} {
+			if reply := guest.Try(script.Action{Do: "read", Path: name, UID: uid}); reply.Data != "" {
+				t.Errorf("user %d reads %s", uid, name)
+			}
+		}
+		for _, name := range []string{"/usr/share/public", "/etc/public", "/home/somebody/public"} { // control
+			if got := guest.Must(script.Action{Do: "read", Path: name, UID: uid}); got != "content" {
+				t.Errorf("user %d, %s: %q", uid, name, got)
+			}
+		}
+	}
+	if got := guest.Must(script.Action{Do: "list", Path: machine.Home, UID: -1}); got != "workspace" {
+		t.Errorf("%s holds %q", machine.Home, got)
+	}
+	if _, err := os.Lstat(filepath.Join(image, "proc")); !os.IsNotExist(err) {
+		t.Errorf("the image was written to: %v", err)
+	}
+}
+
+func testReadOnly(t *testing.T, host Host) {
+	layer := filepath.Join(host.Spec(t).Workspace, "layer")
+	must(t, os.Mkdir(layer, 0o777))
+	must(t, os.Chmod(layer, 0o777))
+	spec := host.Spec(t)
+	spec.Image.Layers = []nucleus.Layer{{Name: "layer", Host: layer, Guest: "/opt/layer"}}
+	spec.Agent = []nucleus.Layer{{Name: "agent", Host: layer, Guest: machine.AgentDir + "/0"}}
+	m, guest := host.Create(t, spec)
+	for _, uid := range []int{-1, m.Facts().ToolsUID} {
+		for _, dir := range []string{"/", "/usr", "/usr/bin", "/bin", "/etc", "/etc/ssl/certs", "/opt/layer", machine.AgentDir, machine.AgentDir + "/0", "/.nucleus", "/sys"} {
+			guest.MustFail(script.Action{Do: "write", Path: dir + "/cal-test-intruder", UID: uid})
+		}
+		guest.MustFail(script.Action{Do: "write", Path: machine.ProxyPath, Data: "x", UID: uid})
+		for _, dir := range []string{"/tmp", machine.Home, machine.Workspace} { // control
+			guest.Must(script.Action{Do: "write", Path: dir + "/mine", UID: m.Facts().ToolsUID})
+			guest.Must(script.Action{Do: "remove", Path: dir + "/mine", UID: m.Facts().ToolsUID})
+		}
+	}
+	// The machine's root may mount what it likes: the host's side stays read-only.
+	for _, dir := range []string{"/usr", "/opt/layer"} {
+		guest.Try(script.Action{Do: "remount", Path: dir, UID: -1})
+		guest.MustFail(script.Action{Do: "write", Path: dir + "/cal-test-intruder", UID: -1})
+	}
+	if entries, err := os.ReadDir(layer); err != nil || len(entries) != 0 {
+		t.Errorf("layer on the host: %v, %v", entries, err)
+	}
+}
+
+// testDoors puts things into the workspace that would lead out of it.
+func testDoors(t *testing.T, host Host) {
+	spec := host.Spec(t)
+	must(t, os.Chmod(filepath.Dir(spec.Workspace), 0o755))
+	socket := filepath.Join(spec.Workspace, "s")
+	unixDoor, err := net.Listen("unix", socket)
+	must(t, err)
+	defer unixDoor.Close()
+	must(t, os.Chmod(socket, 0o777))
+	tcpDoor, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer tcpDoor.Close()
+	must(t, syscall.Mkfifo(filepath.Join(spec.Workspace, "f"), 0o666))
+	must(t, os.Symlink("/etc/hostname", filepath.Join(spec.Workspace, "l")))
+	for _, dial := range [][2]string{{"unix", socket}, {"tcp", tcpDoor.Addr().String()}} { // control
+		conn, err := net.Dial(dial[0], dial[1])
+		must(t, err)
+		conn.Close()
+	}
+	m, guest := host.Create(t, spec)
+	tools := m.Facts().ToolsUID
+	for _, uid := range []int{-1, tools} {
+		guest.MustFail(script.Action{Do: "dial", Data: "unix", Path: machine.Workspace + "/s", UID: uid})
+		guest.MustFail(script.Action{Do: "dial", Data: "tcp", Path: tcpDoor.Addr().String(), UID: uid})
+		guest.MustFail(script.Action{Do: "write", Path: machine.Workspace + "/f", UID: uid})
+		guest.MustFail(script.Action{Do: "mknod", Path: machine.Workspace + "/disk", UID: uid})
+	}
+	if got := guest.Must(script.Action{Do: "read", Path: machine.Workspace + "/l", UID: -1}); got != "cal\n" {
+		t.Errorf("a link out of the workspace shows %q, want the machine's own file", got)
+	}
+	guest.Must(script.Action{Do: "link", Path: machine.Workspace + "/out", Data: spec.Dir, UID: tools})
+	if got := guest.Try(script.Action{Do: "list", Path: machine.Workspace + "/out/", UID: -1}); got.Err == "" {
+		t.Errorf("a link reaches the host: %q", got.Data)
+	}
+}

@@ -1,0 +1,191 @@
+// Package client speaks the node's API for programs of the person: cal, the
+// adapter, tests. It signs with the operator's key and holds nothing else.
+package client
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"cal/nucleus"
+	"cal/wire"
+)
+
+// Client is a connection to one node.
+type Client struct {
+	socket string
+	http   *http.Client
+	signer *wire.Signer
+}
+
+// New returns a client for the node at a socket; nothing is dialled yet.
+func New(socket string, keyID string, key ed25519.PrivateKey) *Client {
+	return &Client{socket: socket, http: wire.UnixClient(socket), signer: &wire.Signer{KeyID: keyID, Ed25519: key, Now: time.Now}}
+}
+
+// StreamResult is the FrameResult that ends a streamed operation.
+type StreamResult struct {
+	Value json.RawMessage `json:"value,omitempty"`
+	Error *nucleus.Error  `json:"error,omitempty"`
+}
+
+// AgentRequest is the body of POST /v1/pods/{id}/agent.
+type AgentRequest struct {
+	Attach bool              `json:"attach,omitempty"` // join the agent that runs
+	TTY    bool              `json:"tty,omitempty"`
+	Rows   uint16            `json:"rows,omitempty"`
+	Cols   uint16            `json:"cols,omitempty"`
+	Files  map[string][]byte `json:"files,omitempty"` // read-only copies for its working directory
+}
+
+// AgentExit is the FrameResult of an agent's stream.
+type AgentExit struct {
+	ExitCode int            `json:"exit_code"`
+	Error    *nucleus.Error `json:"error,omitempty"`
+}
+
+// RepoFetched is what a fetch from the machine brought.
+type RepoFetched struct {
+	Name     string `json:"name"`
+	Branch   string `json:"branch"`
+	Base     string `json:"base"`
+	Head     string `json:"head"`
+	Worktree string `json:"worktree"` // commit with what was not committed; Head when there is none
+	Commits  int    `json:"commits"`
+	Stat     string `json:"stat"` // diff stat, base to worktree
+}
+
+// Health returns the node's version, or why it cannot be reached.
+func (c *Client) Health(ctx context.Context) (version string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://nucleus/v1/healthz", nil)
+	if err != nil {
+		return "", err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer resp.Body.Close()
+	var health struct{ Status, Version string }
+	if err := json.NewDecoder(resp.Body).Decode(&health); err != nil {
+		return "", fmt.Errorf("%s does not speak like a node: %w", c.socket, err)
+	}
+	return health.Version, nil
+}
+
+// CreatePod starts a machine and returns when it serves.
+func (c *Client) CreatePod(ctx context.Context, spec nucleus.PodSpec) (nucleus.PodStatus, error) {
+	var status nucleus.PodStatus
+	return status, c.do(ctx, http.MethodPost, "/v1/pods", "", spec, &status)
+}
+
+// Pods lists the pods of the node.
+func (c *Client) Pods(ctx context.Context) ([]nucleus.PodStatus, error) {
+	var list []nucleus.PodStatus
+	return list, c.do(ctx, http.MethodGet, "/v1/pods", "", nil, &list)
+}
+
+// Pod returns one pod.
+func (c *Client) Pod(ctx context.Context, id string) (nucleus.PodStatus, error) {
+	var status nucleus.PodStatus
+	return status, c.do(ctx, http.MethodGet, "/v1/pods/"+id, id, nil, &status)
+}
+
+// DeletePod stops a machine; a named workspace stays.
+func (c *Client) DeletePod(ctx context.Context, id string) error {
+	return c.do(ctx, http.MethodDelete, "/v1/pods/"+id, id, nil, nil)
+}
+
+// Stop ends the node; its machines wait a minute for the next one.
+func (c *Client) Stop(ctx context.Context) error {
+	return c.do(ctx, http.MethodPost, "/v1/stop", "", nil, nil)
+}
+
+// Tool performs one operation and returns its result document.
+func (c *Client) Tool(ctx context.Context, pod string, op nucleus.Op, args any) (json.RawMessage, error) {
+	var value json.RawMessage
+	return value, c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/pods/%s/tools/%s", pod, op), pod, args, &value)
+}
+
+// FetchRepo brings a repository's branch out of the machine into quarantine.
+func (c *Client) FetchRepo(ctx context.Context, pod, repo string) (RepoFetched, error) {
+	var fetched RepoFetched
+	return fetched, c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/pods/%s/repos/%s/fetch", pod, repo), pod, nil, &fetched)
+}
+
+// Terminal is how a streamed command is shown.
+type Terminal struct {
+	TTY, Stdin bool
+	Rows, Cols uint16
+}
+
+// Run starts run_bash on a stream of frames; see nucleus and wire.
+func (c *Client) Run(ctx context.Context, pod string, args any, t Terminal) (*wire.Stream, error) {
+	path := fmt.Sprintf("/v1/pods/%s/tools/run_bash?terminal=%d&stdin=%d&rows=%d&cols=%d", pod, digit(t.TTY), digit(t.Stdin), t.Rows, t.Cols)
+	return c.upgrade(ctx, path, pod, args)
+}
+
+// Agent starts or joins the pod's agent on a stream of frames.
+func (c *Client) Agent(ctx context.Context, pod string, req AgentRequest) (*wire.Stream, error) {
+	return c.upgrade(ctx, "/v1/pods/"+pod+"/agent", pod, req)
+}
+
+func digit(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func (c *Client) request(ctx context.Context, method, path, pod string, body any) (*http.Request, error) {
+	var raw []byte
+	if body != nil {
+		var err error
+		if raw, err = json.Marshal(body); err != nil {
+			return nil, err
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://nucleus"+path, bytes.NewReader(raw))
+	if err != nil {
+		return nil, err
+	}
+	return req, c.signer.Sign(req, pod, raw)
+}
+
+func (c *Client) do(ctx context.Context, method, path, pod string, body, answer any) error {
+	req, err := c.request(ctx, method, path, pod, body)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nucleus.Errorf(nucleus.KindUnavailable, "the node at %s cannot be reached: %v", c.socket, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode >= 300 {
+		return wire.ReadError(resp)
+	}
+	if answer == nil {
+		return nil
+	}
+	return json.NewDecoder(resp.Body).Decode(answer)
+}
+
+func (c *Client) upgrade(ctx context.Context, path, pod string, body any) (*wire.Stream, error) {
+	req, err := c.request(ctx, http.MethodPost, path, pod, body)
+	if err != nil {
+		return nil, err
+	}
+	dial := func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", c.socket)
+	}
+	return wire.DialUpgrade(ctx, dial, req)
+}

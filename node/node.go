@@ -1,0 +1,252 @@
+// Package node is nucleus-node: the control plane on the host.
+//
+// Every side effect of every machine passes request.go, in one order: the caller is
+// authenticated, the arguments are resolved, the decision is made, its legs are
+// taken and its intent is durable in the log, an approval is used up where one is
+// needed; only then does anything happen, and what came of it is logged. What cannot be
+// decided or recorded does not happen. The node holds no key that can grant.
+//
+// A machine and its session outlive the node: what is needed to take them up again
+// is on disk before a sandbox, a mount or a socket is made.
+package node
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	approvals "cal/approval/client"
+	"cal/approval/spent"
+	"cal/audit"
+	"cal/egress"
+	"cal/internal/keyfile"
+	"cal/machine"
+	"cal/nucleus"
+	"cal/wire"
+)
+
+// Config is all that a node needs.
+type Config struct {
+	Home      string           // CAL_HOME; everything the node keeps lies below it
+	Drivers   []machine.Driver // strongest first
+	Proxy     string           // the static nucleus-tool-proxy
+	Authority string           // socket of the approval daemon; "" means that nobody can approve
+	GitHub    Forge            // for create_pr
+	Stop      func()           // ends the program, for POST /v1/stop
+	Now       func() time.Time // nil: the system's clock
+}
+
+// Node is the control plane of one person. Make it with Open.
+type Node struct {
+	config   Config
+	dirs     Dirs
+	key      ed25519.PrivateKey
+	log      *audit.Log
+	salts    *audit.Salts
+	gateway  *egress.Gateway
+	spent    *spent.Store
+	asks     *approvals.Client
+	verifier *wire.Verifier
+	probes   probes
+	lock     *os.File
+
+	mu       sync.Mutex
+	pods     map[string]*Pod
+	sessions map[string]*rootSession
+	agents   map[string]wire.Key // boot id -> key of the agent inside
+	serving  sync.WaitGroup
+}
+
+// Dirs are the places below CAL_HOME.
+type Dirs struct{ Home string }
+
+// The places. Run and everything in it is private to the user.
+func (d Dirs) Run() string                  { return filepath.Join(d.Home, "run") }
+func (d Dirs) Socket() string               { return filepath.Join(d.Run(), "node.sock") }
+func (d Dirs) Log() string                  { return filepath.Join(d.Home, "log") }
+func (d Dirs) Keys() string                 { return filepath.Join(d.Home, "keys") }
+func (d Dirs) Pods() string                 { return filepath.Join(d.Run(), "pods") }
+func (d Dirs) Pod(id string) string         { return filepath.Join(d.Pods(), id) }
+func (d Dirs) Workspace(name string) string { return filepath.Join(d.Home, "isolation", "vms", name) }
+
+// Open takes the node's place below config.Home: one node at a time.
+func Open(ctx context.Context, config Config) (*Node, error) {
+	if config.Now == nil {
+		config.Now = time.Now
+	}
+	n := &Node{config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, sessions: map[string]*rootSession{}, agents: map[string]wire.Key{}}
+	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods()} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	if err := n.open(ctx); err != nil {
+		n.Close()
+		return nil, err
+	}
+	return n, n.recover(ctx)
+}
+
+func (n *Node) open(ctx context.Context) error {
+	var err error
+	if n.lock, err = lockFile(ctx, filepath.Join(n.dirs.Run(), "node.lock")); err != nil {
+		return err
+	}
+	if n.key, err = keyfile.LoadOrMake(filepath.Join(n.dirs.Keys(), "node.key")); err != nil {
+		return err
+	}
+	logKey, err := keyfile.LoadOrMake(filepath.Join(n.dirs.Keys(), "log.key"))
+	if err != nil {
+		return err
+	}
+	operator, err := keyfile.LoadOrMake(filepath.Join(n.dirs.Keys(), "operator.key"))
+	if err != nil {
+		return err
+	}
+	if n.log, err = audit.Open(n.dirs.Log(), audit.Options{Origin: nucleus.LogOrigin, Key: logKey, Now: n.config.Now}); err != nil {
+		return fmt.Errorf("opening the log: %w", err)
+	}
+	if n.salts, err = audit.OpenSalts(filepath.Join(n.dirs.Keys(), "salts")); err != nil {
+		return err
+	}
+	if n.spent, err = spent.Open(filepath.Join(n.dirs.Run(), "spent.db")); err != nil {
+		return err
+	}
+	if n.config.Authority != "" {
+		n.asks = approvals.New(n.config.Authority)
+	}
+	n.gateway = egress.New(egress.Config{Gate: (*gate)(n)})
+	public := operator.Public().(ed25519.PublicKey)
+	n.verifier = &wire.Verifier{
+		Started: n.config.Now(), Now: n.config.Now,
+		Keys: func(id string) (wire.Key, bool) {
+			if id == OperatorKey {
+				return wire.Key{ID: id, Ed25519: public, Role: wire.Operator}, true
+			}
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			key, ok := n.agents[id]
+			return key, ok
+		},
+	}
+	return nil
+}
+
+// OperatorKey is the key id of the person's own requests.
+const OperatorKey = "operator"
+
+// Close gives everything back. Machines go on: the next node adopts them.
+func (n *Node) Close() error {
+	n.mu.Lock()
+	pods := n.podList()
+	n.mu.Unlock()
+	for _, p := range pods {
+		p.release()
+	}
+	n.serving.Wait()
+	var errs []error
+	if n.spent != nil {
+		errs = append(errs, n.spent.Close())
+	}
+	if n.log != nil {
+		errs = append(errs, n.log.Close())
+	}
+	if n.salts != nil {
+		errs = append(errs, n.salts.Close())
+	}
+	if n.lock != nil {
+		errs = append(errs, n.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Serve answers requests on the socket until ctx ends.
+func (n *Node) Serve(ctx context.Context) error {
+	l, err := listenPrivate(n.dirs.Socket())
+	if err != nil {
+		return err
+	}
+	server := &http.Server{Handler: n.handler(), ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return ctx }}
+	stopped := make(chan error, 1)
+	go func() { stopped <- server.Serve(l) }()
+	slog.Info("node serves", "socket", n.dirs.Socket())
+	select {
+	case err := <-stopped:
+		return err
+	case <-ctx.Done():
+	}
+	shutdown, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
+	defer cancel()
+	if server.Shutdown(shutdown) != nil {
+		server.Close()
+	}
+	os.Remove(n.dirs.Socket())
+	return nil
+}
+
+func (n *Node) podList() []*Pod {
+	pods := make([]*Pod, 0, len(n.pods))
+	for _, p := range n.pods {
+		pods = append(pods, p)
+	}
+	return pods
+}
+
+func (n *Node) pod(id string) (*Pod, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	p, ok := n.pods[id]
+	if !ok {
+		return nil, nucleus.Errorf(nucleus.KindNotFound, "no pod %q", id)
+	}
+	return p, nil
+}
+
+// lockPatience is how long a node waits for the one before it to end.
+const lockPatience = 10 * time.Second
+
+// lockFile holds an exclusive lock as long as the file is open.
+func lockFile(ctx context.Context, path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockPatience)
+	defer cancel()
+	for {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+			return f, nil
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("%s: another node runs here", path)
+		}
+	}
+}
+
+// listenPrivate makes a unix socket that its owner alone can reach, in place of
+// one that a dead node left.
+func listenPrivate(path string) (net.Listener, error) {
+	const longest = 107 // sun_path, less the final NUL
+	if len(path) > longest {
+		return nil, fmt.Errorf("socket path %s has %d bytes, at most %d: set CAL_HOME to a shorter path", path, len(path), longest)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	old := unix.Umask(0o177)
+	defer unix.Umask(old)
+	return net.Listen("unix", path)
+}

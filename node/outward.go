@@ -1,0 +1,195 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sort"
+	"strings"
+
+	"cal/egress"
+	"cal/guest/tools"
+	"cal/internal/git"
+	"cal/nucleus"
+)
+
+// The operations whose effect is on the host: the machine has neither the
+// credentials nor a way out.
+
+const zeroID = "0000000000000000000000000000000000000000"
+
+// preparePush brings the branch into quarantine, where it is checked and known
+// before anybody decides.
+func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepared) error {
+	decoded, err := tools.Decode(nucleus.GitPush, raw)
+	if err != nil {
+		return err
+	}
+	args := decoded.(tools.PushArgs)
+	repo, err := p.repo(args.Repo)
+	if err != nil {
+		return err
+	}
+	stored, err := p.readRepo(repo.Name)
+	if err != nil {
+		return err
+	}
+	url, ok := stored.Remotes["origin"]
+	if !ok {
+		return nucleus.Errorf(nucleus.KindInvalid, "repository %s has no remote origin on the host", repo.Name)
+	}
+	ref := "refs/heads/" + args.Branch
+	if err := git.CheckRef(ctx, ref); err != nil {
+		return nucleus.Errorf(nucleus.KindInvalid, "%v", err)
+	}
+	q, commit, err := n.takeBranch(ctx, p, repo, ref)
+	if err != nil {
+		return err
+	}
+	old := stored.Heads[args.Branch]
+	if old == "" {
+		old = zeroID
+	}
+	pre.action.Push = &nucleus.Push{Repo: repo.Name, Remote: withoutCredentials(url), Ref: ref, Old: old, New: commit}
+	pre.detail = pushDetail(ctx, q, repo.Base, commit)
+	pre.effect = func(ctx context.Context) (json.RawMessage, error) {
+		if err := q.Push(ctx, url, commit, ref, old); err != nil {
+			return nil, nucleus.Errorf(nucleus.KindFailed, "%v", err)
+		}
+		stored.Heads[args.Branch] = commit
+		if err := p.writeRepo(repo.Name, stored); err != nil {
+			return nil, err
+		}
+		return json.Marshal(map[string]string{"remote": withoutCredentials(url), "ref": ref, "commit": commit})
+	}
+	return nil
+}
+
+func pushDetail(ctx context.Context, q git.Quarantine, base, commit string) []nucleus.Detail {
+	var details []nucleus.Detail
+	add := func(title string, limit int, args ...string) {
+		text, err := q.Run(ctx, args...)
+		if err != nil {
+			text = "cannot be shown: " + err.Error()
+		}
+		details = append(details, nucleus.Detail{Title: title, Text: cut(strings.ToValidUTF8(text, "\uFFFD"), limit)})
+	}
+	add("commits", 16<<10, "log", "--no-color", "--no-show-signature", "--format=%h %an <%ae> %s", base+".."+commit)
+	add("files", 16<<10, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--stat=100", base, commit)
+	add("diff", 256<<10, "diff", "--no-ext-diff", "--no-textconv", "--no-color", base, commit)
+	return details
+}
+
+// preparePR resolves a pull request; GitHub's API is reached by the node.
+func (n *Node) preparePR(ctx context.Context, p *Pod, raw []byte, pre *prepared) error {
+	decoded, err := tools.Decode(nucleus.CreatePR, raw)
+	if err != nil {
+		return err
+	}
+	args := decoded.(tools.PRArgs)
+	repo, err := p.repo(args.Repo)
+	if err != nil {
+		return err
+	}
+	stored, err := p.readRepo(repo.Name)
+	if err != nil {
+		return err
+	}
+	owner, err := forgeRepository(stored.Remotes["origin"])
+	if err != nil {
+		return nucleus.Errorf(nucleus.KindInvalid, "create_pr: %v", err)
+	}
+	_, commit, err := n.takeBranch(ctx, p, repo, "refs/heads/"+repo.Branch)
+	if err != nil {
+		return err
+	}
+	base := args.Base
+	if base == "" {
+		base = stored.BaseBranch
+	}
+	pre.action.PR = &nucleus.PR{Repository: owner, API: n.config.GitHub.api(), Base: base, Head: repo.Branch, HeadID: commit, Title: args.Title, Body: args.Body}
+	pre.effect = func(ctx context.Context) (json.RawMessage, error) {
+		return n.config.GitHub.open(ctx, *pre.action.PR, stored.Heads[repo.Branch])
+	}
+	return nil
+}
+
+// prepareFetch resolves one HTTP request of the node on the agent's behalf.
+func (n *Node) prepareFetch(p *Pod, raw []byte, pre *prepared) error {
+	decoded, err := tools.Decode(nucleus.WebFetch, raw)
+	if err != nil {
+		return err
+	}
+	args := decoded.(tools.FetchArgs)
+	fetch, err := egress.NewFetch(args.Method, args.URL, args.Headers, []byte(args.Body))
+	if err != nil {
+		return nucleus.Errorf(nucleus.KindInvalid, "web_fetch: %v", err)
+	}
+	pre.action.Fetch = &fetch
+	pre.effect = func(ctx context.Context) (json.RawMessage, error) {
+		peer := egress.Peer{Pod: p.record.ID, Session: p.record.Session}
+		result, err := n.gateway.Fetch(withFetch(ctx, fetch.URL), peer, fetch, []byte(args.Body))
+		if err != nil {
+			var refused *nucleus.Error
+			if errors.As(err, &refused) {
+				return nil, refused
+			}
+			return nil, nucleus.Errorf(nucleus.KindFailed, "web_fetch %s: %v", fetch.URL, err)
+		}
+		return json.Marshal(result)
+	}
+	return nil
+}
+
+// repo finds a repository of the pod; with one alone the name may be left out.
+func (p *Pod) repo(name string) (nucleus.RepoStatus, error) {
+	if name == "" && len(p.record.Repos) == 1 {
+		return p.record.Repos[0], nil
+	}
+	var names []string
+	for _, r := range p.record.Repos {
+		if r.Name == name {
+			return r, nil
+		}
+		names = append(names, r.Name)
+	}
+	sort.Strings(names)
+	return nucleus.RepoStatus{}, nucleus.Errorf(nucleus.KindNotFound, "no repository %q in this machine; there are: %s", name, strings.Join(names, ", "))
+}
+
+// withoutCredentials drops user and password of a URL, for people and the log.
+func withoutCredentials(url string) string {
+	scheme, rest, ok := strings.Cut(url, "://")
+	if !ok {
+		return url
+	}
+	authority, path, _ := strings.Cut(rest, "/")
+	if i := strings.LastIndexByte(authority, '@'); i >= 0 && scheme != "ssh" {
+		authority = authority[i+1:]
+	}
+	return scheme + "://" + authority + "/" + path
+}
+
+func (p *Pod) quarantineDir(name string) string {
+	return filepath.Join(p.record.Workspace, "repos", name+".git")
+}
+
+func (p *Pod) repoFile(name string) string {
+	return filepath.Join(p.record.Workspace, "repos", name+".json")
+}
+
+var errNoForge = errors.New("the remote is not on github.com, the only forge that is supported")
+
+func forgeRepository(remote string) (string, error) {
+	for _, prefix := range []string{"https://github.com/", "git@github.com:", "ssh://git@github.com/"} {
+		if rest, ok := strings.CutPrefix(withoutCredentials(remote), prefix); ok {
+			rest = strings.TrimSuffix(strings.TrimSuffix(rest, "/"), ".git")
+			if strings.Count(rest, "/") == 1 {
+				return rest, nil
+			}
+		}
+	}
+	return "", fmt.Errorf("%w (remote origin is %q)", errNoForge, withoutCredentials(remote))
+}

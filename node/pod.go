@@ -1,0 +1,550 @@
+package node
+
+import (
+	"context"
+	"crypto/ed25519"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cal/egress"
+	"cal/guest"
+	"cal/internal/durable"
+	"cal/machine"
+	"cal/nucleus"
+	"cal/policy"
+	"cal/wire"
+)
+
+// The states of a pod.
+const (
+	stateStarting = "starting"
+	stateRunning  = "running"
+	stateStopped  = "stopped"
+	stateFailed   = "failed"
+)
+
+// Pod is a machine with its policy and its session.
+type Pod struct {
+	node    *Node
+	dir     string
+	record  record // what is on disk; only the node's own goroutine for the pod changes it
+	policy  *policy.Policy
+	digest  string // of the policy
+	root    *rootSession
+	machine machine.Machine
+	seq     atomic.Uint64
+	asks    askBook
+	route   *egress.Route // to the agent's model; nil: none
+	used    sync.Map      // permit id -> *nucleus.AskRequest whose grant it used
+
+	mu      sync.Mutex
+	session *wire.Session
+	state   string
+	reason  string
+}
+
+// record is pod.json: all that the next node needs to take the pod up again or to
+// remove it whole. It is on disk before the machine is made.
+type record struct {
+	ID         string               `json:"id"`
+	Workspace  string               `json:"workspace"` // directory on the host
+	Spec       nucleus.PodSpec      `json:"spec"`
+	Driver     string               `json:"driver"`
+	Tier       nucleus.Tier         `json:"tier"`
+	Session    string               `json:"session"`
+	Boot       string               `json:"boot"`
+	OutcomeKey []byte               `json:"outcome_key,omitempty"` // empty until the machine has answered
+	Policy     json.RawMessage      `json:"policy"`
+	Repos      []nucleus.RepoStatus `json:"repos,omitempty"`
+	Untrusted  bool                 `json:"untrusted"` // holds a repository that is labelled so
+	Epoch      uint64               `json:"epoch"`     // counts nodes; sequences of different nodes never meet
+	Created    string               `json:"created"`
+}
+
+var workspaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+
+// CreatePod starts a machine for spec and returns when it serves.
+func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec) (*Pod, error) {
+	p, err := n.plan(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	for _, other := range n.pods {
+		if other.record.Workspace == p.record.Workspace && other.live() {
+			n.mu.Unlock()
+			return nil, nucleus.Errorf(nucleus.KindConflict, "workspace %q is in use by pod %s since %s; wait for it, or end it with: cal node pods --delete %s",
+				spec.Workspace, other.record.ID, other.record.Created, other.record.ID)
+		}
+	}
+	n.pods[p.record.ID] = p
+	n.mu.Unlock()
+	if err := n.startPod(ctx, actor, p); err != nil {
+		n.failPod(p, err)
+		return nil, err
+	}
+	return p, nil
+}
+
+// plan checks the spec and works out everything that does not touch a machine.
+func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
+	if spec.Mode != nucleus.Mediated && spec.Mode != nucleus.Contained {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "mode %q: want %q or %q", spec.Mode, nucleus.Mediated, nucleus.Contained)
+	}
+	if spec.Workspace != "" && !workspaceName.MatchString(spec.Workspace) {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "workspace name %q: want 1 to 64 letters, digits, '.', '_' or '-'", spec.Workspace)
+	}
+	declared, err := resolvePolicy(spec.Policy)
+	if err != nil {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "policy: %v", err)
+	}
+	driver, err := n.chooseDriver(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	id := podID()
+	p := &Pod{node: n, dir: n.dirs.Pod(id), state: stateStarting}
+	p.record = record{
+		ID: id, Spec: spec, Driver: driver.Name(), Tier: driver.Tier(),
+		Session: nucleus.NewID("s-"), Boot: nucleus.NewID("b-"), Epoch: 1,
+		Created: n.config.Now().UTC().Format(time.RFC3339),
+	}
+	p.record.Workspace = filepath.Join(p.dir, "workspace")
+	if spec.Workspace != "" {
+		p.record.Workspace = n.dirs.Workspace(spec.Workspace)
+	}
+	effective, err := n.labelRepos(ctx, p, declared)
+	if err != nil {
+		return nil, err
+	}
+	return p, p.setPolicy(effective)
+}
+
+func (p *Pod) setPolicy(effective *policy.Policy) error {
+	var err error
+	p.policy = effective
+	if p.record.Policy, err = effective.Canonical(); err != nil {
+		return err
+	}
+	p.digest = nucleus.SHA256(p.record.Policy)
+	return nil
+}
+
+// resolvePolicy reads a profile's name or a whole policy.
+func resolvePolicy(raw json.RawMessage) (*policy.Policy, error) {
+	var name string
+	if len(raw) == 0 {
+		return policy.Profile("default")
+	}
+	if json.Unmarshal(raw, &name) == nil {
+		return policy.Profile(name)
+	}
+	return policy.Load("policy", raw)
+}
+
+// open takes up what a pod needs beside its machine.
+func (p *Pod) open() error {
+	var err error
+	if p.root, err = openSession(p.record.Workspace); err != nil {
+		return err
+	}
+	start := policy.Start(nucleus.Context{Contained: p.record.Spec.Mode == nucleus.Contained, UntrustedRepo: p.record.Untrusted})
+	if err := p.root.grow(start, func(leg string) nucleus.Evidence {
+		return nucleus.Evidence{Seq: p.node.log.Size(), Leg: leg, What: "contained mode: the agent reads without asking"}
+	}); err != nil {
+		return err
+	}
+	if m := p.record.Spec.Model; m != nil {
+		p.route, err = p.node.gateway.NewRoute(*m)
+	}
+	return err
+}
+
+// podID is short enough for a person to type and for a socket's path.
+func podID() string {
+	id := nucleus.NewID("")
+	out := make([]byte, 10)
+	for i := range out {
+		out[i] = id[i] | 0x20 // base32 in lower case; digits keep their value
+	}
+	return "p-" + string(out)
+}
+
+func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
+	spec := p.record.Spec
+	if err := os.MkdirAll(p.dir, 0o700); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(p.record.Workspace, "files"), 0o700); err != nil {
+		return err
+	}
+	if err := p.open(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(p.dir, "machine"), 0o700); err != nil {
+		return err
+	}
+	if err := p.save(); err != nil {
+		return err
+	}
+	if _, err := n.log.Append(nucleus.Entry{
+		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: "pod.create",
+		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace}),
+	}); err != nil {
+		return logFailure(err)
+	}
+	driver, err := n.driver(p.record.Driver)
+	if err != nil {
+		return err
+	}
+	if p.machine, err = driver.Create(ctx, p.machineSpec(n)); err != nil {
+		return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v", p.record.ID, err)
+	}
+	reply, err := p.boot(ctx)
+	if err != nil {
+		return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v%s", p.record.ID, err, consoleHint(p.machine))
+	}
+	p.record.OutcomeKey = reply.OutcomeKey
+	if err := p.save(); err != nil {
+		return err
+	}
+	if _, err := n.log.Append(nucleus.Entry{
+		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStart,
+		Exposure: p.root.legs().Names(),
+		Data: data(map[string]any{
+			"boot": p.record.Boot, "outcome_key": reply.OutcomeKey, "proxy": reply.Version, "limits": p.machine.Limits(),
+			"proxy_sha256": n.proxyDigest(), "policy": p.record.Policy, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
+		}),
+	}); err != nil {
+		return logFailure(err)
+	}
+	p.serve()
+	if err := n.importRepos(ctx, p, actor); err != nil {
+		return err
+	}
+	n.registerRequesters(ctx, p)
+	p.setState(stateRunning, "")
+	return nil
+}
+
+func consoleHint(m machine.Machine) string {
+	if text := m.Console(); text != "" {
+		return "; the machine's console ends with:\n" + text
+	}
+	return ""
+}
+
+// data marshals what a kind adds to an entry; the argument is always our own.
+func data(v any) json.RawMessage {
+	raw, err := json.Marshal(v)
+	if err != nil {
+		panic(fmt.Sprintf("entry data: %v", err))
+	}
+	return raw
+}
+
+func logFailure(err error) error {
+	return nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: the log cannot be written: %v", err)
+}
+
+func (p *Pod) save() error {
+	return durable.Store(filepath.Join(p.dir, "pod.json"), p.record)
+}
+
+func (p *Pod) machineSpec(n *Node) machine.Spec {
+	spec := p.record.Spec
+	m := machine.Spec{
+		ID: p.record.ID, Dir: filepath.Join(p.dir, "machine"), Proxy: n.config.Proxy, Image: spec.Image,
+		Workspace: filepath.Join(p.record.Workspace, "files"), Resources: spec.Resources, Watched: spec.Watched,
+	}
+	for i, l := range p.agentLayers() {
+		m.Agent = append(m.Agent, nucleus.Layer{Name: l.Path, Host: spec.Agent.Root[i].Host, Guest: l.Source})
+	}
+	return m
+}
+
+// agentLayers says where in the machine each layer of the agent's root lies.
+func (p *Pod) agentLayers() []guest.AgentLayer {
+	if p.record.Spec.Agent == nil {
+		return nil
+	}
+	var layers []guest.AgentLayer
+	for i, l := range p.record.Spec.Agent.Root {
+		layers = append(layers, guest.AgentLayer{Source: fmt.Sprintf("%s/%d", guest.AgentDir, i), Path: l.Guest})
+	}
+	return layers
+}
+
+// boot sends the first frame and takes the machine's key.
+func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
+	var reply nucleus.BootReply
+	session, err := wire.Host(p.machine.Wire())
+	if err != nil {
+		return reply, err
+	}
+	p.mu.Lock()
+	p.session = session
+	p.mu.Unlock()
+	facts := p.machine.Facts()
+	spec := p.record.Spec
+	config, err := json.Marshal(guest.Config{
+		ToolsUID: facts.ToolsUID, ToolsGID: facts.ToolsGID, AgentUID: facts.AgentUID, AgentGID: facts.AgentGID,
+		Mode: spec.Mode, Env: p.toolsEnv(facts), Layers: p.agentLayers(), Identity: spec.Identity,
+		MaxPids: spec.Resources.Pids, WaitAsk: waitAsk,
+	})
+	if err != nil {
+		return reply, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	stream, err := session.Open(ctx, guest.StreamBoot, nil)
+	if err != nil {
+		return reply, err
+	}
+	defer stream.Close()
+	deadline, _ := ctx.Deadline()
+	stream.SetDeadline(deadline)
+	err = stream.SendJSON(wire.FrameJSON, nucleus.Boot{
+		Pod: p.record.ID, Boot: p.record.Boot, NodeKey: p.node.key.Public().(ed25519.PublicKey),
+		Approvers: p.node.approverKeys(ctx), Policy: p.record.Policy, UnixMilli: p.node.config.Now().UnixMilli(), Guest: config,
+	})
+	if err == nil {
+		err = stream.RecvJSON(wire.FrameJSON, 64<<10, &reply)
+	}
+	switch {
+	case err != nil:
+		return reply, fmt.Errorf("the machine did not answer its boot frame: %w", err)
+	case reply.Error != "":
+		return reply, fmt.Errorf("the machine refuses to serve: %s", reply.Error)
+	case reply.Version != nucleus.Version:
+		return reply, fmt.Errorf("nucleus-tool-proxy is of version %s, the node of %s", reply.Version, nucleus.Version)
+	case len(reply.OutcomeKey) != ed25519.PublicKeySize:
+		return reply, errors.New("the machine sent no outcome key")
+	}
+	return reply, nil
+}
+
+// waitAsk is how long, in seconds, an agent's call waits for a person.
+const waitAsk = 50
+
+// toolsEnv is the environment of tools: the image's, then what the person handed over.
+func (p *Pod) toolsEnv(facts machine.Facts) map[string]string {
+	env := map[string]string{
+		"ALL_PROXY": "socks5h://" + guest.SOCKSAddr, "HTTP_PROXY": "http://" + guest.ProxyAddr, "HTTPS_PROXY": "http://" + guest.ProxyAddr,
+		"http_proxy": "http://" + guest.ProxyAddr, "https_proxy": "http://" + guest.ProxyAddr,
+		"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
+	}
+	for name, value := range facts.Env {
+		env[name] = value
+	}
+	for name, value := range p.record.Spec.Env {
+		env[name] = value
+	}
+	return env
+}
+
+// serve answers the streams that the machine opens and watches for its end.
+func (p *Pod) serve() {
+	n := p.node
+	key := wire.Key{ID: p.record.Boot, Ed25519: p.record.OutcomeKey, Role: wire.AgentRole, Pod: p.record.ID}
+	n.mu.Lock()
+	n.agents[p.record.Boot] = key
+	n.mu.Unlock()
+	p.mu.Lock()
+	session := p.session
+	p.mu.Unlock()
+	n.serving.Add(1)
+	go func() {
+		defer n.serving.Done()
+		p.acceptStreams(session)
+	}()
+	n.serving.Add(1)
+	go func() {
+		defer n.serving.Done()
+		select {
+		case <-p.machine.Done():
+			n.failPod(p, errors.New("the machine ended"+consoleHint(p.machine)))
+		case <-session.Done():
+		}
+	}()
+}
+
+func (p *Pod) acceptStreams(session *wire.Session) {
+	api := newStreamServer(p.node.handler())
+	defer api.close()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	peer := egress.Peer{Pod: p.record.ID, Session: p.record.Session}
+	for {
+		stream, err := session.Accept()
+		if err != nil {
+			return
+		}
+		switch stream.Kind {
+		case guest.StreamAPI:
+			api.serve(stream)
+		case guest.StreamSOCKS:
+			go p.node.gateway.ServeSOCKS(ctx, stream, peer)
+		case guest.StreamHTTP:
+			go p.node.gateway.ServeProxy(ctx, stream, peer)
+		case guest.StreamModel:
+			go p.serveModel(ctx, stream, peer)
+		default:
+			slog.Warn("stream of an unknown kind refused", "pod", p.record.ID, "kind", stream.Kind)
+			stream.Close()
+		}
+	}
+}
+
+func (p *Pod) serveModel(ctx context.Context, conn net.Conn, peer egress.Peer) {
+	if p.route == nil {
+		conn.Close()
+		return
+	}
+	p.node.gateway.ServeModel(ctx, conn, peer, p.route)
+}
+
+func (p *Pod) live() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state == stateStarting || p.state == stateRunning
+}
+
+func (p *Pod) setState(state, reason string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.state, p.reason = state, reason
+}
+
+// wire returns the session of a pod that serves.
+func (p *Pod) wire() (*wire.Session, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.session == nil || p.state == stateFailed || p.state == stateStopped {
+		reason := p.reason
+		if reason != "" {
+			reason = ": " + reason
+		}
+		return nil, nucleus.Errorf(nucleus.KindUnavailable, "pod %s is %s%s", p.record.ID, p.state, reason)
+	}
+	return p.session, nil
+}
+
+// release leaves the machine to the next node.
+func (p *Pod) release() {
+	p.disconnect()
+	if p.machine != nil && p.live() {
+		p.machine.Release()
+	}
+}
+
+func (p *Pod) disconnect() {
+	p.mu.Lock()
+	session := p.session
+	p.mu.Unlock()
+	if session != nil {
+		session.Close()
+	}
+}
+
+// failPod ends a pod that cannot go on and leaves nothing of it but the reason.
+func (n *Node) failPod(p *Pod, cause error) {
+	p.mu.Lock()
+	if p.state == stateStopped || p.state == stateFailed {
+		p.mu.Unlock()
+		return
+	}
+	p.state, p.reason = stateFailed, cause.Error()
+	p.mu.Unlock()
+	slog.Error("pod failed", "pod", p.record.ID, "cause", cause)
+	n.log.Append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 2000)})})
+	n.teardown(p)
+}
+
+// DeletePod stops the machine and forgets the pod; a named workspace stays.
+func (n *Node) DeletePod(ctx context.Context, actor, id string) error {
+	p, err := n.pod(id)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	running := p.state == stateRunning || p.state == stateStarting
+	p.mu.Unlock()
+	if running {
+		if _, err := n.log.Append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.legs().Names()}); err != nil {
+			return logFailure(err)
+		}
+		p.setState(stateStopped, "")
+		if err := n.teardown(p); err != nil {
+			return err
+		}
+	}
+	n.mu.Lock()
+	delete(n.pods, id)
+	n.mu.Unlock()
+	return nil
+}
+
+// teardown removes the machine and all that was made for it.
+func (n *Node) teardown(p *Pod) error {
+	n.mu.Lock()
+	delete(n.agents, p.record.Boot)
+	n.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	n.gateway.CloseAll(egress.Peer{Pod: p.record.ID, Session: p.record.Session}, nil)
+	if p.route != nil {
+		p.route.Close()
+	}
+	if p.machine != nil {
+		if err := p.machine.Destroy(ctx); err != nil {
+			slog.Error("destroying the machine", "pod", p.record.ID, "error", err)
+		}
+	}
+	p.disconnect()
+	driver, err := n.driver(p.record.Driver)
+	if err == nil {
+		err = driver.Remove(ctx, filepath.Join(p.dir, "machine"))
+	}
+	if err != nil {
+		return fmt.Errorf("removing the machine of pod %s: %w", p.record.ID, err)
+	}
+	return os.RemoveAll(p.dir)
+}
+
+// status is what the API says of the pod.
+func (p *Pod) status() nucleus.PodStatus {
+	p.mu.Lock()
+	state, reason := p.state, p.reason
+	p.mu.Unlock()
+	s := nucleus.PodStatus{
+		ID: p.record.ID, Workspace: p.record.Spec.Workspace, State: state, Reason: reason, Driver: p.record.Driver, Tier: p.record.Tier,
+		Mode: p.record.Spec.Mode, Session: p.record.Session, Boot: p.record.Boot, Created: p.record.Created, Repos: p.record.Repos, Exposure: []string{},
+	}
+	if p.root != nil {
+		s.Exposure = p.root.legs().Names()
+	}
+	if p.record.Spec.Agent != nil {
+		s.Agent = p.record.Spec.Agent.Name
+	}
+	if p.machine != nil {
+		s.Limits = p.machine.Limits()
+	}
+	return s
+}
+
+func cut(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return s[:n] + fmt.Sprintf("... (%d bytes more)", len(s)-n)
+}

@@ -1,0 +1,154 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"cal/guest"
+	"cal/internal/durable"
+	"cal/machine"
+	"cal/nucleus"
+	"cal/policy"
+	"cal/wire"
+)
+
+// recover takes up what an earlier node left: running machines get a new wire and
+// their sessions go on; what cannot be taken up is removed whole. Intents that
+// nobody closed get the outcome unknown.
+func (n *Node) recover(ctx context.Context) error {
+	if err := n.closeIntents(); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(n.dirs.Pods())
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		dir := filepath.Join(n.dirs.Pods(), e.Name())
+		p, err := n.adopt(ctx, dir)
+		if err == nil {
+			n.mu.Lock()
+			n.pods[p.record.ID] = p
+			n.mu.Unlock()
+			p.serve()
+			continue
+		}
+		slog.Warn("pod cannot be adopted; removing what is left of it", "pod", e.Name(), "cause", err)
+		if err := n.remove(ctx, dir, e.Name(), err); err != nil {
+			return fmt.Errorf("removing what is left of pod %s: %w", e.Name(), err)
+		}
+	}
+	return nil
+}
+
+// closeIntents writes what recovery knows of requests that a dead node had begun.
+func (n *Node) closeIntents() error {
+	for _, e := range n.log.OpenIntents() {
+		if _, err := n.log.Append(nucleus.Entry{
+			Pod: e.Pod, Session: e.Session, Actor: e.Actor, Kind: nucleus.KindOutcome, Op: e.Op, Digest: e.Digest,
+			Permit: e.Permit, Status: nucleus.OutcomeUnknown, Data: data(map[string]any{"message": "the node ended before the outcome was known"}),
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// adopt attaches a new wire to a running machine.
+func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
+	p := &Pod{node: n, dir: dir, state: stateRunning}
+	if err := durable.Load(filepath.Join(dir, "pod.json"), &p.record); err != nil {
+		return nil, err
+	}
+	if len(p.record.OutcomeKey) == 0 {
+		return nil, errors.New("its machine had not answered yet")
+	}
+	var err error
+	if p.policy, err = policy.Load("pod.json", p.record.Policy); err != nil {
+		return nil, err
+	}
+	p.digest = nucleus.SHA256(p.record.Policy)
+	if err := p.open(); err != nil {
+		return nil, err
+	}
+	driver, err := n.driver(p.record.Driver)
+	if err != nil {
+		return nil, err
+	}
+	// The epoch is on disk before a permit of it exists.
+	p.record.Epoch++
+	if err := p.save(); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	if p.machine, err = driver.Adopt(ctx, filepath.Join(dir, "machine")); err != nil {
+		return nil, err
+	}
+	if p.session, err = n.attach(ctx, p, p.machine); err != nil {
+		return nil, err
+	}
+	_, err = n.log.Append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodAdopt, Exposure: p.root.legs().Names(), Data: data(map[string]any{"epoch": p.record.Epoch})})
+	return p, err
+}
+
+// attach proves to the machine that this node holds the key of its Boot.
+func (n *Node) attach(ctx context.Context, p *Pod, m machine.Machine) (*wire.Session, error) {
+	session, err := wire.Host(m.Wire())
+	if err != nil {
+		return nil, err
+	}
+	proved := make(chan error, 1)
+	go func() { proved <- n.proveTo(session, p.record.Boot) }()
+	select {
+	case err = <-proved:
+	case <-ctx.Done():
+		err = errors.New("the machine did not ask for the proof in time")
+	}
+	if err != nil {
+		session.Close()
+		return nil, err
+	}
+	return session, nil
+}
+
+func (n *Node) proveTo(session *wire.Session, boot string) error {
+	stream, err := session.Accept()
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
+	var proof guest.AttachProof
+	if stream.Kind != guest.StreamProof {
+		return fmt.Errorf("first stream is of kind %q, want %q", stream.Kind, guest.StreamProof)
+	}
+	if err := nucleus.Strict(stream.Header, &proof); err != nil {
+		return err
+	}
+	if proof.Boot != boot {
+		return fmt.Errorf("the machine is of boot %s, want %s", proof.Boot, boot)
+	}
+	signed, err := nucleus.Sign(n.key, nucleus.DomainAttach, proof)
+	if err != nil {
+		return err
+	}
+	return stream.SendJSON(wire.FrameJSON, signed)
+}
+
+// remove takes away all that a pod left, whatever its record says.
+func (n *Node) remove(ctx context.Context, dir, id string, cause error) error {
+	if _, err := n.log.Append(nucleus.Entry{Pod: id, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 1000)})}); err != nil {
+		return err
+	}
+	for _, d := range n.config.Drivers {
+		if err := d.Remove(ctx, filepath.Join(dir, "machine")); err != nil {
+			return err
+		}
+	}
+	return os.RemoveAll(dir)
+}

@@ -1,0 +1,362 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"cal/audit"
+	"cal/guest"
+	"cal/guest/tools"
+	"cal/nucleus"
+	"cal/wire"
+)
+
+// request is one operation that somebody asks of a pod.
+type request struct {
+	caller wire.Caller
+	signed *wire.SignedRequest
+	op     nucleus.Op
+	args   json.RawMessage
+	wait   time.Duration // how long the caller waits for a person
+	call   guest.Call    // terminal and streaming; Op and Permit are filled in here
+	stream *wire.Stream  // where frames of a running command go and come from; nil: none
+}
+
+// prepared is a request with its arguments resolved and, for an effect on the host,
+// the values that the effect will use.
+type prepared struct {
+	action nucleus.Action
+	salt   nucleus.Salt
+	digest string
+	detail []nucleus.Detail
+	effect func(context.Context) (json.RawMessage, error) // on the host; nil: in the machine
+}
+
+// The one path that a request takes:
+// 1 authenticated (api.go), 2 resolved, 3 decided, legs taken, intent durable,
+// 4 approved where needed, 5-6 done in the machine or on the host, 7 recorded.
+func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage, error) {
+	pre, err := n.prepare(ctx, p, r)
+	if err != nil {
+		return nil, n.refuseUnresolved(p, r, err)
+	}
+	permit, err := n.decide(p, r, pre, nil)
+	var needed *needsApproval
+	if errors.As(err, &needed) {
+		permit, err = n.approve(ctx, p, r, pre, needed)
+	}
+	if err != nil {
+		return nil, err
+	}
+	value, outcome, err := n.act(ctx, p, r, pre, permit)
+	if recordErr := n.recordOutcome(p, r, pre, permit, outcome, err); recordErr != nil {
+		return nil, recordErr
+	}
+	return value, err
+}
+
+// prepare resolves the arguments: statically, in the machine, or on the host.
+func (n *Node) prepare(ctx context.Context, p *Pod, r request) (prepared, error) {
+	pre := prepared{salt: nucleus.NewSalt()}
+	canonical, err := nucleus.CanonicalJSON(r.args)
+	if err != nil {
+		return pre, nucleus.Errorf(nucleus.KindInvalid, "arguments: %v", err)
+	}
+	switch r.op {
+	case nucleus.GitPush:
+		err = n.preparePush(ctx, p, canonical, &pre)
+	case nucleus.CreatePR:
+		err = n.preparePR(ctx, p, canonical, &pre)
+	case nucleus.WebFetch:
+		err = n.prepareFetch(p, canonical, &pre)
+	default:
+		err = n.prepareInGuest(ctx, p, r, canonical, &pre)
+	}
+	if err != nil {
+		return pre, err
+	}
+	pre.action.Op = r.op
+	pre.action.Args = nucleus.SHA256(canonical)
+	pre.digest, err = pre.action.Digest(pre.salt)
+	return pre, err
+}
+
+func (n *Node) prepareInGuest(ctx context.Context, p *Pod, r request, args []byte, pre *prepared) error {
+	action, known, err := tools.ResolveStatic(r.op, args)
+	if err != nil {
+		return err
+	}
+	if known {
+		pre.action = action
+		return nil
+	}
+	header := r.call
+	header.Op, header.Resolve = r.op, true
+	result, err := p.call(ctx, header, tools.Args{Args: args}, nil)
+	if err != nil {
+		return err
+	}
+	if result.Error != nil {
+		return result.Error
+	}
+	if result.Action == nil {
+		return nucleus.Errorf(nucleus.KindInternal, "the machine resolved nothing")
+	}
+	pre.action = *result.Action
+	return nil
+}
+
+// needsApproval is what decide returns for an ask: nothing has been done.
+type needsApproval struct {
+	decision nucleus.Decision
+	context  nucleus.Context
+}
+
+func (*needsApproval) Error() string { return "an approval is needed" }
+
+// decide is the critical section of a root session: decide, use up the grant, add
+// the legs, append the intent. approval is nil on the first pass; an ask then comes
+// back as *needsApproval. A grant that was given is judged against what holds now.
+func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucleus.Permit, error) {
+	p.root.mu.Lock()
+	defer p.root.mu.Unlock()
+	now := n.config.Now()
+	state := nucleus.Context{
+		Exposure: p.root.exposure, UntrustedRepo: p.record.Untrusted, Contained: p.record.Spec.Mode == nucleus.Contained, UnixMilli: now.UnixMilli(),
+	}
+	decision := p.policy.Decide(pre.action, state)
+	if decision.Verdict == nucleus.Ask && approval == nil {
+		return nucleus.Permit{}, &needsApproval{decision, state}
+	}
+	permit := nucleus.Permit{
+		ID: nucleus.NewID("r-"), Pod: p.record.ID, Boot: p.record.Boot, Session: p.record.Session,
+		Op: r.op, Digest: pre.digest, Salt: pre.salt[:], Verdict: decision.Verdict, Rule: decision.Rule, Context: state,
+		Issued: now.UnixMilli(), Expires: now.Add(permitLife).UnixMilli(), Requester: r.caller.KeyID,
+	}
+	entry := n.intent(p, r, pre, permit.ID, decision)
+	switch decision.Verdict {
+	case nucleus.Allow:
+	case nucleus.Ask:
+		if err := n.useGrant(p, approval, permit.ID); err != nil {
+			return permit, err
+		}
+		permit.Grants, entry.Grants, entry.Ask = []string{approval.token}, []string{approval.grant.ID}, approval.ask.ID
+	default:
+		entry.Status = nucleus.OutcomeRefused
+		if _, err := n.log.Append(entry); err != nil {
+			return permit, logFailure(err)
+		}
+		return permit, &nucleus.Error{Kind: nucleus.KindDenied, Operation: r.op, Rule: decision.Rule, Message: decision.Why}
+	}
+	if err := p.root.grow(decision.Takes, func(leg string) nucleus.Evidence {
+		return nucleus.Evidence{Seq: n.log.Size(), Leg: leg, What: string(r.op) + " " + describe(pre.action)}
+	}); err != nil {
+		return permit, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
+	}
+	entry.Exposure = p.root.exposure.Names()
+	if err := n.salts.Put(permit.ID, pre.salt); err != nil {
+		return permit, logFailure(err)
+	}
+	if _, err := n.log.Append(entry); err != nil {
+		return permit, logFailure(err)
+	}
+	permit.Seq = p.nextSeq()
+	return permit, nil
+}
+
+// permitLife is how long a permit may wait for its effect to start.
+const permitLife = 30 * time.Second
+
+func (n *Node) intent(p *Pod, r request, pre prepared, permit string, d nucleus.Decision) nucleus.Entry {
+	return nucleus.Entry{
+		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
+		Digest: pre.digest, Args: audit.Shown(pre.action), Verdict: d.Verdict, Rule: d.Rule, Permit: permit, Exposure: p.root.exposure.Names(),
+	}
+}
+
+// refuseUnresolved records a request whose arguments stand for nothing.
+func (n *Node) refuseUnresolved(p *Pod, r request, cause error) error {
+	e := nucleus.AsError(cause)
+	if e.Operation == "" {
+		copied := *e
+		copied.Operation = r.op
+		e = &copied
+	}
+	_, err := n.log.Append(nucleus.Entry{
+		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
+		Args: audit.Shown(r.args), Verdict: nucleus.Deny, Rule: "resolve", Status: nucleus.OutcomeRefused,
+		Data: data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}),
+	})
+	if err != nil {
+		return logFailure(err)
+	}
+	return e
+}
+
+// act does it: in the machine under a signed permit, or on the host.
+func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit nucleus.Permit) (json.RawMessage, *nucleus.Signed, error) {
+	if pre.effect != nil {
+		started := n.config.Now()
+		value, err := pre.effect(ctx)
+		return value, n.hostOutcome(p, permit, value, err, started), err
+	}
+	signed, err := nucleus.Sign(n.key, nucleus.DomainPermit, permit)
+	if err != nil {
+		return nil, nil, err
+	}
+	header := r.call
+	header.Op, header.Permit = r.op, &signed
+	if len(permit.Grants) > 0 {
+		ask, err := p.askOf(permit)
+		if err != nil {
+			return nil, nil, err
+		}
+		header.Ask = ask
+	}
+	result, err := p.call(ctx, header, tools.Args{Args: r.args, Action: &pre.action}, r.stream)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := p.checkOutcome(result, permit); err != nil {
+		return nil, nil, err
+	}
+	if result.Error != nil {
+		return nil, result.Outcome, result.Error
+	}
+	return result.Value, result.Outcome, nil
+}
+
+// checkOutcome verifies that the machine signed what it says, for this permit.
+func (p *Pod) checkOutcome(result guest.CallResult, permit nucleus.Permit) error {
+	var outcome nucleus.Outcome
+	if result.Outcome == nil {
+		return nucleus.Errorf(nucleus.KindInternal, "the machine signed no outcome")
+	}
+	if err := result.Outcome.Open(p.record.OutcomeKey, nucleus.DomainOutcome, &outcome); err != nil {
+		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome: %v", err)
+	}
+	if outcome.Permit != permit.ID || outcome.Boot != permit.Boot || outcome.Seq != permit.Seq {
+		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome is for another permit")
+	}
+	if len(result.Value) > 0 && outcome.Result != nucleus.SHA256(result.Value) {
+		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome is for another result")
+	}
+	return nil
+}
+
+func (n *Node) hostOutcome(p *Pod, permit nucleus.Permit, value json.RawMessage, err error, started time.Time) *nucleus.Signed {
+	outcome := nucleus.Outcome{
+		Permit: permit.ID, Pod: p.record.ID, Boot: p.record.Boot, Seq: permit.Seq, Status: nucleus.OutcomeDone,
+		Bytes: int64(len(value)), Millis: n.config.Now().Sub(started).Milliseconds(),
+	}
+	if err != nil {
+		outcome.Status, outcome.Message = nucleus.OutcomeFailed, cut(err.Error(), 512)
+	}
+	if len(value) > 0 {
+		outcome.Result = nucleus.SHA256(value)
+	}
+	signed, err := nucleus.Sign(n.key, nucleus.DomainOutcome, outcome)
+	if err != nil {
+		return nil
+	}
+	return &signed
+}
+
+// recordOutcome is the last step. When it fails the effect has happened and the
+// intent is in the log: recovery closes it as unknown.
+func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Permit, outcome *nucleus.Signed, cause error) error {
+	entry := nucleus.Entry{
+		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindOutcome, Op: r.op,
+		Digest: pre.digest, Permit: permit.ID, Outcome: outcome, Status: nucleus.OutcomeDone,
+	}
+	if cause != nil {
+		entry.Status = nucleus.OutcomeFailed
+		e := nucleus.AsError(cause)
+		if e.Kind == nucleus.KindForbidden {
+			entry.Status = nucleus.OutcomeRefused
+		}
+		if outcome == nil {
+			entry.Status = nucleus.OutcomeUnknown
+		}
+		entry.Data = data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)})
+	}
+	if _, err := n.log.Append(entry); err != nil {
+		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded: %v", r.op, err)
+	}
+	return nil
+}
+
+// call opens one call to the machine. Frames of the command go to stream and
+// frames of stream go to the command.
+func (p *Pod) call(ctx context.Context, header guest.Call, args tools.Args, stream *wire.Stream) (guest.CallResult, error) {
+	var result guest.CallResult
+	session, err := p.wire()
+	if err != nil {
+		return result, err
+	}
+	guestStream, err := session.Open(ctx, guest.StreamCall, header)
+	if err != nil {
+		return result, p.lost(err)
+	}
+	defer guestStream.Close()
+	stop := context.AfterFunc(ctx, func() { guestStream.Close() })
+	defer stop()
+	if err := guestStream.SendJSON(wire.FrameJSON, args); err != nil {
+		return result, p.lost(err)
+	}
+	if stream != nil {
+		go func() {
+			defer guestStream.Close() // the caller is gone: the command ends
+			copyFrames(guestStream, stream)
+		}()
+	}
+	for {
+		frame, payload, err := guestStream.Recv(64 << 20)
+		if err != nil {
+			if ctx.Err() != nil {
+				return result, nucleus.Errorf(nucleus.KindTimeout, "the caller went away before the machine answered")
+			}
+			return result, p.lost(err)
+		}
+		if frame == wire.FrameResult {
+			return result, json.Unmarshal(payload, &result)
+		}
+		if stream != nil {
+			if err := stream.Send(frame, payload); err != nil {
+				return result, nucleus.Errorf(nucleus.KindTimeout, "the caller went away before the command ended")
+			}
+		}
+	}
+}
+
+func (p *Pod) lost(err error) error {
+	return nucleus.Errorf(nucleus.KindUnavailable, "pod %s: the wire to the machine ended: %v", p.record.ID, err)
+}
+
+func copyFrames(to, from *wire.Stream) {
+	for {
+		kind, payload, err := from.Recv(1 << 20)
+		if err != nil || to.Send(kind, payload) != nil {
+			return
+		}
+	}
+}
+
+func (p *Pod) nextSeq() uint64 { return p.record.Epoch<<40 | p.seq.Add(1) }
+
+// describe names an action in a few words.
+func describe(a nucleus.Action) string {
+	switch {
+	case a.Command != nil && len(a.Command.Argv) > 0:
+		return a.Command.Argv[0]
+	case a.Fetch != nil:
+		return a.Fetch.URL
+	case a.Connect != nil:
+		return a.Connect.Host
+	case len(a.Files) > 0:
+		return a.Files[0].Path
+	}
+	return ""
+}

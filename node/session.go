@@ -1,0 +1,71 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"sync"
+
+	"cal/internal/durable"
+	"cal/nucleus"
+)
+
+// rootSession is the exposure that a session and all its sub-agents and sub-pods
+// share. Its mutex is the critical section of a request: decide, add legs, append
+// the intent.
+type rootSession struct {
+	mu       sync.Mutex
+	file     string
+	exposure nucleus.Legs
+	evidence []nucleus.Evidence // which entry took each leg
+}
+
+type exposureFile struct {
+	Legs     []string           `json:"legs"`
+	Evidence []nucleus.Evidence `json:"evidence,omitempty"`
+}
+
+// openSession reads the exposure that is stored with a workspace: a new session
+// starts with it.
+func openSession(workspaceDir string) (*rootSession, error) {
+	s := &rootSession{file: filepath.Join(workspaceDir, "exposure.json")}
+	var stored exposureFile
+	err := durable.Load(s.file, &stored)
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if s.exposure, err = nucleus.LegsOf(stored.Legs); err != nil {
+		return nil, fmt.Errorf("%s: %w", s.file, err)
+	}
+	s.evidence = stored.Evidence
+	return s, nil
+}
+
+// grow adds legs durably. The caller holds the mutex and has not acted yet.
+func (s *rootSession) grow(takes nucleus.Legs, evidence func(leg string) nucleus.Evidence) error {
+	fresh := takes &^ s.exposure
+	if fresh == 0 {
+		return nil
+	}
+	grown := append([]nucleus.Evidence(nil), s.evidence...)
+	for _, leg := range fresh.Names() {
+		grown = append(grown, evidence(leg))
+	}
+	stored := exposureFile{Legs: (s.exposure | fresh).Names(), Evidence: grown}
+	if err := durable.Store(s.file, stored); err != nil {
+		return fmt.Errorf("recording the exposure: %w", err)
+	}
+	s.exposure |= fresh
+	s.evidence = grown
+	return nil
+}
+
+func (s *rootSession) legs() nucleus.Legs {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.exposure
+}

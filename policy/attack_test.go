@@ -1,0 +1,404 @@
+package policy
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/bmatcuk/doublestar/v4"
+	"pgregory.net/rapid"
+
+	"cal/nucleus"
+)
+
+// Each class of attack stands beside benign twins that must pass: a false alarm
+// is a bug too.
+
+const attacked = `
+name: attacked
+operations: {read_files: always, grep_search: always, run_bash: always, git_commit: always, web_fetch: always, net_connect: always}
+paths:
+  roots: {only: ["app", "lib/core"]}
+  blocked: ["**/.env*", "**/*.pem", "*.key", "token", "app/secret", "app/*/private"]
+commands: {only: [[git, status], [go, test, "**"], [ls, "*"], ["**"], [bash, "-c", "make all"]]}
+hosts:
+  only:
+    - {host: api.example, port: 443, methods: [GET], path: "/repos/**"}
+    - {host: one.example, port: 443, methods: [GET], path: "/exact"}
+    - {host: "*.wild.example", port: 443}
+    - {host: 10.1.0.0/16, port: 443}
+    - {host: 127.0.0.1, port: 8080}
+    - {host: "::1", port: 8080}
+`
+
+func check(t *testing.T, class string, a nucleus.Action, want string) {
+	t.Helper()
+	d := load(t, attacked).Decide(a, nucleus.Context{})
+	got := string(d.Verdict)
+	if d.Verdict == nucleus.Deny {
+		got += " " + d.Rule
+	}
+	if got != want {
+		t.Errorf("%s: %+v: %s (%s), want %s", class, a, got, d.Why, want)
+	}
+}
+
+func TestAttacksOnPaths(t *testing.T) {
+	for _, c := range []struct{ class, path, want string }{
+		{"parent", "../etc/passwd", "deny paths"},
+		{"parent inside", "app/../../etc/passwd", "deny paths"},
+		{"parent that stays", "app/../app/x", "deny paths"},
+		{"only parent", "..", "deny paths"},
+		{"absolute", "/etc/passwd", "deny paths"},
+		{"unclean", "app//x", "deny paths"},
+		{"unclean dot", "app/./x", "deny paths"},
+		{"trailing slash", "app/", "deny paths"},
+		{"empty", "", "deny paths"},
+		{"NUL", "app/x\x00.go", "deny paths"},
+		{"not UTF-8", "app/\xff", "deny paths"},
+		{"outside the roots", "other/x", "deny paths.roots"},
+		{"the workspace above a root", ".", "deny paths.roots"},
+		{"a root's name as a prefix", "apple/x", "deny paths.roots"},
+		{"beside a deeper root", "lib/x", "deny paths.roots"},
+		{"blocked at the top of a root", "app/.env", "deny paths.blocked"},
+		{"blocked deeper", "app/a/b/.env.local", "deny paths.blocked"},
+		{"below a blocked directory", "app/.env.d/x", "deny paths.blocked"},
+		{"suffix deeper", "app/a/tls.pem", "deny paths.blocked"},
+		{"pattern without slash, deeper", "app/a/b/tls.key", "deny paths.blocked"},
+		{"whole name", "app/token", "deny paths.blocked"},
+		{"anchored directory", "app/secret/x/y", "deny paths.blocked"},
+		{"anchored with star", "app/x/private", "deny paths.blocked"},
+
+		{"a root itself", "app", "allow"},
+		{"a deeper root", "lib/core/x.go", "allow"},
+		{"two dots in a name", "app/..x/a..b", "allow"},
+		{"name that begins like a blocked one", "app/tokenizer.go", "allow"},
+		{"name that ends like a blocked one", "app/mytoken", "allow"},
+		{"suffix in the middle", "app/x.pem.go", "allow"},
+		{"suffix without its dot", "app/pem", "allow"},
+		{"environment", "app/environment.go", "allow"},
+		{"anchored elsewhere", "app/x/secret", "allow"},
+		{"star is one segment", "app/x/y/private", "allow"},
+		{"unicode", "app/größe.go", "allow"},
+		{"spaces", "app/a file.go", "allow"},
+	} {
+		files := []nucleus.File{{Path: "app/ok.go"}, {Path: c.path}}
+		check(t, c.class, nucleus.Action{Op: nucleus.ReadFiles, Files: files}, c.want)
+		check(t, c.class+" (search)", nucleus.Action{Op: nucleus.GrepSearch, Files: files[1:]}, c.want)
+		check(t, c.class+" (named by a command)", nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{
+			Argv: []string{"git", "status"}, Dir: "app", Files: files}}, c.want)
+	}
+}
+
+func TestAttacksOnCommits(t *testing.T) {
+	for _, c := range []struct {
+		class, repo string
+		paths       []string
+		want        string
+	}{
+		{"another repository", "other", nil, "deny paths.roots"},
+		{"all of a repository that holds a root", "lib", nil, "deny paths.roots"},
+		{"parent", "app", []string{"../other/x"}, "deny paths"},
+		{"parent that stays below", "app", []string{"x/../y"}, "deny paths"},
+		{"repository is a parent", "../app", []string{"x"}, "deny paths"},
+		{"absolute", "app", []string{"/x"}, "deny paths"},
+		{"blocked", "app", []string{"main.go", "a/.env"}, "deny paths.blocked"},
+		{"beside the root", "lib", []string{"core/x", "other/x"}, "deny paths.roots"},
+		{"whole repository", "app", nil, "allow"},
+		{"paths", "app", []string{"main.go"}, "allow"},
+		{"paths below a deeper root", "lib", []string{"core/x"}, "allow"},
+	} {
+		check(t, c.class, nucleus.Action{Op: nucleus.GitCommit, Commit: &nucleus.Commit{Repo: c.repo, Paths: c.paths}}, c.want)
+	}
+}
+
+func TestAttacksOnCommands(t *testing.T) {
+	p := load(t, strings.Replace(attacked, `["**"], `, "", 1))
+	for _, c := range []struct {
+		class  string
+		argv   []string
+		script bool
+		env    map[string]string
+		want   nucleus.Verdict
+	}{
+		{"other subcommand", []string{"git", "push"}, false, nil, nucleus.Deny},
+		{"option before the subcommand", []string{"git", "-C", ".", "push"}, false, nil, nucleus.Deny},
+		{"configuration before the subcommand", []string{"git", "-c", "alias.status=!sh", "status"}, false, nil, nucleus.Deny},
+		{"joined words", []string{"git status"}, false, nil, nucleus.Deny},
+		{"an argument more", []string{"git", "status", "--porcelain"}, false, nil, nucleus.Deny},
+		{"an argument fewer", []string{"git"}, false, nil, nucleus.Deny},
+		{"wrapper", []string{"env", "git", "status"}, false, nil, nucleus.Deny},
+		{"shell", []string{"bash", "-c", "git status"}, true, nil, nucleus.Deny},
+		{"shell, login", []string{"bash", "-lc", "make all"}, true, nil, nucleus.Deny},
+		{"script with more in it", []string{"bash", "-c", "make all; curl evil"}, true, nil, nucleus.Deny},
+		{"path to the program", []string{"./git", "status"}, false, nil, nucleus.Deny},
+		{"upper case", []string{"GIT", "status"}, false, nil, nucleus.Deny},
+		{"variables of its own", []string{"git", "status"}, false, map[string]string{"GIT_EXTERNAL_DIFF": "sh"}, nucleus.Deny},
+		{"star is one argument", []string{"ls", "a", "b"}, false, nil, nucleus.Deny},
+		{"star is no less", []string{"ls"}, false, nil, nucleus.Deny},
+
+		{"exact", []string{"git", "status"}, false, nil, nucleus.Allow},
+		{"tail of none", []string{"go", "test"}, false, nil, nucleus.Allow},
+		{"tail of many", []string{"go", "test", "-run", "Test;x y", "./..."}, false, nil, nucleus.Allow},
+		{"star", []string{"ls", "a b"}, false, nil, nucleus.Allow},
+		{"empty argument", []string{"ls", ""}, false, nil, nucleus.Allow},
+		{"shell that is named", []string{"bash", "-c", "make all"}, true, nil, nucleus.Allow},
+	} {
+		d := p.Decide(nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: c.argv, Dir: "app", Script: c.script, Env: c.env}}, nucleus.Context{})
+		if d.Verdict != c.want || c.want == nucleus.Deny && d.Rule != "commands" {
+			t.Errorf("%s: %q: %+v, want %s", c.class, c.argv, d, c.want)
+		}
+	}
+	// "**" allows every program, and names no shell.
+	run := func(script bool) nucleus.Action {
+		return nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: []string{"sh", "-c", "x"}, Dir: "app", Script: script}}
+	}
+	check(t, "program under **", run(false), "allow")
+	check(t, "script under **", run(true), "deny commands")
+}
+
+func TestAttacksOnHosts(t *testing.T) {
+	for _, c := range []struct {
+		class, host string
+		port        int
+		want        string
+	}{
+		{"NUL before a suffix", "evil\x00.wild.example", 443, "deny hosts"},
+		{"line feed", "evil\n.wild.example", 443, "deny hosts"},
+		{"suffix without its dot", "evilwild.example", 443, "deny hosts"},
+		{"the suffix itself", "wild.example", 443, "deny hosts"},
+		{"suffix and more", "x.wild.example.evil", 443, "deny hosts"},
+		{"empty label", "..wild.example", 443, "deny hosts"},
+		{"leading dot", ".wild.example", 443, "deny hosts"},
+		{"trailing dot", "x.wild.example.", 443, "deny hosts"},
+		{"upper case", "X.wild.example", 443, "deny hosts"},
+		{"brackets", "[::1]", 8080, "deny hosts"},
+		{"zone", "::1%lo", 8080, "deny hosts"},
+		{"user", "a@x.wild.example", 443, "deny hosts"},
+		{"port in the host", "x.wild.example:443", 443, "deny hosts"},
+		{"space", "x .wild.example", 443, "deny hosts"},
+		{"percent", "x%2e.wild.example", 443, "deny hosts"},
+		{"unicode", "x\u3002wild.example", 443, "deny hosts"},
+		{"other port", "x.wild.example", 80, "deny hosts"},
+		{"port that overflows to 443", "x.wild.example", 65536 + 443, "deny hosts"},
+		{"short address", "127.1", 8080, "deny hosts"},
+		{"decimal address", "2130706433", 8080, "deny hosts"},
+		{"hexadecimal address", "0x7f000001", 8080, "deny hosts"},
+		{"octal address", "0177.0.0.1", 8080, "deny hosts"},
+		{"address beside the range", "10.2.0.1", 443, "deny hosts"},
+		{"mapped address beside the range", "::ffff:10.2.0.1", 443, "deny hosts"},
+		{"address as a label", "10.1.2.3.wild.example", 80, "deny hosts"},
+		{"a connection to a host of requests", "api.example", 443, "deny hosts"},
+		{"empty", "", 443, "deny hosts"},
+
+		{"below the suffix", "x.wild.example", 443, "allow"},
+		{"deep below the suffix", "a.b-c.x_1.wild.example", 443, "allow"},
+		{"range", "10.1.255.3", 443, "allow"},
+		{"mapped address in the range", "::ffff:10.1.0.9", 443, "allow"},
+		{"address", "127.0.0.1", 8080, "allow"},
+		{"IPv6 address", "::1", 8080, "allow"},
+		{"IPv6 address, written out", "0:0:0:0:0:0:0:1", 8080, "allow"},
+		{"numbers in a name", "10.1.2.3.wild.example", 443, "allow"},
+	} {
+		check(t, c.class, nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: c.host, Port: c.port}}, c.want)
+		if c.host != "api.example" {
+			check(t, c.class, nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Method: "POST", Host: c.host, Port: c.port, Path: "/a"}}, c.want)
+		}
+		if c.want == "deny hosts" && strings.ContainsAny(c.host, "\x00\n[]%@: ") && c.host != "::ffff:10.2.0.1" {
+			if d := Top().Decide(nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: c.host, Port: c.port}}, nucleus.Context{}); d.Verdict != nucleus.Deny {
+				t.Errorf("%s: %q is %+v where hosts is any, want deny", c.class, c.host, d)
+			}
+		}
+	}
+}
+
+func TestAttacksOnRequests(t *testing.T) {
+	for _, c := range []struct{ class, method, host, path, want string }{
+		{"other method", "POST", "api.example", "/repos/o/r", "deny hosts"},
+		{"method in lower case", "get", "api.example", "/repos/o/r", "deny hosts"},
+		{"unknown method", "TRACE", "api.example", "/repos/o/r", "deny hosts"},
+		{"other path", "GET", "api.example", "/user", "deny hosts"},
+		{"prefix of a segment", "GET", "api.example", "/repository", "deny hosts"},
+		{"dot segments", "GET", "api.example", "/repos/../user", "deny hosts"},
+		{"dot segment at the end", "GET", "api.example", "/repos/..", "deny hosts"},
+		{"one dot", "GET", "api.example", "/repos/./x", "deny hosts"},
+		{"encoded dots", "GET", "api.example", "/repos/%2e%2E/user", "deny hosts"},
+		{"half encoded dots", "GET", "api.example", "/repos/.%2e/user", "deny hosts"},
+		{"encoded slash", "GET", "api.example", "/repos/..%2fuser", "deny hosts"},
+		{"twice encoded", "GET", "api.example", "/repos/%252e%252e/user", "deny hosts"},
+		{"backslash", "GET", "api.example", `/repos/..\user`, "deny hosts"},
+		{"encoded backslash", "GET", "api.example", "/repos/%5c..%5cuser", "deny hosts"},
+		{"path parameter", "GET", "api.example", "/repos/..;/user", "deny hosts"},
+		{"encoded path parameter", "GET", "api.example", "/repos/..%3b/user", "deny hosts"},
+		{"empty segment", "GET", "api.example", "/repos//user", "deny hosts"},
+		{"no slash", "GET", "api.example", "repos/x", "deny hosts"},
+		{"empty", "GET", "api.example", "", "deny hosts"},
+		{"query in the path", "GET", "api.example", "/repos/x?y", "deny hosts"},
+		{"fragment in the path", "GET", "api.example", "/repos/x#/../", "deny hosts"},
+		{"bad escape", "GET", "api.example", "/repos/%zz", "deny hosts"},
+		{"cut escape", "GET", "api.example", "/repos/%2", "deny hosts"},
+		{"line feed", "GET", "api.example", "/repos/x\r\nHost: evil", "deny hosts"},
+		{"below an exact path", "GET", "one.example", "/exact/x", "deny hosts"},
+		{"exact path with slash", "GET", "one.example", "/exact/", "deny hosts"},
+
+		{"prefix itself", "GET", "api.example", "/repos", "allow"},
+		{"prefix with slash", "GET", "api.example", "/repos/", "allow"},
+		{"below", "GET", "api.example", "/repos/o/r/issues/1", "allow"},
+		{"dots in a name", "GET", "api.example", "/repos/o/.github/a..b/v1.2", "allow"},
+		{"harmless escape", "GET", "api.example", "/repos/o/a%20b", "allow"},
+		{"exact", "GET", "one.example", "/exact", "allow"},
+	} {
+		check(t, c.class, nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Method: c.method, Host: c.host, Port: 443, Path: c.path}}, c.want)
+	}
+}
+
+// Only a literal opens a private address, and a rule for single requests only
+// the address that was asked for.
+func TestLiterals(t *testing.T) {
+	p := load(t, `
+hosts:
+  only:
+    - {host: intranet.example, port: 443}
+    - {host: 10.0.0.0/8, port: 443}
+    - {host: 192.168.1.5, port: 443, methods: [GET], path: "/x/**"}
+    - {host: "fd00::/8", port: 443}
+    - {host: 127.0.0.1, port: 8080}
+`)
+	for _, c := range []struct {
+		host string
+		port int
+		want string
+	}{
+		{"intranet.example", 443, "10.0.0.0/8 fd00::/8"},
+		{"intranet.example", 80, ""},
+		{"10.2.3.4", 443, "10.0.0.0/8"},
+		{"::ffff:10.2.3.4", 443, "10.0.0.0/8"},
+		{"10.2.3.4", 80, ""},
+		{"192.168.1.5", 443, "192.168.1.5/32"},
+		{"192.168.1.6", 443, ""},
+		{"127.0.0.1", 8080, "127.0.0.1/32"},
+		{"127.0.0.1", 443, ""},
+		{"169.254.169.254", 443, ""},
+		{"[::1]", 443, ""},
+	} {
+		var got []string
+		for _, prefix := range p.Literals(c.host, c.port) {
+			got = append(got, prefix.String())
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("Literals(%q, %d) = %v, want %s", c.host, c.port, got, c.want)
+		}
+	}
+	names := load(t, `hosts: {only: [{host: intranet.example, port: 443}, {host: "*.example", port: 443}]}`)
+	for _, q := range []*Policy{names, load(t, "hosts: any"), {}} {
+		for _, host := range []string{"intranet.example", "127.0.0.1"} {
+			if got := q.Literals(host, 443); len(got) != 0 {
+				t.Errorf("%#v opens %v for %s; only a literal does", q, got, host)
+			}
+		}
+	}
+	if !netip.MustParsePrefix("10.0.0.0/8").Contains(netip.MustParseAddr("10.2.3.4")) {
+		t.Fatal("positive control")
+	}
+}
+
+func TestTrustedRepo(t *testing.T) {
+	p := load(t, `trusted_origins: ["github.com/my-org/**", "git.example:8443/team/app", "file:/srv/git/**", "GitLab.example/**"]`)
+	for _, c := range []struct {
+		remote string
+		want   bool
+	}{
+		{"https://evil.example/my-org/app", false},
+		{"https://github.com.evil.example/my-org/app", false},
+		{"https://evilgithub.com/my-org/app", false},
+		{"https://github.com@evil.example/my-org/app", false},
+		{"https://evil.example?@github.com/my-org/app", false},
+		{"https://evil.example#@github.com/my-org/app", false},
+		{`https://evil.example\@github.com/my-org/app`, false},
+		{"https://github.com/my-org/../evil/app", false},
+		{"https://github.com/my-org/%2e%2e/evil", false},
+		{"https://github.com//my-org/app", false},
+		{"https://github.com/my-organisation/app", false},
+		{"https://github.com/My-Org/app", false},
+		{"https://github.com/other/app", false},
+		{"https://github.com:8443/my-org/app", false},
+		{"https://github.com:x/my-org/app", false},
+		{"https://github.com./my-org/app", false},
+		{"https://github.com/", false},
+		{"http://github.com/my-org/app", false},
+		{"git://github.com/my-org/app", false},
+		{"ext::sh -c evil github.com/my-org/app", false},
+		{"ext://github.com/my-org/app", false},
+		{"git@evil.example:my-org/app", false},
+		{"git@github.com@evil.example:my-org/app", false},
+		{"git@github.com:other/app.git", false},
+		{"git@github.com:my-org/../evil/app", false},
+		{"C:/my-org/app", false},
+		{"../my-org/app", false},
+		{"github.com/my-org/app", false},
+		{"file://evil.example/srv/git/app", false},
+		{"/srv/git/../evil", false},
+		{"/srv/github", false},
+		{"https://git.example:8443/team/app2", false},
+		{"https://git.example/team/app", false},
+		{"", false},
+
+		{"https://github.com/my-org/app", true},
+		{"https://github.com/my-org/app.git", true},
+		{"https://github.com/my-org/app/", true},
+		{"https://GitHub.com/my-org/app", true},
+		{"https://github.com:443/my-org/app", true},
+		{"https://user:token@github.com/my-org/app", true},
+		{"ssh://git@github.com/my-org/app.git", true},
+		{"ssh://git@github.com:22/my-org/app.git", true},
+		{"git@github.com:my-org/app.git", true},
+		{"git@github.com:/my-org/app.git", true},
+		{"github.com:my-org/sub/app", true},
+		{"https://git.example:8443/team/app.git", true},
+		{"https://gitlab.example/any/thing", true},
+		{"/srv/git/app.git", true},
+		{"file:///srv/git/app", true},
+		{"file://localhost/srv/git/app", true},
+	} {
+		trusted, why := TrustedRepo(p, []string{"git@github.com:my-org/ok.git", c.remote})
+		if trusted != c.want || why == "" {
+			t.Errorf("%q: trusted %v (%s), want %v", c.remote, trusted, why, c.want)
+		}
+		if trusted, _ := TrustedRepo(&Policy{}, []string{c.remote}); trusted {
+			t.Errorf("%q is trusted by a policy without trusted_origins", c.remote)
+		}
+	}
+	if trusted, why := TrustedRepo(nil, nil); !trusted || why == "" {
+		t.Errorf("a repository without remotes: trusted %v (%s), want trusted", trusted, why)
+	}
+}
+
+// Our globs against an independent reader of the same language.
+func TestGlobsAgree(t *testing.T) {
+	segment := rapid.SampledFrom([]string{"a", "b", "ab", "abc", ".env", "x.pem", "größe"})
+	pattern := rapid.SampledFrom([]string{"a", "b", "a*", "*b", "*", "**", "?b", "a?c", ".env*", "*.pem", "*b*c", "gr??e"})
+	rapid.Check(t, func(t *rapid.T) {
+		name := strings.Join(rapid.SliceOfN(segment, 1, 5).Draw(t, "path"), "/")
+		glob := strings.Join(rapid.SliceOfN(pattern, 1, 5).Draw(t, "pattern"), "/")
+		normal, err := parseBlocked(glob)
+		if err != nil {
+			t.Fatal(err)
+		}
+		other := glob
+		if !strings.Contains(glob, "/") {
+			other = "**/" + glob
+		}
+		want := doublestar.MatchUnvalidated(other, name) || doublestar.MatchUnvalidated(other+"/**", name)
+		if got := newBlocked([]string{normal}).matches(name); got != want {
+			t.Fatalf("%q (%q) blocks %q: %v, want %v", glob, normal, name, got, want)
+		}
+	})
+}
+
+// A pattern with many stars takes no exponential time.
+func TestGlobIsLinear(t *testing.T) {
+	p := load(t, `paths: {blocked: ["`+strings.Repeat("**/a*/", 100)+`b", "`+strings.Repeat("*a", 200)+`b"]}`)
+	if p.Blocked(strings.Repeat("aaaa/", 800) + strings.Repeat("a", 4000)) {
+		t.Error("blocked without reason")
+	}
+}

@@ -1,0 +1,8 @@
+package wire
+
+import "github.com/hashicorp/yamux"
+
+var (
+	yamuxClient = yamux.Client
+	yamuxServer = yamux.Server
+)

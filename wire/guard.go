@@ -1,0 +1,105 @@
+package wire
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+)
+
+// The frames of yamux (its spec.md): version, type, flags, stream id, length.
+const (
+	muxHeader  = 12
+	muxData    = 0
+	muxWindow  = 1
+	muxGoAway  = 3
+	maxReading = 64 << 10
+)
+
+// guard stands between yamux and the connection.
+//
+// Reading, it lets through only what the other end of a session of this package
+// sends: no pings, for which yamux would start a goroutine each, and no data or
+// window larger than a stream's. What else arrives ends the session.
+//
+// Writing, it joins a frame's header with its body, which yamux writes apart.
+type guard struct {
+	conn io.ReadWriteCloser
+
+	read []byte // what was read and not yet asked for
+	buf  []byte
+	head [muxHeader]byte // of the frame that is arriving
+	have int             // bytes in head
+	body uint32          // bytes of the body still to come
+
+	out []byte // a header that waits for its body
+}
+
+// Read is called by one goroutine.
+func (g *guard) Read(p []byte) (int, error) {
+	if len(g.read) == 0 {
+		if g.buf == nil {
+			g.buf = make([]byte, maxReading)
+		}
+		n, err := g.conn.Read(g.buf)
+		if n == 0 {
+			return 0, err
+		}
+		// An error beside data comes back with the next read.
+		if err := g.inspect(g.buf[:n]); err != nil {
+			return 0, err
+		}
+		g.read = g.buf[:n]
+	}
+	n := copy(p, g.read)
+	g.read = g.read[n:]
+	return n, nil
+}
+
+func (g *guard) inspect(p []byte) error {
+	for len(p) > 0 {
+		if g.body > 0 {
+			skip := min(uint32(len(p)), g.body)
+			g.body -= skip
+			p = p[skip:]
+			continue
+		}
+		n := copy(g.head[g.have:], p)
+		g.have += n
+		p = p[n:]
+		if g.have < muxHeader {
+			return nil
+		}
+		g.have = 0
+		version, kind, length := g.head[0], g.head[1], binary.BigEndian.Uint32(g.head[8:])
+		switch {
+		case version != 0:
+			return fmt.Errorf("the other end speaks something else (version %d)", version)
+		case kind == muxData && length <= streamWindow:
+			g.body = length
+		case kind == muxWindow && length <= streamWindow, kind == muxGoAway:
+		default:
+			return fmt.Errorf("the other end sent a frame of type %d and length %d", kind, length)
+		}
+	}
+	return nil
+}
+
+// Write is called by one goroutine.
+func (g *guard) Write(p []byte) (int, error) {
+	if len(g.out) == 0 && len(p) == muxHeader && p[1] == muxData && binary.BigEndian.Uint32(p[8:]) > 0 {
+		g.out = append(g.out, p...)
+		return len(p), nil
+	}
+	if len(g.out) == 0 {
+		return g.conn.Write(p)
+	}
+	g.out = append(g.out, p...)
+	_, err := g.conn.Write(g.out)
+	g.out = g.out[:0]
+	if err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (g *guard) Close() error { return g.conn.Close() }

@@ -1,0 +1,236 @@
+// Package workspace is the person's side on disk: where CAL keeps its things,
+// how its daemons are started, which repositories a workspace holds and how work
+// comes back from them.
+//
+// It runs as the person, on the person's files. It promises that nothing which came
+// out of a machine is executed here, and that a working tree is changed only when it
+// is clean and only by what the person asked for.
+package workspace
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	approvals "cal/approval/client"
+	"cal/internal/keyfile"
+	"cal/node/client"
+	"cal/nucleus"
+)
+
+// Home is CAL_HOME.
+type Home struct{ Dir string }
+
+// OpenHome returns the person's CAL_HOME, which it makes at first use.
+func OpenHome() (Home, error) {
+	dir := os.Getenv("CAL_HOME")
+	if dir == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return Home{}, fmt.Errorf("neither CAL_HOME nor HOME is set")
+		}
+		dir = filepath.Join(home, ".cal")
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return Home{}, err
+	}
+	return Home{dir}, os.MkdirAll(filepath.Join(dir, "run"), 0o700)
+}
+
+// The places below Home that several programs share.
+func (h Home) NodeSocket() string      { return filepath.Join(h.Dir, "run", "node.sock") }
+func (h Home) AuthoritySocket() string { return filepath.Join(h.AuthorityDir(), "authority.sock") }
+func (h Home) AuthorityDir() string    { return filepath.Join(h.Dir, "authority") }
+func (h Home) Log() string             { return filepath.Join(h.Dir, "log") }
+func (h Home) LogKey() string          { return filepath.Join(h.Dir, "keys", "log.key") }
+func (h Home) Workspace(name string) string {
+	return filepath.Join(h.Dir, "isolation", "vms", name)
+}
+
+// Program returns the path of one of CAL's programs: beside this one, else on PATH.
+func Program(name string) (string, error) {
+	self, err := os.Executable()
+	if err == nil {
+		if self, err = filepath.EvalSymlinks(self); err == nil {
+			beside := filepath.Join(filepath.Dir(self), name)
+			if _, err := os.Stat(beside); err == nil {
+				return beside, nil
+			}
+		}
+	}
+	found, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("%s is neither beside cal nor on PATH (make install)", name)
+	}
+	return filepath.Abs(found)
+}
+
+// Node returns a client of the person's node, which is started when none runs.
+// A node of another version is an error that says how to replace it.
+func (h Home) Node(ctx context.Context) (*client.Client, error) {
+	c, err := h.runningNode(ctx)
+	if err == nil {
+		return c, nil
+	}
+	if !errors.Is(err, ErrNoNode) {
+		return nil, err
+	}
+	if err := h.startAuthority(ctx); err != nil {
+		return nil, err
+	}
+	program, err := Program("nucleus-node")
+	if err != nil {
+		return nil, err
+	}
+	if err := startDaemon(program, filepath.Join(h.Dir, "run", "node.log"), "--home", h.Dir, "--authority", h.AuthoritySocket()); err != nil {
+		return nil, err
+	}
+	return h.awaitNode(ctx)
+}
+
+// ErrNoNode says that no node runs.
+var ErrNoNode = errors.New("no node runs (cal node start)")
+
+func (h Home) runningNode(ctx context.Context) (*client.Client, error) {
+	if _, err := os.Stat(h.NodeSocket()); err != nil {
+		return nil, ErrNoNode
+	}
+	key, err := h.operatorKey()
+	if err != nil {
+		return nil, ErrNoNode
+	}
+	c := client.New(h.NodeSocket(), "operator", key)
+	version, err := c.Health(ctx)
+	if err != nil {
+		return nil, ErrNoNode
+	}
+	if version != nucleus.Version {
+		return c, &OtherVersion{version}
+	}
+	return c, nil
+}
+
+// RunningNode returns a client of the node that runs, or ErrNoNode.
+func (h Home) RunningNode(ctx context.Context) (*client.Client, error) { return h.runningNode(ctx) }
+
+// OtherVersion says that the running node is not of this cal's version.
+type OtherVersion struct{ Version string }
+
+func (e *OtherVersion) Error() string {
+	return fmt.Sprintf("the running node is of version %s, this cal is %s (cal node restart; machines go on)", e.Version, nucleus.Version)
+}
+
+func (h Home) operatorKey() (ed25519.PrivateKey, error) {
+	return keyfile.Load(filepath.Join(h.Dir, "keys", "operator.key"))
+}
+
+const startDeadline = 20 * time.Second
+
+func (h Home) awaitNode(ctx context.Context) (*client.Client, error) {
+	ctx, cancel := context.WithTimeout(ctx, startDeadline)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		c, err := h.runningNode(ctx)
+		if err == nil {
+			return c, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("the node did not start within %s; its log ends with:\n%s", startDeadline, tail(filepath.Join(h.Dir, "run", "node.log")))
+		case <-tick.C:
+		}
+	}
+}
+
+// startAuthority starts the approval daemon where the person has made its key.
+func (h Home) startAuthority(ctx context.Context) error {
+	if !h.HasAuthority() {
+		return nil
+	}
+	if _, err := approvals.New(h.AuthoritySocket()).Info(ctx); err == nil {
+		return nil
+	}
+	program, err := Program("nucleus-authority")
+	if err != nil {
+		return err
+	}
+	if err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), "serve", "--dir", h.AuthorityDir()); err != nil {
+		return err
+	}
+	deadline := time.Now().Add(startDeadline)
+	for time.Now().Before(deadline) {
+		if _, err := approvals.New(h.AuthoritySocket()).Info(ctx); err == nil {
+			return nil
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	return fmt.Errorf("the authority did not start within %s; its log ends with:\n%s", startDeadline, tail(filepath.Join(h.Dir, "run", "authority.log")))
+}
+
+// HasAuthority reports whether the person has made an approval key.
+func (h Home) HasAuthority() bool {
+	_, err := os.Stat(filepath.Join(h.AuthorityDir(), "key.age"))
+	return err == nil
+}
+
+// startDaemon starts a program that outlives this one, in a session of its own.
+func startDaemon(program, logFile string, args ...string) error {
+	out, err := os.OpenFile(logFile, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	cmd := exec.Command(program, args...)
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	return cmd.Process.Release()
+}
+
+func tail(path string) string {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(raw)), "\n")
+	return strings.Join(lines[max(0, len(lines)-5):], "\n")
+}
+
+// StopNode ends the running node and waits until it is gone.
+func (h Home) StopNode(ctx context.Context) error {
+	c, err := h.runningNode(ctx)
+	var other *OtherVersion
+	if err != nil && !errors.As(err, &other) {
+		return err
+	}
+	if err := c.Stop(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, startDeadline)
+	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if _, err := os.Stat(h.NodeSocket()); errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("the node did not stop within %s", startDeadline)
+		}
+	}
+}

@@ -1,0 +1,318 @@
+package workspace
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sort"
+	"strings"
+
+	"cal/image"
+	"cal/internal/git"
+	"cal/machine"
+	"cal/nucleus"
+	"cal/policy"
+	"cal/workspace/agents"
+)
+
+// RunOptions are what a person asks for. Zero values are the defaults.
+type RunOptions struct {
+	Repo, Agent, Prompt string
+	Workspace, Branch   string
+	Policy, Mode        string
+	Driver, Require     string
+	EnvFile, Root       string
+	Trust, NoTTY        bool
+	CPU, MemoryMB       int
+	AllowWatched        []string
+	Command             []string
+}
+
+// Plan is a run, worked out but not begun.
+type Plan struct {
+	Spec  nucleus.PodSpec
+	Dir   string            // of the command, relative to the workspace
+	Files map[string][]byte // instruction files for the agent's directory
+	Notes []string          // what a person should know before
+}
+
+// guest endpoints; package guest serves them.
+const (
+	mcpURL   = "http://127.0.0.1:7001/mcp"
+	modelURL = "http://127.0.0.1:7002"
+)
+
+// Plan works out what a run needs. Nothing is started and nothing is changed.
+func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
+	p := &Plan{}
+	env := environment()
+	p.Spec.Mode = nucleus.Mediated
+	if o.Mode != "" {
+		p.Spec.Mode = nucleus.Mode(o.Mode)
+	}
+	p.Spec.Driver, p.Spec.Require = o.Driver, nucleus.Tier(o.Require)
+	p.Spec.Resources = nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB}
+	p.Spec.Watched = o.AllowWatched
+	var err error
+	if p.Spec.Policy, err = h.policyOf(o.Policy); err != nil {
+		return nil, err
+	}
+	if o.EnvFile != "" {
+		if p.Spec.Env, err = readEnvFile(o.EnvFile); err != nil {
+			return nil, err
+		}
+		p.Notes = append(p.Notes, "handed over to the tools: "+strings.Join(keys(p.Spec.Env), ", "))
+	}
+	if err := p.root(ctx, o, env); err != nil {
+		return nil, err
+	}
+	if o.Repo != "" {
+		if err := h.planRepo(ctx, p, o); err != nil {
+			return nil, err
+		}
+	} else if o.Workspace != "" {
+		p.Spec.Workspace = o.Workspace
+	}
+	if o.Agent != "" {
+		if err := p.agent(ctx, o, env); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// policyOf reads a profile's name, or a file of the person.
+func (h Home) policyOf(name string) (json.RawMessage, error) {
+	if name == "" {
+		name = "default"
+	}
+	if _, err := policy.Profile(name); err == nil {
+		return json.Marshal(name)
+	}
+	path := name
+	if !strings.ContainsAny(name, "/.") {
+		path = filepath.Join(h.Dir, "policies", name+".yaml")
+	}
+	raw, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("policy %q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
+	}
+	if err != nil {
+		return nil, err
+	}
+	loaded, err := policy.Load(path, raw)
+	if err != nil {
+		return nil, err
+	}
+	return loaded.Canonical()
+}
+
+func (p *Plan) root(ctx context.Context, o RunOptions, env map[string]string) error {
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return err
+	}
+	if o.Root != "" && o.Root != "host" {
+		dir, err := filepath.Abs(o.Root)
+		if err != nil {
+			return err
+		}
+		if info, err := os.Stat(dir); err != nil || !info.IsDir() {
+			return fmt.Errorf("root %s is no directory", dir)
+		}
+		p.Spec.Image = nucleus.Image{Kind: "directory", Path: dir}
+		return nil
+	}
+	p.Spec.Image = nucleus.Image{Kind: "host"}
+	found, err := image.Find(ctx, image.Person{Home: home, Env: env})
+	if err != nil {
+		return err
+	}
+	p.Spec.Image.Layers = found.Layers
+	if p.Spec.Env == nil {
+		p.Spec.Env = map[string]string{}
+	}
+	for name, value := range found.Env {
+		if _, set := p.Spec.Env[name]; !set {
+			p.Spec.Env[name] = value
+		}
+	}
+	return nil
+}
+
+func (h Home) planRepo(ctx context.Context, p *Plan, o RunOptions) error {
+	origin, err := git.Open(ctx, o.Repo)
+	if err != nil {
+		return err
+	}
+	base, err := origin.Resolve(ctx, "HEAD")
+	if err != nil {
+		return fmt.Errorf("%s has no commit yet (git commit first)", origin.Dir)
+	}
+	if dirty, err := origin.Run(ctx, "status", "--porcelain", "--ignore-submodules=all"); err == nil && dirty != "" {
+		p.Notes = append(p.Notes, fmt.Sprintf("%d changed or new files of %s are not committed and stay here", strings.Count(dirty, "\n"), origin.Dir))
+	}
+	if p.Spec.Workspace = o.Workspace; p.Spec.Workspace == "" {
+		if p.Spec.Workspace, err = h.WorkspaceFor(origin.Dir); err != nil {
+			return err
+		}
+	}
+	branch := o.Branch
+	if branch == "" {
+		branch = "agent/work"
+		if o.Agent != "" {
+			branch = "agent/" + o.Agent
+		}
+	}
+	repo := nucleus.Repo{Name: RepoName(origin.Dir), Path: origin.Dir, Branch: branch, Base: base}
+	if o.Trust {
+		repo.Trusted = &o.Trust
+	}
+	p.Spec.Repos = []nucleus.Repo{repo}
+	p.Dir = repo.Name
+	p.Spec.Identity = identity(ctx, origin)
+	return p.instructions(ctx, origin, base, repo.Name)
+}
+
+// identity is the person's name and address as git knows them: only these two.
+func identity(ctx context.Context, origin git.Repo) nucleus.Identity {
+	return nucleus.Identity{Name: git.PersonalSetting(ctx, origin.Dir, "user.name"), Email: git.PersonalSetting(ctx, origin.Dir, "user.email")}
+}
+
+// instructions takes CLAUDE.md and AGENTS.md from the commit that is handed over.
+func (p *Plan) instructions(ctx context.Context, origin git.Repo, base, name string) error {
+	for _, file := range []string{"CLAUDE.md", "AGENTS.md"} {
+		listed, err := origin.Run(ctx, "ls-tree", base, "--", file)
+		if err != nil {
+			return err
+		}
+		if !strings.HasPrefix(listed, "100") { // a regular file; no link, no directory
+			continue
+		}
+		text, err := origin.Run(ctx, "cat-file", "blob", base+":"+file)
+		if err != nil {
+			return err
+		}
+		if p.Files == nil {
+			p.Files = map[string][]byte{}
+		}
+		p.Files[filepath.Join(name, file)] = []byte(text)
+	}
+	return nil
+}
+
+func (p *Plan) agent(ctx context.Context, o RunOptions, env map[string]string) error {
+	definition, err := agents.Find(o.Agent)
+	if err != nil {
+		return err
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return err
+	}
+	install, err := definition.Locate(ctx, agents.Host{Home: home, Env: env})
+	if err != nil {
+		return err
+	}
+	model, err := definition.Model(env)
+	if err != nil {
+		return err
+	}
+	launch := agents.Launch{
+		Mode: p.Spec.Mode, Prompt: o.Prompt, Home: machine.Home, Dir: machine.Home + "/work",
+		MCPURL: mcpURL, ModelURL: modelURL, Bearer: model.Bearer, Instructions: p.Files, Env: env,
+	}
+	if p.Spec.Mode == nucleus.Contained {
+		launch.Dir = machine.Workspace + "/" + p.Dir
+	}
+	agent, err := definition.Agent(install, launch)
+	if err != nil {
+		return err
+	}
+	p.Spec.Agent, p.Spec.Model = &agent, &model
+	return nil
+}
+
+// Summary says, a line each, what is about to be launched.
+func (p *Plan) Summary() string {
+	var b strings.Builder
+	line := func(name, value string) { fmt.Fprintf(&b, "  %-10s %s\n", name, value) }
+	if p.Spec.Workspace != "" {
+		line("workspace", p.Spec.Workspace)
+	}
+	if p.Spec.Agent != nil {
+		line("agent", p.Spec.Agent.Name)
+	}
+	for _, r := range p.Spec.Repos {
+		line("repo", fmt.Sprintf("%s at %.12s, branch %s", r.Path, r.Base, r.Branch))
+	}
+	line("mode", string(p.Spec.Mode))
+	line("policy", strings.Trim(string(p.Spec.Policy), `"`))
+	for _, l := range p.Spec.Image.Layers {
+		line("read-only", l.Name+": "+l.Host)
+	}
+	return b.String()
+}
+
+var envName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+// readEnvFile reads NAME=VALUE lines; blank lines and lines that begin with # are
+// skipped.
+func readEnvFile(path string) (map[string]string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	env := map[string]string{}
+	lines := bufio.NewScanner(f)
+	for n := 1; lines.Scan(); n++ {
+		text := strings.TrimSpace(lines.Text())
+		if text == "" || strings.HasPrefix(text, "#") {
+			continue
+		}
+		name, value, ok := strings.Cut(text, "=")
+		if !ok || !envName.MatchString(name) {
+			return nil, fmt.Errorf("%s:%d: want NAME=VALUE", path, n)
+		}
+		env[name] = value
+	}
+	return env, lines.Err()
+}
+
+func environment() map[string]string {
+	env := map[string]string{}
+	for _, entry := range os.Environ() {
+		if name, value, ok := strings.Cut(entry, "="); ok {
+			env[name] = value
+		}
+	}
+	return env
+}
+
+func keys(m map[string]string) []string {
+	var names []string
+	for name := range m {
+		names = append(names, name)
+	}
+	sort.Strings(names)
+	return names
+}
+
+// LocateAgent finds the person's install of an agent.
+func LocateAgent(ctx context.Context, name string) (agents.Install, error) {
+	definition, err := agents.Find(name)
+	if err != nil {
+		return agents.Install{}, err
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return agents.Install{}, err
+	}
+	return definition.Locate(ctx, agents.Host{Home: home, Env: environment()})
+}
