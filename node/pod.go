@@ -184,8 +184,10 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	if err := os.MkdirAll(p.dir, 0o700); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Join(p.record.Workspace, "files"), 0o700); err != nil {
-		return err
+	for _, part := range []string{"files", "repos"} {
+		if err := os.MkdirAll(filepath.Join(p.record.Workspace, part), 0o700); err != nil {
+			return err
+		}
 	}
 	if err := p.open(); err != nil {
 		return err

@@ -14,7 +14,7 @@ import (
 const (
 	chunk      = 32 << 10 // the most that one write puts before another stream's
 	smallRead  = 4 << 10
-	lingerRead = 256 << 10 // what is read and dropped after Close before it slows down
+	lingerRead = 256 << 10 // what is taken and dropped after Close
 )
 
 // past is a deadline that has gone by.
@@ -232,9 +232,9 @@ func (c *conn) Close() error {
 	return nil
 }
 
-// linger sends the end and takes what the other end still sends until it ends
-// too: at latest after limits.linger, when yamux resets the stream. Then the
-// token is free.
+// linger sends the end and takes what is still on its way here until the other
+// end has ended too. One that keeps on sending is reset; one that does nothing is
+// reset by yamux after limits.linger. Then the token is free.
 func (c *conn) linger() {
 	defer func() { <-c.token }()
 	c.mux.Close()
@@ -246,23 +246,17 @@ func (c *conn) linger() {
 		}
 	}
 	buf := make([]byte, smallRead)
-	for total := 0; ; {
+	for total := 0; total < lingerRead; {
 		n, err := c.mux.Read(buf)
 		if err != nil {
 			return
 		}
-		if total += n; total < lingerRead {
-			continue
-		}
-		// Somebody keeps on sending. Reading slowly makes it wait.
-		if len(buf) == smallRead {
-			buf = make([]byte, 2*chunk)
-		}
-		pause := time.NewTimer(100 * time.Millisecond)
-		select {
-		case <-pause.C:
-		case <-c.session.Done():
-			pause.Stop()
+		total += n
+	}
+	c.session.conn.reset(c.mux.StreamID())
+	for {
+		if _, err := c.mux.Read(buf); err != nil {
+			return
 		}
 	}
 }

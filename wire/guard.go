@@ -2,8 +2,12 @@ package wire
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
+	"os"
+	"sync"
+	"time"
 )
 
 // The frames of yamux (its spec.md): version, type, flags, stream id, length.
@@ -12,6 +16,7 @@ const (
 	muxData    = 0
 	muxWindow  = 1
 	muxGoAway  = 3
+	muxReset   = 8 // flag
 	maxReading = 64 << 10
 )
 
@@ -22,6 +27,9 @@ const (
 // window larger than a stream's. What else arrives ends the session.
 //
 // Writing, it joins a frame's header with its body, which yamux writes apart.
+//
+// It can reset a stream, for which yamux has no call: it tells the other end so,
+// and yamux here as if the other end had said it.
 type guard struct {
 	conn io.ReadWriteCloser
 
@@ -31,16 +39,29 @@ type guard struct {
 	have int             // bytes in head
 	body uint32          // bytes of the body still to come
 
-	out []byte // a header that waits for its body
+	mu     sync.Mutex
+	resets []byte // frames for yamux here
+
+	write sync.Mutex
+	out   []byte // a header that waits for its body
 }
 
 // Read is called by one goroutine.
 func (g *guard) Read(p []byte) (int, error) {
-	if len(g.read) == 0 {
+	for len(g.read) == 0 {
+		if g.have == 0 && g.body == 0 { // between frames
+			if g.read = g.takeResets(); len(g.read) > 0 {
+				break
+			}
+		}
 		if g.buf == nil {
 			g.buf = make([]byte, maxReading)
 		}
 		n, err := g.conn.Read(g.buf)
+		if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+			g.wake(time.Time{}) // it was reset that woke us
+			continue
+		}
 		if n == 0 {
 			return 0, err
 		}
@@ -53,6 +74,45 @@ func (g *guard) Read(p []byte) (int, error) {
 	n := copy(p, g.read)
 	g.read = g.read[n:]
 	return n, nil
+}
+
+func (g *guard) takeResets() []byte {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	taken := g.resets
+	g.resets = nil
+	return taken
+}
+
+// wake ends a Read that waits, by a deadline that has gone by, where the
+// connection has deadlines. Elsewhere a reset takes effect here with the next
+// bytes that arrive.
+func (g *guard) wake(at time.Time) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !at.IsZero() && len(g.resets) == 0 {
+		return // taken already
+	}
+	if conn, ok := g.conn.(interface{ SetReadDeadline(time.Time) error }); ok {
+		conn.SetReadDeadline(at)
+	}
+}
+
+// reset ends a stream at both ends, whatever they are doing.
+func (g *guard) reset(id uint32) {
+	frame := make([]byte, muxHeader)
+	frame[1] = muxWindow
+	binary.BigEndian.PutUint16(frame[2:], muxReset)
+	binary.BigEndian.PutUint32(frame[4:], id)
+
+	g.mu.Lock()
+	g.resets = append(g.resets, frame...)
+	g.mu.Unlock()
+	g.wake(past)
+
+	g.write.Lock()
+	defer g.write.Unlock()
+	g.conn.Write(frame) // an error comes back to yamux with its next frame
 }
 
 func (g *guard) inspect(p []byte) error {
@@ -84,8 +144,10 @@ func (g *guard) inspect(p []byte) error {
 	return nil
 }
 
-// Write is called by one goroutine.
+// Write is called by one goroutine, with a frame's header and then its body.
 func (g *guard) Write(p []byte) (int, error) {
+	g.write.Lock()
+	defer g.write.Unlock()
 	if len(g.out) == 0 && len(p) == muxHeader && p[1] == muxData && binary.BigEndian.Uint32(p[8:]) > 0 {
 		g.out = append(g.out, p...)
 		return len(p), nil

@@ -49,7 +49,7 @@ var ErrClosed = errors.New("wire: session closed")
 // Session is one end of a machine's wire. All methods may be called at once.
 type Session struct {
 	mux      *yamux.Session
-	conn     io.Closer // below mux
+	conn     *guard // below mux
 	limits   limits
 	accepted chan *Stream
 	incoming chan struct{} // holds one token for each living stream

@@ -76,7 +76,7 @@ func startCodex(_ Definition, l Launch) (start, error) {
 	}
 	table("features")
 	set("daemon_auto_start", false) // would outlive the session
-	if false {
+	if mediated && !l.BuiltinTools {
 		for _, name := range builtin {
 			set(name, false)
 		}
