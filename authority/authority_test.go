@@ -675,6 +675,40 @@ func TestDamagedDatabase(t *testing.T) {
 	}
 }
 
+// The database fails at the last step: nobody gets a token.
+func TestDecisionNotStored(t *testing.T) {
+	b := newBench(t, nil)
+	digest := b.submit(t, askAt(t, b.c, "a-1", nil)).AskDigest
+	if _, err := b.store.db.Exec("CREATE TRIGGER full BEFORE UPDATE ON asks BEGIN SELECT RAISE(FAIL, 'disk is full'); END"); err != nil {
+		t.Fatal(err)
+	}
+	for _, approve := range []bool{true, false} {
+		s, err := b.client.Decide(t.Context(), "a-1", client.Decision{Approve: approve, AskDigest: digest, Passphrase: passphrase})
+		wantKind(t, fmt.Sprint("approve ", approve), err, nucleus.KindUnavailable, "disk is full")
+		if s.Token != "" {
+			t.Errorf("a token came: %+v", s)
+		}
+		if s, err := b.client.Status(t.Context(), "a-1"); err != nil || s.State != client.Pending || s.Token != "" {
+			t.Errorf("now %+v, %v", s, err)
+		}
+	}
+	if _, err := b.store.db.Exec("DROP TRIGGER full"); err != nil {
+		t.Fatal(err)
+	}
+	row, err := b.store.ask("a-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	row.state = client.Denied
+	if err := b.store.decide(row); err != nil {
+		t.Errorf("positive control: %v", err)
+	}
+	row.state, row.token, row.grant = client.Granted, "token", "g-1"
+	if err := b.store.decide(row); err == nil {
+		t.Error("the store took a second decision")
+	}
+}
+
 func TestClientWithoutAuthority(t *testing.T) {
 	c := client.New(filepath.Join(t.TempDir(), "none.sock"))
 	defer c.Close()

@@ -92,7 +92,7 @@ func (p *Proxy) startAgent(start AgentStart, files AgentFiles) (*agentRun, error
 		Listen: []string{MCPAddr, ModelAddr}, DNS: true,
 		Layers: append([]AgentLayer{{ProxyPath, agentInit}}, p.config.Layers...),
 		Next:   append([]string{agentInit, "agent-init", "--"}, start.Argv...),
-		Env:    env, Home: files.Home, Files: files.Work,
+		Env:    env, Home: files.Home,
 	}
 	run := &agentRun{exited: make(chan struct{})}
 	run.room.L = &run.mu

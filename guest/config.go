@@ -86,12 +86,14 @@ type AgentStart struct {
 	Cols uint16            `json:"cols,omitempty"`
 }
 
-// AgentFiles follows AgentStart as FrameJSON: what lies in the agent's HOME, and
-// the read-only copies in its working directory.
+// AgentFiles follows AgentStart as FrameJSON: what lies in the agent's HOME, by path
+// below it. What lies in its working directory is a read-only copy.
 type AgentFiles struct {
 	Home map[string][]byte `json:"home,omitempty"`
-	Work map[string][]byte `json:"work,omitempty"`
 }
+
+// WorkDir is the agent's working directory, below its HOME.
+const WorkDir = "work"
 
 // AgentExit is the FrameResult of an agent stream.
 type AgentExit struct {

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
@@ -38,7 +39,6 @@ type jailPlan struct {
 	Next   []string          `json:"next"` // argv of the second stage
 	Env    []string          `json:"env,omitempty"`
 	Home   map[string][]byte `json:"home,omitempty"`
-	Files  map[string][]byte `json:"files,omitempty"`
 }
 
 // jail is a running one, as the proxy sees it.
@@ -273,8 +273,8 @@ func agentRoot(plan jailPlan) error {
 	return unix.Chdir("/home/agent/work")
 }
 
-// agentFiles writes /etc, HOME and the working directory. What is in them is
-// the agent's own, but for the instruction files, which stay root's.
+// agentFiles writes /etc and HOME. HOME is the agent's own, but for the files in
+// its working directory, which are copies of instructions and stay root's.
 func agentFiles(root string, plan jailPlan) error {
 	etc := map[string]string{
 		"passwd":        fmt.Sprintf("root:x:0:0:root:/:/none\nagent:x:%d:%d:agent:/home/agent:/none\n", plan.UID, plan.GID),
@@ -296,34 +296,28 @@ func agentFiles(root string, plan jailPlan) error {
 		return err
 	}
 	defer home.Close()
+	var readOnly []string
 	for name, data := range plan.Home {
-		if err := home.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+		if err := home.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 			return err
 		}
 		if err := home.WriteFile(name, data, 0o600); err != nil {
 			return err
 		}
+		if strings.HasPrefix(name, WorkDir+"/") {
+			readOnly = append(readOnly, name)
+		}
 	}
-	// Before the instruction files are there, so that they stay root's.
 	err = filepath.WalkDir(filepath.Join(root, "home/agent"), func(path string, _ os.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
 		return os.Lchown(path, plan.UID, plan.GID)
 	})
-	if err != nil {
-		return err
+	for _, name := range readOnly {
+		err = errors.Join(err, home.Chown(name, 0, 0), home.Chmod(name, 0o444))
 	}
-	for name, data := range plan.Files {
-		name = filepath.Join("work", name)
-		if err := home.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-			return err
-		}
-		if err := home.WriteFile(name, data, 0o444); err != nil {
-			return err
-		}
-	}
-	return nil
+	return err
 }
 
 func bindReadOnly(source, target string) error {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -242,7 +243,7 @@ func (n *Node) agent(w http.ResponseWriter, r *http.Request, v verified) error {
 	}
 	defer machine.Close()
 	if !body.Attach {
-		if err := machine.SendJSON(wire.FrameJSON, guest.AgentFiles{Home: agent.Home, Work: body.Files}); err != nil {
+		if err := machine.SendJSON(wire.FrameJSON, guest.AgentFiles{Home: agent.Home}); err != nil {
 			return p.lost(err)
 		}
 	}
@@ -258,8 +259,10 @@ func (n *Node) agent(w http.ResponseWriter, r *http.Request, v verified) error {
 // recordAgentStart logs the start and, as reads, the instruction files handed over.
 func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) error {
 	names := []string{}
-	for name := range body.Files {
-		names = append(names, name)
+	for name := range p.record.Spec.Agent.Home {
+		if instruction, ok := strings.CutPrefix(name, guest.WorkDir+"/"); ok {
+			names = append(names, instruction)
+		}
 	}
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()

@@ -246,7 +246,7 @@ func (c *conn) linger() {
 		}
 	}
 	buf := make([]byte, smallRead)
-	for total := 0; total < lingerRead; {
+	for total := 0; total <= lingerRead; {
 		n, err := c.mux.Read(buf)
 		if err != nil {
 			return

@@ -318,7 +318,8 @@ func TestStreamsEndWholly(t *testing.T) {
 	})
 }
 
-func TestLingeringStreamIsReset(t *testing.T) {
+// TestASilentEndIsReset: the other end does nothing about a stream that we closed.
+func TestASilentEndIsReset(t *testing.T) {
 	p, q := socketPair(t)
 	l := defaultLimits
 	l.linger, l.outgoing = 50*time.Millisecond, 1
@@ -333,17 +334,6 @@ func TestLingeringStreamIsReset(t *testing.T) {
 	}
 	defer guest.Close()
 	a, b := streams(t, host, guest)
-
-	// The other end does not close and keeps on sending.
-	sent := make(chan error, 1)
-	go func() {
-		for {
-			if _, err := b.Write(make([]byte, chunk)); err != nil {
-				sent <- err
-				return
-			}
-		}
-	}()
 	a.Close()
 	if s, err := host.Open(timeout(t, 5*time.Millisecond), "next", nil); err == nil {
 		t.Errorf("opened %v while the only token is taken", s)
@@ -355,13 +345,58 @@ func TestLingeringStreamIsReset(t *testing.T) {
 		t.Fatalf("after the linger: %v", err)
 	}
 	next.Close()
-	select {
-	case err := <-sent:
-		t.Logf("the sender sees: %v", err)
-	case <-time.After(patience):
-		t.Error("the sender goes on for ever")
+	b.SetDeadline(time.Now().Add(patience))
+	if n, err := b.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the other end reads %d, %v", n, err)
 	}
-	if host.Err() != nil || guest.Err() != nil {
-		t.Errorf("sessions: %v, %v", host.Err(), guest.Err())
+}
+
+// TestAnEndThatKeepsOnSendingIsReset, long before the linger is over, and both
+// ends forget the stream.
+func TestAnEndThatKeepsOnSendingIsReset(t *testing.T) {
+	for name, below := range map[string]func(net.Conn) io.ReadWriteCloser{
+		"with deadlines below":    func(c net.Conn) io.ReadWriteCloser { return c },
+		"without deadlines below": func(c net.Conn) io.ReadWriteCloser { return struct{ io.ReadWriteCloser }{c} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, q := socketPair(t)
+			host, err := Host(below(p))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer host.Close()
+			guest, err := Guest(below(q))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer guest.Close()
+			a, b := streams(t, host, guest)
+			c, d := streams(t, guest, host)
+			a.Close()
+			c.Close()
+			for name, stream := range map[string]*Stream{"guest": b, "host": d} {
+				stream.SetWriteDeadline(time.Now().Add(patience))
+				sent, err := io.Copy(stream, zeros{})
+				if err == nil || errors.Is(err, os.ErrDeadlineExceeded) || sent > 16<<20 {
+					t.Errorf("%s: sent %d bytes to an end that had closed, then: %v", name, sent, err)
+				}
+				stream.Close()
+			}
+			x, y := streams(t, host, guest) // frames go both ways, whatever waits for one
+			if err := x.Send(FrameJSON, nil); err != nil {
+				t.Error(err)
+			}
+			if _, _, err := y.Recv(1); err != nil {
+				t.Error(err)
+			}
+			y.Close()
+			x.Close()
+			eventually(t, "nothing is left", func() bool {
+				return len(host.outgoing)+len(guest.outgoing) == 0 && host.mux.NumStreams()+guest.mux.NumStreams() == 0
+			})
+			if host.Err() != nil || guest.Err() != nil {
+				t.Errorf("sessions: %v, %v", host.Err(), guest.Err())
+			}
+		})
 	}
 }

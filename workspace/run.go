@@ -79,7 +79,7 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 		p.Spec.Workspace = o.Workspace
 	}
 	if o.Agent != "" {
-		if err := p.agent(ctx, o, env); err != nil {
+		if err := h.planAgent(ctx, p, o, env); err != nil {
 			return nil, err
 		}
 	}
@@ -206,16 +206,8 @@ func (p *Plan) instructions(ctx context.Context, origin git.Repo, base, name str
 	return nil
 }
 
-func (p *Plan) agent(ctx context.Context, o RunOptions, env map[string]string) error {
-	definition, err := agents.Find(o.Agent)
-	if err != nil {
-		return err
-	}
-	home, err := os.UserHomeDir()
-	if err != nil {
-		return err
-	}
-	install, err := definition.Locate(ctx, agents.Host{Home: home, Env: env})
+func (h Home) planAgent(ctx context.Context, p *Plan, o RunOptions, env map[string]string) error {
+	definition, install, err := h.locateAgent(ctx, o.Agent, env)
 	if err != nil {
 		return err
 	}
@@ -305,14 +297,24 @@ func keys(m map[string]string) []string {
 }
 
 // LocateAgent finds the person's install of an agent.
-func LocateAgent(ctx context.Context, name string) (agents.Install, error) {
-	definition, err := agents.Find(name)
-	if err != nil {
-		return agents.Install{}, err
+func (h Home) LocateAgent(ctx context.Context, name string) (agents.Install, error) {
+	_, install, err := h.locateAgent(ctx, name, environment())
+	return install, err
+}
+
+// locateAgent takes the person's own definition before a built-in one.
+func (h Home) locateAgent(ctx context.Context, name string, env map[string]string) (agents.Definition, agents.Install, error) {
+	definition, install, err := agents.Own(filepath.Join(h.Dir, "agents", RepoName(name)+".yaml"))
+	if !errors.Is(err, os.ErrNotExist) {
+		return definition, install, err
+	}
+	if definition, err = agents.Find(name); err != nil {
+		return definition, install, err
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {
-		return agents.Install{}, err
+		return definition, install, err
 	}
-	return definition.Locate(ctx, agents.Host{Home: home, Env: environment()})
+	install, err = definition.Locate(ctx, agents.Host{Home: home, Env: env})
+	return definition, install, err
 }

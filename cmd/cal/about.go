@@ -86,9 +86,13 @@ func agentCommand() *cobra.Command {
 	list := &cobra.Command{
 		Use: "list", Short: "List the agents and where their installs lie", Example: "  cal agent list --json", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			home, err := workspace.OpenHome()
+			if err != nil {
+				return err
+			}
 			var all []found
 			for _, name := range agents.Names() {
-				install, err := workspace.LocateAgent(cmd.Context(), name)
+				install, err := home.LocateAgent(cmd.Context(), name)
 				f := found{Name: name, Version: install.Version, Path: install.Path}
 				var missing *agents.Missing
 				if errors.As(err, &missing) {

@@ -184,7 +184,7 @@ func (s *session) run(ctx context.Context, o workspace.RunOptions) (int, error) 
 	var stream *wire.Stream
 	var err error
 	if o.Agent != "" {
-		stream, err = s.node.Agent(ctx, s.pod.ID, client.AgentRequest{TTY: s.terminal, Rows: rows, Cols: cols, Files: s.plan.Files})
+		stream, err = s.node.Agent(ctx, s.pod.ID, client.AgentRequest{TTY: s.terminal, Rows: rows, Cols: cols})
 	} else {
 		args := map[string]any{"argv": o.Command, "timeout_s": int((24 * time.Hour).Seconds())}
 		if s.plan.Dir != "" {

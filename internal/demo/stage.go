@@ -200,7 +200,7 @@ func (s *stage) initAuthority(ctx context.Context) error {
 	}
 	defer t.close()
 	return t.talk(
-		exchange{"assphrase", s.passphrase}, exchange{"assphrase", s.passphrase}, exchange{"hrase", "the demo's own phrase"},
+		exchange{"passphrase: ", s.passphrase}, exchange{"passphrase again: ", s.passphrase}, exchange{"your phrase: ", "the demo's own phrase"},
 	)
 }
 
@@ -263,7 +263,7 @@ func (s *stage) decide(ctx context.Context, id string) error {
 		return t.wait()
 	}
 	t.line("y")
-	if _, err := t.until("assphrase"); err != nil {
+	if _, err := t.until("passphrase of"); err != nil {
 		return err
 	}
 	t.line(s.passphrase)

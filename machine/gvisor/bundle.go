@@ -64,7 +64,7 @@ func (d *Driver) covers(ctx context.Context, root image.Root, place place) ([]im
 	}
 	var covers []image.Bind
 	for _, bind := range root.Binds {
-		hidden, err := d.screen.Unreadable(ctx, bind.Host, time.Now())
+		hidden, err := d.config.Screen.Unreadable(ctx, bind.Host, time.Now())
 		if err != nil {
 			return nil, machine.Refuse("%v", err)
 		}
@@ -99,7 +99,10 @@ func (p place) cover(name string) (string, error) {
 		return dir, nil
 	}
 	file := filepath.Join(p.empty(), "file")
-	return file, os.WriteFile(file, nil, 0o444)
+	if err := os.WriteFile(file, nil, 0o644); err != nil {
+		return "", err
+	}
+	return file, nil
 }
 
 func writeConfig(place place, config specs.Spec) error {

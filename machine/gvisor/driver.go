@@ -42,13 +42,16 @@ type Config struct {
 	Cgroups string // where cgroups are mounted; empty: /sys/fs/cgroup
 	Roots   string // where root's machines have their skeletons, see record.Root; empty: /run/cal
 	Scratch string // where Probe makes and removes a directory; empty: the system's
+
+	// Screen is what is known of files that are not for everybody; one for all
+	// drivers of a process saves reading. nil: the driver's own.
+	Screen *image.Screen
 }
 
 // Driver makes machines with runsc.
 type Driver struct {
 	config   Config
 	ordinary bool // not root: one id, no cgroup
-	screen   image.Screen
 }
 
 // New returns a driver that has not been probed.
@@ -64,6 +67,9 @@ func New(config Config) *Driver {
 	}
 	if config.Roots == "" {
 		config.Roots = "/run/cal"
+	}
+	if config.Screen == nil {
+		config.Screen = new(image.Screen)
 	}
 	return &Driver{config: config, ordinary: os.Geteuid() != 0}
 }

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 
+	"cal/image"
 	"cal/machine"
 	"cal/machine/machinetest"
 )
@@ -29,7 +30,10 @@ type bench struct {
 	skip  string // why there is nothing to try
 }
 
-var shared bench
+var (
+	shared bench
+	screen image.Screen
+)
 
 func TestMain(m *testing.M) { os.Exit(runMain(m)) }
 
@@ -79,7 +83,7 @@ func need(t *testing.T) bench {
 func host(t *testing.T) machinetest.Host {
 	b := need(t)
 	return machinetest.Host{
-		Driver:  func() machine.Driver { return New(Config{Runsc: b.runsc}) },
+		Driver:  func() machine.Driver { return New(Config{Runsc: b.runsc, Screen: &screen}) },
 		Proxy:   b.guest,
 		Scratch: b.dir,
 		Kill:    killSandbox,

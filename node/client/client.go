@@ -36,11 +36,10 @@ type StreamResult struct {
 
 // AgentRequest is the body of POST /v1/pods/{id}/agent.
 type AgentRequest struct {
-	Attach bool              `json:"attach,omitempty"` // join the agent that runs
-	TTY    bool              `json:"tty,omitempty"`
-	Rows   uint16            `json:"rows,omitempty"`
-	Cols   uint16            `json:"cols,omitempty"`
-	Files  map[string][]byte `json:"files,omitempty"` // read-only copies for its working directory
+	Attach bool   `json:"attach,omitempty"` // join the agent that runs
+	TTY    bool   `json:"tty,omitempty"`
+	Rows   uint16 `json:"rows,omitempty"`
+	Cols   uint16 `json:"cols,omitempty"`
 }
 
 // AgentExit is the FrameResult of an agent's stream.

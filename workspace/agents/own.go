@@ -1,0 +1,73 @@
+package agents
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+)
+
+// ownFile is an agent that the person describes: ~/.cal/agents/NAME.yaml. In Args
+// and Env {prompt}, {mcp_url}, {model_url} and {placeholder} stand for their values.
+type ownFile struct {
+	Program string            `yaml:"program"` // absolute path of a native program
+	Args    []string          `yaml:"args"`
+	Model   string            `yaml:"model"` // "anthropic" or "openai"
+	Env     map[string]string `yaml:"env"`
+}
+
+// Own reads the person's own definition of an agent and its install. Without
+// a file the error is os.ErrNotExist.
+func Own(path string) (Definition, Install, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return Definition{}, Install{}, err
+	}
+	var own ownFile
+	if err := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict()).Decode(&own); err != nil {
+		return Definition{}, Install{}, fmt.Errorf("%s: %s", path, yaml.FormatError(err, false, false))
+	}
+	d, err := own.definition(strings.TrimSuffix(filepath.Base(path), ".yaml"))
+	if err != nil {
+		return Definition{}, Install{}, fmt.Errorf("%s: %w", path, err)
+	}
+	binary, err := filepath.EvalSymlinks(own.Program)
+	if err != nil {
+		return Definition{}, Install{}, &Missing{Fact: fmt.Sprintf("%s: program %s: %v", path, own.Program, errors.Unwrap(err)), Hint: "name a program that is there"}
+	}
+	return d, Install{Path: own.Program, Binary: binary, Version: "of " + path}, nil
+}
+
+func (own ownFile) definition(name string) (Definition, error) {
+	if !filepath.IsAbs(own.Program) {
+		return Definition{}, fmt.Errorf("program %q is no absolute path", own.Program)
+	}
+	i := slices.IndexFunc(definitions, func(d Definition) bool { return d.ModelProtocol == own.Model })
+	if i < 0 {
+		return Definition{}, fmt.Errorf("model %q: want anthropic or openai", own.Model)
+	}
+	like := definitions[i] // the same provider: the same credentials and address
+	return Definition{
+		Name: name, Title: name, Program: filepath.Base(own.Program), ModelProtocol: like.ModelProtocol,
+		KeyEnv: like.KeyEnv, BaseURLEnv: like.BaseURLEnv, DefaultBaseURL: like.DefaultBaseURL, bearer: like.bearer,
+		Instructions: []string{"AGENTS.md", "CLAUDE.md"}, recipe: own.start,
+	}, nil
+}
+
+func (own ownFile) start(_ Definition, l Launch) (start, error) {
+	fill := strings.NewReplacer("{prompt}", l.Prompt, "{mcp_url}", l.MCPURL, "{model_url}", l.ModelURL, "{placeholder}", Placeholder)
+	s := start{env: map[string]string{}, home: map[string][]byte{}}
+	for _, arg := range own.Args {
+		s.argv = append(s.argv, fill.Replace(arg))
+	}
+	for name, value := range maps.All(own.Env) {
+		s.env[name] = fill.Replace(value)
+	}
+	return s, nil
+}
