@@ -65,8 +65,15 @@ func openCheckpoint(signed []byte, v note.Verifier) (Checkpoint, error) {
 	if cp.Origin != v.Name() {
 		return cp, fmt.Errorf("%w: the checkpoint is of log %q, the key of %q", errSignature, cp.Origin, v.Name())
 	}
-	if _, err := note.Open(signed, note.VerifierList(v)); err != nil {
+	n, err := note.Open(signed, note.VerifierList(v))
+	if err != nil {
 		return cp, fmt.Errorf("%w: %w", errSignature, err)
+	}
+	// note.Open lets base64 pass whose last bits differ and mean nothing.
+	for _, sig := range append(n.Sigs, n.UnverifiedSigs...) {
+		if _, err := base64.StdEncoding.Strict().DecodeString(sig.Base64); err != nil {
+			return cp, fmt.Errorf("%w: by %s: %w", errSignature, sig.Name, err)
+		}
 	}
 	return cp, nil
 }

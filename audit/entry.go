@@ -6,9 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"reflect"
 	"strconv"
-	"unicode/utf8"
 
 	"cal/nucleus"
 )
@@ -21,9 +19,6 @@ func encode(e nucleus.Entry) ([]byte, error) {
 	if e.Kind == "" {
 		return nil, errors.New("log entry without a kind")
 	}
-	if err := checkText(e); err != nil {
-		return nil, err
-	}
 	raw, err := nucleus.Canonical(e)
 	if err != nil {
 		return nil, fmt.Errorf("log entry %s: %w", e.Kind, err)
@@ -32,27 +27,6 @@ func encode(e nucleus.Entry) ([]byte, error) {
 		return nil, fmt.Errorf("log entry %s has %d bytes, at most %d fit", e.Kind, len(raw), nucleus.MaxEntry)
 	}
 	return raw, nil
-}
-
-// checkText refuses what encoding/json would silently replace.
-func checkText(e nucleus.Entry) error {
-	v := reflect.ValueOf(e)
-	for i := range v.NumField() {
-		field, name := v.Field(i), v.Type().Field(i).Name
-		texts := []string{}
-		switch {
-		case field.Kind() == reflect.String:
-			texts = append(texts, field.String())
-		case field.Kind() == reflect.Slice && field.Type().Elem().Kind() == reflect.String:
-			texts = field.Interface().([]string)
-		}
-		for _, text := range texts {
-			if !utf8.ValidString(text) {
-				return fmt.Errorf("log entry %q: %s is not UTF-8: %q", e.Kind, name, text)
-			}
-		}
-	}
-	return nil
 }
 
 func decode(raw []byte) (nucleus.Entry, error) {

@@ -192,7 +192,7 @@ var tokens = []struct {
 var (
 	urlUser    = regexp.MustCompile(`([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s:@]*:[^/\s@]+@`)
 	urlToken   = regexp.MustCompile(`(https?://)[^/\s:@]{20,}@`)
-	assignment = regexp.MustCompile(`([A-Za-z][A-Za-z0-9_.-]*)(=|: *)("[^"]*"|'[^']*'|[^\s"'&;]+)`)
+	assignment = regexp.MustCompile(`([A-Za-z][A-Za-z0-9_.-]*)(["']?(?:=|: *))("[^"]*"|'[^']*'|[^\s"'&;]+)`)
 )
 
 func redactText(text string) string {

@@ -60,7 +60,7 @@ type Config struct {
 	// VerifyRequest checks the requester's signature in ask.Request with the key
 	// that was registered for ask.Requester, and returns what it covers. Nil
 	// refuses every ask.
-	VerifyRequest func(ask nucleus.AskRequest, key []byte) (Requested, error)
+	VerifyRequest func(ask nucleus.AskRequest, key ed25519.PublicKey) (Requested, error)
 	// Recorder is where asks, decisions and refusals are recorded; nil is a table
 	// of the authority's own database.
 	Recorder Recorder
@@ -179,8 +179,8 @@ func (a *Authority) RegisterPod(pod client.Pod) error {
 		if err := approval.CheckName("key id", id); err != nil {
 			return nucleus.Errorf(nucleus.KindInvalid, "pod %s: %v", pod.Pod, err)
 		}
-		if len(key) < 32 || len(key) > 128 {
-			return nucleus.Errorf(nucleus.KindInvalid, "pod %s: key %s has %d bytes, want 32 to 128", pod.Pod, id, len(key))
+		if len(key) != ed25519.PublicKeySize {
+			return nucleus.Errorf(nucleus.KindInvalid, "pod %s: key %s has %d bytes, want the %d of an Ed25519 public key", pod.Pod, id, len(key), ed25519.PublicKeySize)
 		}
 	}
 	keys, err := nucleus.Canonical(pod.Keys)
@@ -227,7 +227,7 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 	if err := a.record(nucleus.KindApprovalAsk, ask, digest, map[string]any{"summary": approval.Summary(ask)}, nil); err != nil {
 		return client.Status{}, err
 	}
-	row := askRow{id: ask.ID, digest: digest, canonical: canonical, pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), created: ask.Created, expires: ask.Expires, state: client.Pending}
+	row := askRow{id: ask.ID, digest: digest, canonical: canonical, request: nucleus.SHA256(ask.Request), pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), created: ask.Created, expires: ask.Expires, state: client.Pending}
 	if err := a.store.addAsk(row); err != nil {
 		return client.Status{}, unavailable(err)
 	}
@@ -257,7 +257,7 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 	} else if err != nil {
 		return unavailable(err)
 	}
-	var keys map[string][]byte
+	var keys map[string]ed25519.PublicKey
 	if err := json.Unmarshal([]byte(raw), &keys); err != nil {
 		return fmt.Errorf("keys of pod %s: %w", ask.Pod, err)
 	}
@@ -280,6 +280,13 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 		if f.asked != f.signed {
 			return nucleus.Errorf(nucleus.KindUnauthenticated, "ask %s has %s %q, its requester signed %q", ask.ID, f.name, f.asked, f.signed)
 		}
+	}
+	// One request is one effect: a node that asks twice for it wants two grants.
+	switch before, err := a.store.askOfRequest(nucleus.SHA256(ask.Request)); {
+	case err == nil:
+		return nucleus.Errorf(nucleus.KindUnauthenticated, "the request of ask %s was asked for before, as %s", ask.ID, before)
+	case !errors.Is(err, errUnknown):
+		return unavailable(err)
 	}
 	return nil
 }

@@ -45,15 +45,22 @@ func (c *clock) advance(d time.Duration) { c.ms.Add(d.Milliseconds()) }
 
 func hexOf(s string) string { return nucleus.SHA256([]byte(s)) }
 
-// The tests' requests are signed with nucleus.Sign over Requested.
+// The tests' requests are signed with nucleus.Sign.
 const domain = "test-request"
 
-func verifyTestRequest(ask nucleus.AskRequest, key []byte) (got Requested, err error) {
+type testRequest struct {
+	Requested
+	Nonce string
+}
+
+func verifyTestRequest(ask nucleus.AskRequest, key ed25519.PublicKey) (got Requested, err error) {
 	var signed nucleus.Signed
 	if err := nucleus.Strict(ask.Request, &signed); err != nil {
 		return got, err
 	}
-	return got, signed.Open(key, domain, &got)
+	var request testRequest
+	err = signed.Open(key, domain, &request)
+	return request.Requested, err
 }
 
 var requester = ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, 32))
@@ -78,7 +85,7 @@ func askAt(t testing.TB, c *clock, id string, change func(*nucleus.AskRequest)) 
 		}
 	}
 	if ask.Request == nil {
-		signed, err := nucleus.Sign(requester, domain, Requested{"p-1", nucleus.GitPush, hexOf("args")})
+		signed, err := nucleus.Sign(requester, domain, testRequest{Requested{"p-1", nucleus.GitPush, hexOf("args")}, id})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -284,13 +291,13 @@ func TestAskAndDecide(t *testing.T) {
 func TestSubmitRefuses(t *testing.T) {
 	b := newBench(t, nil)
 	b.submit(t, askAt(t, b.c, "a-known", nil))
-	other, err := nucleus.Sign(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{8}, 32)), domain, Requested{"p-1", nucleus.GitPush, hexOf("args")})
+	other, err := nucleus.Sign(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{8}, 32)), domain, testRequest{Requested{"p-1", nucleus.GitPush, hexOf("args")}, "n"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	forged, _ := nucleus.Canonical(other)
 	signed := func(r Requested) json.RawMessage {
-		s, err := nucleus.Sign(requester, domain, r)
+		s, err := nucleus.Sign(requester, domain, testRequest{r, "n"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -316,6 +323,7 @@ func TestSubmitRefuses(t *testing.T) {
 		"another pod signed": {"a-10", func(q *nucleus.AskRequest) { q.Request = signed(Requested{"p-9", nucleus.GitPush, hexOf("args")}) }, nucleus.KindUnauthenticated, "has pod"},
 		"another op signed":  {"a-11", func(q *nucleus.AskRequest) { q.Request = signed(Requested{"p-1", nucleus.CreatePR, hexOf("args")}) }, nucleus.KindUnauthenticated, "has operation"},
 		"other args signed":  {"a-12", func(q *nucleus.AskRequest) { q.Request = signed(Requested{"p-1", nucleus.GitPush, hexOf("x")}) }, nucleus.KindUnauthenticated, "has arguments"},
+		"asked before":       {"a-13b", func(q *nucleus.AskRequest) { q.Request = askAt(t, b.c, "a-known", nil).Request }, nucleus.KindUnauthenticated, "was asked for before, as a-known"},
 		"not UTF-8":          {"a-13", func(q *nucleus.AskRequest) { q.Why = "\xff" }, "", "UTF-8"},
 		"too long":           {"a-14", func(q *nucleus.AskRequest) { q.Why = strings.Repeat("x", approval.MaxAsk) }, "", "at most"},
 	} {
@@ -865,7 +873,7 @@ func BenchmarkListThousand(bm *testing.B) {
 	for i := range 1000 {
 		ask := askAt(bm, c, fmt.Sprintf("a-%d", i), nil)
 		digest, canonical, _ := approval.Digest(ask)
-		if err := s.addAsk(askRow{id: ask.ID, digest: digest, canonical: canonical, pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), created: ask.Created, expires: ask.Expires, state: client.Pending}); err != nil {
+		if err := s.addAsk(askRow{id: ask.ID, digest: digest, canonical: canonical, request: nucleus.SHA256(ask.Request), pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), created: ask.Created, expires: ask.Expires, state: client.Pending}); err != nil {
 			bm.Fatal(err)
 		}
 	}

@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS asks (
 	id TEXT PRIMARY KEY,
 	sha256 TEXT NOT NULL,
 	canonical BLOB NOT NULL,
+	request_sha256 TEXT NOT NULL UNIQUE,
 	pod TEXT NOT NULL,
 	op TEXT NOT NULL,
 	summary TEXT NOT NULL,
@@ -104,6 +105,7 @@ func (s *store) podKeys(pod string) (keys string, err error) {
 type askRow struct {
 	id, digest       string
 	canonical        []byte
+	request          string // digest of what the requester signed
 	pod              string
 	op               nucleus.Op
 	summary          string
@@ -124,8 +126,8 @@ func (r askRow) status(now int64) client.Status {
 }
 
 func (s *store) addAsk(r askRow) error {
-	_, err := s.db.Exec("INSERT INTO asks (id, sha256, canonical, pod, op, summary, created_ms, expires_ms, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-		r.id, r.digest, r.canonical, r.pod, string(r.op), r.summary, r.created, r.expires, r.state)
+	_, err := s.db.Exec("INSERT INTO asks (id, sha256, canonical, request_sha256, pod, op, summary, created_ms, expires_ms, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+		r.id, r.digest, r.canonical, r.request, r.pod, string(r.op), r.summary, r.created, r.expires, r.state)
 	return err
 }
 
@@ -172,6 +174,14 @@ func scanAsk(row *sql.Row) (r askRow, err error) {
 		err = errUnknown
 	}
 	return r, err
+}
+
+func (s *store) askOfRequest(digest string) (id string, err error) {
+	err = s.db.QueryRow("SELECT id FROM asks WHERE request_sha256 = ?", digest).Scan(&id)
+	if errors.Is(err, sql.ErrNoRows) {
+		err = errUnknown
+	}
+	return id, err
 }
 
 func (s *store) pending(now int64) (n int, err error) {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -219,7 +220,8 @@ func TestOverWire(t *testing.T) {
 					t.Error(err)
 				}
 			case <-time.After(wait):
-				t.Fatal("ServeSOCKS has not returned")
+				buf := make([]byte, 1<<20)
+				t.Fatalf("ServeSOCKS has not returned\n%s", buf[:runtime.Stack(buf, true)])
 			}
 			w.until("closed")
 		})

@@ -36,11 +36,11 @@ func (h *agentHost) start(stream *wire.Stream) {
 		endAgent(stream, nucleus.Errorf(nucleus.KindInvalid, "agent: %v", err))
 		return
 	}
-	// HOME and instruction files are larger than a header may be.
+	// A prompt and a HOME are larger than a header may be.
 	stream.SetReadDeadline(time.Now().Add(bootDeadline))
-	var files AgentFiles
-	if err := stream.RecvJSON(wire.FrameJSON, 16<<20, &files); err != nil {
-		endAgent(stream, nucleus.Errorf(nucleus.KindInvalid, "agent's files: %v", err))
+	var program AgentProgram
+	if err := stream.RecvJSON(wire.FrameJSON, 16<<20, &program); err != nil {
+		endAgent(stream, nucleus.Errorf(nucleus.KindInvalid, "agent's program: %v", err))
 		return
 	}
 	stream.SetReadDeadline(time.Time{})
@@ -50,7 +50,7 @@ func (h *agentHost) start(stream *wire.Stream) {
 		endAgent(stream, nucleus.Errorf(nucleus.KindConflict, "an agent runs in this machine already"))
 		return
 	}
-	run, err := h.proxy.startAgent(start, files)
+	run, err := h.proxy.startAgent(start, program)
 	if err == nil {
 		h.run = run
 	}
@@ -79,20 +79,20 @@ func endAgent(stream *wire.Stream, e *nucleus.Error) {
 }
 
 // startAgent builds the agent's jail, its endpoints, and starts it.
-func (p *Proxy) startAgent(start AgentStart, files AgentFiles) (*agentRun, error) {
-	if len(start.Argv) == 0 || !strings.HasPrefix(start.Argv[0], "/") {
+func (p *Proxy) startAgent(start AgentStart, program AgentProgram) (*agentRun, error) {
+	if len(program.Argv) == 0 || !strings.HasPrefix(program.Argv[0], "/") {
 		return nil, errors.New("argv[0] is no absolute path")
 	}
 	env := []string{"HOME=" + Home, "PATH=/usr/local/bin:/usr/bin:/bin", "USER=agent", "LOGNAME=agent", "TMPDIR=/tmp"}
-	for name, value := range start.Env {
+	for name, value := range program.Env {
 		env = append(env, name+"="+value)
 	}
 	plan := jailPlan{
 		Kind: "agent", UID: p.config.AgentUID, GID: p.config.AgentGID,
 		Listen: []string{MCPAddr, ModelAddr}, DNS: true,
 		Layers: append([]AgentLayer{{ProxyPath, agentInit}}, p.config.Layers...),
-		Next:   append([]string{agentInit, "agent-init", "--"}, start.Argv...),
-		Env:    env, Home: files.Home,
+		Next:   append([]string{agentInit, "agent-init", "--"}, program.Argv...),
+		Env:    env, Home: program.Home,
 	}
 	run := &agentRun{exited: make(chan struct{})}
 	run.room.L = &run.mu

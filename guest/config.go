@@ -77,18 +77,18 @@ const (
 	StreamProof  = "proof"  // proxy, first on a new wire: nonce -> node's signature
 )
 
-// AgentStart starts the session's agent.
+// AgentStart is the header of an agent stream; AgentProgram follows as FrameJSON.
 type AgentStart struct {
-	Argv []string          `json:"argv"`
-	Env  map[string]string `json:"env,omitempty"`
-	TTY  bool              `json:"tty,omitempty"`
-	Rows uint16            `json:"rows,omitempty"`
-	Cols uint16            `json:"cols,omitempty"`
+	TTY  bool   `json:"tty,omitempty"`
+	Rows uint16 `json:"rows,omitempty"`
+	Cols uint16 `json:"cols,omitempty"`
 }
 
-// AgentFiles follows AgentStart as FrameJSON: what lies in the agent's HOME, by path
-// below it. What lies in its working directory is a read-only copy.
-type AgentFiles struct {
+// AgentProgram is what runs in the session. Home is what lies in the agent's HOME, by
+// path below it; what lies in its working directory is a read-only copy.
+type AgentProgram struct {
+	Argv []string          `json:"argv"`
+	Env  map[string]string `json:"env,omitempty"`
 	Home map[string][]byte `json:"home,omitempty"`
 }
 

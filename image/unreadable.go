@@ -47,7 +47,7 @@ const (
 func (s *Screen) Unreadable(ctx context.Context, path string, now time.Time) ([]string, error) {
 	s.mu.Lock()
 	seen := s.seen[path]
-	if first := seen == nil || now.Sub(seen.at) > sightAge; first {
+	if seen == nil || now.Sub(seen.at) > sightAge {
 		seen = &sight{at: now, done: make(chan struct{})}
 		if s.seen == nil {
 			s.seen = map[string]*sight{}
@@ -55,23 +55,23 @@ func (s *Screen) Unreadable(ctx context.Context, path string, now time.Time) ([]
 		s.seen[path] = seen
 		s.mu.Unlock()
 		seen.entries, seen.err = unreadable(ctx, path)
+		if seen.err != nil {
+			s.forget(path, seen)
+		}
 		close(seen.done)
-	} else {
-		s.mu.Unlock()
+		return seen.entries, seen.err
 	}
+	s.mu.Unlock()
 	select {
 	case <-seen.done:
+		return seen.entries, seen.err
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	if seen.err != nil {
-		s.forget(path, seen)
-	}
-	return seen.entries, seen.err
 }
 
-// forget lets the next caller look again after an error, which may have been
-// another caller's ended context.
+// forget lets the next caller look again after an error, which may have been an
+// ended context.
 func (s *Screen) forget(path string, seen *sight) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

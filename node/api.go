@@ -90,7 +90,7 @@ func (n *Node) ofPod(next verifiedHandler) http.HandlerFunc {
 }
 
 func (n *Node) health(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]string{"status": "ok", "version": nucleus.Version})
+	writeJSON(w, http.StatusOK, client.Health{Status: "ok", Version: nucleus.Version, AdmitsFrom: n.verifier.Started.Unix() + 1})
 }
 
 func (n *Node) listPods(w http.ResponseWriter, _ *http.Request, _ verified) error {
@@ -232,7 +232,7 @@ func (n *Node) agent(w http.ResponseWriter, r *http.Request, v verified) error {
 	}
 	kind, header := guest.StreamAttach, any(nil)
 	if !body.Attach {
-		kind, header = guest.StreamAgent, guest.AgentStart{Argv: agent.Argv, Env: agent.Env, TTY: body.TTY, Rows: body.Rows, Cols: body.Cols}
+		kind, header = guest.StreamAgent, guest.AgentStart{TTY: body.TTY, Rows: body.Rows, Cols: body.Cols}
 		if err := n.recordAgentStart(p, v.caller.KeyID, body); err != nil {
 			return err
 		}
@@ -243,7 +243,7 @@ func (n *Node) agent(w http.ResponseWriter, r *http.Request, v verified) error {
 	}
 	defer machine.Close()
 	if !body.Attach {
-		if err := machine.SendJSON(wire.FrameJSON, guest.AgentFiles{Home: agent.Home}); err != nil {
+		if err := machine.SendJSON(wire.FrameJSON, guest.AgentProgram{Argv: agent.Argv, Env: agent.Env, Home: agent.Home}); err != nil {
 			return p.lost(err)
 		}
 	}

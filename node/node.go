@@ -15,6 +15,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -29,6 +30,7 @@ import (
 	"cal/approval/spent"
 	"cal/audit"
 	"cal/egress"
+	"cal/internal/durable"
 	"cal/internal/keyfile"
 	"cal/machine"
 	"cal/nucleus"
@@ -99,6 +101,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 
 func (n *Node) open(ctx context.Context) error {
 	var err error
+	since := n.admitsSince()
 	if n.lock, err = lockFile(ctx, filepath.Join(n.dirs.Run(), "node.lock")); err != nil {
 		return err
 	}
@@ -128,7 +131,7 @@ func (n *Node) open(ctx context.Context) error {
 	n.gateway = egress.New(egress.Config{Gate: (*gate)(n)})
 	public := operator.Public().(ed25519.PublicKey)
 	n.verifier = &wire.Verifier{
-		Started: n.config.Now(), Now: n.config.Now,
+		Started: since, Now: n.config.Now,
 		Keys: func(id string) (wire.Key, bool) {
 			if id == OperatorKey {
 				return wire.Key{ID: id, Ed25519: public, Role: wire.Operator}, true
@@ -141,6 +144,26 @@ func (n *Node) open(ctx context.Context) error {
 	}
 	return nil
 }
+
+// admitsSince is the time up to which an earlier node may have admitted requests: none of
+// them is admitted again. One that ended in order wrote it down; after a crash it is now;
+// without an earlier node there is none.
+func (n *Node) admitsSince() time.Time {
+	var last struct {
+		UnixMilli int64 `json:"unix_ms"`
+	}
+	if _, err := os.Stat(filepath.Join(n.dirs.Run(), "node.lock")); errors.Is(err, fs.ErrNotExist) {
+		return time.Time{}
+	}
+	err := durable.Load(n.lastFile(), &last)
+	// Good for one start: a node that crashes leaves none.
+	if removeErr := durable.Remove(n.lastFile()); err != nil || removeErr != nil {
+		return n.config.Now()
+	}
+	return time.UnixMilli(last.UnixMilli)
+}
+
+func (n *Node) lastFile() string { return filepath.Join(n.dirs.Run(), "admitted.json") }
 
 // OperatorKey is the key id of the person's own requests.
 const OperatorKey = "operator"
@@ -155,6 +178,9 @@ func (n *Node) Close() error {
 	}
 	n.serving.Wait()
 	var errs []error
+	if n.verifier != nil {
+		errs = append(errs, durable.Store(n.lastFile(), map[string]int64{"unix_ms": n.config.Now().UnixMilli()}))
+	}
 	if n.spent != nil {
 		errs = append(errs, n.spent.Close())
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"sort"
 	"strings"
+	"unicode/utf8"
 
 	"cal/egress"
 	"cal/guest/tools"
@@ -138,9 +139,29 @@ func (n *Node) prepareFetch(p *Pod, raw []byte, pre *prepared) error {
 			}
 			return nil, nucleus.Errorf(nucleus.KindFailed, "web_fetch %s: %v", fetch.URL, err)
 		}
-		return json.Marshal(result)
+		return json.Marshal(fetchedPage(result))
 	}
 	return nil
+}
+
+// page is what web_fetch returns: text as text, anything else in base64.
+type page struct {
+	Status   int               `json:"status"`
+	Headers  map[string]string `json:"headers"`
+	Body     string            `json:"body,omitempty"`
+	Binary   []byte            `json:"body_b64,omitempty"`
+	Cut      string            `json:"cut,omitempty"`
+	Redirect string            `json:"redirect,omitempty"`
+}
+
+func fetchedPage(r *egress.FetchResult) page {
+	p := page{Status: r.Status, Headers: r.Headers, Cut: r.Cut, Redirect: r.Redirect}
+	if utf8.Valid(r.Body) {
+		p.Body = string(r.Body)
+	} else {
+		p.Binary = r.Body
+	}
+	return p
 }
 
 // repo finds a repository of the pod; with one alone the name may be left out.

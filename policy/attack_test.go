@@ -25,6 +25,8 @@ hosts:
   only:
     - {host: api.example, port: 443, methods: [GET], path: "/repos/**"}
     - {host: one.example, port: 443, methods: [GET], path: "/exact"}
+    - {host: methods.example, port: 443, methods: [GET]}
+    - {host: path.example, port: 443, path: "/**"}
     - {host: "*.wild.example", port: 443}
     - {host: 10.1.0.0/16, port: 443}
     - {host: 127.0.0.1, port: 8080}
@@ -189,6 +191,8 @@ func TestAttacksOnHosts(t *testing.T) {
 		{"mapped address beside the range", "::ffff:10.2.0.1", 443, "deny hosts"},
 		{"address as a label", "10.1.2.3.wild.example", 80, "deny hosts"},
 		{"a connection to a host of requests", "api.example", 443, "deny hosts"},
+		{"a connection to a host of methods", "methods.example", 443, "deny hosts"},
+		{"a connection to a host of paths", "path.example", 443, "deny hosts"},
 		{"empty", "", 443, "deny hosts"},
 
 		{"below the suffix", "x.wild.example", 443, "allow"},
@@ -201,7 +205,7 @@ func TestAttacksOnHosts(t *testing.T) {
 		{"numbers in a name", "10.1.2.3.wild.example", 443, "allow"},
 	} {
 		check(t, c.class, nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: c.host, Port: c.port}}, c.want)
-		if c.host != "api.example" {
+		if !strings.HasPrefix(c.class, "a connection") {
 			check(t, c.class, nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Method: "POST", Host: c.host, Port: c.port, Path: "/a"}}, c.want)
 		}
 		if c.want == "deny hosts" && strings.ContainsAny(c.host, "\x00\n[]%@: ") && c.host != "::ffff:10.2.0.1" {
@@ -247,6 +251,9 @@ func TestAttacksOnRequests(t *testing.T) {
 		{"dots in a name", "GET", "api.example", "/repos/o/.github/a..b/v1.2", "allow"},
 		{"harmless escape", "GET", "api.example", "/repos/o/a%20b", "allow"},
 		{"exact", "GET", "one.example", "/exact", "allow"},
+		{"any path of a method", "GET", "methods.example", "/a/../b", "allow"},
+		{"other method, any path", "POST", "methods.example", "/a", "deny hosts"},
+		{"any method of a path", "BREW", "path.example", "/a", "allow"},
 	} {
 		check(t, c.class, nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Method: c.method, Host: c.host, Port: 443, Path: c.path}}, c.want)
 	}
@@ -331,6 +338,9 @@ func TestTrustedRepo(t *testing.T) {
 		{"ext://github.com/my-org/app", false},
 		{"git@evil.example:my-org/app", false},
 		{"git@github.com@evil.example:my-org/app", false},
+		{"git@evil.example@github.com:my-org/app", false},
+		{"ssh://git@evil.example@github.com/my-org/app", false},
+		{"ssh://a b@github.com/my-org/app", false},
 		{"git@github.com:other/app.git", false},
 		{"git@github.com:my-org/../evil/app", false},
 		{"C:/my-org/app", false},

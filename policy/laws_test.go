@@ -121,9 +121,14 @@ func (p *Policy) GoString() string {
 	return fmt.Sprintf("%s %v", canonical, err)
 }
 
+// form is the normal form in text, cheaper than the canonical bytes.
+func form(p *Policy) string {
+	return fmt.Sprint(p.duties, p.roots, p.blocked.patterns, p.commands, p.hosts, p.budget, p.window, p.origins)
+}
+
 func same(t *rapid.T, law string, got, want *Policy) {
 	t.Helper()
-	if got.GoString() != want.GoString() || !Equal(got, want) {
+	if form(got) != form(want) || !Equal(got, want) {
 		t.Fatalf("%s:\n got %#v\nwant %#v", law, got, want)
 	}
 }
@@ -168,8 +173,8 @@ func TestLatticeLaws(t *testing.T) {
 		if Leq(a, c) && Leq(b, c) {
 			holds(t, "the join is the least upper bound", Leq(ba, c))
 		}
-		holds(t, "a <= b iff meet(a, b) == a", Leq(a, b) == (ab.GoString() == a.GoString()))
-		holds(t, "a <= b iff join(a, b) == b", Leq(a, b) == (ba.GoString() == b.GoString()))
+		holds(t, "a <= b iff meet(a, b) == a", Leq(a, b) == (form(ab) == form(a)))
+		holds(t, "a <= b iff join(a, b) == b", Leq(a, b) == (form(ba) == form(b)))
 		if Leq(a, b) && Leq(b, a) {
 			same(t, "<= is antisymmetric", a, b)
 		}
@@ -317,4 +322,129 @@ func TestMeetIsBounded(t *testing.T) {
 	if got := downset(left).meet(downset(right[:3])); len(got.only) != 3000 {
 		t.Errorf("the meet of 1000 x 3 crossing rules has %d rules, want 3000", len(got.only))
 	}
+}
+
+// checkRules tries every pair of rules against every atom: the order of rules is
+// the order of what they hold, and the meet holds what both hold.
+func checkRules[R rule[R], A any](t *testing.T, rules []R, atoms []A, holds func(R, A) bool) {
+	t.Helper()
+	inside := make([][]bool, len(rules))
+	for i, r := range rules {
+		for _, atom := range atoms {
+			inside[i] = append(inside[i], holds(r, atom))
+		}
+	}
+	for i, a := range rules {
+		for j, b := range rules {
+			m, met := a.meet(b)
+			below := true
+			for k, atom := range atoms {
+				both := inside[i][k] && inside[j][k]
+				if (met && holds(m, atom)) != both {
+					t.Fatalf("meet of %v and %v is %v (%v), and of %+v that is wrong", a, b, m, met, atom)
+				}
+				below = below && (inside[j][k] || !inside[i][k])
+			}
+			if a.leq(b) != below {
+				t.Fatalf("%v <= %v is %v, of what they hold %v", a, b, a.leq(b), below)
+			}
+			if a.leq(b) != (met && m.String() == a.String()) {
+				t.Fatalf("%v <= %v is %v, and their meet %v", a, b, a.leq(b), m)
+			}
+			if (a.String() == b.String()) != (a.leq(b) && b.leq(a)) {
+				t.Fatalf("%v and %v: two texts for one rule, or one for two", a, b)
+			}
+			if a.leq(b) && b.kin() != "" && a.kin() != b.kin() {
+				t.Fatalf("%v is below %v, and no kin", a, b)
+			}
+		}
+	}
+}
+
+// words lists all sequences of letters with the given lengths.
+func words(letters []string, low, high int) (all [][]string) {
+	var grow func([]string)
+	grow = func(word []string) {
+		if len(word) >= low {
+			all = append(all, append([]string(nil), word...))
+		}
+		if len(word) < high {
+			for _, l := range letters {
+				grow(append(word, l))
+			}
+		}
+	}
+	grow(nil)
+	return all
+}
+
+func TestRulesExhaustive(t *testing.T) {
+	t.Run("commands", func(t *testing.T) {
+		var rules []argv
+		for _, head := range words([]string{"a", "b", "*"}, 0, 2) {
+			rules = append(rules, argv{head: head, tail: true})
+			if len(head) > 0 {
+				rules = append(rules, argv{head: head})
+			}
+		}
+		checkRules(t, rules, words([]string{"a", "b", "c"}, 0, 3), func(r argv, args []string) bool { return r.matches(args) })
+	})
+	t.Run("roots", func(t *testing.T) {
+		rules := []root{".", "a", "ab", "a/b", "a/b/c", "b"}
+		checkRules(t, rules, []string{".", "a", "ab", "a/b", "a/bc", "a/b/c", "b", "b/c", "c"}, root.holds)
+	})
+	t.Run("origins", func(t *testing.T) {
+		var rules []span
+		for _, text := range []string{"**", "g.com/**", "g.com/o", "g.com/o/**", "g.com/o/r", "g.com/or/**", "g.com:80/**", "file:/srv/**"} {
+			rules = append(rules, must(parseOriginPattern)(text))
+		}
+		atoms := []string{"g.com/o", "g.com/o/r", "g.com/o/s", "g.com/or", "g.com/x", "g.com:80/o", "file:/srv", "file:/x"}
+		checkRules(t, rules, append(atoms, "g.com", "g.com/or/x"), span.matches)
+	})
+	t.Run("hosts", func(t *testing.T) {
+		var rules []hostRule
+		for _, host := range []string{"a.com", "x.a.com", "*.a.com", "10.0.0.0/8", "10.1.2.3"} {
+			for _, m := range []methods{allMethods, 2, 6} {
+				for _, path := range []string{"", "/", "/**", "/r", "/r/**"} {
+					for _, trusted := range []bool{false, true} {
+						r := must(parseHost)(host)
+						r.port, r.methods, r.anyPath, r.trusted = 443, m, path == "", trusted
+						if path != "" {
+							r.path = must(parseURLPath)(path)
+						}
+						if r.check() == nil {
+							rules = append(rules, r)
+						}
+					}
+				}
+			}
+		}
+		other := rules[0]
+		other.port = 80
+		type atom struct {
+			action nucleus.Action
+			trust  bool
+		}
+		var atoms []atom
+		for _, host := range []string{"a.com", "x.a.com", "y.x.a.com", "10.1.2.3", "10.9.9.9"} {
+			for _, port := range []int{80, 443} {
+				if port == 80 && host != "a.com" {
+					continue
+				}
+				atoms = append(atoms, atom{nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: host, Port: port}}, false})
+				for _, method := range []string{"GET", "HEAD", "BREW"} {
+					for _, path := range []string{"/", "/r", "/r/s", "/r/../q"} {
+						for _, trust := range []bool{false, true} {
+							atoms = append(atoms, atom{nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Host: host, Port: port, Method: method, Path: path}}, trust})
+						}
+					}
+				}
+			}
+		}
+		checkRules(t, append(rules, other), atoms, func(r hostRule, a atom) bool {
+			p := Policy{hosts: set[hostRule]{only: []hostRule{r}}, hostNames: []string{"hosts[0]"}}
+			s := p.scope(&a.action)
+			return !s.denied && (s.trusted || !a.trust)
+		})
+	})
 }

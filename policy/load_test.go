@@ -255,6 +255,7 @@ func TestCanonicalReadsBack(t *testing.T) {
 				t.Fatalf("%s:%v", canonical, err)
 			}
 			same(t, "read back", back, p)
+			holds(t, "equal policies have equal bytes", back.GoString() == p.GoString())
 		}
 	})
 }

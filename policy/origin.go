@@ -55,18 +55,14 @@ var errNotUnderstood = errors.New("is not understood")
 
 // originOf turns a remote's URL into an origin.
 func originOf(remote string) (string, error) {
-	// URL readers disagree about where the host ends when one of these comes
-	// before it: https://evil.example?@github.com/my-org/app.
-	if strings.ContainsAny(remote, `?#\`) {
-		return "", errNotUnderstood
-	}
 	scheme, rest, isURL := strings.Cut(remote, "://")
 	if !isURL {
 		return originOfPath(remote)
 	}
 	authority, path, _ := strings.Cut(rest, "/")
-	if at := strings.LastIndexByte(authority, '@'); at >= 0 {
-		authority = authority[at+1:]
+	authority, ok := withoutUser(authority)
+	if !ok {
+		return "", errNotUnderstood
 	}
 	port := ""
 	switch scheme {
@@ -100,13 +96,29 @@ func originOfPath(remote string) (string, error) {
 	if strings.HasPrefix(path, ":") {
 		return "", fmt.Errorf("uses the remote helper %q", host)
 	}
-	if at := strings.LastIndexByte(host, '@'); at >= 0 {
-		host = host[at+1:]
-	}
-	if len(host) < 2 {
+	host, ok = withoutUser(host)
+	if !ok || len(host) < 2 {
 		return "", errNotUnderstood // a drive letter, or nothing
 	}
 	return joinOrigin(host, "", strings.TrimPrefix(path, "/"))
+}
+
+// withoutUser cuts USER[:PASSWORD]@ off. URL readers disagree about where the
+// host begins when anything but plain characters comes before it, or two @:
+// https://evil.example?@github.com/my-org/app.
+func withoutUser(authority string) (host string, ok bool) {
+	user, host, found := strings.Cut(authority, "@")
+	if !found {
+		return authority, true
+	}
+	for i := range len(user) {
+		switch c := user[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', strings.IndexByte("-._~!$&'()*+,;=:%", c) >= 0:
+		default:
+			return "", false
+		}
+	}
+	return host, true // a second @ makes it no host
 }
 
 func joinOrigin(host, defaultPort, path string) (string, error) {

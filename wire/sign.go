@@ -79,8 +79,11 @@ func (s *Signer) Sign(r *http.Request, pod string, body []byte) error {
 	if s.Now != nil {
 		now = s.Now
 	}
-	created := now().Unix()
-	params := parameters{created: created, expires: created + int64(signatureLifetime/time.Second), nonce: rand.Text(), keyID: s.KeyID, alg: alg}
+	at := now()
+	params := parameters{
+		created: at.Unix(), expires: at.Add(signatureLifetime).Unix(),
+		nonce: strconv.FormatInt(at.UnixMilli(), 10) + "-" + rand.Text(), keyID: s.KeyID, alg: alg,
+	}
 	authority := r.Host
 	if authority == "" {
 		authority = r.URL.Host
@@ -264,9 +267,10 @@ type Verifier struct {
 	Keys func(keyID string) (Key, bool)
 	// Now is the clock; nil: time.Now.
 	Now func() time.Time
-	// Started is when this verifier's memory of nonces begins. What was created in
-	// its second or before is refused, for it may have been admitted before. A node
-	// that knows when its predecessor last admitted a request may name that time.
+	// Started is when this verifier's memory of nonces begins. What was created
+	// before is refused, for it may have been admitted before. Since created counts
+	// whole seconds, so is all of its second, but for nonces that begin with the
+	// milliseconds of the signing and a hyphen, as those of Signer do.
 	Started time.Time
 
 	nonces nonces
@@ -328,7 +332,7 @@ func (v *Verifier) inTime(p parameters) error {
 	switch {
 	case p.expires <= p.created || p.expires-p.created > int64(MaxLifetime/time.Second):
 		return unauthenticated("valid for %d seconds, at least 1 and at most %d", p.expires-p.created, MaxLifetime/time.Second)
-	case !v.Started.IsZero() && p.created <= v.Started.Unix():
+	case !v.Started.IsZero() && !p.createdAfter(v.Started):
 		return unauthenticated("created %s, not after the node's start at %s: sign it again", clock(p.created), clock(v.Started.Unix()))
 	case p.created > now.Add(ahead).Unix():
 		return unauthenticated("created %s, but here it is %s: the signer's clock is ahead", clock(p.created), clock(now.Unix()))
@@ -402,6 +406,16 @@ type parameters struct {
 func (p parameters) String() string {
 	return fmt.Sprintf(`%s;created=%d;expires=%d;nonce="%s";keyid="%s";alg="%s";tag="%s"`,
 		components, p.created, p.expires, p.nonce, p.keyID, p.alg, tag)
+}
+
+// createdAfter compares whole seconds, and milliseconds where the nonce has them.
+func (p parameters) createdAfter(start time.Time) bool {
+	if p.created != start.Unix() {
+		return p.created > start.Unix()
+	}
+	text, _, _ := strings.Cut(p.nonce, "-")
+	milli, ok := parseInteger(text)
+	return ok && milli/1000 == p.created && milli > start.UnixMilli()
 }
 
 // parseSignatureInput accepts the one form of the profile.
@@ -481,7 +495,7 @@ func cutParameter(in string) (name, value, rest string, ok bool) {
 // parseInteger reads an integer as RFC 8941 writes it: no sign, no leading zero.
 func parseInteger(s string) (int64, bool) {
 	n, err := strconv.ParseInt(s, 10, 64)
-	return n, err == nil && n >= 0 && len(s) <= 15 && strconv.FormatInt(n, 10) == s
+	return n, err == nil && n >= 0 && len(s) <= 13 && strconv.FormatInt(n, 10) == s
 }
 
 // parseString reads a quoted string without escapes.

@@ -12,12 +12,15 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	approvals "cal/approval/client"
 	"cal/internal/keyfile"
@@ -47,7 +50,7 @@ func OpenHome() (Home, error) {
 
 // The places below Home that several programs share.
 func (h Home) NodeSocket() string      { return filepath.Join(h.Dir, "run", "node.sock") }
-func (h Home) AuthoritySocket() string { return filepath.Join(h.AuthorityDir(), "authority.sock") }
+func (h Home) AuthoritySocket() string { return filepath.Join(h.Dir, "run", "authority.sock") }
 func (h Home) AuthorityDir() string    { return filepath.Join(h.Dir, "authority") }
 func (h Home) Log() string             { return filepath.Join(h.Dir, "log") }
 func (h Home) LogKey() string          { return filepath.Join(h.Dir, "keys", "log.key") }
@@ -108,14 +111,24 @@ func (h Home) runningNode(ctx context.Context) (*client.Client, error) {
 		return nil, ErrNoNode
 	}
 	c := client.New(h.NodeSocket(), "operator", key)
-	version, err := c.Health(ctx)
+	health, err := c.Health(ctx)
 	if err != nil {
 		return nil, ErrNoNode
 	}
-	if version != nucleus.Version {
-		return c, &OtherVersion{version}
+	if health.Version != nucleus.Version {
+		return c, &OtherVersion{health.Version}
 	}
-	return c, nil
+	return c, awaitSecond(ctx, health.AdmitsFrom)
+}
+
+// awaitSecond waits, a second at most, until a request made now is admitted.
+func awaitSecond(ctx context.Context, from int64) error {
+	select {
+	case <-time.After(time.Until(time.Unix(from, 0))):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // RunningNode returns a client of the node that runs, or ErrNoNode.
@@ -164,7 +177,7 @@ func (h Home) startAuthority(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), "serve", "--dir", h.AuthorityDir()); err != nil {
+	if err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), "serve", "--dir", h.AuthorityDir(), "--socket", h.AuthoritySocket()); err != nil {
 		return err
 	}
 	deadline := time.Now().Add(startDeadline)
@@ -177,9 +190,32 @@ func (h Home) startAuthority(ctx context.Context) error {
 	return fmt.Errorf("the authority did not start within %s; its log ends with:\n%s", startDeadline, tail(filepath.Join(h.Dir, "run", "authority.log")))
 }
 
+// StopAuthority ends the approval daemon, which the kernel names as the other end of
+// its socket. Without one it does nothing.
+func (h Home) StopAuthority() error {
+	conn, err := net.DialTimeout("unix", h.AuthoritySocket(), time.Second)
+	if err != nil {
+		return nil
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var peer *unix.Ucred
+	var peerErr error
+	if err := raw.Control(func(fd uintptr) { peer, peerErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return err
+	}
+	if peerErr != nil {
+		return peerErr
+	}
+	return unix.Kill(int(peer.Pid), unix.SIGTERM)
+}
+
 // HasAuthority reports whether the person has made an approval key.
 func (h Home) HasAuthority() bool {
-	_, err := os.Stat(filepath.Join(h.AuthorityDir(), "key.age"))
+	_, err := os.Stat(filepath.Join(h.AuthorityDir(), "key.json"))
 	return err == nil
 }
 

@@ -154,6 +154,7 @@ func nodeCommand() *cobra.Command {
 			return err
 		},
 	}
+	var all bool
 	stop := &cobra.Command{
 		Use: "stop", Short: "Stop the node; machines wait a minute for the next one", Example: "  cal node stop", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -161,9 +162,14 @@ func nodeCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return home.StopNode(cmd.Context())
+			err = home.StopNode(cmd.Context())
+			if all {
+				err = errors.Join(err, home.StopAuthority())
+			}
+			return err
 		},
 	}
+	stop.Flags().BoolVar(&all, "all", false, "the authority too")
 	restart := &cobra.Command{
 		Use: "restart", Short: "Replace the running node; machines and sessions go on", Example: "  cal node restart", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -183,7 +189,7 @@ func nodeCommand() *cobra.Command {
 		Use: "status", Short: "Say whether a node runs, and what it holds", Example: "  cal node status --json", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withNode(cmd, func(ctx context.Context, node *client.Client) error {
-				version, err := node.Health(ctx)
+				health, err := node.Health(ctx)
 				if err != nil {
 					return err
 				}
@@ -192,9 +198,9 @@ func nodeCommand() *cobra.Command {
 					return err
 				}
 				if asJSON {
-					return json.NewEncoder(os.Stdout).Encode(map[string]any{"version": version, "pods": pods})
+					return json.NewEncoder(os.Stdout).Encode(map[string]any{"version": health.Version, "pods": pods})
 				}
-				fmt.Printf("node %s runs, %s\n", version, count(len(pods), "pod"))
+				fmt.Printf("node %s runs, %s\n", health.Version, count(len(pods), "pod"))
 				return nil
 			})
 		},
@@ -230,7 +236,7 @@ func authority(given []string) error {
 	if err != nil {
 		return err
 	}
-	argv := append([]string{program, given[0], "--dir", home.AuthorityDir()}, given[1:]...)
+	argv := append([]string{program, given[0], "--dir", home.AuthorityDir(), "--socket", home.AuthoritySocket()}, given[1:]...)
 	if err := syscall.Exec(program, argv, os.Environ()); err != nil {
 		return fmt.Errorf("%s: %w", program, err)
 	}

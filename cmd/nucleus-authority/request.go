@@ -1,14 +1,43 @@
 package main
 
 import (
+	"crypto/ed25519"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+
 	"cal/authority"
 	"cal/nucleus"
+	"cal/wire"
 )
 
-func requested(ask nucleus.AskRequest, key []byte) (got authority.Requested, err error) {
-	var signed nucleus.Signed
+// requested reads what the holder of key asked of the node in the signed request
+// of an ask: POST /v1/pods/POD/tools/OPERATION with the arguments as its body.
+func requested(ask nucleus.AskRequest, key ed25519.PublicKey) (authority.Requested, error) {
+	fail := func(err error) (authority.Requested, error) { return authority.Requested{}, err }
+	var signed wire.SignedRequest
 	if err := nucleus.Strict(ask.Request, &signed); err != nil {
-		return got, err
+		return fail(err)
 	}
-	return got, signed.Open(key, "tmp", &got)
+	if err := signed.Verify(wire.Key{ID: ask.Requester, Ed25519: key}); err != nil {
+		return fail(err)
+	}
+	target, err := url.Parse(signed.TargetURI)
+	if err != nil {
+		return fail(err)
+	}
+	// The path as it was signed: an id needs no escapes, so that none is undone.
+	part := strings.Split(target.EscapedPath(), "/")
+	if signed.Method != http.MethodPost || len(part) != 6 || part[1] != "v1" || part[2] != "pods" || part[4] != "tools" {
+		return fail(fmt.Errorf("%s %s is no call of a tool", signed.Method, target.EscapedPath()))
+	}
+	if signed.Pod != part[3] {
+		return fail(fmt.Errorf("it is signed for pod %q, its path names %q", signed.Pod, part[3]))
+	}
+	args, err := nucleus.CanonicalJSON(signed.Body)
+	if err != nil {
+		return fail(err)
+	}
+	return authority.Requested{Pod: part[3], Op: nucleus.Op(part[5]), Args: nucleus.SHA256(args)}, nil
 }

@@ -170,7 +170,7 @@ func startError(c command, err error) error {
 		size += len(arg) + 1
 	}
 	switch {
-	case errors.Is(err, unix.E2BIG):
+	case errors.Is(err, unix.E2BIG), errors.Is(err, unix.ENAMETOOLONG): // gVisor says the latter
 		return nucleus.Errorf(nucleus.KindTooLarge, "%s: the command's %d bytes are more than the kernel takes: put the data into a file or stdin", c.argv[0], size)
 	case errors.Is(err, unix.ENOEXEC):
 		return nucleus.Errorf(nucleus.KindFailed, "%s is neither a program nor a script with a #! line", c.binary)

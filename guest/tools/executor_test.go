@@ -180,7 +180,9 @@ func TestDescendantsEnd(t *testing.T) {
 			b.end()
 			for _, pid := range pidsIn(t, b, "pids", 4) {
 				if !gone(pid) {
-					t.Errorf("process %d lives after Serve has returned", pid)
+					p, _ := readProcess(pid)
+					name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+					t.Errorf("process %+v lives after Serve has returned: %q", p, name)
 				}
 			}
 		},

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -33,10 +34,15 @@ func TestMain(m *testing.M) {
 // runTestWorker is the worker as a program of its own: process 1 of its pid
 // namespace, as in a machine.
 func runTestWorker(workspace string) {
-	if os.Getpid() == 1 {
-		// A /proc of the new namespace; without it the worker still has to work.
+	if os.Getenv("TEST_TOOLS_MOUNTED") == "" {
+		// A /proc of the new namespace; then again without the rights for that.
+		runtime.LockOSThread()
 		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
 		unix.Mount("proc", "/proc", "proc", 0, "")
+		unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+		err := unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), "TEST_TOOLS_MOUNTED=1"))
+		println("exec:", err.Error())
+		os.Exit(1)
 	}
 	c := Config{Workspace: workspace, Home: workspace, Env: map[string]string{"PATH": os.Getenv("PATH")}, MaxProcesses: 200}
 	if err := RunWorker(context.Background(), 3, c); err != nil {
@@ -304,7 +310,7 @@ func eventually(t testing.TB, what string, f func() bool) {
 // gone reports whether a process is dead, or only waits to be reaped by others.
 func gone(pid int) bool {
 	p, err := readProcess(pid)
-	return err != nil || p.state == 'Z'
+	return err != nil || p.state == 'Z' || p.state == 'X'
 }
 
 // hostGit runs git as the test itself would.
@@ -333,9 +339,10 @@ func newWorkerProcess(t *testing.T) (*bench, *exec.Cmd) {
 	cmd.Env = append(os.Environ(), "TEST_TOOLS_WORKSPACE="+dir)
 	cmd.Stderr = os.Stderr
 	cmd.ExtraFiles = []*os.File{guest}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS}
 	if os.Getuid() != 0 {
 		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+		cmd.SysProcAttr.AmbientCaps = []uintptr{unix.CAP_SYS_ADMIN}
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getuid(), HostID: os.Getuid(), Size: 1}}
 		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: os.Getgid(), HostID: os.Getgid(), Size: 1}}
 	}

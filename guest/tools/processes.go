@@ -77,8 +77,9 @@ func (k *children) begin(binary string, argv []string, attr *os.ProcAttr, mark s
 	}
 	c := &child{pid: process.Pid, mark: mark, over: make(chan struct{})}
 	if k.limit > 0 {
-		// As root, and in gVisor, it limits nothing; there watch is the limit.
-		limit := unix.Rlimit{Cur: uint64(k.limit), Max: uint64(k.limit)}
+		// A bound for the time that watch needs; it counts all of the user's
+		// processes. As root, and in gVisor, it limits nothing.
+		limit := unix.Rlimit{Cur: uint64(4 * k.limit), Max: uint64(4 * k.limit)}
 		_ = unix.Prlimit(c.pid, unix.RLIMIT_NPROC, &limit, nil)
 	}
 	if p, err := readProcess(c.pid); err == nil {
@@ -202,15 +203,21 @@ func (c *child) exit() int {
 // sweepDeadline bounds the hunt for what a call left behind.
 const sweepDeadline = 3 * time.Second
 
+// maxLooks is how often a process without any environment is looked at before it
+// counts as one that has none: the kernel shows none while a program is being
+// replaced (execve).
+const maxLooks = 10
+
 // sweep kills what belongs to a child that has ended, until nothing is found.
 func (k *children) sweep(c *child) {
 	deadline := time.Now().Add(sweepDeadline)
+	looks := map[process]int{}
 	for pause := time.Millisecond; time.Now().Before(deadline); pause = min(2*pause, 20*time.Millisecond) {
-		left := k.attribute(c)[c]
-		if len(left) == 0 {
+		belongings, unsure := k.attribute(c, looks)
+		if len(belongings[c]) == 0 && !unsure {
 			return
 		}
-		for _, p := range left {
+		for _, p := range belongings[c] {
 			if p.session == c.pid {
 				unix.Kill(-p.group, unix.SIGKILL) // in one step: it may be forking
 			}
@@ -232,27 +239,26 @@ type process struct {
 // session, by mark, or through their parent. ended is a call whose leader is gone
 // already. As process 1, an orphan that nobody claims counts to ended: it has left
 // its session and shed its mark, and lives on no longer than the next end of a
-// call.
-func (k *children) attribute(ended *child) map[*child][]process {
+// call. unsure says that a process has to be looked at again.
+func (k *children) attribute(ended *child, looks map[process]int) (belongings map[*child][]process, unsure bool) {
 	table := processes() // before live is read: what begins after that is in neither
-	owners := map[int]*child{}
-	marks := map[string]*child{}
+	a := attribution{owners: map[int]*child{}, marks: map[string]*child{}, ended: ended, orphans: k.init, looks: looks}
 	k.mu.Lock()
 	for pid, c := range k.live {
-		owners[pid], marks[c.mark] = c, c
+		a.owners[pid], a.marks[c.mark] = c, c
 	}
 	k.mu.Unlock()
 	if ended != nil {
-		if _, taken := owners[ended.pid]; !taken {
-			owners[ended.pid] = ended
+		if _, taken := a.owners[ended.pid]; !taken {
+			a.owners[ended.pid] = ended
 		}
-		marks[ended.mark] = ended
+		a.marks[ended.mark] = ended
 	}
 	found := map[int]*child{}
 	for _, p := range table {
-		found[p.pid] = k.ownerOf(p, owners, marks, ended)
+		found[p.pid] = a.owner(p)
 	}
-	result := map[*child][]process{}
+	belongings = map[*child][]process{}
 	for _, p := range table {
 		at := p
 		for found[at.pid] == nil && at.parent > 1 {
@@ -263,48 +269,63 @@ func (k *children) attribute(ended *child) map[*child][]process {
 			at = next
 		}
 		if c := found[at.pid]; c != nil && p.pid != os.Getpid() {
-			result[c] = append(result[c], p)
+			belongings[c] = append(belongings[c], p)
 		}
 	}
-	return result
+	return belongings, a.unsure
 }
 
-func (k *children) ownerOf(p process, owners map[int]*child, marks map[string]*child, ended *child) *child {
+type attribution struct {
+	owners  map[int]*child // by session
+	marks   map[string]*child
+	ended   *child
+	orphans bool // an orphan that nobody claims is ended's
+	looks   map[process]int
+	unsure  bool
+}
+
+func (a *attribution) owner(p process) *child {
 	if p.pid == os.Getpid() {
 		return nil
 	}
-	if c := owners[p.session]; c != nil && p.start >= c.start {
+	if c := a.owners[p.session]; c != nil && p.start >= c.start {
 		return c
 	}
-	if mark := markOf(p, marks); mark != nil {
-		return mark
+	marked, bare := a.marked(p)
+	if marked != nil || a.ended == nil {
+		return marked
 	}
-	if k.init && p.parent == 1 {
-		return ended
+	if bare && a.looks[p] < maxLooks {
+		a.looks[p]++
+		a.unsure = true
+		return nil
+	}
+	if a.orphans && p.parent == 1 {
+		return a.ended
 	}
 	return nil
 }
 
-// markOf reads the mark in a process's environment, of those that began after
-// the oldest call that matters.
-func markOf(p process, marks map[string]*child) *child {
+// marked reads the mark in a process's environment, of those that began after
+// the oldest call that matters. bare says that the environment is empty.
+func (a *attribution) marked(p process) (c *child, bare bool) {
 	candidate := false
-	for _, c := range marks {
+	for _, c := range a.marks {
 		candidate = candidate || p.start >= c.start
 	}
 	if !candidate {
-		return nil
+		return nil, false
 	}
 	environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", p.pid))
 	if err != nil {
-		return nil
+		return nil, false
 	}
 	for entry := range bytes.SplitSeq(environ, []byte{0}) {
 		if value, ok := strings.CutPrefix(string(entry), callMark+"="); ok {
-			return marks[value]
+			return a.marks[value], false
 		}
 	}
-	return nil
+	return nil, len(environ) == 0
 }
 
 // processes reads the process table; what is dead but not reaped is left out.
@@ -351,6 +372,10 @@ func readProcess(pid int) (process, error) {
 			return process{}, err
 		}
 	}
+	const exiting = 0x4 // PF_EXITING of the kernel's sched.h: it runs no more of its program
+	if flags, err := strconv.ParseUint(fields[6], 10, 32); err == nil && flags&exiting != 0 {
+		p.state = 'X'
+	}
 	p.start, err = strconv.ParseUint(fields[19], 10, 64)
 	return p, err
 }
@@ -393,7 +418,8 @@ func (k *children) watch() {
 		if idle {
 			continue
 		}
-		for c, list := range k.attribute(nil) {
+		belongings, _ := k.attribute(nil, nil)
+		for c, list := range belongings {
 			if len(list) <= k.limit {
 				continue
 			}

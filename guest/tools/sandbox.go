@@ -35,7 +35,7 @@ type Sandbox struct {
 	given           string // as the caller named it
 	dir             *os.File
 	root            *os.Root
-	dev             uint64
+	mount           mount
 	blocked         func(string) bool
 	openat2         bool             // the kernel has it; else the walk below does the same by hand
 	testOnlyBetween func(rel string) // runs between look and open
@@ -59,8 +59,8 @@ func OpenSandbox(workspace string, blocked func(path string) bool) (*Sandbox, er
 		root.Close()
 		return nil, fmt.Errorf("workspace: %w", err)
 	}
-	var st unix.Stat_t
-	if err := unix.Fstat(int(dir.Fd()), &st); err != nil {
+	mount, err := mountOf(int(dir.Fd()))
+	if err != nil {
 		dir.Close()
 		root.Close()
 		return nil, fmt.Errorf("workspace: %w", err)
@@ -68,7 +68,7 @@ func OpenSandbox(workspace string, blocked func(path string) bool) (*Sandbox, er
 	if blocked == nil {
 		blocked = func(string) bool { return false }
 	}
-	s := &Sandbox{path: real, given: filepath.Clean(workspace), dir: dir, root: root, dev: st.Dev, blocked: blocked}
+	s := &Sandbox{path: real, given: filepath.Clean(workspace), dir: dir, root: root, mount: mount, blocked: blocked}
 	fd, err := s.openStrict2(".", unix.O_PATH)
 	if s.openat2 = err == nil; s.openat2 {
 		unix.Close(fd)
@@ -233,10 +233,8 @@ func (s *Sandbox) openStrict2(rel string, flags int) (int, error) {
 	}
 }
 
-// openStrictWalk is openStrict where the kernel has no openat2 (gVisor): each
-// element is opened by itself and must be a directory on the same device. A bind
-// mount of the same file system is not seen; who can make one is root in the
-// machine already.
+// openStrictWalk is openStrict where the kernel has no openat2: each element is
+// opened by itself and must lie on the workspace's mount.
 func (s *Sandbox) openStrictWalk(rel string, flags int) (int, error) {
 	parts := strings.Split(rel, "/")
 	at, err := unix.FcntlInt(s.dir.Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -257,7 +255,7 @@ func (s *Sandbox) openStrictWalk(rel string, flags int) (int, error) {
 			return -1, err
 		}
 		at = next
-		if err := s.checkDevice(at); err != nil {
+		if err := s.checkMount(at); err != nil {
 			unix.Close(at)
 			return -1, err
 		}
@@ -285,15 +283,33 @@ func openOne(dir int, name string, flags int) (int, error) {
 	}
 }
 
-func (s *Sandbox) checkDevice(fd int) error {
+// mount says on which mount a file lies: by the mount's number, or by device
+// where the kernel tells none. (A device alone misses bind mounts and, on an overlay,
+// tells files from their directories.)
+type mount struct {
+	id     uint64
+	device bool
+}
+
+func mountOf(fd int) (mount, error) {
+	var sx unix.Statx_t
+	err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &sx)
+	if err == nil && sx.Mask&unix.STATX_MNT_ID != 0 {
+		return mount{id: sx.Mnt_id}, nil
+	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return err
+		return mount{}, err
 	}
-	if st.Dev != s.dev {
-		return unix.EXDEV
+	return mount{uint64(st.Dev), true}, nil
+}
+
+func (s *Sandbox) checkMount(fd int) error {
+	at, err := mountOf(fd)
+	if err == nil && at != s.mount {
+		err = unix.EXDEV
 	}
-	return nil
+	return err
 }
 
 // refusal says in a sentence why rel could not be opened.
@@ -308,7 +324,7 @@ func (s *Sandbox) refusal(rel string, err error) error {
 		return nucleus.Errorf(nucleus.KindNotFound, "%q does not exist: a file stands where a directory is named", rel)
 	case errors.Is(err, unix.ELOOP):
 		return nucleus.Errorf(nucleus.KindConflict, "%q has become a symbolic link", rel)
-	case errors.Is(err, unix.EXDEV):
+	case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EBUSY): // EBUSY: something is mounted on the name
 		return nucleus.Errorf(nucleus.KindDenied, "%q lies on another file system", rel)
 	case errors.Is(err, unix.ENXIO):
 		return nucleus.Errorf(nucleus.KindDenied, "%q is a socket, fifo or device without a reader", rel)
@@ -359,6 +375,9 @@ func (s *Sandbox) checkRegular(rel string, fd int) error {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return s.refusal(rel, err)
 	}
+	if err := s.checkMount(fd); err != nil {
+		return s.refusal(rel, err)
+	}
 	return s.checkStat(rel, st)
 }
 
@@ -366,9 +385,6 @@ func (s *Sandbox) checkStat(rel string, st unix.Stat_t) error {
 	kind := ""
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		if st.Dev != s.dev {
-			return s.refusal(rel, unix.EXDEV)
-		}
 		if st.Nlink > 1 {
 			return nucleus.Errorf(nucleus.KindDenied, "%q has %d hard links, and another of its names may lie outside the workspace: copy the file first", rel, st.Nlink)
 		}

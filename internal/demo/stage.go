@@ -41,6 +41,7 @@ type stage struct {
 	stops      []func()
 	env        []string
 	prompt     string
+	private    string // directory of the host that everybody can read
 	probe      string // path on the host that the agent tries to read in the machine
 
 	person person
@@ -70,7 +71,14 @@ func newStage(ctx context.Context, bin string) (s *stage, err error) {
 		"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "CAL_HOME=" + filepath.Join(dir, "cal"), "TERM=xterm", "LC_ALL=C.UTF-8",
 		"GIT_CONFIG_NOSYSTEM=1", "GIT_AUTHOR_DATE=2026-01-01T00:00:00Z", "GIT_COMMITTER_DATE=2026-01-01T00:00:00Z",
 	}
-	s.probe = filepath.Join(dir, "private-of-the-host")
+	if s.private, err = os.MkdirTemp("/var/tmp", "cal-demo-"); err != nil {
+		return s, err
+	}
+	s.stops = append(s.stops, func() { os.RemoveAll(s.private) })
+	if err := os.Chmod(s.private, 0o755); err != nil {
+		return s, err
+	}
+	s.probe = filepath.Join(s.private, "private-of-the-host")
 	if err := os.WriteFile(s.probe, []byte(secret+"\n"), 0o644); err != nil {
 		return s, err
 	}
@@ -213,7 +221,7 @@ func (s *stage) run(ctx context.Context) (string, error) {
 		defer waiting.Done()
 		s.answer(ctx)
 	}()
-	out, err := s.cal(ctx, "run", "--repo", s.repo, "--agent", "demo", "--policy", "demo", "--prompt", "Make the test pass, then publish the fix.")
+	out, err := s.cal(ctx, "run", "--repo", s.repo, "--trust", "--agent", "demo", "--policy", "demo", "--prompt", "Make the test pass, then publish the fix.")
 	cancel()
 	waiting.Wait()
 	return out, err
@@ -260,7 +268,9 @@ func (s *stage) decide(ctx context.Context, id string) error {
 	s.mu.Unlock()
 	if !s.person(screen) {
 		t.line("n")
-		return t.wait()
+		t.drain() // it says that the ask stays open
+		_, err := s.cal(ctx, "approve", "deny", id, "--reason", "the page wants it, not I")
+		return err
 	}
 	t.line("y")
 	if _, err := t.until("passphrase of"); err != nil {
@@ -359,8 +369,7 @@ func hostFileRead(body []byte) bool {
 func (s *stage) close(keep bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	s.command(ctx, "cal", "node", "stop")
-	s.command(ctx, "nucleus-authority", "stop", "--dir", filepath.Join(s.dir, "cal", "authority"))
+	s.command(ctx, "cal", "node", "stop", "--all")
 	for _, stop := range s.stops {
 		stop()
 	}
@@ -509,11 +518,16 @@ func (t *terminal) talk(exchanges ...exchange) error {
 	return t.wait()
 }
 
-func (t *terminal) wait() error {
+// drain reads to the end and returns how the program ended.
+func (t *terminal) drain() error {
 	for piece := range t.out {
 		t.text.Write(piece)
 	}
-	if err := t.cmd.Wait(); err != nil {
+	return t.cmd.Wait()
+}
+
+func (t *terminal) wait() error {
+	if err := t.drain(); err != nil {
 		return fmt.Errorf("%s %s: %w: %s", filepath.Base(t.cmd.Path), strings.Join(t.cmd.Args[1:], " "), err, t.text.String())
 	}
 	return nil

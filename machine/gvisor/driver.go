@@ -89,7 +89,7 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 	if err := place.check(); err != nil {
 		return nil, err
 	}
-	held, err := lockPlace(place)
+	held, err := lockPlace(ctx, place)
 	if err != nil {
 		return nil, err
 	}
@@ -168,7 +168,7 @@ func (d *Driver) Adopt(ctx context.Context, dir string) (_ machine.Machine, err 
 	if err != nil {
 		return nil, err
 	}
-	held, err := lockPlace(place)
+	held, err := lockPlace(ctx, place)
 	if err != nil {
 		return nil, err
 	}
@@ -191,7 +191,7 @@ func (d *Driver) Remove(ctx context.Context, dir string) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	held, err := lockPlace(place(dir))
+	held, err := lockPlace(ctx, place(dir))
 	if err != nil {
 		return err
 	}
@@ -202,17 +202,27 @@ func (d *Driver) Remove(ctx context.Context, dir string) error {
 	return place(dir).discard(held)
 }
 
-func lockPlace(place place) (io.Closer, error) {
+// lockTimeout outlasts the moment in which a child of a killed node still has the
+// node's lock, between fork and exec.
+const lockTimeout = 500 * time.Millisecond
+
+func lockPlace(ctx context.Context, place place) (io.Closer, error) {
 	dir, err := durable.OpenDir(string(place))
 	if err != nil {
 		return nil, err
 	}
 	defer dir.Close()
-	held, err := dir.Lock(lockFile)
-	if err != nil {
-		return nil, fmt.Errorf("machine directory %s: %w", place, err)
+	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
+	defer cancel()
+	for {
+		held, err := dir.Lock(lockFile)
+		if err == nil {
+			return held, nil
+		}
+		if !errors.Is(err, durable.ErrLocked) || pause(ctx, 5*time.Millisecond) != nil {
+			return nil, fmt.Errorf("machine directory %s: %w", place, err)
+		}
 	}
-	return held, nil
 }
 
 // clear ends every process of a machine and deletes what was made for it, the

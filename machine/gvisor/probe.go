@@ -59,7 +59,7 @@ func (d *Driver) probeRunsc(ctx context.Context) error {
 	const mend = "run `make` in CAL's source, or install CAL again: it brings its own runsc"
 	output, err := exec.CommandContext(ctx, d.config.Runsc, "--version").CombinedOutput()
 	switch {
-	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, exec.ErrNotFound):
+	case d.config.Runsc == "" || errors.Is(err, fs.ErrNotExist) || errors.Is(err, exec.ErrNotFound):
 		return &machine.ProbeError{Cause: fmt.Sprintf("runsc is not at %q", d.config.Runsc), Mend: mend}
 	case errors.Is(err, fs.ErrPermission):
 		return &machine.ProbeError{

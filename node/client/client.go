@@ -59,24 +59,31 @@ type RepoFetched struct {
 	Stat     string `json:"stat"` // diff stat, base to worktree
 }
 
-// Health returns the node's version, or why it cannot be reached.
-func (c *Client) Health(ctx context.Context) (version string, err error) {
+// Health is what GET /v1/healthz answers. Requests created before AdmitsFrom, in
+// unix seconds, are refused: an earlier node may have admitted them.
+type Health struct {
+	Status     string `json:"status"`
+	Version    string `json:"version"`
+	AdmitsFrom int64  `json:"admits_from"`
+}
+
+// Health says which node answers, or why none does.
+func (c *Client) Health(ctx context.Context) (health Health, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://nucleus/v1/healthz", nil)
 	if err != nil {
-		return "", err
+		return health, err
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return "", err
+		return health, err
 	}
 	defer resp.Body.Close()
-	var health struct{ Status, Version string }
 	if err := json.NewDecoder(resp.Body).Decode(&health); err != nil {
-		return "", fmt.Errorf("%s does not speak like a node: %w", c.socket, err)
+		return health, fmt.Errorf("%s does not speak like a node: %w", c.socket, err)
 	}
-	return health.Version, nil
+	return health, nil
 }
 
 // CreatePod starts a machine and returns when it serves.

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"sort"
 	"strings"
 	"syscall"
@@ -208,10 +209,11 @@ var actions = map[string]func(script.Action) (string, error){
 	"id": func(script.Action) (string, error) {
 		return fmt.Sprintf("%d:%d", os.Getuid(), os.Getgid()), nil
 	},
-	"run":    run,
-	"fork":   fork,
-	"fill":   fill,
-	"stdout": func(a script.Action) (string, error) { _, err := fmt.Print(a.Data); return "", err },
+	"run":     run,
+	"fork":    fork,
+	"fill":    fill,
+	"release": func(script.Action) (string, error) { held = nil; debug.FreeOSMemory(); return "", nil },
+	"stdout":  func(a script.Action) (string, error) { _, err := fmt.Print(a.Data); return "", err },
 	"dial": func(a script.Action) (string, error) {
 		conn, err := net.DialTimeout(a.Data, a.Path, 2*time.Second)
 		if err == nil {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -238,8 +239,6 @@ func daemon(t *testing.T, home string, change func(*exec.Cmd)) (api *client.Clie
 	return api, kill
 }
 
-var requester = ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, 32))
-
 // newAsk makes an ask for a command with the request that its requester signed.
 func newAsk(t *testing.T, id string, argv ...string) nucleus.AskRequest {
 	t.Helper()
@@ -249,7 +248,7 @@ func newAsk(t *testing.T, id string, argv ...string) nucleus.AskRequest {
 	}
 	salt, now := nucleus.NewSalt(), time.Now().UnixMilli()
 	ask := nucleus.AskRequest{
-		ID: id, Pod: "p-1", Workspace: "w", Session: "s-1", Boot: "b-1", Requester: "agent", Request: signedRequest(t, "p-1", nucleus.RunBash, args),
+		ID: id, Pod: "p-1", Workspace: "w", Session: "s-1", Boot: "b-1", Requester: "agent", Request: signedRequest(t, http.MethodPost, "http://nucleus/v1/pods/p-1/tools/run_bash", "p-1", string(args)),
 		Action: nucleus.Action{Op: nucleus.RunBash, Args: nucleus.SHA256(args), Command: &nucleus.Command{Argv: argv, Dir: ".", Binary: "/usr/bin/env"}},
 		Salt:   salt[:], Policy: nucleus.SHA256([]byte("policy")), Rule: "operations.run_bash", Why: "this profile asks", Tier: "kernel", Mode: "mediated",
 		Context: nucleus.Context{UnixMilli: now}, Created: now, Expires: now + 300_000, Nonce: "n-1",
@@ -319,9 +318,15 @@ func TestApprove(t *testing.T) {
 
 	// A node that shows another command than the requester signed.
 	lie := newAsk(t, "a-lie", "true")
-	lie.Request = ask.Request
+	lie.Request = newAsk(t, "a-x", argv...).Request
 	if _, err := api.Submit(ctx, lie); err == nil || !strings.Contains(err.Error(), "its requester signed") {
 		t.Errorf("a lie: %v", err)
+	}
+
+	again := newAsk(t, "a-again", argv...)
+	again.Request = ask.Request
+	if _, err := api.Submit(ctx, again); err == nil || !strings.Contains(err.Error(), "was asked for before") {
+		t.Errorf("a second ask for one request: %v", err)
 	}
 
 	// No terminal, no grant, whatever else is given.

@@ -1,0 +1,239 @@
+package image
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+)
+
+const askTimeout = 10 * time.Second
+
+// golang asks go itself. The module cache is shown read-only and used in place:
+// unpacking modules anew costs more than all else in a build. GOPROXY=off makes
+// what is missing fail at once instead of after a wait for a network.
+func (s *search) golang(ctx context.Context) error {
+	program, ok := s.look("go")
+	if !ok {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	ask := exec.CommandContext(ctx, program, "env", "-json", "GOROOT", "GOMODCACHE")
+	ask.Dir = "/"
+	ask.Env = []string{"GOTOOLCHAIN=local", "HOME=" + s.person.Home, "PATH=" + s.person.Env["PATH"]}
+	for _, name := range []string{"GOROOT", "GOPATH", "GOMODCACHE", "GOENV", "XDG_CONFIG_HOME"} {
+		if value := s.person.Env[name]; value != "" {
+			ask.Env = append(ask.Env, name+"="+value)
+		}
+	}
+	output, err := ask.Output()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	var answer struct{ GOROOT, GOMODCACHE string }
+	if err == nil {
+		err = json.Unmarshal(output, &answer)
+	}
+	if err != nil {
+		s.note("go: %s env: %v", program, err)
+		return nil
+	}
+	s.program("go", answer.GOROOT, toolchains+"/go")
+	if at, ok := s.layer("go modules", answer.GOMODCACHE, caches+"/go-mod"); ok {
+		s.env["GOMODCACHE"], s.env["GOPROXY"] = at, "off"
+	}
+	return nil
+}
+
+func (s *search) nvm(context.Context) error {
+	root := s.dir("NVM_DIR", ".nvm")
+	versions := filepath.Join(root, "versions", "node")
+	version, ok := s.onPath(versions)
+	if !ok {
+		version, ok = s.nvmDefault(root, versions)
+	}
+	if !ok {
+		version, ok = newest(versions)
+	}
+	if ok {
+		s.program("node (nvm)", filepath.Join(versions, version), toolchains+"/node")
+	}
+	return nil
+}
+
+// nvmDefault follows the alias "default", which may name another alias, a whole
+// version or the beginning of one.
+func (s *search) nvmDefault(root, versions string) (string, bool) {
+	want := "default"
+	for range 8 {
+		next := firstLine(filepath.Join(root, "alias", filepath.FromSlash(want)))
+		if next == "" || strings.Contains(next, "..") {
+			break
+		}
+		want = next
+	}
+	want = "v" + strings.TrimPrefix(want, "v")
+	best, found := "", false
+	entries, err := os.ReadDir(versions)
+	if err != nil {
+		return "", false
+	}
+	for _, entry := range entries {
+		if name := entry.Name(); (name == want || strings.HasPrefix(name, want+".")) && (!found || lessVersion(best, name)) {
+			best, found = name, true
+		}
+	}
+	return best, found
+}
+
+func (s *search) fnm(context.Context) error {
+	root := s.dir("FNM_DIR", ".local", "share", "fnm")
+	if _, err := os.Stat(root); err != nil {
+		root = filepath.Join(s.person.Home, ".fnm")
+	}
+	installed := filepath.Join(root, "aliases", "default")
+	if active := s.person.Env["FNM_MULTISHELL_PATH"]; filepath.IsAbs(active) {
+		installed = active
+	}
+	if _, err := os.Stat(installed); err != nil {
+		version, ok := newest(filepath.Join(root, "node-versions"))
+		if !ok {
+			return nil
+		}
+		installed = filepath.Join(root, "node-versions", version, "installation")
+	}
+	s.program("node (fnm)", installed, toolchains+"/node")
+	return nil
+}
+
+func (s *search) pyenv(context.Context) error {
+	root := s.dir("PYENV_ROOT", ".pyenv")
+	versions := filepath.Join(root, "versions")
+	version := s.person.Env["PYENV_VERSION"]
+	if version == "" {
+		version = firstLine(filepath.Join(root, "version"))
+	}
+	version, _, _ = strings.Cut(version, ":")
+	if version == "system" {
+		return nil
+	}
+	if !plain(version) || !isDir(filepath.Join(versions, version)) {
+		var ok bool
+		if version, ok = newest(versions); !ok {
+			return nil
+		}
+	}
+	prefix := filepath.Join(versions, version)
+	s.program("python "+version+" (pyenv)", prefix, samePlace(prefix, toolchains+"/python"))
+	return nil
+}
+
+// samePlace keeps an installation where it lies on the host, because its scripts name their
+// interpreter by its path; elsewhere where the machine has its own directory.
+func samePlace(host, otherwise string) string {
+	for _, own := range []string{"/tmp", "/run", "/dev", "/proc", "/sys", "/.nucleus", "/home/agent", "/etc"} {
+		if below(host, own) {
+			return otherwise
+		}
+	}
+	return host
+}
+
+// versioned finds what mise and asdf have installed, both as installs/TOOL/VERSION.
+func (s *search) versioned(context.Context) error {
+	for _, manager := range []struct{ name, installs, chosen string }{
+		{"mise", filepath.Join(s.dir("MISE_DATA_DIR", ".local", "share", "mise"), "installs"), ""},
+		{"asdf", filepath.Join(s.dir("ASDF_DATA_DIR", ".asdf"), "installs"), filepath.Join(s.person.Home, ".tool-versions")},
+	} {
+		chosen := toolVersions(manager.chosen)
+		tools, err := os.ReadDir(manager.installs)
+		if err != nil {
+			continue
+		}
+		for _, tool := range tools {
+			versions := filepath.Join(manager.installs, tool.Name())
+			version, ok := s.onPath(versions)
+			if !ok {
+				version = chosen[tool.Name()]
+			}
+			if !plain(version) || !isDir(filepath.Join(versions, version)) {
+				if version, ok = newest(versions); !ok {
+					continue
+				}
+			}
+			prefix := filepath.Join(versions, version)
+			if tool.Name() == "go" || tool.Name() == "golang" {
+				prefix = goPrefix(prefix)
+			}
+			if isDir(filepath.Join(prefix, "bin")) {
+				s.program(fmt.Sprintf("%s %s (%s)", tool.Name(), version, manager.name), prefix, samePlace(prefix, toolchains+"/"+manager.name+"-"+tool.Name()))
+			}
+		}
+	}
+	return nil
+}
+
+// goPrefix: asdf puts Go one directory deeper than the rest.
+func goPrefix(prefix string) string {
+	if isDir(filepath.Join(prefix, "go", "bin")) {
+		return filepath.Join(prefix, "go")
+	}
+	return prefix
+}
+
+// toolVersions reads the lines `TOOL VERSION ...` of asdf.
+func toolVersions(name string) map[string]string {
+	chosen := map[string]string{}
+	data, err := os.ReadFile(name)
+	if err != nil {
+		return chosen
+	}
+	for line := range strings.Lines(string(data)) {
+		if fields := strings.Fields(line); len(fields) >= 2 && !strings.HasPrefix(fields[0], "#") {
+			chosen[fields[0]] = fields[1]
+		}
+	}
+	return chosen
+}
+
+var defaultToolchain = regexp.MustCompile(`(?m)^default_toolchain\s*=\s*"([^"]+)"`)
+
+// rust shows rustup's default toolchain itself: rustup's own programs would want
+// to write to its home.
+func (s *search) rust(context.Context) error {
+	root := s.dir("RUSTUP_HOME", ".rustup")
+	name := s.person.Env["RUSTUP_TOOLCHAIN"]
+	if name == "" {
+		settings, err := os.ReadFile(filepath.Join(root, "settings.toml"))
+		if err != nil {
+			return nil
+		}
+		if match := defaultToolchain.FindSubmatch(settings); match != nil {
+			name = string(match[1])
+		}
+	}
+	if !plain(name) || !isDir(filepath.Join(root, "toolchains", name)) {
+		var ok bool
+		if name, ok = newest(filepath.Join(root, "toolchains")); !ok {
+			return nil
+		}
+	}
+	s.program("rust "+name, filepath.Join(root, "toolchains", name), toolchains+"/rust")
+	return nil
+}
+
+// plain refuses a version that is a path.
+func plain(version string) bool {
+	return version != "" && version != "." && version != ".." && !strings.ContainsAny(version, "/\x00")
+}
+
+func isDir(name string) bool {
+	info, err := os.Stat(name)
+	return err == nil && info.IsDir()
+}

@@ -1,0 +1,183 @@
+package gvisor
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"cal/machine"
+	"cal/machine/machinetest"
+	"cal/machine/machinetest/script"
+	"cal/nucleus"
+)
+
+// TestLimitsHold tries each limit from the inside, in one machine.
+func TestLimitsHold(t *testing.T) {
+	h := host(t)
+	spec := h.Spec(t)
+	spec.Resources = nucleus.Resources{CPU: 1, MemoryMB: 300, Pids: 100}
+	spec.Watched = []string{"memory"}
+	m, guest := h.Create(t, spec)
+	tools := m.Facts().ToolsUID
+
+	reply := guest.Try(script.Action{Do: "fork", N: 200, UID: tools})
+	if n, err := strconv.Atoi(reply.Data); err != nil || n >= 100 || reply.Err == "" {
+		t.Errorf("pids: %+v", reply)
+	}
+	guest.Must(script.Action{Do: "fork", N: 2, UID: tools}) // control: those that ended count no more
+	if allowed, err := strconv.Atoi(processorsOf(t, sandboxOf(t, spec.Dir).pid)); os.Geteuid() != 0 && (err != nil || allowed != 1) {
+		t.Errorf("the sandbox may run on %d processors: %v", allowed, err)
+	}
+
+	guest.Must(script.Action{Do: "fill", N: 20, UID: -1}) // control
+	if os.Geteuid() == 0 {
+		enforced(t, m, guest)
+		return
+	}
+	watched(t, m, guest)
+}
+
+// enforced: the kernel kills what goes over a cgroup's limit.
+func enforced(t *testing.T, m machine.Machine, guest *machinetest.Guest) {
+	if _, err := guest.Send(script.Action{Do: "fill", N: 2000, UID: -1}); err == nil {
+		t.Error("2000 MB were filled under a limit of 300")
+	}
+	select {
+	case <-m.Done():
+	case <-time.After(30 * time.Second):
+		t.Fatal("the machine lives")
+	}
+	if !strings.Contains(m.Reason(), "memory limit of 300 MB") {
+		t.Errorf("reason: %q", m.Reason())
+	}
+}
+
+// watched: the machine is paused, and goes on when it is let.
+func watched(t *testing.T, m machine.Machine, guest *machinetest.Guest) {
+	guest.Must(script.Action{Do: "fill", N: 400, UID: -1})
+	select {
+	case reason := <-m.Paused():
+		if !strings.Contains(reason, "above the watched limit of 300 MB") {
+			t.Errorf("reason: %q", reason)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the machine was not paused")
+	}
+	pid := sandboxOf(t, string(m.(*Machine).place)).pid
+	if state := stateOf(t, pid); state != "T" {
+		t.Errorf("paused sandbox is in state %q", state)
+	}
+	if err := m.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	guest.Must(script.Action{Do: "echo", UID: -1})
+	guest.Must(script.Action{Do: "release", UID: -1})
+	select {
+	case <-m.Paused():
+		t.Error("paused again after the memory was given back")
+	case <-time.After(resumeGrace + 2*watchEvery):
+	}
+}
+
+func processorsOf(t *testing.T, pid int) string {
+	t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	must(t, err)
+	for line := range strings.Lines(string(data)) {
+		if list, ok := strings.CutPrefix(line, "Cpus_allowed_list:"); ok {
+			if list = strings.TrimSpace(list); !strings.ContainsAny(list, ",-") {
+				return "1"
+			}
+			return "several: " + list
+		}
+	}
+	return ""
+}
+
+func stateOf(t *testing.T, pid int) string {
+	t.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	must(t, err)
+	for line := range strings.Lines(string(data)) {
+		if state, ok := strings.CutPrefix(line, "State:"); ok {
+			return strings.Fields(state)[0]
+		}
+	}
+	return ""
+}
+
+// cgroupTree is a pretended mount of version 2.
+func cgroupTree(t *testing.T, files ...string) string {
+	dir := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(dir, "cgroup.controllers"), []byte("cpu memory\n"), 0o644))
+	for _, name := range files {
+		must(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755))
+		must(t, os.WriteFile(filepath.Join(dir, name), nil, 0o644))
+	}
+	return dir
+}
+
+func TestCgroupVersion2(t *testing.T) {
+	mount := cgroupTree(t, "cal-x/memory.max", "cal-x/cpu.max")
+	name, err := makeCgroup(mount, "cal-x")
+	if err != nil || name != "cal-x" {
+		t.Fatalf("%q, %v", name, err)
+	}
+	rec := record{Cgroup: name}
+	rec.limit(nucleus.Resources{CPU: 2, MemoryMB: 512})
+	must(t, rec.setCgroup(mount))
+	for file, want := range map[string]string{"memory.max": "536870912", "cpu.max": "200000 100000"} {
+		if data, err := os.ReadFile(filepath.Join(mount, name, file)); err != nil || string(data) != want {
+			t.Errorf("%s: %q, %v", file, data, err)
+		}
+	}
+	for _, limit := range rec.Limits[:2] {
+		if limit.How != machine.Enforced {
+			t.Errorf("%+v", limit)
+		}
+	}
+}
+
+// TestCgroupWithoutControllers: a directory can be made, but limits nothing.
+func TestCgroupWithoutControllers(t *testing.T) {
+	mount := cgroupTree(t)
+	name, err := makeCgroup(mount, "cal-x")
+	if err != nil || name != "" {
+		t.Errorf("%q, %v", name, err)
+	}
+	if _, err := os.Lstat(filepath.Join(mount, "cal-x")); !os.IsNotExist(err) {
+		t.Errorf("the cgroup is left: %v", err)
+	}
+	rec := record{}
+	rec.limit(nucleus.Resources{MemoryMB: 512})
+	if rec.Limits[1].How != machine.Watched || rec.MaxWatch != 512<<20 {
+		t.Errorf("%+v", rec)
+	}
+}
+
+// TestCgroupIsReadBack: what the kernel does not confirm is not called enforced.
+func TestCgroupIsReadBack(t *testing.T) {
+	rec := record{Cgroup: "cal-none", Memory: 1 << 30}
+	if err := rec.checkCgroup("/sys/fs/cgroup", os.Getpid()); err == nil {
+		t.Error("this process is said to be in a cgroup that does not exist")
+	}
+}
+
+func TestProcessors(t *testing.T) {
+	cmd := exec.Command("/usr/bin/grep", "Cpus_allowed_list", "/proc/self/status")
+	output, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, startOn(cmd, 1))
+	line := make([]byte, 100)
+	n, err := output.Read(line)
+	must(t, err)
+	must(t, cmd.Wait())
+	if strings.ContainsAny(string(line[:n]), "-,") {
+		t.Errorf("child runs on %s", line[:n])
+	}
+}
