@@ -141,18 +141,19 @@ func TestManyStreams(t *testing.T) {
 	const many = 10_000
 	head := wireFrame(FrameJSON, 14, `{"kind":"bad"}`)
 	for _, c := range []struct {
-		name string
-		of   func(id uint32) []byte
+		name  string
+		of    func(id uint32) []byte
+		reads []bool // whether it reads what we answer
 	}{
-		{"without a header", func(id uint32) []byte { return muxFrame(muxWindow, syn, id, 0, "") }},
+		{"without a header", func(id uint32) []byte { return muxFrame(muxWindow, syn, id, 0, "") }, []bool{true, false}},
 		{"with a header", func(id uint32) []byte {
 			return append(muxFrame(muxWindow, syn, id, 0, ""), muxFrame(muxData, 0, id, uint32(len(head)), head)...)
-		}},
+		}, []bool{true}},
 		{"with 4 KiB of data", func(id uint32) []byte {
 			return append(muxFrame(muxWindow, syn, id, 0, ""), muxFrame(muxData, 0, id, 4096, strings.Repeat("x", 4096))...)
-		}},
+		}, []bool{true}},
 	} {
-		for _, reads := range []bool{true, false} {
+		for _, reads := range c.reads {
 			t.Run(fmt.Sprintf("%s, reading answers %v", c.name, reads), func(t *testing.T) {
 				l := limits{incoming: 128, outgoing: 128, backlog: 64, header: time.Second, linger: time.Second}
 				session, raw := against(t, l)
@@ -237,10 +238,10 @@ func TestAStalledStreamStallsNoOther(t *testing.T) {
 				_, err := stalled.Write(make([]byte, 8*streamWindow))
 				writing <- err
 			}()
-			eventually(t, "the stalled stream has filled its window", func() bool {
-				stalled.SetReadDeadline(past) // harmless; keeps the race detector looking
-				return len(writing) == 0
-			})
+			// Its first bytes have arrived; the rest comes up to the window.
+			if _, err := io.CopyN(io.Discard, unread, 1); err != nil {
+				t.Fatal(err)
+			}
 
 			var work sync.WaitGroup
 			work.Go(func() { // answers eight streams
@@ -274,8 +275,8 @@ func TestAStalledStreamStallsNoOther(t *testing.T) {
 					}
 					defer stream.Close()
 					stream.SetDeadline(time.Now().Add(patience))
-					for j := range 100 {
-						want := bytes.Repeat([]byte{byte(i)}, 1+j*997)
+					for j := range 30 {
+						want := bytes.Repeat([]byte{byte(i)}, 1+j*2999)
 						if err := stream.Send(FrameJSON, want); err != nil {
 							t.Errorf("stream %d, call %d: %v", i, j, err)
 							return
@@ -287,7 +288,7 @@ func TestAStalledStreamStallsNoOther(t *testing.T) {
 					}
 				})
 			}
-			within(t, "eight streams with 100 calls each", 2*patience, work.Wait)
+			within(t, "eight streams with 30 calls each", 2*patience, work.Wait)
 
 			// The control: it was stalled indeed, and goes on when it is read.
 			select {
@@ -295,7 +296,7 @@ func TestAStalledStreamStallsNoOther(t *testing.T) {
 				t.Fatalf("the stalled stream was not stalled: %v", err)
 			default:
 			}
-			if n, err := io.CopyN(io.Discard, unread, 8*streamWindow); err != nil {
+			if n, err := io.CopyN(io.Discard, unread, 8*streamWindow-1); err != nil {
 				t.Fatalf("after the stall: %d bytes, %v", n, err)
 			}
 			if err := <-writing; err != nil {

@@ -168,7 +168,9 @@ func TestSignedHTTP(t *testing.T) {
 }
 
 func TestClientFollowsNoRedirect(t *testing.T) {
-	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect) })
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)
+	})
 	serve(t, handler, func(t *testing.T, dial DialFunc) {
 		client := Client(dial)
 		defer client.CloseIdleConnections()

@@ -204,7 +204,7 @@ func (d *Driver) Remove(ctx context.Context, dir string) error {
 
 // lockTimeout outlasts the moment in which a child of a killed node still has the
 // node's lock, between fork and exec.
-const lockTimeout = 500 * time.Millisecond
+const lockTimeout = 300 * time.Millisecond
 
 func lockPlace(ctx context.Context, place place) (io.Closer, error) {
 	dir, err := durable.OpenDir(string(place))
@@ -254,7 +254,15 @@ func (d *Driver) delete(ctx context.Context, place place) error {
 	if err := removeCgroup(ctx, d.config.Cgroups, rec.Cgroup); err != nil {
 		return err
 	}
-	return deleteTree(string(place), recordFile)
+	if err := deleteTree(string(place), recordFile); err != nil {
+		return err
+	}
+	dir, err := durable.OpenDir(string(place))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Clean() // of a record that was being written
 }
 
 // deleteRoot removes a skeleton outside the place. A record that names anything

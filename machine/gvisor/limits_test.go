@@ -80,7 +80,7 @@ func watched(t *testing.T, m machine.Machine, guest *machinetest.Guest) {
 	select {
 	case <-m.Paused():
 		t.Error("paused again after the memory was given back")
-	case <-time.After(resumeGrace + 2*watchEvery):
+	case <-time.After(resumeGrace + watchEvery):
 	}
 }
 

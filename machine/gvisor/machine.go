@@ -24,7 +24,7 @@ const (
 	startTimeout  = 60 * time.Second // of a start whose context has no deadline
 	attachTimeout = 30 * time.Second
 	watchEvery    = time.Second
-	resumeGrace   = 5 * time.Second // for the holder to make the guest smaller
+	resumeGrace   = 2 * time.Second // for the holder to make the guest smaller
 	consoleMost   = 1 << 20         // bytes on disk
 	consoleTail   = 16 << 10        // bytes shown
 )
