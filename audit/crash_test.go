@@ -199,6 +199,9 @@ func failAt(t *testing.T, at int, mode string, inProcess bool) (operations int, 
 		e, err := l.Append(nucleus.Entry{Kind: "log.x", Session: name})
 		if err == nil {
 			acknowledged[e.Seq] = name
+			if got := readAll(t, dir, e.Seq); len(got) != 1 || got[0].Session != name {
+				t.Errorf("%s: entry %d was acknowledged, a reader finds %v", life(), e.Seq, got)
+			}
 			if l.fs == FS(h) && h.unsynced != 0 {
 				t.Errorf("%s: entry %d was acknowledged with %d bytes not synced", life(), e.Seq, h.unsynced)
 			}
@@ -344,6 +347,44 @@ func TestDamagedJournalIsRefused(t *testing.T) {
 	}
 	write(t, filepath.Join(dir, journalName), whole)
 	mustOpen(t, dir, testOptions()).Close()
+	wantOK(t, dir, nil, 6)
+}
+
+// A record changed by one who knows the format: its sums are right, and its
+// signature is one that the key once made.
+func TestForgedRecord(t *testing.T) {
+	dir := makeCrashed(t, 3, 3)
+	whole := contents(t, dir)[journalName]
+	j, err := parseJournal([]byte(whole), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n, r := range j.records {
+		start, err := journalStart(base{Checkpoint: string(j.note), Open: j.open})
+		if err != nil {
+			t.Fatal(err)
+		}
+		forged := start
+		for i, other := range j.records {
+			var bundle []byte
+			for _, raw := range other.entries {
+				if i == n {
+					raw = []byte(strings.Replace(string(raw), "s-1", "s-2", 1))
+				}
+				bundle = appendBundle(bundle, raw)
+			}
+			forged = append(forged, journalRecord(other.checkpoint, bundle)...)
+		}
+		write(t, filepath.Join(dir, journalName), string(forged))
+		detected(t, dir, fmt.Sprintf("record %d forged", n))
+		if l, err := Open(dir, testOptions()); err == nil || !strings.Contains(err.Error(), "root") {
+			t.Errorf("record %d of %d entries forged: %v", n, r.says.Size, err)
+			if err == nil {
+				l.Close()
+			}
+		}
+	}
+	write(t, filepath.Join(dir, journalName), whole)
 	wantOK(t, dir, nil, 6)
 }
 

@@ -23,7 +23,7 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// frame puts a payload, never empty, into its envelope. The header has a sum of
+// frame puts a payload into its envelope. The header has a sum of
 // its own, so that a damaged length is told from a cut file.
 func frame(payload []byte) []byte {
 	f := binary.BigEndian.AppendUint32(nil, uint32(len(payload)))
@@ -39,7 +39,7 @@ func unframe(raw []byte) (payload []byte, ok bool) {
 		return nil, false
 	}
 	n := int64(binary.BigEndian.Uint32(raw))
-	if n == 0 || int64(len(raw)) < frameHeader+n {
+	if int64(len(raw)) < frameHeader+n {
 		return nil, false
 	}
 	payload = raw[frameHeader : frameHeader+n]

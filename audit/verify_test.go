@@ -52,6 +52,67 @@ func TestEveryByteFlipIsDetected(t *testing.T) {
 	}
 }
 
+// Tiles above level 0, which a small log does not have.
+func TestUpperTiles(t *testing.T) {
+	dir := makeLog(t, 600)
+	path := filepath.Join(dir, "tile/1/000.p/2")
+	content := contents(t, dir)["tile/1/000.p/2"]
+	for i := range content {
+		changed := []byte(content)
+		changed[i] ^= 1
+		write(t, path, string(changed))
+		r := mustVerify(t, dir, nil)
+		if len(r.Problems) != 1 || r.Problems[0].Kind != Changed || r.Problems[0].File != "tile/1/000.p/2" {
+			t.Fatalf("byte %d: %v", i, r.Problems)
+		}
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if r := mustVerify(t, dir, nil); len(r.Problems) != 1 || r.Problems[0].Kind != Missing {
+		t.Fatalf("removed: %v", r.Problems)
+	}
+	write(t, path, content)
+	wantOK(t, dir, nil, 600)
+}
+
+// Entries that are in tiles and, after a crash, still in the journal.
+func TestJournalAndTilesOverlap(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	l := mustOpen(t, dir, testOptions())
+	appendEntries(t, l, 0, 10)
+	old := contents(t, dir)[journalName]
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, journalName)
+	write(t, path, old) // as if the crash came before the journal was replaced
+	wantOK(t, dir, nil, 10)
+	j, err := parseJournal([]byte(old), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forged, err := journalStart(base{Checkpoint: string(j.note), Open: j.open})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, r := range j.records {
+		raw := r.entries[0]
+		if i == 4 {
+			raw = []byte(strings.Replace(string(raw), "s-1", "s-2", 1))
+		}
+		forged = append(forged, journalRecord(r.checkpoint, appendBundle(nil, raw))...)
+	}
+	write(t, path, string(forged))
+	r := mustVerify(t, dir, nil)
+	if len(r.Problems) != 1 || r.Problems[0].Index != 4 || r.Problems[0].File != journalName {
+		t.Fatalf("%v, want a change of entry 4 in the journal", r.Problems)
+	}
+	write(t, path, old)
+	mustOpen(t, dir, testOptions()).Close()
+	wantOK(t, dir, nil, 10)
+}
+
 // smallLogs are logs of four short entries, one intent among them without
 // outcome: closed, and as a crash leaves it, half of it in the journal.
 func smallLogs(t *testing.T) map[string]string {

@@ -21,6 +21,7 @@ import (
 // TestKilledWhileCreating kills the process that creates, at moments spread
 // over the whole of Create, and removes what it left.
 func TestKilledWhileCreating(t *testing.T) {
+	t.Parallel()
 	h := host(t)
 	kills := 8
 	if testing.Short() {
@@ -146,6 +147,7 @@ func openFiles(t *testing.T) string {
 // TestConsoleIsBounded: what a guest prints without end is cut on disk, and its
 // end can be read.
 func TestConsoleIsBounded(t *testing.T) {
+	t.Parallel()
 	h := host(t)
 	m, guest := h.Create(t, h.Spec(t))
 	for range 3 {

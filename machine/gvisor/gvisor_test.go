@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -31,8 +32,9 @@ type bench struct {
 }
 
 var (
-	shared bench
-	screen image.Screen
+	shared     bench
+	buildGuest sync.Once
+	screen     image.Screen
 )
 
 func TestMain(m *testing.M) { os.Exit(runMain(m)) }
@@ -77,9 +79,11 @@ func need(t *testing.T) bench {
 	if shared.skip != "" {
 		t.Skip(shared.skip)
 	}
-	if shared.guest == "" {
-		shared.guest = machinetest.TestGuest(t, shared.dir)
-	}
+	buildGuest.Do(func() {
+		if shared.guest == "" {
+			shared.guest = machinetest.TestGuest(t, shared.dir)
+		}
+	})
 	return shared
 }
 
@@ -153,13 +157,17 @@ func left(t *testing.T, dir string) (found []string) {
 	return found
 }
 
-func TestConformance(t *testing.T) { machinetest.Run(t, host(t)) }
+func TestConformance(t *testing.T) {
+	t.Parallel()
+	machinetest.Run(t, host(t))
+}
 
 // TestOrdinaryUser runs all other tests as a user without any rights.
 func TestOrdinaryUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("this is the ordinary user")
 	}
+	t.Parallel()
 	b := need(t)
 	dir := filepath.Join(b.dir, "user")
 	must(t, os.Mkdir(dir, 0o755))

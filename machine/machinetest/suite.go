@@ -114,11 +114,22 @@ func (g *Guest) Try(action script.Action) script.Reply {
 }
 
 // Send does an action; the error is the wire's.
-func (g *Guest) Send(action script.Action) (reply script.Reply, err error) {
-	g.conn.SetDeadline(time.Now().Add(patience))
-	if err := json.NewEncoder(g.conn).Encode(action); err != nil {
-		return reply, err
+func (g *Guest) Send(action script.Action) (script.Reply, error) {
+	if err := g.Begin(action); err != nil {
+		return script.Reply{}, err
 	}
+	return g.Finish()
+}
+
+// Begin sends an action, Finish waits for what came of it.
+func (g *Guest) Begin(action script.Action) error {
+	g.conn.SetDeadline(time.Now().Add(patience))
+	return json.NewEncoder(g.conn).Encode(action)
+}
+
+// Finish is the other half of Begin.
+func (g *Guest) Finish() (reply script.Reply, err error) {
+	g.conn.SetDeadline(time.Now().Add(patience))
 	err = g.decoder.Decode(&reply)
 	return reply, err
 }

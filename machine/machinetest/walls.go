@@ -41,8 +41,9 @@ func plant(t *testing.T, host Host) (canary, home string) {
 	home, err := os.MkdirTemp(host.Scratch, "home")
 	must(t, err)
 	t.Cleanup(func() { os.RemoveAll(home) })
-	t.Setenv("HOME", home)
-	t.Setenv("CAL_TEST_SECRET", canary)
+	// Not t.Setenv: drivers may be tried in parallel, and the name is this test's own.
+	must(t, os.Setenv("CAL_TEST_"+canary, canary))
+	t.Cleanup(func() { os.Unsetenv("CAL_TEST_" + canary) })
 	must(t, os.Mkdir(filepath.Join(home, ".ssh"), 0o755))
 	for _, name := range []string{filepath.Join(home, ".ssh/id"), filepath.Join("/var/tmp", canary), filepath.Join(os.TempDir(), canary), filepath.Join("/run", canary)} {
 		if err := os.WriteFile(name, []byte(canary), 0o644); err != nil && !strings.HasPrefix(name, "/run/") {
@@ -71,7 +72,7 @@ func testHostFiles(t *testing.T, host Host) {
 		t.Errorf("files of the host: %v", found)
 	}
 	for _, pid := range []string{"1", "self"} {
-		if env := guest.Must(script.Action{Do: "read", Path: "/proc/" + pid + "/environ", UID: -1}); strings.Contains(env, canary) || strings.Contains(env, "HOME="+home) {
+		if env := guest.Must(script.Action{Do: "read", Path: "/proc/" + pid + "/environ", UID: -1}); strings.Contains(env, canary) || strings.Contains(env, home) {
 			t.Errorf("environment of the host in process %s: %q", pid, env)
 		}
 	}
