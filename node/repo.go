@@ -92,11 +92,7 @@ func tighten(ctx context.Context, origin git.Repo, base string, p *policy.Policy
 	if err != nil {
 		return nil, err
 	}
-	own, err := policy.Load(name, []byte(text))
-	if err != nil {
-		return nil, err
-	}
-	return policy.Meet(p, own), nil
+	return policy.Tighten(p, name, []byte(text))
 }
 
 func labelRepo(ctx context.Context, origin git.Repo, r nucleus.Repo, p *policy.Policy) (nucleus.RepoStatus, error) {

@@ -18,7 +18,34 @@ import (
 // allowed. What Load cannot read or nothing enforces is an error, never a looser
 // policy.
 func Load(name string, data []byte) (*Policy, error) {
-	p, missing, err := read(data)
+	return loadOver(name, data, defaults())
+}
+
+func defaults() *Policy {
+	return &Policy{
+		roots:    set[root]{only: []root{"."}},
+		blocked:  newBlocked(nil),
+		commands: everything[argv](),
+		budget:   noBudgetLimit,
+		window:   always,
+	}
+}
+
+// Tighten returns the meet of p and a policy that says only what it takes away: in
+// data, read as Load does, an operation or a scope that is left out stays as it is
+// in p. Whatever data says, the result is <= p.
+func Tighten(p *Policy, name string, data []byte) (*Policy, error) {
+	own, err := loadOver(name, data, Top())
+	if err != nil {
+		return nil, err
+	}
+	own.name = p.name
+	return Meet(p, own), nil
+}
+
+// loadOver reads a policy whose left-out scopes are those of from.
+func loadOver(name string, data []byte, from *Policy) (*Policy, error) {
+	p, missing, err := readOver(data, from)
 	if err == nil {
 		err = missing
 	}
@@ -28,20 +55,14 @@ func Load(name string, data []byte) (*Policy, error) {
 	return p, nil
 }
 
-// read also returns policies with scopes that are not enforced yet; missing is
+// readOver fills in from, which nobody else holds. It also returns policies with scopes that are not enforced yet; missing is
 // the first of them.
-func read(data []byte) (p *Policy, missing, err error) {
+func readOver(data []byte, from *Policy) (p *Policy, missing, err error) {
 	document, err := parse(data)
 	if err != nil {
 		return nil, nil, err
 	}
-	l := loader{policy: &Policy{
-		roots:    set[root]{only: []root{"."}},
-		blocked:  newBlocked(nil),
-		commands: everything[argv](),
-		budget:   noBudgetLimit,
-		window:   always,
-	}}
+	l := loader{policy: from}
 	if err := l.document(document); err != nil {
 		return nil, nil, err
 	}

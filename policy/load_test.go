@@ -224,7 +224,7 @@ func TestVectors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p, _, err := read(data)
+		p, _, err := readOver(data, defaults())
 		if err != nil {
 			t.Fatalf("%s:%v", file, err)
 		}
@@ -250,7 +250,7 @@ func TestCanonicalReadsBack(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			back, _, err := read(canonical)
+			back, _, err := readOver(canonical, defaults())
 			if err != nil {
 				t.Fatalf("%s:%v", canonical, err)
 			}
@@ -356,7 +356,7 @@ func FuzzLoad(f *testing.F) {
 	f.Add([]byte("a: &a [*a]"))
 	f.Add([]byte("? {a: b}\n: - - -"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		p, _, err := read(data)
+		p, _, err := readOver(data, defaults())
 		if err != nil {
 			return
 		}
@@ -364,7 +364,7 @@ func FuzzLoad(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		back, _, err := read(canonical)
+		back, _, err := readOver(canonical, defaults())
 		if err != nil {
 			t.Fatalf("%s:%v", canonical, err)
 		}

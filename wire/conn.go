@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -150,7 +151,7 @@ func (c *conn) readError(err error) error {
 	}
 	c.half.Lock()
 	defer c.half.Unlock()
-	if c.ended && err == io.EOF && time.Since(c.endedTime) >= c.session.limits.linger {
+	if c.ended && errors.Is(err, io.EOF) && time.Since(c.endedTime) >= c.session.limits.linger {
 		return fmt.Errorf("wire: half-closed for %v: %w", c.session.limits.linger, os.ErrDeadlineExceeded)
 	}
 	return err

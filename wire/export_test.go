@@ -2,7 +2,4 @@ package wire
 
 import "github.com/hashicorp/yamux"
 
-var (
-	yamuxClient = yamux.Client
-	yamuxServer = yamux.Server
-)
+var yamuxClient = yamux.Client

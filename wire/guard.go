@@ -112,7 +112,7 @@ func (g *guard) reset(id uint32) {
 
 	g.write.Lock()
 	defer g.write.Unlock()
-	g.conn.Write(frame) // an error comes back to yamux with its next frame
+	_, _ = g.conn.Write(frame) // an error comes back to yamux with its next frame
 }
 
 func (g *guard) inspect(p []byte) error {

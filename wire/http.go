@@ -104,7 +104,7 @@ func upgrade(conn net.Conn, r *http.Request) (stream *Stream, refusal *nucleus.E
 	}
 	limited := &io.LimitedReader{R: conn, N: maxAnswerHead}
 	reader := bufio.NewReader(limited)
-	resp, err := http.ReadResponse(reader, r)
+	resp, err := http.ReadResponse(reader, r) //nolint:bodyclose // the connection is the stream's, or closed by DialUpgrade
 	if err != nil {
 		return nil, nil, err
 	}

@@ -2,6 +2,7 @@ package wire
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -96,7 +97,7 @@ func (d *direction) run() {
 			}
 			d.touch()
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			d.final = !endWriting(d.to)
 			return
 		}

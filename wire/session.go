@@ -320,7 +320,7 @@ func (s *Session) explain(err error) error {
 // Close ends the session and every stream in it, and returns when all that the
 // session started has stopped.
 func (s *Session) Close() error {
-	ended := s.Err() != nil // and its cause is kept
+	alive := s.Err() == nil // or else its cause is kept
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
@@ -330,8 +330,8 @@ func (s *Session) Close() error {
 	<-s.Done()
 	s.mux.Close() // has been closed; waits until that is complete
 	s.work.Wait()
-	if ended {
-		return nil
+	if alive {
+		return err
 	}
-	return err
+	return nil
 }

@@ -112,7 +112,7 @@ func (s *Stream) payload(size int) ([]byte, error) {
 	for {
 		n, err := io.ReadFull(s.Conn, payload[len(payload):cap(payload)])
 		payload = payload[:len(payload)+n]
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
 		if err != nil || len(payload) == size {
