@@ -221,7 +221,12 @@ func TestOverWire(t *testing.T) {
 			case <-time.After(wait):
 				t.Fatal("ServeSOCKS has not returned")
 			}
-			w.until("closed")
+			want := map[string]string{
+				"control": "err=<nil>", "far end": "err=<nil>", "idle": errIdle.Error(), "withdrawn": errWithdrawn.Error(), "context": "canceled",
+			}[way]
+			if line := w.until("closed"); !strings.HasSuffix(line, want) {
+				t.Errorf("recorded %q, want %q", line, want)
+			}
 		})
 	}
 }

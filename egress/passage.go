@@ -279,12 +279,9 @@ func (m *meteredConn) touch(n int) {
 	}
 }
 
-// closeWrite ends the outgoing half of a connection that can do so, and closes
-// another.
-func closeWrite(conn net.Conn) {
-	if c, ok := conn.(interface{ CloseWrite() error }); ok {
-		c.CloseWrite()
-	} else {
-		conn.Close()
-	}
+// closeWrite ends the outgoing half of a connection and reports whether it has
+// halves.
+func closeWrite(conn net.Conn) bool {
+	c, ok := conn.(interface{ CloseWrite() error })
+	return ok && c.CloseWrite() == nil
 }

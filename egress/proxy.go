@@ -79,8 +79,8 @@ func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, peer Peer) {
 	}
 	control := http.NewResponseController(w)
 	detach := context.AfterFunc(p.ctx, func() {
-		control.SetReadDeadline(time.Unix(1, 0))
-		control.SetWriteDeadline(time.Unix(1, 0))
+		control.SetReadDeadline(past)
+		control.SetWriteDeadline(past)
 	})
 	err = g.roundTrip(w, r, t, p, control)
 	detach()

@@ -69,6 +69,7 @@ func (g *Gateway) ServeSOCKS(ctx context.Context, guest net.Conn, peer Peer) {
 		return
 	}
 	guest.SetWriteDeadline(time.Time{})
+	stop() // p ends with ctx too
 	p.tunnel(guest, from)
 }
 

@@ -15,12 +15,17 @@ const httpsPort = 443
 
 const copyBuffer = 32 << 10
 
+// past is a deadline that has gone by.
+var past = time.Unix(1, 0)
+
 // tunnel carries bytes between the guest and p until both directions have
-// ended, then ends p. from holds what was already read from guest.
+// ended, then closes guest and ends p. from holds what was already read from
+// guest. Whatever ends p early ends the reads and writes on guest by their
+// deadline; it is closed when nobody uses it any more.
 func (p *passage) tunnel(guest net.Conn, from *bufio.Reader) {
-	detach := context.AfterFunc(p.ctx, func() { guest.Close() })
-	defer detach()
 	defer guest.Close()
+	detach := context.AfterFunc(p.ctx, func() { guest.SetDeadline(past) })
+	defer detach()
 
 	done := make(chan struct{})
 	go func() {
@@ -32,13 +37,15 @@ func (p *passage) tunnel(guest net.Conn, from *bufio.Reader) {
 		}
 	}()
 	_, err := io.CopyBuffer(onlyWriter{guest}, onlyReader{p.conn}, make([]byte, copyBuffer))
-	if err != nil {
+	switch {
+	case err != nil:
 		p.cancel(err)
-	} else {
-		closeWrite(guest)
+	case closeWrite(guest):
 		// The far end has said all: the guest may finish, but not stay.
 		linger := time.AfterFunc(p.g.limits.Handshake, func() { p.cancel(errFinished) })
 		defer linger.Stop()
+	default:
+		p.cancel(errFinished)
 	}
 	<-done
 	p.end(nil)
@@ -47,7 +54,9 @@ func (p *passage) tunnel(guest net.Conn, from *bufio.Reader) {
 // outward checks the first bytes and forwards them and all that follows.
 func (p *passage) outward(guest net.Conn, from *bufio.Reader) error {
 	if p.Port == httpsPort {
-		guest.SetReadDeadline(time.Now().Add(p.g.limits.Handshake))
+		if err := p.readUntil(guest, time.Now().Add(p.g.limits.Handshake)); err != nil {
+			return err
+		}
 	}
 	isTLS, err := looksLikeTLS(from)
 	if errors.Is(err, io.EOF) {
@@ -57,22 +66,36 @@ func (p *passage) outward(guest net.Conn, from *bufio.Reader) error {
 		return err
 	}
 	if isTLS || p.Port == httpsPort {
-		guest.SetReadDeadline(time.Now().Add(p.g.limits.Handshake))
-		hello, err := readHello(from, p.Host)
-		if err != nil {
-			if errors.As(err, new(errHello)) {
-				guest.SetWriteDeadline(time.Now().Add(time.Second))
-				guest.Write(unrecognizedName)
-			}
-			return err
-		}
-		if _, err := p.conn.Write(hello); err != nil {
+		if err := p.forwardHello(guest, from); err != nil {
 			return err
 		}
 	}
-	guest.SetReadDeadline(time.Time{})
 	_, err = io.CopyBuffer(onlyWriter{p.conn}, onlyReader{from}, make([]byte, copyBuffer))
 	return err
+}
+
+func (p *passage) forwardHello(guest net.Conn, from io.Reader) error {
+	if err := p.readUntil(guest, time.Now().Add(p.g.limits.Handshake)); err != nil {
+		return err
+	}
+	hello, err := readHello(from, p.Host)
+	if err != nil {
+		if errors.As(err, new(errHello)) {
+			guest.SetWriteDeadline(time.Now().Add(time.Second))
+			guest.Write(unrecognizedName)
+		}
+		return err
+	}
+	if _, err := p.conn.Write(hello); err != nil {
+		return err
+	}
+	return p.readUntil(guest, time.Time{})
+}
+
+// readUntil sets a deadline without undoing the one that ends p.
+func (p *passage) readUntil(guest net.Conn, deadline time.Time) error {
+	guest.SetReadDeadline(deadline)
+	return context.Cause(p.ctx)
 }
 
 // onlyReader and onlyWriter hide the short cuts of io.Copy, which would go

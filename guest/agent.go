@@ -50,7 +50,11 @@ func (h *agentHost) start(stream *wire.Stream) {
 		endAgent(stream, nucleus.Errorf(nucleus.KindConflict, "an agent runs in this machine already"))
 		return
 	}
-	run, err := h.proxy.startAgent(start, program)
+	begin := h.proxy.startAgent
+	if h.proxy.config.Mode == nucleus.Contained {
+		begin = h.proxy.startContained
+	}
+	run, err := begin(start, program)
 	if err == nil {
 		h.run = run
 	}
@@ -94,8 +98,8 @@ func (p *Proxy) startAgent(start AgentStart, program AgentProgram) (*agentRun, e
 		Next:   append([]string{agentInit, "agent-init", "--"}, program.Argv...),
 		Env:    env, Home: program.Home,
 	}
-	run := &agentRun{exited: make(chan struct{})}
-	run.room.L = &run.mu
+	run := newAgentRun()
+	run.input = run.toJail
 	stdio, closeChild, err := run.stdio(start, plan.UID, plan.GID)
 	if err != nil {
 		return nil, err
@@ -114,10 +118,10 @@ func (p *Proxy) startAgent(start AgentStart, program AgentProgram) (*agentRun, e
 
 // agentRun is one life of an agent's process.
 type agentRun struct {
-	jail    *jail
-	tty     *os.File // nil without a terminal
-	stdin   *os.File // nil with a terminal
+	jail    *jail    // nil in contained mode
+	tty     *os.File // of a jailed agent; nil without a terminal
 	outputs []*os.File
+	input   func(wire.Frame, []byte) // what the person types and does
 
 	mu     sync.Mutex
 	room   sync.Cond // output was taken, or somebody joined or left
@@ -129,6 +133,12 @@ type agentRun struct {
 
 	exited chan struct{}
 	code   int
+}
+
+func newAgentRun() *agentRun {
+	r := &agentRun{exited: make(chan struct{})}
+	r.room.L = &r.mu
+	return r
 }
 
 type chunk struct {
@@ -222,11 +232,15 @@ func (r *agentRun) wait() {
 	r.pumps.Wait()
 	r.closeFiles()
 	r.jail.close()
+	r.end(exitCode(r.jail.cmd.ProcessState))
+}
+
+func (r *agentRun) end(code int) {
 	r.mu.Lock()
-	r.code = exitCode(r.jail.cmd.ProcessState)
+	defer r.mu.Unlock()
+	r.code = code
 	close(r.exited)
 	r.room.Broadcast()
-	r.mu.Unlock()
 }
 
 func (r *agentRun) closeFiles() {
@@ -244,7 +258,7 @@ func (r *agentRun) join(stream *wire.Stream) {
 	r.seated = true
 	r.room.Broadcast()
 	r.mu.Unlock()
-	go r.input(stream, mine)
+	go r.read(stream, mine)
 	for {
 		c, state := r.take(mine)
 		switch state {
@@ -302,28 +316,32 @@ func (r *agentRun) leave(mine int) {
 	}
 }
 
-// input carries what the person types. The end of the stream is the end of the
+// read carries what the person types. The end of the stream is the end of the
 // wire, not of the agent.
-func (r *agentRun) input(stream *wire.Stream, mine int) {
+func (r *agentRun) read(stream *wire.Stream, mine int) {
 	defer r.leave(mine)
 	for {
 		kind, payload, err := stream.Recv(1 << 20)
 		if err != nil {
 			return
 		}
-		switch kind {
-		case wire.FrameStdin:
-			if r.tty != nil {
-				r.tty.Write(payload)
-			}
-		case wire.FrameSize:
-			var size struct{ Rows, Cols uint16 }
-			if json.Unmarshal(payload, &size) == nil && r.tty != nil {
-				pty.Setsize(r.tty, &pty.Winsize{Rows: size.Rows, Cols: size.Cols})
-			}
-		case wire.FrameSignal:
-			r.signal(string(payload))
+		r.input(kind, payload)
+	}
+}
+
+func (r *agentRun) toJail(kind wire.Frame, payload []byte) {
+	switch kind {
+	case wire.FrameStdin:
+		if r.tty != nil {
+			r.tty.Write(payload)
 		}
+	case wire.FrameSize:
+		var size struct{ Rows, Cols uint16 }
+		if json.Unmarshal(payload, &size) == nil && r.tty != nil {
+			pty.Setsize(r.tty, &pty.Winsize{Rows: size.Rows, Cols: size.Cols})
+		}
+	case wire.FrameSignal:
+		r.signal(string(payload))
 	}
 }
 

@@ -10,7 +10,7 @@ import (
 // Places in the machine. Drivers mount them, the proxy relies on them.
 const (
 	ProxyPath = "/.nucleus/nucleus-tool-proxy" // this program
-	AgentDir  = "/.nucleus/agent"              // the agent's layers, read-only, one numbered entry each
+	AgentDir  = "/.nucleus/agent"              // the agent's layers, read-only, by their path in its root
 	Home      = "/home/agent"                  // of the tools' user: scratch
 	Workspace = "/home/agent/workspace"
 )

@@ -36,7 +36,8 @@ type jailPlan struct {
 	Listen []string          `json:"listen"` // TCP addresses
 	DNS    bool              `json:"dns"`    // a stub that answers NXDOMAIN
 	Layers []AgentLayer      `json:"layers,omitempty"`
-	Next   []string          `json:"next"` // argv of the second stage
+	Show   bool              `json:"show,omitempty"` // tools: the agent's layers stay in sight
+	Next   []string          `json:"next"`           // argv of the second stage
 	Env    []string          `json:"env,omitempty"`
 	Home   map[string][]byte `json:"home,omitempty"`
 }
@@ -187,7 +188,7 @@ func buildJail(plan jailPlan) ([]*os.File, error) {
 	var err error
 	switch plan.Kind {
 	case "tools":
-		err = toolsRoot()
+		err = toolsRoot(plan.Show)
 	case "agent":
 		err = agentRoot(plan)
 	default:
@@ -204,11 +205,11 @@ func buildJail(plan jailPlan) ([]*os.File, error) {
 
 // toolsRoot gives the tools a /proc of their own namespace and takes the proxy's
 // and the agent's places out of sight.
-func toolsRoot() error {
+func toolsRoot(show bool) error {
 	if err := mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return err
 	}
-	if _, err := os.Stat(AgentDir); err == nil {
+	if _, err := os.Stat(AgentDir); err == nil && !show {
 		return mount("tmpfs", AgentDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_RDONLY, "mode=000,size=4k")
 	}
 	return nil

@@ -20,6 +20,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"sync"
@@ -169,6 +170,10 @@ func (p *Proxy) start(ctx context.Context) error {
 		Next:   []string{ProxyPath, "tools"},
 		Env:    []string{"HOME=" + Home},
 	}
+	contained := p.config.Mode == nucleus.Contained
+	if contained { // the agent will be among the tools
+		plan.Listen, plan.Show = append(plan.Listen, MCPAddr, ModelAddr), true
+	}
 	worker, err := startJail(plan, func(cmd *exec.Cmd) {
 		cmd.ExtraFiles = append(cmd.ExtraFiles, theirs)
 		cmd.Stdout = os.Stderr
@@ -193,6 +198,10 @@ func (p *Proxy) start(ctx context.Context) error {
 	}()
 	go p.forward(worker.listeners[0], StreamSOCKS)
 	go p.forward(worker.listeners[1], StreamHTTP)
+	if contained {
+		go http.Serve(worker.listeners[2], p.mcpHandler())
+		go p.forward(worker.listeners[3], StreamModel)
+	}
 	p.agent.proxy = p
 	return p.listenAttach(ctx)
 }

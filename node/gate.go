@@ -71,7 +71,7 @@ func (n *Node) decideConnect(p *Pod, a egress.Attempt) (nucleus.Decision, error)
 	})
 	entry := nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: "machine", Kind: nucleus.KindIntent, Op: action.Op, Digest: digest,
-		Args: audit.Shown(action), Verdict: decision.Verdict, Rule: decision.Rule, Permit: a.ID,
+		Args: audit.Shown(action), Verdict: decision.Verdict, Rule: decision.Rule, Data: data(map[string]any{"attempt": a.ID}),
 	}
 	if decision.Verdict == nucleus.Allow {
 		if err := p.root.grow(decision.Takes, func(leg string) nucleus.Evidence {
@@ -106,31 +106,31 @@ func connectAction(a egress.Attempt) nucleus.Action {
 func (g *gate) Refused(_ context.Context, a egress.Attempt, why *nucleus.Error) {
 	(*Node)(g).log.Append(nucleus.Entry{
 		Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindIntent, Op: a.Op(), Args: audit.Shown(a),
-		Verdict: nucleus.Deny, Rule: why.Rule, Permit: a.ID, Status: nucleus.OutcomeRefused,
-		Data: data(map[string]any{"kind": why.Kind, "message": cut(why.Message, 500)}),
+		Verdict: nucleus.Deny, Rule: why.Rule, Status: nucleus.OutcomeRefused,
+		Data: data(map[string]any{"attempt": a.ID, "kind": why.Kind, "message": cut(why.Message, 500)}),
 	})
 }
 
 func (g *gate) Opened(_ context.Context, a egress.Attempt, addr netip.AddrPort) error {
 	_, err := (*Node)(g).log.Append(nucleus.Entry{
-		Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressOpen, Op: a.Op(), Permit: a.ID,
-		Data: data(map[string]any{"via": a.Via, "host": a.Host, "port": a.Port, "address": addr.String()}),
+		Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressOpen, Op: a.Op(),
+		Data: data(map[string]any{"attempt": a.ID, "via": a.Via, "host": a.Host, "port": a.Port, "address": addr.String()}),
 	})
 	return err
 }
 
 func (g *gate) Closed(a egress.Attempt, sent, received int64, cause error) {
-	values := map[string]any{"via": a.Via, "host": a.Host, "port": a.Port, "sent": sent, "received": received}
+	values := map[string]any{"attempt": a.ID, "via": a.Via, "host": a.Host, "port": a.Port, "sent": sent, "received": received}
 	if cause != nil {
 		values["error"] = cut(cause.Error(), 500)
 	}
 	n := (*Node)(g)
-	n.log.Append(nucleus.Entry{Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressClose, Op: a.Op(), Permit: a.ID, Data: data(values)})
+	n.log.Append(nucleus.Entry{Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressClose, Op: a.Op(), Data: data(values)})
 }
 
 func (g *gate) ModelCall(_ context.Context, call egress.ModelCall) error {
 	_, err := (*Node)(g).log.Append(nucleus.Entry{
-		Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall, Permit: call.ID, Data: data(call),
+		Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall, Data: data(call),
 	})
 	return err
 }

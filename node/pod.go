@@ -280,8 +280,8 @@ func (p *Pod) agentLayers() []guest.AgentLayer {
 		return nil
 	}
 	var layers []guest.AgentLayer
-	for i, l := range p.record.Spec.Agent.Root {
-		layers = append(layers, guest.AgentLayer{Source: fmt.Sprintf("%s/%d", guest.AgentDir, i), Path: l.Guest})
+	for _, l := range p.record.Spec.Agent.Root {
+		layers = append(layers, guest.AgentLayer{Source: guest.AgentDir + l.Guest, Path: l.Guest})
 	}
 	return layers
 }

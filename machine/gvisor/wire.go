@@ -1,6 +1,7 @@
 package gvisor
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -39,10 +40,10 @@ type handedWire struct {
 
 func (w *handedWire) Read(p []byte) (int, error) {
 	n, err := w.Conn.Read(p)
-	if n == 0 && err == io.EOF {
+	if err == io.EOF || errors.Is(err, unix.ECONNRESET) {
 		<-w.answered
 		if w.refusal != nil {
-			return 0, w.refusal
+			return n, w.refusal
 		}
 	}
 	return n, err
