@@ -38,6 +38,7 @@ const (
 type passage struct {
 	Attempt
 	g      *Gateway
+	outer  context.Context // of the stream
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	conn   *meteredConn
@@ -49,8 +50,8 @@ type passage struct {
 // ends the passage. The error says what the guest is told.
 func (g *Gateway) open(ctx context.Context, a Attempt) (*passage, *refusal) {
 	a.ID = nucleus.NewID("eg-")
-	ctx, cancel := context.WithCancelCause(ctx)
-	p := &passage{Attempt: a, g: g, ctx: ctx, cancel: cancel}
+	inner, cancel := context.WithCancelCause(ctx)
+	p := &passage{Attempt: a, g: g, outer: ctx, ctx: inner, cancel: cancel}
 	g.mu.Lock()
 	g.passages[p] = struct{}{}
 	g.mu.Unlock()
@@ -222,6 +223,9 @@ func failed(cause error, doing string) *refusal {
 // reason is why the passage ended: the word of whoever closed it goes before
 // the error that its owner saw from that.
 func (p *passage) reason(err error) error {
+	if cause := context.Cause(p.outer); cause != nil {
+		return cause
+	}
 	if cause := context.Cause(p.ctx); cause != nil && cause != errFinished {
 		return cause
 	}

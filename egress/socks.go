@@ -48,7 +48,7 @@ func (g *Gateway) ServeSOCKS(ctx context.Context, guest net.Conn, peer Peer) {
 		return
 	}
 	defer leave()
-	stop := context.AfterFunc(ctx, func() { guest.Close() })
+	stop := context.AfterFunc(ctx, func() { guest.SetDeadline(past) })
 	defer stop()
 
 	from := bufio.NewReader(guest)

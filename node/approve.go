@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -80,9 +81,9 @@ func (b *askBook) drop(id string) {
 // approve puts the request before a person, waits as long as the caller does, and
 // decides again when a grant arrives.
 func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (nucleus.Permit, error) {
-	if n.asks == nil {
+	if n.asks == nil || len(p.approvers) == 0 {
 		return nucleus.Permit{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
-			Message: needed.decision.Why + "; nobody can approve: no authority is configured"}
+			Message: needed.decision.Why + "; nobody could approve when this machine started (cal approve init makes the key)"}
 	}
 	pending, err := n.pendingAsk(ctx, p, r, pre, needed)
 	if err != nil {
@@ -101,7 +102,7 @@ func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, nee
 		return nucleus.Permit{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
 			Message: needed.decision.Why + "; a person has been asked and has not answered yet; call again to wait on"}
 	}
-	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(n.approverKeys(ctx)), n.config.Now().UnixMilli())
+	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(p.approvers), n.config.Now().UnixMilli())
 	if err != nil {
 		return nucleus.Permit{}, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
 	}
@@ -207,7 +208,17 @@ func (n *Node) useGrant(p *Pod, a *approved, permit string) error {
 		return logFailure(err)
 	}
 	p.used.Store(permit, &a.ask)
+	// For the authority's record; the grant is used up whether it hears of it or not.
+	go n.reportUse(a.grant.ID)
 	return nil
+}
+
+func (n *Node) reportUse(grant string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := n.asks.Used(ctx, grant); err != nil {
+		slog.Warn("the authority did not take note of a grant's use", "grant", grant, "error", err)
+	}
 }
 
 // askOf returns the ask that a permit's grant was given for.
@@ -228,7 +239,7 @@ func (n *Node) approverKeys(ctx context.Context) map[string][]byte {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	info, err := n.asks.Info(ctx)
-	if err != nil {
+	if err != nil || len(info.PublicKey) != ed25519.PublicKeySize {
 		return nil
 	}
 	return map[string][]byte{info.Approver: info.PublicKey}

@@ -44,7 +44,11 @@ type Pod struct {
 	seq     atomic.Uint64
 	asks    askBook
 	route   *egress.Route // to the agent's model; nil: none
-	used    sync.Map      // permit id -> *nucleus.AskRequest whose grant it used
+
+	// The keys that can approve for this pod, as they were at its boot: the machine
+	// knows these, and an authority that shows others later changes nothing.
+	approvers map[string][]byte
+	used      sync.Map // permit id -> *nucleus.AskRequest whose grant it used
 
 	mu      sync.Mutex
 	session *wire.Session
@@ -63,6 +67,7 @@ type record struct {
 	Session    string               `json:"session"`
 	Boot       string               `json:"boot"`
 	OutcomeKey []byte               `json:"outcome_key,omitempty"` // empty until the machine has answered
+	Approvers  map[string][]byte    `json:"approvers,omitempty"`
 	Policy     json.RawMessage      `json:"policy"`
 	Repos      []nucleus.RepoStatus `json:"repos,omitempty"`
 	Untrusted  bool                 `json:"untrusted"` // holds a repository that is labelled so
@@ -215,7 +220,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v%s", p.record.ID, err, consoleHint(p.machine))
 	}
-	p.record.OutcomeKey = reply.OutcomeKey
+	p.record.OutcomeKey, p.record.Approvers = reply.OutcomeKey, p.approvers
 	if err := p.save(); err != nil {
 		return err
 	}
@@ -308,6 +313,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
+	p.approvers = p.node.approverKeys(ctx)
 	stream, err := session.Open(ctx, guest.StreamBoot, nil)
 	if err != nil {
 		return reply, err
@@ -317,7 +323,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	stream.SetDeadline(deadline)
 	err = stream.SendJSON(wire.FrameJSON, nucleus.Boot{
 		Pod: p.record.ID, Boot: p.record.Boot, NodeKey: p.node.key.Public().(ed25519.PublicKey),
-		Approvers: p.node.approverKeys(ctx), Policy: p.record.Policy, UnixMilli: p.node.config.Now().UnixMilli(), Guest: config,
+		Approvers: p.approvers, Policy: p.record.Policy, UnixMilli: p.node.config.Now().UnixMilli(), Guest: config,
 	})
 	if err == nil {
 		err = stream.RecvJSON(wire.FrameJSON, 64<<10, &reply)
@@ -507,20 +513,26 @@ func (n *Node) teardown(p *Pod) error {
 	if p.route != nil {
 		p.route.Close()
 	}
-	if p.machine != nil {
-		if err := p.machine.Destroy(ctx); err != nil {
-			slog.Error("destroying the machine", "pod", p.record.ID, "error", err)
-		}
-	}
 	p.disconnect()
-	driver, err := n.driver(p.record.Driver)
-	if err == nil {
-		err = driver.Remove(ctx, filepath.Join(p.dir, "machine"))
+	var err error
+	if p.machine != nil {
+		err = p.machine.Destroy(ctx)
+	} else {
+		err = n.removeMachine(ctx, p)
 	}
 	if err != nil {
 		return fmt.Errorf("removing the machine of pod %s: %w", p.record.ID, err)
 	}
 	return os.RemoveAll(p.dir)
+}
+
+// removeMachine removes what a start that did not come to a machine may have left.
+func (n *Node) removeMachine(ctx context.Context, p *Pod) error {
+	driver, err := n.driver(p.record.Driver)
+	if err != nil {
+		return err
+	}
+	return driver.Remove(ctx, filepath.Join(p.dir, "machine"))
 }
 
 // status is what the API says of the pod.

@@ -73,6 +73,7 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 		return nil, err
 	}
 	p.digest = nucleus.SHA256(p.record.Policy)
+	p.approvers = p.record.Approvers
 	if err := p.open(); err != nil {
 		return nil, err
 	}

@@ -41,7 +41,7 @@ func newRoot() *cobra.Command {
 		Version: nucleus.Version,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(runCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
+	root.AddCommand(runCommand(), attachCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
 	return root
 }
 

@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -95,23 +97,28 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 	if err != nil {
 		return err
 	}
-	// Whatever happens, the machine ends with the run.
-	defer func() {
-		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
-		defer cancel()
-		if delErr := node.DeletePod(ending, pod.ID); delErr != nil && err == nil {
-			err = delErr
-		}
-	}()
-	session := session{node: node, pod: pod, plan: plan, terminal: terminal && (o.Agent == "" || o.Prompt == "")}
+	session := &session{home: home, node: node, pod: pod, dir: plan.Dir, terminal: terminal && (o.Agent == "" || o.Prompt == "")}
 	if o.Agent != "" {
 		session.banner()
 	}
-	code, err := session.run(ctx, o)
+	return session.whole(ctx, func() (int, error) { return session.run(ctx, o) })
+}
+
+// whole runs the session to its end, brings the work back, and ends the machine
+// whatever happened.
+func (s *session) whole(ctx context.Context, run func() (int, error)) (err error) {
+	defer func() {
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		if delErr := s.node.DeletePod(ending, s.pod.ID); delErr != nil && err == nil {
+			err = delErr
+		}
+	}()
+	code, err := run()
 	if err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
-	if reportErr := session.report(context.WithoutCancel(ctx), o.Agent != ""); reportErr != nil {
+	if reportErr := s.report(context.WithoutCancel(ctx), s.pod.Agent != ""); reportErr != nil {
 		fmt.Fprintln(os.Stderr, "cal:", reportErr)
 		if code == 0 {
 			code = exitFailed
@@ -124,6 +131,37 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 		return exitCode(code)
 	}
 	return nil
+}
+
+// attachCommand takes a running session up again, from another terminal or after
+// cal itself was killed.
+func attachCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "attach POD|WORKSPACE", Short: "Join the agent that runs in a machine", Example: "  cal attach my-app", Args: args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			return withNode(cmd, func(ctx context.Context, node *client.Client) error { return attach(ctx, node, given[0]) })
+		},
+	}
+}
+
+func attach(ctx context.Context, node *client.Client, name string) error {
+	pods, err := node.Pods(ctx)
+	if err != nil {
+		return err
+	}
+	home, err := workspace.OpenHome()
+	if err != nil {
+		return err
+	}
+	for _, pod := range pods {
+		if pod.ID != name && pod.Workspace != name {
+			continue
+		}
+		s := &session{home: home, node: node, pod: pod, terminal: term.IsTerminal(0) && term.IsTerminal(1)}
+		s.banner()
+		return s.whole(ctx, func() (int, error) { return s.agent(ctx, client.AgentRequest{Attach: true}) })
+	}
+	return fmt.Errorf("no machine %q runs (cal vm list)", name)
 }
 
 // confirm shows what is about to be handed over and waits for Enter.
@@ -143,10 +181,14 @@ func confirm(plan *workspace.Plan, yes bool) error {
 
 // session is one run on the person's terminal.
 type session struct {
+	home     workspace.Home
 	node     *client.Client
 	pod      nucleus.PodStatus
-	plan     *workspace.Plan
+	dir      string // of a command
 	terminal bool
+
+	typing  sync.Once
+	current atomic.Pointer[wire.Stream] // where input goes
 }
 
 func (s *session) banner() {
@@ -181,23 +223,44 @@ func (s *session) run(ctx context.Context, o workspace.RunOptions) (int, error) 
 			rows, cols = uint16(h), uint16(w)
 		}
 	}
-	var stream *wire.Stream
-	var err error
 	if o.Agent != "" {
-		stream, err = s.node.Agent(ctx, s.pod.ID, client.AgentRequest{TTY: s.terminal, Rows: rows, Cols: cols})
-	} else {
-		args := map[string]any{"argv": o.Command, "timeout_s": int((24 * time.Hour).Seconds())}
-		if s.plan.Dir != "" {
-			args["dir"] = s.plan.Dir
-		}
-		stream, err = s.node.Run(ctx, s.pod.ID, args, client.Terminal{TTY: s.terminal, Stdin: true, Rows: rows, Cols: cols})
+		return s.agent(ctx, client.AgentRequest{TTY: s.terminal, Rows: rows, Cols: cols})
 	}
+	args := map[string]any{"argv": o.Command, "timeout_s": int((24 * time.Hour).Seconds())}
+	if s.dir != "" {
+		args["dir"] = s.dir
+	}
+	stream, err := s.node.Run(ctx, s.pod.ID, args, client.Terminal{TTY: s.terminal, Stdin: true, Rows: rows, Cols: cols})
 	if err != nil {
 		return 0, err
 	}
 	defer stream.Close()
 	return s.relay(ctx, stream)
 }
+
+// agent starts or joins the agent and stays with it: when the node ends, another is
+// started, takes the machine up again, and the session goes on.
+func (s *session) agent(ctx context.Context, req client.AgentRequest) (int, error) {
+	for {
+		stream, err := s.node.Agent(ctx, s.pod.ID, req)
+		if err != nil {
+			return 0, err
+		}
+		code, err := s.relay(ctx, stream)
+		stream.Close()
+		if !errors.Is(err, errNodeGone) {
+			return code, err
+		}
+		fmt.Fprint(os.Stderr, "\r\ncal: the node ended; starting another\r\n")
+		if s.node, err = s.home.Node(ctx); err != nil {
+			return 0, err
+		}
+		req.Attach = true
+	}
+}
+
+// errNodeGone says that the connection to the node ended in the middle of a stream.
+var errNodeGone = errors.New("the connection to the node ended")
 
 // relay joins the person's terminal, or pipes, and the command in the machine.
 func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
@@ -209,8 +272,10 @@ func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
 		defer term.Restore(0, old)
 		stopResize := s.watchSize(stream)
 		defer stopResize()
+		sendSize(stream) // for a session that is joined
 	}
-	go sendInput(stream)
+	s.current.Store(stream)
+	s.typing.Do(func() { go s.sendInput() })
 	// The first Ctrl-C goes to the command, which may clean up; if it has not ended
 	// soon the stream is closed and the machine kills it.
 	stop := context.AfterFunc(ctx, func() {
@@ -224,7 +289,7 @@ func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
 			if ctx.Err() != nil {
 				return exitInterrupted, ctx.Err()
 			}
-			return 0, nucleus.Errorf(nucleus.KindUnavailable, "the connection to the node ended: %v", err)
+			return 0, fmt.Errorf("%w: %v", errNodeGone, err)
 		}
 		switch kind {
 		case wire.FrameStdout:
@@ -267,9 +332,7 @@ func (s *session) watchSize(stream *wire.Stream) (stop func()) {
 	go func() {
 		defer close(done)
 		for range changed {
-			if w, h, err := term.GetSize(1); err == nil {
-				stream.SendJSON(wire.FrameSize, map[string]int{"rows": h, "cols": w})
-			}
+			sendSize(stream)
 		}
 	}()
 	return func() {
@@ -279,16 +342,23 @@ func (s *session) watchSize(stream *wire.Stream) (stop func()) {
 	}
 }
 
-// sendInput ends with the process: a read from a terminal cannot be called off.
-func sendInput(stream *wire.Stream) {
+func sendSize(stream *wire.Stream) {
+	if w, h, err := term.GetSize(1); err == nil {
+		stream.SendJSON(wire.FrameSize, map[string]int{"rows": h, "cols": w})
+	}
+}
+
+// sendInput reads the person's input once for all streams of the session. It ends with
+// the process: a read from a terminal cannot be called off.
+func (s *session) sendInput() {
 	buf := make([]byte, 32<<10)
 	for {
 		n, err := os.Stdin.Read(buf)
-		if n > 0 && stream.Send(wire.FrameStdin, buf[:n]) != nil {
-			return
+		if n > 0 {
+			s.current.Load().Send(wire.FrameStdin, buf[:n]) // a stream that ended is replaced, or the session ends
 		}
 		if err != nil {
-			stream.Send(wire.FrameStdin, nil)
+			s.current.Load().Send(wire.FrameStdin, nil)
 			return
 		}
 	}

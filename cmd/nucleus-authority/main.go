@@ -150,6 +150,12 @@ func (c *command) serve() *cobra.Command {
 				return fmt.Errorf("%w; %w", noKey, err)
 			}
 		}
+		log, err := openLog(c.dir)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, log.Close()) }()
+		cfg.Recorder = log
 		a, err := authority.Open(cfg)
 		if err != nil {
 			return err

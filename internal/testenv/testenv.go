@@ -340,15 +340,16 @@ func (e *Env) close() {
 	if out, err := e.Command("cal", "node", "stop", "--all").CombinedOutput(); err != nil && !bytes.Contains(out, []byte("no node runs")) {
 		e.t.Errorf("cal node stop: %v: %s", err, out)
 	}
-	if left := e.Left(); len(left) > 0 {
+	left := e.Left()
+	for end := time.Now().Add(5 * time.Second); len(left) > 0 && time.Now().Before(end); left = e.Left() {
+		time.Sleep(10 * time.Millisecond) // daemons answer before they have ended
+	}
+	if len(left) > 0 {
 		e.t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
 	}
 	e.reap()
 	if err := os.RemoveAll(e.Dir); err != nil {
 		e.t.Error(err)
-	}
-	if e.t.Failed() {
-		return
 	}
 }
 

@@ -1,0 +1,36 @@
+package main
+
+import (
+	"path/filepath"
+
+	"cal/audit"
+	"cal/internal/durable"
+	"cal/internal/keyfile"
+	"cal/nucleus"
+)
+
+// logOrigin names the authority's log in its checkpoints.
+const logOrigin = "cal/authority-log"
+
+// recorder is the authority's own log: every ask and decision, in the tile format, under
+// a key of its own.
+type recorder struct{ *audit.Log }
+
+func openLog(dir string) (recorder, error) {
+	place := filepath.Join(dir, "log")
+	if err := durable.MkdirAll(place, 0o700); err != nil {
+		return recorder{}, err
+	}
+	key, err := keyfile.LoadOrMake(filepath.Join(dir, "log.key"))
+	if err != nil {
+		return recorder{}, err
+	}
+	log, err := audit.Open(place, audit.Options{Origin: logOrigin, Key: key})
+	return recorder{log}, err
+}
+
+// Record implements authority.Recorder.
+func (r recorder) Record(e nucleus.Entry) error {
+	_, err := r.Append(e)
+	return err
+}
