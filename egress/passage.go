@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -223,10 +224,11 @@ func failed(cause error, doing string) *refusal {
 // reason is why the passage ended: the word of whoever closed it goes before
 // the error that its owner saw from that.
 func (p *passage) reason(err error) error {
-	if cause := context.Cause(p.outer); cause != nil {
-		return cause
+	cause := context.Cause(p.ctx)
+	if errors.Is(cause, os.ErrDeadlineExceeded) && p.outer.Err() != nil {
+		return context.Cause(p.outer) // which set the deadline
 	}
-	if cause := context.Cause(p.ctx); cause != nil && cause != errFinished {
+	if cause != nil && cause != errFinished {
 		return cause
 	}
 	return err

@@ -44,6 +44,7 @@ func (n *Node) handler() http.Handler {
 
 // verified is a request whose signature has been checked.
 type verified struct {
+	laps   *laps
 	caller wire.Caller
 	body   []byte
 	signed *wire.SignedRequest
@@ -52,9 +53,12 @@ type verified struct {
 type verifiedHandler func(w http.ResponseWriter, r *http.Request, v verified) error
 
 func (n *Node) authenticated(w http.ResponseWriter, r *http.Request, next verifiedHandler) {
+	var l laps
+	l.begin()
 	caller, body, signed, err := n.verifier.Verify(r, authority)
+	l.lap("verify")
 	if err == nil {
-		err = next(w, r, verified{caller, body, signed})
+		err = next(w, r, verified{&l, caller, body, signed})
 	}
 	if err != nil {
 		wire.WriteError(w, nucleus.AsError(err))
@@ -142,7 +146,7 @@ func (n *Node) tool(w http.ResponseWriter, r *http.Request, v verified) error {
 	if err != nil {
 		return err
 	}
-	req := request{caller: v.caller, signed: v.signed, args: v.body}
+	req := request{caller: v.caller, signed: v.signed, args: v.body, laps: v.laps}
 	if req.op = nucleus.Op(r.PathValue("operation")); !req.op.Valid() {
 		return nucleus.Errorf(nucleus.KindInvalid, "unknown operation %q", r.PathValue("operation"))
 	}
@@ -159,6 +163,7 @@ func (n *Node) tool(w http.ResponseWriter, r *http.Request, v verified) error {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Server-Timing", v.laps.String())
 	w.Write(value)
 	return nil
 }

@@ -13,7 +13,6 @@ import (
 	"cal/approval"
 	approvals "cal/approval/client"
 	"cal/approval/spent"
-	"cal/audit"
 	"cal/internal/keyfile"
 	"cal/nucleus"
 )
@@ -145,7 +144,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	}
 	if _, err := n.log.Append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalAsk, Op: r.op,
-		Digest: pre.digest, Args: audit.Shown(pre.action), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
+		Digest: pre.digest, Args: data(pre.action), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
 	}); err != nil {
 		return pendingAsk{}, logFailure(err)
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"net/netip"
 
-	"cal/audit"
 	"cal/egress"
 	"cal/nucleus"
 )
@@ -71,7 +70,7 @@ func (n *Node) decideConnect(p *Pod, a egress.Attempt) (nucleus.Decision, error)
 	})
 	entry := nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: "machine", Kind: nucleus.KindIntent, Op: action.Op, Digest: digest,
-		Args: audit.Shown(action), Verdict: decision.Verdict, Rule: decision.Rule, Data: data(map[string]any{"attempt": a.ID}),
+		Args: data(action), Verdict: decision.Verdict, Rule: decision.Rule, Data: data(map[string]any{"attempt": a.ID}),
 	}
 	if decision.Verdict == nucleus.Allow {
 		if err := p.root.grow(decision.Takes, func(leg string) nucleus.Evidence {
@@ -105,7 +104,7 @@ func connectAction(a egress.Attempt) nucleus.Action {
 
 func (g *gate) Refused(_ context.Context, a egress.Attempt, why *nucleus.Error) {
 	(*Node)(g).log.Append(nucleus.Entry{
-		Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindIntent, Op: a.Op(), Args: audit.Shown(a),
+		Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindIntent, Op: a.Op(), Args: data(a),
 		Verdict: nucleus.Deny, Rule: why.Rule, Status: nucleus.OutcomeRefused,
 		Data: data(map[string]any{"attempt": a.ID, "kind": why.Kind, "message": cut(why.Message, 500)}),
 	})

@@ -67,6 +67,8 @@ type Node struct {
 	sessions map[string]*rootSession
 	agents   map[string]wire.Key // boot id -> key of the agent inside
 	serving  sync.WaitGroup
+
+	stopKeeping context.CancelFunc
 }
 
 // Dirs are the places below CAL_HOME.
@@ -96,7 +98,37 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 		n.Close()
 		return nil, err
 	}
-	return n, n.recover(ctx)
+	if err := n.recover(ctx); err != nil {
+		n.Close()
+		return nil, err
+	}
+	keeping, stop := context.WithCancel(context.WithoutCancel(ctx))
+	n.stopKeeping = stop
+	n.serving.Go(func() { n.keepLog(keeping) })
+	return n, nil
+}
+
+// keepLog publishes the log for other programs once a second, and takes it up again
+// when it had to refuse entries and can be written once more.
+func (n *Node) keepLog(ctx context.Context) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		err := n.log.Publish()
+		if errors.Is(err, audit.ErrFailed) {
+			if err = n.log.Reopen(); err == nil {
+				slog.Info("the log can be written again")
+			}
+		}
+		if err = errors.Join(err, n.salts.Sync()); err != nil {
+			slog.Error("keeping the log", "error", err)
+		}
+	}
 }
 
 func (n *Node) open(ctx context.Context) error {
@@ -175,6 +207,9 @@ func (n *Node) Close() error {
 	n.mu.Unlock()
 	for _, p := range pods {
 		p.release()
+	}
+	if n.stopKeeping != nil {
+		n.stopKeeping()
 	}
 	n.serving.Wait()
 	var errs []error

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"time"
 
-	"cal/audit"
 	"cal/guest"
 	"cal/guest/tools"
 	"cal/nucleus"
@@ -22,6 +21,7 @@ type request struct {
 	wait   time.Duration // how long the caller waits for a person
 	call   guest.Call    // terminal and streaming; Op and Permit are filled in here
 	stream *wire.Stream  // where frames of a running command go and come from; nil: none
+	laps   *laps
 }
 
 // prepared is a request with its arguments resolved and, for an effect on the host,
@@ -42,6 +42,7 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 	if err != nil {
 		return nil, n.refuseUnresolved(p, r, err)
 	}
+	r.laps.lap("resolve")
 	permit, err := n.decide(p, r, pre, nil)
 	var needed *needsApproval
 	if errors.As(err, &needed) {
@@ -50,10 +51,13 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 	if err != nil {
 		return nil, err
 	}
+	r.laps.lap("log")
 	value, outcome, err := n.act(ctx, p, r, pre, permit)
+	r.laps.lap("act")
 	if recordErr := n.recordOutcome(p, r, pre, permit, outcome, err); recordErr != nil {
 		return nil, recordErr
 	}
+	r.laps.lap("outcome")
 	return value, err
 }
 
@@ -135,6 +139,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 		Op: r.op, Digest: pre.digest, Salt: pre.salt[:], Verdict: decision.Verdict, Rule: decision.Rule, Context: state,
 		Issued: now.UnixMilli(), Expires: now.Add(permitLife).UnixMilli(), Requester: r.caller.KeyID,
 	}
+	r.laps.lap("decide")
 	entry := n.intent(p, r, pre, permit.ID, decision)
 	switch decision.Verdict {
 	case nucleus.Allow:
@@ -172,7 +177,7 @@ const permitLife = 30 * time.Second
 func (n *Node) intent(p *Pod, r request, pre prepared, permit string, d nucleus.Decision) nucleus.Entry {
 	return nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
-		Digest: pre.digest, Args: audit.Shown(pre.action), Verdict: d.Verdict, Rule: d.Rule, Permit: permit, Exposure: p.root.exposure.Names(),
+		Digest: pre.digest, Args: data(pre.action), Verdict: d.Verdict, Rule: d.Rule, Permit: permit, Exposure: p.root.exposure.Names(),
 	}
 }
 
@@ -186,7 +191,7 @@ func (n *Node) refuseUnresolved(p *Pod, r request, cause error) error {
 	}
 	_, err := n.log.Append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
-		Args: audit.Shown(r.args), Verdict: nucleus.Deny, Rule: "resolve", Status: nucleus.OutcomeRefused,
+		Args: data(r.args), Verdict: nucleus.Deny, Rule: "resolve", Status: nucleus.OutcomeRefused,
 		Data: data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}),
 	})
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -300,7 +301,7 @@ func (s *Session) Err() error {
 		_, err := s.mux.AcceptStream()
 		switch {
 		case err == nil || errors.Is(err, yamux.ErrSessionShutdown):
-		case errors.Is(err, io.EOF):
+		case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 			s.cause = fmt.Errorf("%w by the other end", ErrClosed)
 		default:
 			s.cause = fmt.Errorf("%w: %w", ErrClosed, err)

@@ -265,7 +265,7 @@ type pump struct {
 const (
 	restBytes = 2 << 20
 	restWait  = 500 * time.Millisecond
-	graceWait = 250 * time.Millisecond // for a process that is still flushing
+	graceWait = 500 * time.Millisecond // for a process that is still flushing
 	termWait  = 2 * time.Second        // between SIGTERM and SIGKILL
 )
 
@@ -429,13 +429,19 @@ func (r *running) control(f func(fd int)) {
 // signal reaches the command's process group; on a terminal, the group in the
 // foreground, as a key would.
 func (r *running) signal(sig unix.Signal) {
-	if r.terminal != nil && sig != unix.SIGKILL {
-		group := 0
-		r.control(func(fd int) { group, _ = unix.IoctlGetInt(fd, unix.TIOCGPGRP) })
-		if group > 1 && group != r.child.pid {
-			unix.Kill(-group, sig)
-			return
-		}
+	if r.terminal == nil || sig == unix.SIGKILL {
+		r.x.children.signal(r.child, sig)
+		return
 	}
-	r.x.children.signal(r.child, sig)
+	group, err := 0, error(nil)
+	r.control(func(fd int) { group, err = unix.IoctlGetInt(fd, unix.TIOCGPGRP) })
+	key := map[unix.Signal]byte{unix.SIGINT: 3, unix.SIGQUIT: 28}[sig]
+	switch {
+	case err == nil && group > 1 && group != r.child.pid:
+		unix.Kill(-group, sig)
+	case err != nil && key != 0: // gVisor does not tell the group: press the key
+		r.terminal.Write([]byte{key})
+	default:
+		r.x.children.signal(r.child, sig)
+	}
 }

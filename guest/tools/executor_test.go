@@ -206,7 +206,7 @@ func TestEndSparesOthers(t *testing.T) {
 	b.must(nucleus.RunBash, RunArgs{Script: "setsid sh -c 'echo $$ > pid; exec sleep 300' & sleep 300", Background: true}, &job)
 	pid := pidsIn(t, b, "pid", 1)[0]
 	for range 5 {
-		b.sh("setsid sleep 300 &")
+		b.sh("setsid sleep 300 >/dev/null 2>&1 &")
 	}
 	if gone(pid) {
 		t.Error("the end of another command killed a background command's process")
@@ -390,7 +390,7 @@ while read -r line; do case $line in quit) exit 5;; *) echo "got $line";; esac; 
 		func(s *wire.Stream) error { return s.Send(wire.FrameStdin, []byte{3}) },
 		func(s *wire.Stream) error { return s.Send(wire.FrameSignal, []byte("INT")) },
 	} {
-		stream, err = b.begin(call, RunArgs{Argv: []string{"bash", "-ic", "sleep 300; echo after $?"}})
+		stream, err = b.begin(call, RunArgs{Argv: []string{"bash", "--norc", "-ic", "sleep 300; echo after $?"}})
 		check(t, err)
 		eventually(t, "sleep in the foreground", func() bool {
 			for _, p := range processes() {
@@ -525,7 +525,7 @@ func TestProcessOne(t *testing.T) {
 				code := (i*10 + j) % 120
 				var r RunResult
 				// Orphans that end at once, orphans that stay, and an exit code of its own.
-				b.must(nucleus.RunBash, RunArgs{Script: fmt.Sprintf("(true &) ; (setsid env -i sleep 300 &) ; exit %d", code)}, &r)
+				b.must(nucleus.RunBash, RunArgs{Script: fmt.Sprintf("(true &) ; (setsid env -i sleep 300 >/dev/null 2>&1 &) ; exit %d", code)}, &r)
 				if r.ExitCode != code {
 					t.Errorf("exit code %d, want %d", r.ExitCode, code)
 				}

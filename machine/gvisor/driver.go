@@ -89,13 +89,16 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 	if err := place.check(); err != nil {
 		return nil, err
 	}
+	if place.used() {
+		return nil, errUsed(place)
+	}
 	held, err := lockPlace(ctx, place)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Lstat(place.record()); err == nil {
+	if place.used() { // meanwhile
 		held.Close()
-		return nil, machine.Refuse("machine directory %s is in use; Adopt or Remove it", place)
+		return nil, errUsed(place)
 	}
 	defer func() {
 		if err == nil {
@@ -203,8 +206,8 @@ func (d *Driver) Remove(ctx context.Context, dir string) error {
 }
 
 // lockTimeout outlasts the moment in which a child of a killed node still has the
-// node's lock, between fork and exec.
-const lockTimeout = 300 * time.Millisecond
+// node's lock, between fork and exec, on a busy host.
+const lockTimeout = 2 * time.Second
 
 func lockPlace(ctx context.Context, place place) (io.Closer, error) {
 	dir, err := durable.OpenDir(string(place))

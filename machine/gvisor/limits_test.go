@@ -70,8 +70,11 @@ func watched(t *testing.T, m machine.Machine, guest *machinetest.Guest) {
 		t.Fatal("the machine was not paused")
 	}
 	pid := sandboxOf(t, string(m.(*Machine).place)).pid
-	if state := stateOf(t, pid); state != "T" {
-		t.Errorf("paused sandbox is in state %q", state)
+	for deadline := time.Now().Add(10 * time.Second); stateOf(t, pid) != "T"; {
+		if time.Now().After(deadline) {
+			t.Fatalf("paused sandbox is in state %q", stateOf(t, pid))
+		}
+		must(t, pause(t.Context(), 10*time.Millisecond))
 	}
 	released, resumed := make(chan struct{}), make(chan struct{})
 	go func() {

@@ -45,6 +45,16 @@ func (p place) check() error {
 	return nil
 }
 
+// used says whether there is a record of a machine.
+func (p place) used() bool {
+	_, err := os.Lstat(p.record())
+	return err == nil
+}
+
+func errUsed(p place) error {
+	return machine.Refuse("machine directory %s is in use; Adopt or Remove it", p)
+}
+
 // unlock gives the place back as it was before Create.
 func (p place) unlock(held io.Closer) error {
 	err := os.Remove(filepath.Join(string(p), lockFile))

@@ -120,6 +120,12 @@ func (c *Client) Tool(ctx context.Context, pod string, op nucleus.Op, args any) 
 	return value, c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/pods/%s/tools/%s", pod, op), pod, args, &value)
 }
 
+// TimedTool is Tool, with what the node says of its parts (W3C Server Timing).
+func (c *Client) TimedTool(ctx context.Context, pod string, op nucleus.Op, args any) (value json.RawMessage, timing string, err error) {
+	header, err := c.exchange(ctx, http.MethodPost, fmt.Sprintf("/v1/pods/%s/tools/%s", pod, op), pod, args, &value)
+	return value, header.Get("Server-Timing"), err
+}
+
 // FetchRepo brings a repository's branch out of the machine into quarantine.
 func (c *Client) FetchRepo(ctx context.Context, pod, repo string) (RepoFetched, error) {
 	var fetched RepoFetched
@@ -166,22 +172,27 @@ func (c *Client) request(ctx context.Context, method, path, pod string, body any
 }
 
 func (c *Client) do(ctx context.Context, method, path, pod string, body, answer any) error {
+	_, err := c.exchange(ctx, method, path, pod, body, answer)
+	return err
+}
+
+func (c *Client) exchange(ctx context.Context, method, path, pod string, body, answer any) (http.Header, error) {
 	req, err := c.request(ctx, method, path, pod, body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nucleus.Errorf(nucleus.KindUnavailable, "the node at %s cannot be reached: %v", c.socket, err)
+		return nil, nucleus.Errorf(nucleus.KindUnavailable, "the node at %s cannot be reached: %v", c.socket, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode >= 300 {
-		return wire.ReadError(resp)
+		return nil, wire.ReadError(resp)
 	}
 	if answer == nil {
-		return nil
+		return resp.Header, nil
 	}
-	return json.NewDecoder(resp.Body).Decode(answer)
+	return resp.Header, json.NewDecoder(resp.Body).Decode(answer)
 }
 
 func (c *Client) upgrade(ctx context.Context, path, pod string, body any) (*wire.Stream, error) {

@@ -1,0 +1,275 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"cal/internal/script"
+	"cal/internal/testenv"
+	"cal/node/client"
+	"cal/nucleus"
+)
+
+// ownAgent describes a program as an agent of the person's and returns its name.
+func ownAgent(e *testenv.Env, name, program string) string {
+	e.Write(filepath.Join(e.CAL, "agents", name+".yaml"), fmt.Sprintf(
+		"program: %s\nargs: [\"{prompt}\"]\nmodel: anthropic\nenv: {ANTHROPIC_BASE_URL: \"{model_url}\", ANTHROPIC_API_KEY: \"{placeholder}\", CAL_MCP_URL: \"{mcp_url}\"}\n", program))
+	return name
+}
+
+// steps is a model that has n files written by a command each, one after the other, and
+// goes on with the next as soon as one was reported done. Ended says that it is through.
+type steps struct {
+	n     int
+	done  atomic.Int64
+	hold  chan struct{} // closed: the last step is let go
+	tries atomic.Int64
+}
+
+func (s *steps) turn(turn script.Turn) script.Step {
+	done := 0
+	for _, r := range turn.Results {
+		if strings.Contains(r.Text, `"exit_code":0`) {
+			done++
+		}
+	}
+	s.done.Store(int64(done))
+	s.tries.Store(int64(len(turn.Results)))
+	if done < s.n {
+		return s.step(done)
+	}
+	select {
+	case <-s.hold:
+		return script.Step{Text: "ALL-DONE"}
+	default: // more to do until the test has seen enough
+		return script.Step{Server: "cal", Tool: "run_bash", Args: map[string]any{"script": "sleep 0.2"}}
+	}
+}
+
+func (s *steps) step(i int) script.Step {
+	return script.Step{Server: "cal", Tool: "run_bash", Args: map[string]any{
+		"script": fmt.Sprintf("echo begun >> step-%d.begun; sleep 0.05; echo done > step-%d", i, i),
+	}}
+}
+
+// TestNodeDies kills the node again and again, at random moments of an agent's
+// session. Each next node takes the machine up, and the session goes on to its end.
+func TestNodeDies(t *testing.T) {
+	kills := 20
+	if os.Getenv("CAL_LONG") != "" {
+		kills = 100
+	}
+	e := testenv.New(t)
+	work := &steps{n: 2 * kills, hold: make(chan struct{})}
+	model := script.Anthropic(work.turn)
+	url, stop, err := model.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	e.Vars["ANTHROPIC_BASE_URL"], e.Vars["ANTHROPIC_API_KEY"] = url, "key-"+random()
+	ownAgent(e, "steady", e.Build("./internal/e2e/steady"))
+	repo := e.Repo("greeter", greeter())
+
+	run := e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--agent", "steady", "--prompt", "work"))
+	testenv.Eventually(t, 30*time.Second, "the agent has begun", func() bool { return work.tries.Load() > 0 })
+	pods := e.Pods()
+	if len(pods) != 1 {
+		t.Fatalf("pods %v, want one", pods)
+	}
+	sandboxes := e.Sandboxes()
+	// cal itself dies with the first node, or says that it lost it; the session does not.
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	for i := range kills {
+		before := work.tries.Load()
+		pid, err := e.NodePID()
+		if err != nil {
+			t.Fatalf("kill %d: %v", i, err)
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		e.Cal("node", "start").Want(t, 0)
+		testenv.Eventually(t, 20*time.Second, fmt.Sprintf("after kill %d the session goes on beyond %d calls", i, before), func() bool {
+			return work.tries.Load() > before
+		})
+		if now := e.Sandboxes(); !slices.Equal(now, sandboxes) {
+			t.Fatalf("after kill %d the sandboxes are %v, before %v", i, now, sandboxes)
+		}
+		time.Sleep(time.Duration(random.IntN(150)) * time.Millisecond) // the moment is what varies
+	}
+	testenv.Eventually(t, time.Minute, "all steps are done", func() bool { return work.done.Load() >= int64(work.n) })
+	node, ctx := e.Client(), e.Context()
+	status, err := node.Pod(ctx, pods[0])
+	if err != nil || status.State != "running" {
+		t.Fatalf("pod %+v: %v", status, err)
+	}
+	stream, err := node.Agent(ctx, pods[0], client.AgentRequest{Attach: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	close(work.hold)
+	out, exit, err := follow(stream)
+	stream.Close()
+	if err != nil || exit.ExitCode != 0 || !strings.Contains(out, "ALL-DONE") {
+		t.Errorf("the session's end: %+v %v\n%s", exit, err, out)
+	}
+	for i := range work.n {
+		value, err := node.Tool(ctx, pods[0], nucleus.ReadFiles, map[string]any{"path": fmt.Sprintf("step-%d", i)})
+		if err != nil || !strings.Contains(string(value), "done") {
+			t.Errorf("step %d was reported done: %s %v", i, value, err)
+		}
+	}
+	if err := node.DeletePod(ctx, pods[0]); err != nil {
+		t.Error(err)
+	}
+	<-run.Ended()
+	report := e.Verify()
+	if len(report.Intents) > 0 {
+		t.Errorf("%d intents without an outcome after recovery", len(report.Intents))
+	}
+	if adopted := e.Entries(of(nucleus.KindPodAdopt, "")); len(adopted) != kills {
+		t.Errorf("%d adoptions in the log, want %d", len(adopted), kills)
+	}
+	wantPaired(t, e)
+}
+
+// wantPaired checks that each done outcome has its intent before it: no action
+// without a record.
+func wantPaired(t *testing.T, e *testenv.Env) {
+	t.Helper()
+	open := map[string]bool{}
+	for _, entry := range e.Log() {
+		switch entry.Kind {
+		case nucleus.KindIntent:
+			open[entry.Permit] = true
+		case nucleus.KindOutcome:
+			if !open[entry.Permit] {
+				t.Errorf("entry %d: outcome of %s %s without an intent", entry.Seq, entry.Op, entry.Permit)
+			}
+		}
+	}
+}
+
+// TestNodeDiesWhileStarting kills the node while it makes a machine: what cannot be
+// taken up is removed whole by the next one.
+func TestNodeDiesWhileStarting(t *testing.T) {
+	e := testenv.New(t)
+	e.Cal("node", "start").Want(t, 0)
+	for i := range 6 {
+		pid, err := e.NodePID()
+		if err != nil {
+			t.Fatal(err)
+		}
+		run := e.Start(e.Command("cal", "run", "--", "sleep", "60"))
+		testenv.Eventually(t, 20*time.Second, "a pod is being made", func() bool { return len(e.Pods()) > 0 })
+		time.Sleep(time.Duration(i*25) * time.Millisecond) // each time at another stage of the start
+		syscall.Kill(pid, syscall.SIGKILL)
+		if r := run.Wait(); r.Code == 0 {
+			t.Errorf("cal did not notice: %v", r)
+		}
+		e.Cal("node", "start").Want(t, 0)
+		node := e.Client()
+		pods, err := node.Pods(e.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range pods { // adopted: it had answered already
+			if p.State != "running" {
+				t.Errorf("round %d: pod %+v", i, p)
+			}
+			if err := node.DeletePod(e.Context(), p.ID); err != nil {
+				t.Error(err)
+			}
+		}
+		if left := e.LeftOfMachines(); len(left) > 0 {
+			t.Fatalf("round %d: left behind:\n%s", i, strings.Join(left, "\n"))
+		}
+	}
+	e.Verify()
+}
+
+// TestSandboxDies kills the sandbox: what a finished call wrote is in the workspace, and
+// the next machine has it.
+func TestSandboxDies(t *testing.T) {
+	e := testenv.New(t)
+	e.Cal("node", "start").Want(t, 0)
+	node, ctx := e.Client(), e.Context()
+	spec := nucleus.PodSpec{Workspace: "kept", Mode: nucleus.Mediated, Policy: json.RawMessage(`"local-dev"`), Image: nucleus.Image{Kind: "host"}}
+	pod, err := node.CreatePod(ctx, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := node.Tool(ctx, pod.ID, nucleus.WriteFiles, map[string]any{"path": "by-tool.txt", "content": "by-tool"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := node.Tool(ctx, pod.ID, nucleus.RunBash, map[string]any{"script": "echo by-command > by-command.txt"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, pid := range e.Sandboxes() {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	testenv.Eventually(t, 10*time.Second, "the node knows that the machine died", func() bool {
+		status, err := node.Pod(ctx, pod.ID)
+		return err == nil && status.State == "failed"
+	})
+	_, err = node.Tool(ctx, pod.ID, nucleus.ReadFiles, map[string]any{"path": "by-tool.txt"})
+	if err == nil || nucleus.AsError(err).Kind != nucleus.KindUnavailable {
+		t.Errorf("a call to a dead machine: %v, want unavailable", err)
+	}
+	if left := e.Sandboxes(); len(left) > 0 {
+		t.Errorf("sandboxes %v", left)
+	}
+	again, err := node.CreatePod(ctx, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"by-tool", "by-command"} {
+		value, err := node.Tool(ctx, again.ID, nucleus.ReadFiles, map[string]any{"path": name + ".txt"})
+		if err != nil || !strings.Contains(string(value), name) {
+			t.Errorf("%s: %s %v", name, value, err)
+		}
+	}
+	for _, id := range []string{pod.ID, again.ID} {
+		if err := node.DeletePod(ctx, id); err != nil {
+			t.Error(err)
+		}
+	}
+	e.Verify()
+}
+
+// TestCalDies kills cal itself in the middle of a command: what was written stays. The
+// next run on the workspace says which machine holds it and the command that ends
+// it, which works.
+func TestCalDies(t *testing.T) {
+	e := testenv.New(t)
+	repo := e.Repo("greeter", greeter())
+	run := e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--", "sh", "-c", "echo kept > kept.txt; echo begun; exec sleep 300"))
+	run.Until("begun")
+	run.Cmd.Process.Kill()
+	run.Wait()
+	// The machine may end with its cal, or be held for it: both are said.
+	again := e.Cal("run", "--repo", repo.Dir, "--", "cat", "kept.txt")
+	if again.Code != 0 {
+		again.Want(t, 1, "in use by pod")
+		_, hint, found := strings.Cut(again.Stderr, "end it with: cal ")
+		if !found {
+			t.Fatalf("no command that ends it\n%v", again)
+		}
+		e.Cal(strings.Fields(lines(hint)[0])...).Want(t, 0)
+		again = e.Cal("run", "--repo", repo.Dir, "--", "cat", "kept.txt")
+	}
+	again.Want(t, 0, "kept")
+	e.Verify()
+}

@@ -1,0 +1,393 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"cal/guest"
+	"cal/nucleus"
+	"cal/wire"
+)
+
+const all = "read_files write_files edit_files glob_search grep_search run_bash git_commit"
+
+func written(p *Pod, name string) bool {
+	_, err := os.Stat(filepath.Join(p.record.Workspace, "files", name))
+	return err == nil
+}
+
+// No action without a record: whichever append of a request fails, what must
+// follow it does not happen, and the caller is told that the log is the reason.
+func TestNoActionWithoutRecord(t *testing.T) {
+	h := newHost(t)
+	disk := h.memoryLog()
+	p := h.pod(specOf("", policyOf(all)), nil)
+	write := func(name string) answer {
+		return h.tool(p, nucleus.WriteFiles, map[string]string{"path": name, "content": "x"})
+	}
+	write("control").want(t, "")
+	if !written(p, "control") {
+		t.Fatal("control: nothing was written")
+	}
+	before := len(h.inside(p).permits())
+	for _, where := range []string{"append", "sync"} {
+		disk.failing(func(what string) error {
+			if what == where {
+				return errors.New("disk full")
+			}
+			return nil
+		})
+		write("no-"+where).want(t, nucleus.KindUnavailable, "log")
+		// A refusal that cannot be recorded says so too.
+		h.tool(p, nucleus.GitPush, map[string]string{"branch": "x"}).want(t, nucleus.KindUnavailable, "log")
+		if written(p, "no-"+where) || len(h.inside(p).permits()) != before {
+			t.Errorf("%s failed: the machine was reached", where)
+		}
+		disk.failing(nil)
+		write("still-"+where).want(t, nucleus.KindUnavailable) // until the log has been read anew
+		if err := h.node.log.Reopen(); err != nil {
+			t.Fatal(err)
+		}
+		write("again-"+where).want(t, "")
+		before = len(h.inside(p).permits())
+	}
+}
+
+// The outcome's append fails: the effect is there, the intent is open, and the caller
+// knows that nobody recorded what came of it.
+func TestOutcomeNotRecorded(t *testing.T) {
+	h := newHost(t)
+	disk := h.memoryLog()
+	p := h.pod(specOf("", policyOf(all)), nil)
+	h.behave = func(_ *inside, c *callInside) (guest.CallResult, bool) {
+		disk.failing(func(string) error { return errors.New("disk full") })
+		return c.honest(), true
+	}
+	h.tool(p, nucleus.WriteFiles, map[string]string{"path": "a", "content": "x"}).want(t, nucleus.KindUnavailable, "was done", "could not be recorded")
+	if !written(p, "a") {
+		t.Error("nothing was written")
+	}
+	disk.failing(nil)
+	if err := h.node.log.Reopen(); err != nil {
+		t.Fatal(err)
+	}
+	open := h.node.log.OpenIntents()
+	if len(open) != 1 || open[0].Op != nucleus.WriteFiles {
+		t.Errorf("open intents: %+v", open)
+	}
+}
+
+// When the machine sees a permit, its intent is on the disk; the outcome is the
+// machine's own signature.
+func TestOrderAndOutcome(t *testing.T) {
+	h := newHost(t)
+	p := h.pod(specOf("", policyOf(all)), nil)
+	durable := make(chan []nucleus.Entry, 1)
+	h.behave = func(_ *inside, c *callInside) (guest.CallResult, bool) {
+		durable <- h.node.log.OpenIntents()
+		return c.honest(), true
+	}
+	h.tool(p, nucleus.WriteFiles, map[string]string{"path": "a", "content": "x"}).want(t, "")
+	open := <-durable
+	permit := h.inside(p).permits()[0]
+	if len(open) != 1 || open[0].Permit != permit.ID || open[0].Digest != permit.Digest {
+		t.Errorf("open when the machine acted: %+v, permit %+v", open, permit)
+	}
+	outcomes := h.entries(nucleus.KindOutcome, nucleus.WriteFiles)
+	if len(outcomes) != 1 || outcomes[0].Outcome == nil {
+		t.Fatalf("outcomes: %+v", outcomes)
+	}
+	var outcome nucleus.Outcome
+	if err := outcomes[0].Outcome.Open(p.record.OutcomeKey, nucleus.DomainOutcome, &outcome); err != nil {
+		t.Fatal(err)
+	}
+	if outcome.Permit != permit.ID || outcome.Seq != permit.Seq || outcome.Status != nucleus.OutcomeDone || outcomes[0].Status != nucleus.OutcomeDone {
+		t.Errorf("outcome %+v of permit %+v, entry %+v", outcome, permit, outcomes[0])
+	}
+	if outcomes[0].Digest != permit.Digest {
+		t.Errorf("outcome's digest %s, intent's %s", outcomes[0].Digest, permit.Digest)
+	}
+}
+
+// A machine that lies, or says nothing, gives a clear error and the outcome unknown.
+func TestHostileMachine(t *testing.T) {
+	for name, c := range map[string]struct {
+		behave func(*inside, *callInside) (guest.CallResult, bool)
+		kind   nucleus.Kind
+		text   string
+	}{
+		"honest": {nil, "", ""},
+		"signs nothing": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
+			r := c.honest()
+			r.Outcome = nil
+			return r, true
+		}, nucleus.KindInternal, "signed no outcome"},
+		"signs for another permit": {func(m *inside, c *callInside) (guest.CallResult, bool) {
+			other := c.permit
+			other.ID = "r-other"
+			return m.sign(other, c.honest(), nucleus.OutcomeDone), true
+		}, nucleus.KindInternal, "another permit"},
+		"signs for another sequence": {func(m *inside, c *callInside) (guest.CallResult, bool) {
+			other := c.permit
+			other.Seq++
+			return m.sign(other, c.honest(), nucleus.OutcomeDone), true
+		}, nucleus.KindInternal, "another permit"},
+		"signs another result": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
+			r := c.honest()
+			r.Value = json.RawMessage(`{"content":"made up"}`)
+			return r, true
+		}, nucleus.KindInternal, "another result"},
+		"signs with another key": {func(m *inside, c *callInside) (guest.CallResult, bool) {
+			r := c.honest()
+			signed, _ := nucleus.Sign(h2key(m), nucleus.DomainOutcome, nucleus.Outcome{Permit: c.permit.ID, Boot: c.permit.Boot, Seq: c.permit.Seq})
+			r.Outcome = &signed
+			return r, true
+		}, nucleus.KindInternal, "bad signature"},
+		"signs in another domain": {func(m *inside, c *callInside) (guest.CallResult, bool) {
+			r := c.honest()
+			signed, _ := nucleus.Sign(m.key, nucleus.DomainAttach, nucleus.Outcome{Permit: c.permit.ID, Boot: c.permit.Boot, Seq: c.permit.Seq})
+			r.Outcome = &signed
+			return r, true
+		}, nucleus.KindInternal, "bad signature"},
+		"garbage": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
+			c.stream.Send(wire.FrameResult, []byte("\x00{not json"))
+			return guest.CallResult{}, false
+		}, nucleus.KindInternal, ""},
+		"raw bytes": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
+			c.stream.Write(bytes.Repeat([]byte{0xff}, 64))
+			return guest.CallResult{}, false
+		}, nucleus.KindUnavailable, "wire"},
+		"announces 1 GB": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
+			c.stream.Write([]byte{byte(wire.FrameResult), 0x40, 0, 0, 0})
+			return guest.CallResult{}, false
+		}, nucleus.KindUnavailable, "1073741824 bytes"},
+		"hangs up": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
+			return guest.CallResult{}, false
+		}, nucleus.KindUnavailable, "wire"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t)
+			p := h.pod(specOf("", policyOf(all)), map[string]string{"a": "text\n"})
+			h.mu.Lock()
+			h.behave = c.behave
+			h.mu.Unlock()
+			h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, c.kind, c.text)
+			want := nucleus.OutcomeUnknown
+			if c.kind == "" {
+				want = nucleus.OutcomeDone
+			}
+			outcomes := h.entries(nucleus.KindOutcome, nucleus.ReadFiles)
+			if len(outcomes) != 1 || outcomes[0].Status != want {
+				t.Errorf("outcomes %+v, want one %s", outcomes, want)
+			}
+			if len(h.node.log.OpenIntents()) != 0 {
+				t.Errorf("intents left open: %+v", h.node.log.OpenIntents())
+			}
+		})
+	}
+}
+
+// h2key is a good key that is not the machine's: the operator's.
+func h2key(m *inside) []byte { return m.host.operator }
+
+// A machine that never answers holds its caller and nobody else; the caller's
+// going away ends it.
+func TestMachineHangs(t *testing.T) {
+	h := newHost(t)
+	p := h.pod(specOf("", policyOf(all)), map[string]string{"a": "text\n"})
+	reached, ended := make(chan struct{}, 1), make(chan struct{}, 1)
+	var once atomic.Bool
+	h.mu.Lock()
+	h.behave = func(_ *inside, c *callInside) (guest.CallResult, bool) {
+		if !once.CompareAndSwap(false, true) {
+			return c.honest(), true
+		}
+		reached <- struct{}{}
+		c.stream.Recv(1 << 10) // until the node closes it
+		ended <- struct{}{}
+		return guest.CallResult{}, false
+	}
+	h.mu.Unlock()
+	ctx, cancel := context.WithCancel(h.context())
+	got := make(chan answer, 1)
+	go func() { got <- h.toolContext(ctx, p, nucleus.ReadFiles, map[string]string{"path": "a"}) }()
+	<-reached
+	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, "")
+	cancel()
+	(<-got).want(t, nucleus.KindTimeout)
+	<-ended
+}
+
+// A denial is recorded, names its rule, reaches nothing and exposes nothing.
+func TestDenied(t *testing.T) {
+	h := newHost(t)
+	p := h.pod(specOf("", policyOf("write_files")), map[string]string{"a": "secret"})
+	e := h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, nucleus.KindDenied)
+	if e.Rule != "operations.read_files" || e.Operation != nucleus.ReadFiles {
+		t.Errorf("got %+v", e)
+	}
+	if legs := p.root.legs(); legs != 0 {
+		t.Errorf("a denied operation took %v", legs.Names())
+	}
+	if got := len(h.inside(p).permits()); got != 0 {
+		t.Errorf("%d permits reached the machine", got)
+	}
+	intents := h.entries(nucleus.KindIntent, nucleus.ReadFiles)
+	if len(intents) != 1 || intents[0].Verdict != nucleus.Deny || intents[0].Status != nucleus.OutcomeRefused || intents[0].Rule != "operations.read_files" {
+		t.Errorf("intents %+v", intents)
+	}
+	h.tool(p, nucleus.WriteFiles, map[string]string{"path": "b", "content": "x"}).want(t, "")
+}
+
+// A request that was refused waits for no outcome: a later node has nothing to
+// close for it.
+func TestRefusedIsNotOpen(t *testing.T) {
+	unmended(t, "a denied request is logged with a permit id and counts as an open intent")
+	h := newHost(t)
+	p := h.pod(specOf("", policyOf("write_files")), map[string]string{"a": "secret"})
+	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, nucleus.KindDenied)
+	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "../.."}).want(t, nucleus.KindInvalid)
+	if open := h.node.log.OpenIntents(); len(open) != 0 {
+		t.Errorf("open: %+v", open)
+	}
+	h.kill()
+	h.start()
+	if got := h.entries(nucleus.KindOutcome, nucleus.ReadFiles); len(got) != 0 {
+		t.Errorf("a refused request got an outcome: %+v", got)
+	}
+}
+
+// The exposure is on the disk before the effect, is carried to the next session
+// of the workspace, and to no other.
+func TestExposureIsDurable(t *testing.T) {
+	h := newHost(t)
+	p := h.pod(specOf("w", policyOf(all)), map[string]string{"a": "secret"})
+	stored := make(chan nucleus.Legs, 1)
+	h.mu.Lock()
+	h.behave = func(_ *inside, c *callInside) (guest.CallResult, bool) {
+		s, err := openSession(p.record.Workspace)
+		if err == nil {
+			stored <- s.exposure
+		} else {
+			stored <- 0
+		}
+		return guest.CallResult{}, false // the machine dies with it, so to say
+	}
+	h.mu.Unlock()
+	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, nucleus.KindUnavailable)
+	if legs := <-stored; legs != nucleus.Private {
+		t.Errorf("on the disk when the machine acted: %v", legs.Names())
+	}
+	h.kill()
+	h.start()
+	if adopted, err := h.node.pod(p.record.ID); err != nil || adopted.root.legs() != nucleus.Private {
+		t.Errorf("after a kill: %v, %v", adopted.root.legs().Names(), err)
+	}
+	if err := h.node.DeletePod(h.context(), "operator", p.record.ID); err != nil {
+		t.Fatal(err)
+	}
+	if next := h.pod(specOf("w", policyOf(all)), nil); next.root.legs() != nucleus.Private {
+		t.Errorf("the next session starts with %v", next.root.legs().Names())
+	}
+	if other := h.pod(specOf("other", policyOf(all)), nil); other.root.legs() != 0 {
+		t.Errorf("another workspace starts with %v", other.root.legs().Names())
+	}
+}
+
+// An exposure that cannot be stored stops the effect.
+func TestExposureNotStored(t *testing.T) {
+	h := newHost(t)
+	p := h.pod(specOf("w", policyOf(all)), map[string]string{"a": "secret"})
+	if err := os.Mkdir(p.root.file, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, nucleus.KindUnavailable, "nothing was done")
+	if got := len(h.inside(p).permits()); got != 0 || p.root.legs() != 0 {
+		t.Errorf("%d permits, exposure %v", got, p.root.legs().Names())
+	}
+	h.tool(p, nucleus.WriteFiles, map[string]string{"path": "b", "content": "x"}).want(t, "")
+}
+
+// Many requests of one session at once: the exposure in the order of the log only
+// grows, sequences never meet, and each intent has its outcome.
+func TestConcurrentRequests(t *testing.T) {
+	h := newHost(t)
+	p := h.pod(specOf("w", policyOf(all)), map[string]string{"a": "secret"})
+	var calls sync.WaitGroup
+	for i := range 24 {
+		calls.Go(func() {
+			var a answer
+			switch i % 3 {
+			case 0:
+				a = h.tool(p, nucleus.WriteFiles, map[string]string{"path": "f" + string(rune('a'+i)), "content": "x"})
+			case 1:
+				a = h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"})
+			default:
+				a = h.tool(p, nucleus.WebFetch, map[string]string{"url": "http://example.org/"})
+				if a.Error == nil || a.Error.Kind != nucleus.KindDenied {
+					t.Errorf("web_fetch: %v", a)
+				}
+				return
+			}
+			if a.Status != http.StatusOK {
+				t.Errorf("%v", a)
+			}
+		})
+	}
+	calls.Wait()
+	var before nucleus.Legs
+	for _, e := range h.entries(nucleus.KindIntent, "") {
+		legs, err := nucleus.LegsOf(e.Exposure)
+		if err != nil || !legs.Has(before) {
+			t.Errorf("entry %d: exposure %v after %v (%v)", e.Seq, e.Exposure, before.Names(), err)
+		}
+		before |= legs
+	}
+	seqs := map[uint64]bool{}
+	for _, permit := range h.inside(p).permits() {
+		if seqs[permit.Seq] {
+			t.Errorf("sequence %d twice", permit.Seq)
+		}
+		seqs[permit.Seq] = true
+	}
+	if got := len(h.entries(nucleus.KindOutcome, "")); got != 16 || len(seqs) != 16 {
+		t.Errorf("%d outcomes, %d permits, want 16", got, len(seqs))
+	}
+}
+
+// What cannot be resolved is refused, recorded and reaches nothing.
+func TestUnresolved(t *testing.T) {
+	h := newHost(t)
+	p := h.pod(specOf("", policyOf(all)), nil)
+	for _, body := range []string{`{"path":"../../etc/shadow"}`, `{"path":"a","path":"b"}`, `{"nonsense":1}`, `[]`, `{`, "{\"path\":\"\xff\"}", ``} {
+		req := h.signed(h.asAgent(p), http.MethodPost, "/v1/pods/"+p.record.ID+"/tools/read_files", p.record.ID, []byte(body))
+		a := h.serve(h.node, req)
+		if a.Error == nil || a.Error.Kind != nucleus.KindInvalid && a.Error.Kind != nucleus.KindDenied {
+			t.Errorf("%q: %v", body, a)
+		}
+	}
+	if got := len(h.inside(p).permits()); got != 0 {
+		t.Errorf("%d permits", got)
+	}
+	for _, e := range h.entries(nucleus.KindIntent, nucleus.ReadFiles) {
+		if e.Verdict != nucleus.Deny || e.Status != nucleus.OutcomeRefused {
+			t.Errorf("entry %+v", e)
+		}
+	}
+	for _, op := range []string{"execute", "READ_FILES", "read_files%20", "..%2fagent"} {
+		req := h.signed(h.asAgent(p), http.MethodPost, "/v1/pods/"+p.record.ID+"/tools/"+op, p.record.ID, []byte(`{}`))
+		if a := h.serve(h.node, req); a.Error == nil || a.Error.Kind != nucleus.KindInvalid || !strings.Contains(a.Body, "unknown operation") {
+			t.Errorf("operation %q: %v", op, a)
+		}
+	}
+}
