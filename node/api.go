@@ -276,9 +276,7 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) 
 		if p.record.Untrusted {
 			takes |= nucleus.Untrusted
 		}
-		if err := p.root.grow(takes, func(leg string) nucleus.Evidence {
-			return nucleus.Evidence{Seq: n.log.Size(), Leg: leg, What: "instruction files " + fmt.Sprint(names)}
-		}); err != nil {
+		if err := n.expose(p, takes, "instruction files "+fmt.Sprint(names)); err != nil {
 			return logFailure(err)
 		}
 	}

@@ -30,10 +30,6 @@ func (g *gate) Decide(ctx context.Context, a egress.Attempt) (egress.Ruling, err
 	if err != nil {
 		return egress.Ruling{}, err
 	}
-	if a.Via == egress.ViaModel {
-		// The person named this endpoint at launch: a named rule, loopback included.
-		return egress.Ruling{Verdict: nucleus.Allow, Rule: "model", Literals: literal(a.Host)}, nil
-	}
 	literals := p.policy.Literals(a.Host, a.Port)
 	if permitted, ok := ctx.Value(fetchKey{}).(fetchPermit); ok && permitted.url == a.URL {
 		return egress.Ruling{Verdict: nucleus.Allow, Rule: "web_fetch", Literals: literals}, nil
@@ -43,14 +39,6 @@ func (g *gate) Decide(ctx context.Context, a egress.Attempt) (egress.Ruling, err
 		return egress.Ruling{}, err
 	}
 	return egress.Ruling{Verdict: decision.Verdict, Rule: decision.Rule, Message: decision.Why, Literals: literals}, nil
-}
-
-func literal(host string) []netip.Prefix {
-	addr, err := netip.ParseAddr(host)
-	if err != nil {
-		return nil
-	}
-	return []netip.Prefix{netip.PrefixFrom(addr, addr.BitLen())}
 }
 
 // decideConnect judges a connection, takes its legs and records it, in the
@@ -73,9 +61,7 @@ func (n *Node) decideConnect(p *Pod, a egress.Attempt) (nucleus.Decision, error)
 		Args: data(action), Verdict: decision.Verdict, Rule: decision.Rule, Data: data(map[string]any{"attempt": a.ID}),
 	}
 	if decision.Verdict == nucleus.Allow {
-		if err := p.root.grow(decision.Takes, func(leg string) nucleus.Evidence {
-			return nucleus.Evidence{Seq: n.log.Size(), Leg: leg, What: "net_connect " + a.Host}
-		}); err != nil {
+		if err := n.expose(p, decision.Takes, string(action.Op)+" "+a.Host); err != nil {
 			return decision, err
 		}
 		if err := n.salts.Put(a.ID, salt); err != nil {

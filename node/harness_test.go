@@ -650,7 +650,7 @@ func (m *inside) work(kind string, header any, args tools.Args, result any) erro
 	}
 }
 
-// repo splices a transfer to the worker.
+// repo moves repositories with plain git, as any machine could.
 func (m *inside) repo(stream *wire.Stream) {
 	var call guest.RepoCall
 	if err := nucleus.Strict(stream.Header, &call); err != nil {
@@ -662,27 +662,124 @@ func (m *inside) repo(stream *wire.Stream) {
 	if own != nil && own(m, stream, call) {
 		return
 	}
-	kind, header := tools.StreamBundle, any(call.Out)
+	var result tools.Result
+	var value any
+	var err error
 	if call.In != nil {
-		kind, header = tools.StreamUnbundle, call.In
+		value, err = m.unbundle(stream, *call.In)
+	} else {
+		value, err = m.bundle(stream, *call.Out)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	worker, err := m.worker.Open(ctx, kind, header)
 	if err != nil {
-		return
+		result.Error = nucleus.Errorf(nucleus.KindFailed, "%v", err)
+	} else {
+		result.Value, _ = json.Marshal(value)
 	}
-	defer worker.Close()
-	go func() {
-		copyFrames(worker, stream)
-		worker.Close()
-	}()
-	for {
-		frame, payload, err := worker.Recv(1 << 20)
-		if err != nil || stream.Send(frame, payload) != nil || frame == wire.FrameResult {
-			return
+	stream.SendJSON(wire.FrameResult, result)
+}
+
+func (m *inside) dir(repo string) string { return filepath.Join(m.in.Spec.Workspace, repo) }
+
+func (m *inside) git(repo string, args ...string) (string, error) {
+	cmd := exec.Command("git", args...)
+	cmd.Dir = m.dir(repo)
+	cmd.Env = append(os.Environ(), "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1",
+		"GIT_AUTHOR_NAME=A", "GIT_AUTHOR_EMAIL=a@example.org", "GIT_COMMITTER_NAME=A", "GIT_COMMITTER_EMAIL=a@example.org")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("git %v: %w: %s", args, err, out)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// commit makes a commit in the machine, as its tools do.
+func (m *inside) commit(name, content string) string {
+	m.host.t.Helper()
+	if err := os.WriteFile(filepath.Join(m.dir("app"), name), []byte(content), 0o644); err != nil {
+		m.host.t.Fatal(err)
+	}
+	for _, args := range [][]string{{"add", "-A"}, {"commit", "--quiet", "-m", "agent: " + name}} {
+		if _, err := m.git("app", args...); err != nil {
+			m.host.t.Fatal(err)
 		}
 	}
+	id, err := m.git("app", "rev-parse", "HEAD")
+	if err != nil {
+		m.host.t.Fatal(err)
+	}
+	return id
+}
+
+func (m *inside) unbundle(stream *wire.Stream, u tools.Unbundle) (any, error) {
+	if err := os.Mkdir(m.dir(u.Repo), 0o755); err != nil {
+		return nil, err
+	}
+	file, err := os.Create(m.dir(u.Repo) + ".bundle")
+	if err != nil {
+		return nil, err
+	}
+	defer os.Remove(file.Name())
+	defer file.Close()
+	for {
+		kind, payload, err := stream.Recv(1 << 20)
+		if err != nil || kind != wire.FrameData {
+			return nil, fmt.Errorf("frame %q: %w", kind, err)
+		}
+		if len(payload) == 0 {
+			break
+		}
+		if _, err := file.Write(payload); err != nil {
+			return nil, err
+		}
+	}
+	for _, args := range [][]string{
+		{"init", "--quiet", "--initial-branch=" + u.Branch}, {"bundle", "unbundle", file.Name()},
+		{"update-ref", "refs/heads/" + u.Branch, u.Commit}, {"reset", "--quiet", "--hard", u.Commit},
+	} {
+		if _, err := m.git(u.Repo, args...); err != nil {
+			return nil, err
+		}
+	}
+	return tools.UnbundleResult{Repo: u.Repo, Commit: u.Commit, Branch: u.Branch}, nil
+}
+
+func (m *inside) bundle(stream *wire.Stream, b tools.Bundle) (any, error) {
+	ref := b.Ref
+	if ref == tools.WorktreeRef {
+		if _, err := m.git(b.Repo, "update-ref", ref, "HEAD"); err != nil {
+			return nil, err
+		}
+	}
+	commit, err := m.git(b.Repo, "rev-parse", "--verify", "--quiet", ref)
+	if err != nil {
+		return nil, nucleus.Errorf(nucleus.KindNotFound, "no branch %q", ref)
+	}
+	result := tools.BundleResult{Ref: ref, Commit: commit}
+	if commit == b.Base {
+		result.Empty = true
+		return result, nil
+	}
+	file := m.dir(b.Repo) + ".out"
+	defer os.Remove(file)
+	args := []string{"bundle", "create", "--quiet", file, ref}
+	if b.Base != "" {
+		args = append(args, "^"+b.Base)
+	}
+	if _, err := m.git(b.Repo, args...); err != nil {
+		return nil, err
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	return result, sendBundle(stream, data)
+}
+
+func sendBundle(stream *wire.Stream, data []byte) error {
+	if _, err := (frameWriter{stream}).Write(data); err != nil {
+		return err
+	}
+	return stream.Send(wire.FrameData, nil)
 }
 
 // authorityStub approves and denies at a test's word, with a real key.

@@ -155,9 +155,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 		}
 		return permit, &nucleus.Error{Kind: nucleus.KindDenied, Operation: r.op, Rule: decision.Rule, Message: decision.Why}
 	}
-	if err := p.root.grow(decision.Takes, func(leg string) nucleus.Evidence {
-		return nucleus.Evidence{Seq: n.log.Size(), Leg: leg, What: string(r.op) + " " + describe(pre.action)}
-	}); err != nil {
+	if err := n.expose(p, decision.Takes, string(r.op)+" "+describe(pre.action)); err != nil {
 		return permit, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"cal/egress"
 	"cal/internal/durable"
 	"cal/nucleus"
 )
@@ -61,6 +62,25 @@ func (s *rootSession) grow(takes nucleus.Legs, evidence func(leg string) nucleus
 	}
 	s.exposure |= fresh
 	s.evidence = grown
+	return nil
+}
+
+// expose adds legs to the session of a pod. Once private data and untrusted content
+// have met, connections that were opened before lose their right and are closed. The
+// caller holds the session's mutex.
+func (n *Node) expose(p *Pod, takes nucleus.Legs, what string) error {
+	const both = nucleus.Private | nucleus.Untrusted
+	met := p.root.exposure.Has(both)
+	if err := p.root.grow(takes, func(leg string) nucleus.Evidence {
+		return nucleus.Evidence{Seq: n.log.Size(), Leg: leg, What: what}
+	}); err != nil {
+		return err
+	}
+	if !met && p.root.exposure.Has(both) {
+		n.gateway.CloseAll(egress.Peer{Pod: p.record.ID, Session: p.record.Session}, func(a egress.Attempt) bool {
+			return a.Via == egress.ViaModel // named by the person at launch
+		})
+	}
 	return nil
 }
 

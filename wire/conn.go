@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -15,7 +16,7 @@ import (
 const (
 	chunk      = 32 << 10 // the most that one write puts before another stream's
 	smallRead  = 4 << 10
-	lingerRead = 256 << 10 // what is taken and dropped after Close
+	lingerRead = 4 * streamWindow // what is taken and dropped after Close
 )
 
 // past is a deadline that has gone by.
@@ -33,7 +34,9 @@ type conn struct {
 	token   chan struct{} // where the stream's token goes back
 
 	closing    sync.Once
-	closed     chan struct{}
+	closed     chan struct{} // here
+	stopping   sync.Once
+	stopped    chan struct{} // by the other end, which takes no more
 	readUntil  deadline
 	writeUntil deadline
 
@@ -64,17 +67,23 @@ type result struct {
 func newConn(s *Session, mux *yamux.Stream, token chan struct{}) *conn {
 	c := &conn{
 		session: s, mux: mux, token: token,
-		closed: make(chan struct{}),
-		filled: make(chan result, 1),
-		wrote:  make(chan result, 1),
+		closed:  make(chan struct{}),
+		stopped: make(chan struct{}),
+		filled:  make(chan result, 1),
+		wrote:   make(chan result, 1),
 	}
+	s.conns.Store(mux.StreamID(), c)
 	c.readUntil.set(time.Time{})
 	c.writeUntil.set(time.Time{})
 	return c
 }
 
-// await waits for the result of a call to yamux until the deadline.
-func (c *conn) await(d *deadline, ready <-chan result) (result, error) {
+// errStopped is what a writer sees when the other end has closed the stream.
+var errStopped = fmt.Errorf("wire: the other end has closed the stream: %w", syscall.EPIPE)
+
+// await waits for the result of a call to yamux until the deadline, or until
+// nobody wants it any longer.
+func (c *conn) await(d *deadline, ready <-chan result, stopped <-chan struct{}) (result, error) {
 	for {
 		until, changed := d.get()
 		var fired <-chan time.Time
@@ -94,6 +103,8 @@ func (c *conn) await(d *deadline, ready <-chan result) (result, error) {
 			return result{}, os.ErrDeadlineExceeded
 		case <-c.closed:
 			return result{}, net.ErrClosed
+		case <-stopped:
+			return result{}, errStopped
 		case <-changed:
 		}
 	}
@@ -126,7 +137,7 @@ func (c *conn) Read(p []byte) (int, error) {
 				c.filled <- result{n, err}
 			})
 		}
-		r, err := c.await(&c.readUntil, c.filled)
+		r, err := c.await(&c.readUntil, c.filled, nil)
 		if err != nil {
 			return 0, err
 		}
@@ -200,9 +211,14 @@ func (c *conn) written() error {
 		return net.ErrClosed
 	}
 	if !c.writing {
-		return nil
+		select {
+		case <-c.stopped:
+			c.writeErr = errStopped
+		default:
+		}
+		return c.writeErr
 	}
-	r, err := c.await(&c.writeUntil, c.wrote)
+	r, err := c.await(&c.writeUntil, c.wrote, c.stopped)
 	if err != nil {
 		return err
 	}
@@ -233,32 +249,51 @@ func (c *conn) Close() error {
 	return nil
 }
 
+// stopSending is called when the other end has closed the stream and takes no
+// more. What it sent before can still be read.
+func (c *conn) stopSending() {
+	c.stopping.Do(func() {
+		close(c.stopped)
+		c.mux.SetWriteDeadline(past) // ends a write that waits for room
+	})
+}
+
 // linger sends the end and takes what is still on its way here until the other
-// end has ended too. One that keeps on sending is reset; one that does nothing is
-// reset by yamux after limits.linger. Then the token is free.
+// end has ended too. One that sends is asked to stop; one that goes on all the
+// same is reset; one that does nothing is reset by yamux after limits.linger.
+// Then the token is free.
 func (c *conn) linger() {
-	defer func() { <-c.token }()
+	id := c.mux.StreamID()
+	defer func() {
+		c.session.conns.Delete(id)
+		<-c.token
+	}()
 	c.mux.Close()
 	c.read.Lock() // ends soon: closed is closed
 	defer c.read.Unlock()
+	total := len(c.rest)
 	if c.filling {
-		if r := <-c.filled; r.err != nil {
+		r := <-c.filled
+		if r.err != nil {
 			return
 		}
+		total += r.n
 	}
-	buf := make([]byte, smallRead)
-	for total := 0; total <= lingerRead; {
+	asked, reset := false, false
+	for buf := make([]byte, smallRead); ; {
+		if total > 0 && !asked {
+			asked = true
+			c.session.conn.stop(id)
+		}
+		if total > lingerRead && !reset {
+			reset = true
+			c.session.conn.reset(id)
+		}
 		n, err := c.mux.Read(buf)
 		if err != nil {
 			return
 		}
 		total += n
-	}
-	c.session.conn.reset(c.mux.StreamID())
-	for {
-		if _, err := c.mux.Read(buf); err != nil {
-			return
-		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -351,9 +352,43 @@ func TestASilentEndIsReset(t *testing.T) {
 	}
 }
 
-// TestAnEndThatKeepsOnSendingIsReset, long before the linger is over, and both
-// ends forget the stream.
-func TestAnEndThatKeepsOnSendingIsReset(t *testing.T) {
+// TestAnEndThatKeepsOnSendingIsStopped: its writes fail soon after we closed, and
+// what we sent before stays readable: yes | head must not lose what head said.
+func TestAnEndThatKeepsOnSendingIsStopped(t *testing.T) {
+	host, guest := sessions(t)
+	for name, way := range map[string][2]*Session{"host closes": {host, guest}, "guest closes": {guest, host}} {
+		a, b := streams(t, way[0], way[1])
+		said := bytes.Repeat([]byte("said before"), streamWindow/20)
+		if _, err := a.Write(said); err != nil {
+			t.Fatal(err)
+		}
+		a.Close()
+		b.SetDeadline(time.Now().Add(patience))
+		sent, err := io.Copy(b, zeros{})
+		if !errors.Is(err, syscall.EPIPE) || sent > 16<<20 {
+			t.Errorf("%s: sent %d bytes to an end that had closed, then: %v", name, sent, err)
+		}
+		if _, err := b.Write([]byte("x")); !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("%s: the next write: %v", name, err)
+		}
+		if got, err := io.ReadAll(b); err != nil || !bytes.Equal(got, said) {
+			t.Errorf("%s: what was said before: %d of %d bytes, %v", name, len(got), len(said), err)
+		}
+		b.Close()
+	}
+	eventually(t, "nothing is left", func() bool {
+		left := 0
+		for _, s := range []*Session{host, guest} {
+			s.conns.Range(func(any, any) bool { left++; return true })
+			left += s.mux.NumStreams() + len(s.outgoing)
+		}
+		return left == 0
+	})
+}
+
+// TestAnEndThatDoesNotStopIsReset, long before the linger is over, and both ends
+// forget the stream.
+func TestAnEndThatDoesNotStopIsReset(t *testing.T) {
 	for name, below := range map[string]func(net.Conn) io.ReadWriteCloser{
 		"with deadlines below":    func(c net.Conn) io.ReadWriteCloser { return c },
 		"without deadlines below": func(c net.Conn) io.ReadWriteCloser { return struct{ io.ReadWriteCloser }{c} },
@@ -370,6 +405,8 @@ func TestAnEndThatKeepsOnSendingIsReset(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer guest.Close()
+			host.conn.stopped = func(uint32) {} // deaf
+			guest.conn.stopped = func(uint32) {}
 			a, b := streams(t, host, guest)
 			c, d := streams(t, guest, host)
 			a.Close()

@@ -16,7 +16,8 @@ const (
 	muxData    = 0
 	muxWindow  = 1
 	muxGoAway  = 3
-	muxReset   = 8 // flag
+	muxReset   = 8    // flag
+	muxStop    = 0x10 // flag of ours, which yamux passes over
 	maxReading = 64 << 10
 )
 
@@ -28,10 +29,12 @@ const (
 //
 // Writing, it joins a frame's header with its body, which yamux writes apart.
 //
-// It can reset a stream, for which yamux has no call: it tells the other end so,
-// and yamux here as if the other end had said it.
+// It can ask the other end to stop sending on a stream, and reset a stream, for
+// which yamux has no call: it tells the other end so, and yamux here as if the
+// other end had said it.
 type guard struct {
-	conn io.ReadWriteCloser
+	conn    io.ReadWriteCloser
+	stopped func(id uint32) // the other end asks to stop; must not block
 
 	read []byte // what was read and not yet asked for
 	buf  []byte
@@ -98,21 +101,32 @@ func (g *guard) wake(at time.Time) {
 	}
 }
 
+// stop asks the other end to send no more on a stream. Unlike a reset it takes
+// nothing away: what was sent to the other end can still be read there.
+func (g *guard) stop(id uint32) { g.control(id, muxStop) }
+
 // reset ends a stream at both ends, whatever they are doing.
 func (g *guard) reset(id uint32) {
-	frame := make([]byte, muxHeader)
-	frame[1] = muxWindow
-	binary.BigEndian.PutUint16(frame[2:], muxReset)
-	binary.BigEndian.PutUint32(frame[4:], id)
-
 	g.mu.Lock()
-	g.resets = append(g.resets, frame...)
+	g.resets = append(g.resets, controlFrame(id, muxReset)...)
 	g.mu.Unlock()
 	g.wake(past)
+	g.control(id, muxReset)
+}
 
+func (g *guard) control(id uint32, flag uint16) {
 	g.write.Lock()
 	defer g.write.Unlock()
-	_, _ = g.conn.Write(frame) // an error comes back to yamux with its next frame
+	_, _ = g.conn.Write(controlFrame(id, flag)) // an error comes back to yamux with its next frame
+}
+
+// controlFrame is an update of a stream's window by nothing, with a flag.
+func controlFrame(id uint32, flag uint16) []byte {
+	frame := make([]byte, muxHeader)
+	frame[1] = muxWindow
+	binary.BigEndian.PutUint16(frame[2:], flag)
+	binary.BigEndian.PutUint32(frame[4:], id)
+	return frame
 }
 
 func (g *guard) inspect(p []byte) error {
@@ -136,7 +150,11 @@ func (g *guard) inspect(p []byte) error {
 			return fmt.Errorf("the other end speaks something else (version %d)", version)
 		case kind == muxData && length <= streamWindow:
 			g.body = length
-		case kind == muxWindow && length <= streamWindow, kind == muxGoAway:
+		case kind == muxWindow && length <= streamWindow:
+			if binary.BigEndian.Uint16(g.head[2:])&muxStop != 0 {
+				g.stopped(binary.BigEndian.Uint32(g.head[4:]))
+			}
+		case kind == muxGoAway:
 		default:
 			return fmt.Errorf("the other end sent a frame of type %d and length %d", kind, length)
 		}

@@ -55,6 +55,7 @@ type Session struct {
 	accepted chan *Stream
 	incoming chan struct{} // holds one token for each living stream
 	outgoing chan struct{}
+	conns    sync.Map // of all living streams: id -> *conn
 
 	mu     sync.Mutex
 	closed bool  // by Close
@@ -74,19 +75,21 @@ func Guest(conn io.ReadWriteCloser) (*Session, error) {
 	return newSession(conn, yamux.Server, defaultLimits)
 }
 
-func newSession(conn io.ReadWriteCloser, end func(io.ReadWriteCloser, *yamux.Config) (*yamux.Session, error), l limits) (*Session, error) {
-	below := &guard{conn: conn}
-	mux, err := end(below, muxConfig(l))
-	if err != nil {
-		return nil, fmt.Errorf("wire: %w", err)
-	}
+func newSession(below io.ReadWriteCloser, end func(io.ReadWriteCloser, *yamux.Config) (*yamux.Session, error), l limits) (*Session, error) {
 	s := &Session{
-		mux:      mux,
-		conn:     below,
 		limits:   l,
 		accepted: make(chan *Stream),
 		incoming: make(chan struct{}, l.incoming),
 		outgoing: make(chan struct{}, l.outgoing),
+	}
+	s.conn = &guard{conn: below, stopped: func(id uint32) {
+		if c, ok := s.conns.Load(id); ok {
+			c.(*conn).stopSending()
+		}
+	}}
+	var err error
+	if s.mux, err = end(s.conn, muxConfig(l)); err != nil {
+		return nil, fmt.Errorf("wire: %w", err)
 	}
 	s.spawn(s.acceptLoop)
 	return s, nil

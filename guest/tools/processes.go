@@ -149,12 +149,33 @@ func (k *children) close() {
 	k.mu.Unlock()
 	close(k.done)
 	if k.init {
-		unix.Kill(-1, unix.SIGKILL) // all of this pid namespace but process 1
+		k.closeNamespace()
+		return
 	}
 	for _, c := range left {
 		k.end(c, "the session ended")
 	}
 	k.work.Wait()
+}
+
+// closeNamespace kills all of this pid namespace but process 1, again and again
+// until nothing is left: a kernel that kills one by one can miss what is being forked.
+func (k *children) closeNamespace() {
+	reaped := make(chan struct{})
+	go func() {
+		k.work.Wait()
+		close(reaped)
+	}()
+	ticker := time.NewTicker(5 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		unix.Kill(-1, unix.SIGKILL)
+		select {
+		case <-reaped:
+			return
+		case <-ticker.C:
+		}
+	}
 }
 
 // end kills a child with everything it started and waits until it is reaped.
@@ -211,6 +232,11 @@ const maxLooks = 10
 // sweep kills what belongs to a child that has ended, until nothing is found.
 func (k *children) sweep(c *child) {
 	deadline := time.Now().Add(sweepDeadline)
+	// The group first, which needs no look at the process table: what forks faster
+	// than a table is read is ended only so. Its number is not given away while it has members.
+	for unix.Kill(-c.pid, unix.SIGKILL) == nil && time.Now().Before(deadline) {
+		wait(time.Millisecond)
+	}
 	looks := map[process]int{}
 	for pause := time.Millisecond; time.Now().Before(deadline); pause = min(2*pause, 20*time.Millisecond) {
 		belongings, unsure := k.attribute(c, looks)
@@ -223,10 +249,11 @@ func (k *children) sweep(c *child) {
 			}
 			p.kill()
 		}
-		timer := time.NewTimer(pause)
-		<-timer.C
+		wait(pause)
 	}
 }
+
+func wait(d time.Duration) { <-time.NewTimer(d).C }
 
 // process is one line of the process table.
 type process struct {
@@ -412,11 +439,8 @@ func (k *children) watch() {
 			return
 		case <-ticker.C:
 		}
-		k.mu.Lock()
-		idle := len(k.live) == 0
-		k.mu.Unlock()
-		if idle {
-			continue
+		if names, err := os.ReadDir("/proc"); err != nil || len(names) <= k.limit {
+			continue // the usual case costs one look
 		}
 		belongings, _ := k.attribute(nil, nil)
 		for c, list := range belongings {
@@ -424,9 +448,7 @@ func (k *children) watch() {
 				continue
 			}
 			k.kill(c, fmt.Sprintf("it had %d processes, at most %d are allowed", len(list), k.limit))
-			for _, p := range list {
-				p.kill()
-			}
+			// The rest goes when its end is noticed.
 		}
 	}
 }

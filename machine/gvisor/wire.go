@@ -15,7 +15,7 @@ import (
 // socketPair returns both ends of a new wire. Neither is inherited by accident:
 // a child that kept one would keep the wire open.
 func socketPair() (host net.Conn, guest *os.File, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("wire: %w", err)
 	}
