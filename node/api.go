@@ -32,6 +32,7 @@ func (n *Node) handler() http.Handler {
 	mux.HandleFunc("POST /v1/pods", n.operator(n.createPod))
 	mux.HandleFunc("GET /v1/pods/{id}", n.ofPod(n.getPod))
 	mux.HandleFunc("DELETE /v1/pods/{id}", n.operator(n.deletePod))
+	mux.HandleFunc("POST /v1/pods/{id}/resume", n.operator(n.resumePod))
 	mux.HandleFunc("POST /v1/pods/{id}/tools/{operation}", n.ofPod(n.tool))
 	mux.HandleFunc("POST /v1/pods/{id}/agent", n.operator(n.agent))
 	mux.HandleFunc("POST /v1/pods/{id}/repos/{repo}/fetch", n.operator(n.fetch))
@@ -133,6 +134,14 @@ func (n *Node) getPod(w http.ResponseWriter, r *http.Request, _ verified) error 
 
 func (n *Node) deletePod(w http.ResponseWriter, r *http.Request, v verified) error {
 	if err := n.DeletePod(r.Context(), v.caller.KeyID, r.PathValue("id")); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (n *Node) resumePod(w http.ResponseWriter, r *http.Request, v verified) error {
+	if err := n.ResumePod(r.Context(), v.caller.KeyID, r.PathValue("id")); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)

@@ -28,6 +28,7 @@ import (
 const (
 	stateStarting = "starting"
 	stateRunning  = "running"
+	statePaused   = "paused" // stopped for exceeding a watched limit
 	stateStopped  = "stopped"
 	stateFailed   = "failed"
 )
@@ -204,7 +205,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 		return err
 	}
 	if _, err := n.log.Append(nucleus.Entry{
-		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: "pod.create",
+		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodCreate,
 		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace}),
 	}); err != nil {
 		return logFailure(err)
@@ -378,12 +379,49 @@ func (p *Pod) serve() {
 	n.serving.Add(1)
 	go func() {
 		defer n.serving.Done()
-		select {
-		case <-p.machine.Done():
-			n.failPod(p, errors.New("the machine ended"+consoleHint(p.machine)))
-		case <-session.Done():
+		for {
+			select {
+			case <-p.machine.Done():
+				n.failPod(p, errors.New("the machine ended: "+p.machine.Reason()+consoleHint(p.machine)))
+				return
+			case reason := <-p.machine.Paused():
+				n.pausePod(p, reason)
+			case <-session.Done():
+				return
+			}
 		}
 	}()
+}
+
+// pausePod takes note that a machine was stopped for exceeding a watched limit.
+func (n *Node) pausePod(p *Pod, reason string) {
+	n.log.Append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodPause, Data: data(map[string]any{"reason": reason})})
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state == stateRunning {
+		p.state, p.reason = statePaused, reason
+	}
+}
+
+// ResumePod lets a paused machine go on.
+func (n *Node) ResumePod(ctx context.Context, actor, id string) error {
+	p, err := n.pod(id)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state != statePaused {
+		return nucleus.Errorf(nucleus.KindConflict, "pod %s is %s, not paused", id, p.state)
+	}
+	if _, err := n.log.Append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodResume}); err != nil {
+		return logFailure(err)
+	}
+	if err := p.machine.Resume(ctx); err != nil {
+		return nucleus.Errorf(nucleus.KindFailed, "%v", err)
+	}
+	p.state, p.reason = stateRunning, ""
+	return nil
 }
 
 func (p *Pod) acceptStreams(session *wire.Session) {
@@ -424,7 +462,7 @@ func (p *Pod) serveModel(ctx context.Context, conn net.Conn, peer egress.Peer) {
 func (p *Pod) live() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.state == stateStarting || p.state == stateRunning
+	return p.state == stateStarting || p.state == stateRunning || p.state == statePaused
 }
 
 func (p *Pod) setState(state, reason string) {
@@ -437,7 +475,7 @@ func (p *Pod) setState(state, reason string) {
 func (p *Pod) wire() (*wire.Session, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.session == nil || p.state == stateFailed || p.state == stateStopped {
+	if p.session == nil || p.state != stateStarting && p.state != stateRunning {
 		reason := p.reason
 		if reason != "" {
 			reason = ": " + reason
@@ -484,10 +522,7 @@ func (n *Node) DeletePod(ctx context.Context, actor, id string) error {
 	if err != nil {
 		return err
 	}
-	p.mu.Lock()
-	running := p.state == stateRunning || p.state == stateStarting
-	p.mu.Unlock()
-	if running {
+	if p.live() {
 		if _, err := n.log.Append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.legs().Names()}); err != nil {
 			return logFailure(err)
 		}

@@ -210,13 +210,11 @@ func (c *conn) written() error {
 	if c.isClosed() {
 		return net.ErrClosed
 	}
+	if c.isStopped() {
+		return errStopped
+	}
 	if !c.writing {
-		select {
-		case <-c.stopped:
-			c.writeErr = errStopped
-		default:
-		}
-		return c.writeErr
+		return nil
 	}
 	r, err := c.await(&c.writeUntil, c.wrote, c.stopped)
 	if err != nil {
@@ -225,8 +223,20 @@ func (c *conn) written() error {
 	c.writing = false
 	if r.err != nil {
 		c.writeErr = c.session.explain(r.err)
+		if c.isStopped() {
+			c.writeErr = errStopped // what yamux says is only how it ended
+		}
 	}
 	return c.writeErr
+}
+
+func (c *conn) isStopped() bool {
+	select {
+	case <-c.stopped:
+		return true
+	default:
+		return false
+	}
 }
 
 func (c *conn) isClosed() bool {

@@ -68,7 +68,7 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 		}
 		p.Notes = append(p.Notes, "handed over to the tools: "+strings.Join(keys(p.Spec.Env), ", "))
 	}
-	if err := p.root(ctx, o, env); err != nil {
+	if err := h.planRoot(ctx, p, o, env); err != nil {
 		return nil, err
 	}
 	if o.Repo != "" {
@@ -112,7 +112,7 @@ func (h Home) policyOf(name string) (json.RawMessage, error) {
 	return loaded.Canonical()
 }
 
-func (p *Plan) root(ctx context.Context, o RunOptions, env map[string]string) error {
+func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[string]string) error {
 	home, err := os.UserHomeDir()
 	if err != nil {
 		return err
@@ -129,11 +129,21 @@ func (p *Plan) root(ctx context.Context, o RunOptions, env map[string]string) er
 		return nil
 	}
 	p.Spec.Image = nucleus.Image{Kind: "host"}
-	found, err := image.Find(ctx, image.Person{Home: home, Env: env})
+	found, err := image.Find(ctx, image.Person{Home: home, Env: env, Scratch: filepath.Join(h.Dir, "cache")})
 	if err != nil {
 		return err
 	}
 	p.Spec.Image.Layers = found.Layers
+	if o.Agent != "" {
+		var names []string
+		for _, l := range found.Layers {
+			names = append(names, l.Name)
+		}
+		if len(names) > 0 {
+			p.Notes = append(p.Notes, "shown read-only: "+strings.Join(names, ", "))
+		}
+		p.Notes = append(p.Notes, found.Notes...)
+	}
 	if p.Spec.Env == nil {
 		p.Spec.Env = map[string]string{}
 	}

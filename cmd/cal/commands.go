@@ -138,7 +138,13 @@ func vmCommand() *cobra.Command {
 			return withNode(cmd, func(ctx context.Context, node *client.Client) error { return node.DeletePod(ctx, given[0]) })
 		},
 	}
-	cmd.AddCommand(list, stop)
+	resume := &cobra.Command{
+		Use: "resume POD", Short: "Let a machine go on that was paused for exceeding a watched limit", Example: "  cal vm resume p-abcdefghij", Args: args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			return withNode(cmd, func(ctx context.Context, node *client.Client) error { return node.ResumePod(ctx, given[0]) })
+		},
+	}
+	cmd.AddCommand(list, stop, resume)
 	return cmd
 }
 

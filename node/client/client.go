@@ -109,6 +109,11 @@ func (c *Client) DeletePod(ctx context.Context, id string) error {
 	return c.do(ctx, http.MethodDelete, "/v1/pods/"+id, id, nil, nil)
 }
 
+// ResumePod lets a machine go on that was paused for exceeding a watched limit.
+func (c *Client) ResumePod(ctx context.Context, id string) error {
+	return c.do(ctx, http.MethodPost, "/v1/pods/"+id+"/resume", id, nil, nil)
+}
+
 // Stop ends the node; its machines wait a minute for the next one.
 func (c *Client) Stop(ctx context.Context) error {
 	return c.do(ctx, http.MethodPost, "/v1/stop", "", nil, nil)
