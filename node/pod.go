@@ -214,9 +214,11 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	if err != nil {
 		return err
 	}
-	if p.machine, err = driver.Create(ctx, p.machineSpec(n)); err != nil {
+	made, err := driver.Create(ctx, p.machineSpec(n))
+	if err != nil {
 		return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v", p.record.ID, err)
 	}
+	p.machine = made
 	reply, err := p.boot(ctx)
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v%s", p.record.ID, err, consoleHint(p.machine))

@@ -88,9 +88,11 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	if p.machine, err = driver.Adopt(ctx, filepath.Join(dir, "machine")); err != nil {
+	adopted, err := driver.Adopt(ctx, filepath.Join(dir, "machine"))
+	if err != nil {
 		return nil, err
 	}
+	p.machine = adopted
 	if p.session, err = n.attach(ctx, p, p.machine); err != nil {
 		return nil, err
 	}

@@ -384,7 +384,8 @@ func TestForkBomb(t *testing.T) {
 	}
 	started := time.Now()
 	value, err := node.Tool(ctx, p.ID, nucleus.RunBash, map[string]any{
-		"script": "n=0; while [ $n -lt 400 ]; do sleep 30 & n=$((n+1)); done; echo made $n", "timeout_s": 20,
+		// A plain sh: bash waits and tries again for a quarter of a minute.
+		"argv": []string{"sh", "-c", "n=0; while [ $n -lt 400 ]; do sleep 30 & n=$((n+1)); done; echo made $n"}, "timeout_s": 20,
 	})
 	if err == nil && strings.Contains(string(value), `"exit_code":0`) {
 		t.Errorf("400 processes in a machine that may have 120: %s", value)

@@ -23,7 +23,7 @@ func (e *Env) Repo(name string, files map[string]string) *Repo {
 	for path, content := range files {
 		e.Write(filepath.Join(r.Dir, path), content)
 	}
-	e.own()
+	e.Own()
 	r.Git("init", "--quiet", "--bare", r.Remote)
 	for _, step := range [][]string{
 		{"init", "--quiet"}, {"add", "-A"}, {"commit", "--quiet", "-m", "first"},
@@ -34,8 +34,8 @@ func (e *Env) Repo(name string, files map[string]string) *Repo {
 	return r
 }
 
-// own gives everything of the person's to the user that commands run as.
-func (e *Env) own() {
+// Own gives everything of the person's to the user that commands run as.
+func (e *Env) Own() {
 	e.t.Helper()
 	if e.Credential == nil {
 		return
