@@ -94,7 +94,7 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	}
 	p.machine = adopted
 	if p.session, err = n.attach(ctx, p, p.machine); err != nil {
-		return nil, err
+		return nil, errors.Join(err, p.machine.Destroy(context.WithoutCancel(ctx)))
 	}
 	_, err = n.log.Append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodAdopt, Exposure: p.root.legs().Names(), Data: data(map[string]any{"epoch": p.record.Epoch})})
 	return p, err
