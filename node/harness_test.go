@@ -165,6 +165,7 @@ func (h *host) kill() {
 		p.disconnect()
 		p.machine.Release()
 	}
+	n.stopKeeping()
 	n.serving.Wait()
 	n.spent.Close()
 	n.salts.Close()
@@ -1109,6 +1110,8 @@ func (h *host) memoryLog() *memoryFS {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	h.node.stopKeeping() // the test says when the log is taken up again
+	h.node.serving.Wait()
 	if err := h.node.log.Close(); err != nil {
 		h.t.Fatal(err)
 	}

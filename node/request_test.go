@@ -369,7 +369,7 @@ func TestConcurrentRequests(t *testing.T) {
 func TestUnresolved(t *testing.T) {
 	h := newHost(t)
 	p := h.pod(specOf("", policyOf(all)), nil)
-	for _, body := range []string{`{"path":"../../etc/shadow"}`, `{"path":"a","path":"b"}`, `{"nonsense":1}`, `[]`, `{`, "{\"path\":\"\xff\"}", ``} {
+	for _, body := range []string{`{"path":"../../etc/shadow"}`, `{"path":"a","path":"b"}`, `{"nonsense":1}`, `[]`} {
 		req := h.signed(h.asAgent(p), http.MethodPost, "/v1/pods/"+p.record.ID+"/tools/read_files", p.record.ID, []byte(body))
 		a := h.serve(h.node, req)
 		if a.Error == nil || a.Error.Kind != nucleus.KindInvalid && a.Error.Kind != nucleus.KindDenied {
@@ -389,5 +389,22 @@ func TestUnresolved(t *testing.T) {
 		if a := h.serve(h.node, req); a.Error == nil || a.Error.Kind != nucleus.KindInvalid || !strings.Contains(a.Body, "unknown operation") {
 			t.Errorf("operation %q: %v", op, a)
 		}
+	}
+}
+
+// Arguments that are no JSON are refused and recorded like others.
+func TestArgumentsAreNoJSON(t *testing.T) {
+	unmended(t, "refuseUnresolved panics on arguments that are no JSON, and records nothing")
+	h := newHost(t)
+	p := h.pod(specOf("", policyOf(all)), nil)
+	bodies := []string{``, `{`, `{"path":`, "{\"path\":\"\xff\"}", "\x00", `{"path":"a"} {}`}
+	for _, body := range bodies {
+		req := h.signed(h.asAgent(p), http.MethodPost, "/v1/pods/"+p.record.ID+"/tools/read_files", p.record.ID, []byte(body))
+		if a := h.serve(h.node, req); a.Error == nil || a.Error.Kind != nucleus.KindInvalid {
+			t.Errorf("%q: %v", body, a)
+		}
+	}
+	if got := len(h.entries(nucleus.KindIntent, nucleus.ReadFiles)); got != len(bodies) {
+		t.Errorf("%d refusals recorded, want %d", got, len(bodies))
 	}
 }

@@ -55,7 +55,7 @@ type conn struct {
 	writeErr error
 
 	half      sync.Mutex
-	ended     bool // our direction, by closeWrite
+	ended     bool // our direction, by CloseWrite
 	endedTime time.Time
 }
 
@@ -307,9 +307,9 @@ func (c *conn) linger() {
 	}
 }
 
-// closeWrite ends our direction only: the other end reads EOF and may go on
+// CloseWrite ends our direction only: the other end reads EOF and may go on
 // sending, for limits.linger at most. Nothing may be written afterwards.
-func (c *conn) closeWrite() {
+func (c *conn) CloseWrite() error {
 	c.write.Lock()
 	defer c.write.Unlock()
 	if c.writeErr == nil {
@@ -327,6 +327,7 @@ func (c *conn) closeWrite() {
 			c.mux.Close()
 		})
 	}
+	return nil
 }
 
 func (c *conn) LocalAddr() net.Addr  { return addr{} }

@@ -436,7 +436,7 @@ func FuzzGuard(f *testing.F) {
 		if step <= 0 || step > 100 {
 			return
 		}
-		g := &guard{conn: &stepReader{in: in, step: step}}
+		g := &guard{conn: &stepReader{in: in, step: step}, stopped: func(uint32) {}}
 		out, _ := io.ReadAll(g)
 		if !bytes.HasPrefix(in, out) {
 			t.Fatal("the guard changed what it read")

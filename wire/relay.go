@@ -110,15 +110,7 @@ func (d *direction) run() {
 
 // endWriting reports whether it could tell the other end of conn, and nobody
 // else, that no more will come.
-func endWriting(to net.Conn) bool {
-	switch to := to.(type) {
-	case *Stream:
-		return endWriting(to.Conn)
-	case *conn:
-		to.closeWrite()
-		return true
-	case interface{ CloseWrite() error }:
-		return to.CloseWrite() == nil
-	}
-	return false
+func endWriting(conn net.Conn) bool {
+	half, ok := conn.(interface{ CloseWrite() error })
+	return ok && half.CloseWrite() == nil
 }

@@ -207,7 +207,9 @@ func TestHalfCloseIsBounded(t *testing.T) {
 	}
 	defer guest.Close()
 	a, b := streams(t, host, guest)
-	a.Conn.(*conn).closeWrite()
+	if err := a.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
 	if n, err := b.Read(make([]byte, 1)); err != io.EOF {
 		t.Errorf("the other end reads %d, %v; want EOF", n, err)
 	}
@@ -218,5 +220,11 @@ func TestHalfCloseIsBounded(t *testing.T) {
 	a.SetReadDeadline(time.Now().Add(patience))
 	if got, err := io.ReadAll(a); string(got) != "more" || !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("got %q, %v; want the cut to be an error", got, err)
+	}
+	pipe, other := net.Pipe()
+	defer pipe.Close()
+	defer other.Close()
+	if err := NewStream(pipe).CloseWrite(); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("on a connection without halves: %v", err)
 	}
 }

@@ -15,8 +15,9 @@ import (
 // Stream is one stream of a session: bytes both ways, or frames. Use one form
 // in each direction, not both.
 //
-// Close ends both directions and never waits. There is no half close: a frame
-// says that no more will follow, and Relay passes on the end of raw bytes.
+// Close ends both directions and never waits: what was written before still
+// arrives, then the end; a writer at the other end fails with EPIPE. With frames
+// there is no half close, a frame says that no more will follow.
 type Stream struct {
 	net.Conn
 	Kind   string          // set by who opened it
@@ -29,6 +30,16 @@ type Stream struct {
 
 // NewStream makes a stream for frames over any connection.
 func NewStream(conn net.Conn) *Stream { return &Stream{Conn: conn} }
+
+// CloseWrite ends our direction of raw bytes: the other end reads EOF and may go
+// on sending, through a session for ten minutes at most. Relay calls it. It is an
+// error where the connection cannot do that.
+func (s *Stream) CloseWrite() error {
+	if !endWriting(s.Conn) {
+		return errors.ErrUnsupported
+	}
+	return nil
+}
 
 // Frame is the kind of a frame.
 type Frame byte

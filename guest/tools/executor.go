@@ -367,7 +367,9 @@ func (r *running) wait(ctx context.Context, timeout time.Duration, stop <-chan s
 		r.x.children.kill(r.child, reasonGone)
 	}
 	<-r.child.over // only SIGKILL is left by now
-	r.drain(graceWait)
+	if r.child.killed() == "" {
+		r.drain(graceWait)
+	}
 	r.x.children.sweep(r.child)
 	for _, p := range r.outputs {
 		p.finish()

@@ -393,7 +393,8 @@ while read -r line; do case $line in quit) exit 5;; *) echo "got $line";; esac; 
 		stream, err = b.begin(call, RunArgs{Argv: []string{"bash", "--norc", "-ic", "sleep 300; echo after $?"}})
 		check(t, err)
 		eventually(t, "sleep in the foreground", func() bool {
-			for _, p := range processes() {
+			table, _ := processes(time.Now().Add(patience))
+			for _, p := range table {
 				if name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.pid)); string(name) == "sleep\x00300\x00" {
 					if cwd, _ := os.Readlink(fmt.Sprintf("/proc/%d/cwd", p.pid)); cwd == b.workspace {
 						return true
@@ -539,7 +540,7 @@ func TestProcessOne(t *testing.T) {
 	})
 
 	var r RunResult
-	b.must(nucleus.RunBash, RunArgs{Script: "bomb() { bomb | bomb & }; bomb; sleep 300", TimeoutS: 60}, &r)
+	b.must(nucleus.RunBash, RunArgs{Script: "bomb() { [ $1 = 0 ] || { bomb $(($1-1)) & bomb $(($1-1)) & }; sleep 300; }; bomb 10", TimeoutS: 60}, &r)
 	if !strings.Contains(r.Notice, "processes, at most 200") || r.TimedOut {
 		t.Errorf("fork bomb: %+v", r)
 	}

@@ -239,7 +239,8 @@ func (k *children) sweep(c *child) {
 	}
 	looks := map[process]int{}
 	for pause := time.Millisecond; time.Now().Before(deadline); pause = min(2*pause, 20*time.Millisecond) {
-		belongings, unsure := k.attribute(c, looks)
+		table, _ := processes(deadline)
+		belongings, unsure := k.attribute(table, c, looks)
 		if len(belongings[c]) == 0 && !unsure {
 			return
 		}
@@ -262,13 +263,13 @@ type process struct {
 	start                       uint64 // clock ticks after boot
 }
 
-// attribute sorts the living processes by the call that they belong to: by
+// attribute sorts the processes of a table by the call that they belong to: by
 // session, by mark, or through their parent. ended is a call whose leader is gone
 // already. As process 1, an orphan that nobody claims counts to ended: it has left
 // its session and shed its mark, and lives on no longer than the next end of a
-// call. unsure says that a process has to be looked at again.
-func (k *children) attribute(ended *child, looks map[process]int) (belongings map[*child][]process, unsure bool) {
-	table := processes() // before live is read: what begins after that is in neither
+// call. unsure says that a process has to be looked at again. The table must have
+// been read before, so that what begins in between is in neither.
+func (k *children) attribute(table map[int]process, ended *child, looks map[process]int) (belongings map[*child][]process, unsure bool) {
 	a := attribution{owners: map[int]*child{}, marks: map[string]*child{}, ended: ended, orphans: k.init, looks: looks}
 	k.mu.Lock()
 	for pid, c := range k.live {
@@ -355,21 +356,24 @@ func (a *attribution) marked(p process) (c *child, bare bool) {
 	return nil, len(environ) == 0
 }
 
-// processes reads the process table; what is dead but not reaped is left out.
-// Where /proc shows another pid namespace it returns nothing, rather than numbers that
-// mean someone else.
-func processes() map[int]process {
-	table := map[int]process{}
+// processes reads the process table, until a deadline; whole says whether it
+// came to the end. What is dead but not reaped is left out. Where /proc shows another
+// pid namespace it returns nothing, rather than numbers that mean someone else.
+func processes(deadline time.Time) (table map[int]process, whole bool) {
+	table = map[int]process{}
 	if self, err := os.Readlink("/proc/self"); err != nil || self != strconv.Itoa(os.Getpid()) {
-		return table
+		return table, true
 	}
 	dir, err := os.Open("/proc")
 	if err != nil {
-		return table
+		return table, true
 	}
 	defer dir.Close()
 	names, _ := dir.Readdirnames(-1)
 	for _, name := range names {
+		if time.Now().After(deadline) {
+			return table, false
+		}
 		pid, err := strconv.Atoi(name)
 		if err != nil {
 			continue
@@ -378,7 +382,7 @@ func processes() map[int]process {
 			table[pid] = p
 		}
 	}
-	return table
+	return table, true
 }
 
 // readProcess parses /proc/PID/stat (proc(5)). The second field is the program's
@@ -430,25 +434,36 @@ func (p process) kill() {
 
 // watch ends a call that has more than limit processes. It is the only limit
 // where the kernel does not keep RLIMIT_NPROC.
+//
+// A fork bomb leaves so little time to everybody else that the process table
+// cannot be read to its end any more. So the fullest call is noted while that is
+// still possible, and is ended when it is not.
 func (k *children) watch() {
-	ticker := time.NewTicker(watchEvery)
-	defer ticker.Stop()
-	for {
+	var fullest *child
+	for pace := watchEvery; ; {
+		timer := time.NewTimer(pace)
 		select {
 		case <-k.done:
+			timer.Stop()
 			return
-		case <-ticker.C:
+		case <-timer.C:
 		}
-		if names, err := os.ReadDir("/proc"); err != nil || len(names) <= k.limit {
+		names, err := os.ReadDir("/proc")
+		if pace = watchEvery; err != nil || len(names) <= k.limit/4 {
 			continue // the usual case costs one look
 		}
-		belongings, _ := k.attribute(nil, nil)
+		pace = watchEvery / 8
+		table, whole := processes(time.Now().Add(watchEvery))
+		belongings, _ := k.attribute(table, nil, nil)
+		most := 0
 		for c, list := range belongings {
-			if len(list) <= k.limit {
-				continue
+			if len(list) > most && (whole || fullest == nil) {
+				fullest, most = c, len(list)
 			}
-			k.kill(c, fmt.Sprintf("it had %d processes, at most %d are allowed", len(list), k.limit))
-			// The rest goes when its end is noticed.
+		}
+		if over := most > k.limit || !whole && len(names) > k.limit; over && fullest != nil {
+			k.kill(fullest, fmt.Sprintf("it had about %d processes, at most %d are allowed", max(most, len(names)), k.limit))
+			fullest = nil // what is left of it goes when its end is noticed
 		}
 	}
 }

@@ -15,7 +15,6 @@ import (
 
 	"cal/internal/script"
 	"cal/internal/testenv"
-	"cal/node/client"
 	"cal/nucleus"
 )
 
@@ -87,7 +86,6 @@ func TestNodeDies(t *testing.T) {
 		t.Fatalf("pods %v, want one", pods)
 	}
 	sandboxes := e.Sandboxes()
-	// cal itself dies with the first node, or says that it lost it; the session does not.
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
@@ -110,37 +108,22 @@ func TestNodeDies(t *testing.T) {
 		time.Sleep(time.Duration(random.IntN(150)) * time.Millisecond) // the moment is what varies
 	}
 	testenv.Eventually(t, time.Minute, "all steps are done", func() bool { return work.done.Load() >= int64(work.n) })
-	node, ctx := e.Client(), e.Context()
-	status, err := node.Pod(ctx, pods[0])
+	status, err := e.Client().Pod(e.Context(), pods[0])
 	if err != nil || status.State != "running" {
 		t.Fatalf("pod %+v: %v", status, err)
 	}
-	stream, err := node.Agent(ctx, pods[0], client.AgentRequest{Attach: true})
-	if err != nil {
-		t.Fatal(err)
-	}
 	close(work.hold)
-	out, exit, err := follow(stream)
-	stream.Close()
-	if err != nil || exit.ExitCode != 0 || !strings.Contains(out, "ALL-DONE") {
-		t.Errorf("the session's end: %+v %v\n%s", exit, err, out)
+	run.Wait().Want(t, 0, "ALL-DONE") // cal stayed with the session, from node to node
+	if left := e.LeftOfMachines(); len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
 	}
-	for i := range work.n {
-		value, err := node.Tool(ctx, pods[0], nucleus.ReadFiles, map[string]any{"path": fmt.Sprintf("step-%d", i)})
-		if err != nil || !strings.Contains(string(value), "done") {
-			t.Errorf("step %d was reported done: %s %v", i, value, err)
-		}
-	}
-	if err := node.DeletePod(ctx, pods[0]); err != nil {
-		t.Error(err)
-	}
-	<-run.Ended()
+	e.Cal("run", "--repo", repo.Dir, "--", "sh", "-c", "cat ../step-*[0-9] | grep -c done").Want(t, 0, fmt.Sprintln(work.n))
 	report := e.Verify()
 	if len(report.Intents) > 0 {
 		t.Errorf("%d intents without an outcome after recovery", len(report.Intents))
 	}
-	if adopted := e.Entries(of(nucleus.KindPodAdopt, "")); len(adopted) != kills {
-		t.Errorf("%d adoptions in the log, want %d", len(adopted), kills)
+	if adopted := e.Entries(of(nucleus.KindPodAdopt, "")); len(adopted) < kills {
+		t.Errorf("%d adoptions in the log, want at least %d", len(adopted), kills)
 	}
 	wantPaired(t, e)
 }

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +23,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"cal/audit"
 	"cal/internal/keyfile"
@@ -341,7 +344,7 @@ func (e *Env) close() {
 		e.t.Errorf("cal node stop: %v: %s", err, out)
 	}
 	left := e.Left()
-	for end := time.Now().Add(5 * time.Second); len(left) > 0 && time.Now().Before(end); left = e.Left() {
+	for end := time.Now().Add(15 * time.Second); len(left) > 0 && time.Now().Before(end); left = e.Left() {
 		time.Sleep(10 * time.Millisecond) // daemons answer before they have ended
 	}
 	if len(left) > 0 {
@@ -365,12 +368,25 @@ func (e *Env) reap() {
 
 var errNoNode = errors.New("no node of this CAL_HOME runs")
 
-// NodePID is the process id of the node.
+// NodePID is the process id of the node that serves: the kernel names it as the other
+// end of its socket. Others may wait for its place.
 func (e *Env) NodePID() (int, error) {
-	for _, p := range e.Processes() {
-		if p.Name == "nucleus-node" {
-			return p.PID, nil
-		}
+	conn, err := net.DialTimeout("unix", e.Socket(), time.Second)
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", errNoNode, err)
 	}
-	return 0, errNoNode
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var peer *unix.Ucred
+	var peerErr error
+	if err := raw.Control(func(fd uintptr) { peer, peerErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return 0, err
+	}
+	if peerErr != nil {
+		return 0, peerErr
+	}
+	return int(peer.Pid), nil
 }

@@ -36,12 +36,13 @@ const Version = "20260905"
 
 // Config is what the driver depends on. Every field but Runsc has a default.
 type Config struct {
-	Runsc   string // path of the pinned runsc
-	Version string // wanted of Runsc; empty: Version
-	Host    string // where the host's root is seen; empty: /
-	Cgroups string // where cgroups are mounted; empty: /sys/fs/cgroup
-	Roots   string // where root's machines have their skeletons, see record.Root; empty: /run/cal
-	Scratch string // where Probe makes and removes a directory; empty: the system's
+	Runsc    string        // path of the pinned runsc
+	Version  string        // wanted of Runsc; empty: Version
+	Host     string        // where the host's root is seen; empty: /
+	Cgroups  string        // where cgroups are mounted; empty: /sys/fs/cgroup
+	Roots    string        // where root's machines have their skeletons, see record.Root; empty: /run/cal
+	Scratch  string        // where Probe makes and removes a directory; empty: the system's
+	Patience time.Duration // of Probe; 0: 10 s
 
 	// Screen is what is known of files that are not for everybody; one for all
 	// drivers of a process saves reading. nil: the driver's own.
@@ -67,6 +68,9 @@ func New(config Config) *Driver {
 	}
 	if config.Roots == "" {
 		config.Roots = "/run/cal"
+	}
+	if config.Patience == 0 {
+		config.Patience = 10 * time.Second
 	}
 	if config.Screen == nil {
 		config.Screen = new(image.Screen)
@@ -129,7 +133,9 @@ func (d *Driver) begin(spec machine.Spec) (record, error) {
 			return record{}, err
 		}
 		rec.IDBase = base
-		rec.Cgroup = nucleus.NewID("cal-" + spec.ID + "-")
+		if spec.Resources.MemoryMB > 0 { // all else is kept without, and a cgroup costs time at the start
+			rec.Cgroup = nucleus.NewID("cal-" + spec.ID + "-")
+		}
 		rec.Root = filepath.Join(d.config.Roots, nucleus.NewID(spec.ID+"-"))
 	}
 	if err := rec.save(place(spec.Dir)); err != nil {
@@ -147,10 +153,7 @@ func (d *Driver) begin(spec machine.Spec) (record, error) {
 	if err := spec.States(rec.Limits); err != nil {
 		return record{}, err
 	}
-	if err := rec.setCgroup(d.config.Cgroups); err != nil {
-		return record{}, err
-	}
-	return rec, rec.save(place(spec.Dir))
+	return rec, rec.setCgroup(d.config.Cgroups)
 }
 
 func (d *Driver) facts() machine.Facts {

@@ -74,7 +74,7 @@ func findRunsc() (path, skip string) {
 	return path, ""
 }
 
-func need(t *testing.T) bench {
+func need(t testing.TB) bench {
 	t.Helper()
 	if shared.skip != "" {
 		t.Skip(shared.skip)

@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -19,8 +18,6 @@ import (
 	"cal/nucleus"
 )
 
-const probeTimeout = 10 * time.Second
-
 // probeScript runs in the guest. Only shell builtins: the answer comes from the
 // kernel that the guest sees, which must be gVisor's.
 const probeScript = `read -r version </proc/version && echo "cal-probe: $version"`
@@ -28,7 +25,7 @@ const probeScript = `read -r version </proc/version && echo "cal-probe: $version
 // Probe implements machine.Driver: a shell of the host's root file system must
 // run under gVisor's kernel and say so.
 func (d *Driver) Probe(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, d.config.Patience)
 	defer cancel()
 	if err := d.probeRunsc(ctx); err != nil {
 		return err
@@ -67,7 +64,7 @@ func (d *Driver) probeRunsc(ctx context.Context) error {
 			Mend:  "chmod 755 it, and see that its file system is not mounted noexec and its directories can be entered", Err: err,
 		}
 	case ctx.Err() != nil:
-		return hang("runsc --version")
+		return d.hang("runsc --version")
 	case err != nil:
 		return &machine.ProbeError{Cause: fmt.Sprintf("%s --version failed: %s", d.config.Runsc, lastLine(string(output))), Mend: mend, Err: err}
 	}
@@ -129,9 +126,9 @@ func (d *Driver) probeGuest(ctx context.Context, place place) (string, error) {
 	return output.String(), err
 }
 
-func hang(what string) error {
+func (d *Driver) hang(what string) error {
 	return &machine.ProbeError{
-		Cause: fmt.Sprintf("%s did not answer within %s", what, probeTimeout),
+		Cause: fmt.Sprintf("%s did not answer within %s", what, d.config.Patience),
 		Mend:  "see whether the host is overloaded, or a security module stops ptrace or seccomp; `cal doctor` tries again",
 	}
 }
@@ -152,7 +149,7 @@ func (d *Driver) diagnose(proc, output string, err error, late bool) error {
 	}
 	switch {
 	case late:
-		return hang("a guest under runsc")
+		return d.hang("a guest under runsc")
 	case read("sys/user/max_user_namespaces") == "0":
 		return &machine.ProbeError{Cause: "user namespaces are switched off (user.max_user_namespaces is 0)",
 			Mend: "sudo sysctl -w user.max_user_namespaces=28633", Err: seen}

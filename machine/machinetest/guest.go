@@ -9,7 +9,7 @@ import (
 )
 
 // TestGuest builds the guest program into dir and returns its path.
-func TestGuest(t *testing.T, dir string) string {
+func TestGuest(t testing.TB, dir string) string {
 	t.Helper()
 	path := filepath.Join(dir, "testguest")
 	build := exec.Command(filepath.Join(runtime.GOROOT(), "bin", "go"), "build", "-o", path, "cal/machine/machinetest/testguest")

@@ -1,0 +1,57 @@
+package e2e
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"cal/internal/testenv"
+)
+
+// ordinary is a user without a name, subordinate ids or rights.
+const ordinary = 54321
+
+// TestOrdinaryUser takes the main path as somebody who is not root.
+func TestOrdinaryUser(t *testing.T) {
+	if !isRoot() {
+		t.Skip("every other test here runs as an ordinary user already")
+	}
+	e := testenv.New(t)
+	e.Credential = &syscall.Credential{Uid: ordinary, Gid: ordinary}
+	bin := filepath.Join(e.Dir, "bin") // the built ones may lie where others cannot walk
+	if out, err := exec.Command("cp", "-r", e.Bin, bin).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	e.Bin = bin
+	if err := os.Chmod(e.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	e.Vars["PATH"] = "/usr/local/bin:/usr/bin:/bin"
+	repo := e.Repo("greeter", greeter())
+	if r := e.Cal("doctor"); r.Code != 0 {
+		t.Skipf("no machine can be started by an ordinary user here\n%v", r)
+	}
+	e.Cal("run", "--", "id").Want(t, 0, "uid=")
+	host := plantHost(t, e, repo)
+	e.Own()
+	run := e.Cal("run", "--repo", repo.Dir, "--", "sh", "-c", "sh test.sh; sed -i s/Helo/Hello/ greet.sh && sh test.sh && git status --short && touch /usr/made; cat /etc/shadow; echo > /home/agent/scratch; ls -l /home/agent")
+	run.Want(t, 0, "FAILED", "PASSED", "M greet.sh", "scratch")
+	if _, err := os.Stat("/usr/made"); err == nil {
+		t.Error("the machine wrote to the host's /usr")
+	}
+	if strings.Contains(run.Stdout, "root:") {
+		t.Errorf("the host's passwords\n%v", run)
+	}
+	search := e.Cal("run", "--repo", repo.Dir, "--", "bash", "-c", "printf 'canary-%s-1' planted > /home/agent/planted\n"+host.search()).Want(t, 0, "search-ended", "canary-planted-1")
+	if where := host.found([]byte(search.Stdout)); len(where) > 0 {
+		t.Errorf("found in the machine: %v", where)
+	}
+	if err := os.Remove(filepath.Join(repo.Dir, "notes.local")); err != nil { // the tree is clean again
+		t.Fatal(err)
+	}
+	e.Cal("repo", "apply", "--repo", repo.Dir).Want(t, 0, "greet.sh")
+	e.Verify()
+}
