@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"strconv"
@@ -240,34 +241,55 @@ func (n *Node) agent(w http.ResponseWriter, r *http.Request, v verified) error {
 	if agent == nil {
 		return nucleus.Errorf(nucleus.KindInvalid, "pod %s was made without an agent", p.record.ID)
 	}
-	session, err := p.wire()
-	if err != nil {
-		return err
-	}
-	kind, header := guest.StreamAttach, any(nil)
-	if !body.Attach {
-		kind, header = guest.StreamAgent, guest.AgentStart{TTY: body.TTY, Rows: body.Rows, Cols: body.Cols}
-		if err := n.recordAgentStart(p, v.caller.KeyID, body); err != nil {
-			return err
-		}
-	}
-	machine, err := session.Open(r.Context(), kind, header)
-	if err != nil {
-		return p.lost(err)
-	}
-	defer machine.Close()
-	if !body.Attach {
-		if err := machine.SendJSON(wire.FrameJSON, guest.AgentProgram{Argv: agent.Argv, Env: agent.Env, Home: agent.Home}); err != nil {
-			return p.lost(err)
-		}
-	}
 	stream, err := wire.Upgrade(w, r)
 	if err != nil {
 		return err
 	}
 	defer stream.Close()
+	// The connection is the stream's from here: errors travel in its result.
+	machine, err := n.openAgent(context.WithoutCancel(r.Context()), p, v.caller.KeyID, body)
+	if err != nil {
+		sendExit(stream, nucleus.AsError(err))
+		return nil
+	}
+	defer machine.Close()
 	n.relayAgent(p, v.caller.KeyID, stream, machine)
 	return nil
+}
+
+func sendExit(stream *wire.Stream, e *nucleus.Error) {
+	stream.SetWriteDeadline(time.Now().Add(10 * time.Second))
+	stream.SendJSON(wire.FrameResult, guest.AgentExit{ExitCode: -1, Error: e})
+}
+
+// openAgent starts the agent in the machine, or joins it.
+func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.AgentRequest) (*wire.Stream, error) {
+	session, err := p.wire()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	if body.Attach {
+		machine, err := session.Open(ctx, guest.StreamAttach, nil)
+		if err != nil {
+			return nil, p.lost(err)
+		}
+		return machine, nil
+	}
+	if err := n.recordAgentStart(p, actor, body); err != nil {
+		return nil, err
+	}
+	machine, err := session.Open(ctx, guest.StreamAgent, guest.AgentStart{TTY: body.TTY, Rows: body.Rows, Cols: body.Cols})
+	if err != nil {
+		return nil, p.lost(err)
+	}
+	agent := p.record.Spec.Agent
+	if err := machine.SendJSON(wire.FrameJSON, guest.AgentProgram{Argv: agent.Argv, Env: agent.Env, Home: agent.Home}); err != nil {
+		machine.Close()
+		return nil, p.lost(err)
+	}
+	return machine, nil
 }
 
 // recordAgentStart logs the start and, as reads, the instruction files handed over.
@@ -306,20 +328,36 @@ func (n *Node) relayAgent(p *Pod, actor string, person, machine *wire.Stream) {
 	for {
 		kind, payload, err := machine.Recv(1 << 20)
 		if err != nil {
+			if _, gone := p.wire(); gone != nil { // not the wire alone: the machine
+				n.recordAgentEnd(p, actor, guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(gone)})
+				sendExit(person, nucleus.AsError(gone))
+			}
 			return
 		}
 		if kind == wire.FrameResult {
 			var exit guest.AgentExit
-			if json.Unmarshal(payload, &exit) == nil {
-				n.log.Append(nucleus.Entry{
-					Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionEnd,
-					Exposure: p.root.legs().Names(), Data: data(exit),
-				})
+			if json.Unmarshal(payload, &exit) == nil && !tookOver(exit) {
+				n.recordAgentEnd(p, actor, exit)
 			}
 		}
 		if person.Send(kind, payload) != nil || kind == wire.FrameResult {
 			return
 		}
+	}
+}
+
+// tookOver reports whether the stream ended because another terminal joined the agent,
+// which goes on.
+func tookOver(exit guest.AgentExit) bool {
+	return exit.Error != nil && exit.Error.Kind == nucleus.KindConflict
+}
+
+func (n *Node) recordAgentEnd(p *Pod, actor string, exit guest.AgentExit) {
+	if _, err := n.log.Append(nucleus.Entry{
+		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionEnd,
+		Exposure: p.root.legs().Names(), Data: data(exit),
+	}); err != nil {
+		slog.Error("the end of a session could not be recorded", "pod", p.record.ID, "error", err)
 	}
 }
 

@@ -88,7 +88,7 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 	for _, other := range n.pods {
 		if other.record.Workspace == p.record.Workspace && other.live() {
 			n.mu.Unlock()
-			return nil, nucleus.Errorf(nucleus.KindConflict, "workspace %q is in use by pod %s since %s; wait for it, or end it with: cal node pods --delete %s",
+			return nil, nucleus.Errorf(nucleus.KindConflict, "workspace %q is in use by pod %s since %s; wait for it, or end it with: cal vm stop %s",
 				spec.Workspace, other.record.ID, other.record.Created, other.record.ID)
 		}
 	}
@@ -108,6 +108,9 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	}
 	if spec.Workspace != "" && !workspaceName.MatchString(spec.Workspace) {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "workspace name %q: want 1 to 64 letters, digits, '.', '_' or '-'", spec.Workspace)
+	}
+	if err := checkResources(spec.Resources); err != nil {
+		return nil, err
 	}
 	declared, err := resolvePolicy(spec.Policy)
 	if err != nil {
@@ -133,6 +136,19 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 		return nil, err
 	}
 	return p, p.setPolicy(effective)
+}
+
+// checkResources holds limits to what a machine can have; 0 leaves the default.
+func checkResources(r nucleus.Resources) error {
+	for _, limit := range []struct {
+		name             string
+		value, low, high int
+	}{{"cpu", r.CPU, 1, 32}, {"memory_mb", r.MemoryMB, 256, 65536}, {"pids", r.Pids, 16, 1 << 20}} {
+		if limit.value != 0 && (limit.value < limit.low || limit.value > limit.high) {
+			return nucleus.Errorf(nucleus.KindInvalid, "resources.%s is %d, want %d to %d", limit.name, limit.value, limit.low, limit.high)
+		}
+	}
+	return nil
 }
 
 func (p *Pod) setPolicy(effective *policy.Policy) error {

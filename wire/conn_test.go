@@ -151,9 +151,9 @@ func TestStreamIsAConn(t *testing.T) {
 
 // stuck returns a session whose other end reads nothing, with one stream on it
 // that has filled the connection.
-func stuck(t *testing.T) (*Session, *Stream) {
+func stuck(t *testing.T) (*Session, *Stream, net.Conn) {
 	t.Helper()
-	a, _ := socketPair(t)
+	a, raw := socketPair(t)
 	session, err := Host(a)
 	if err != nil {
 		t.Fatal(err)
@@ -168,7 +168,7 @@ func stuck(t *testing.T) (*Session, *Stream) {
 	for range 8 {
 		filler, err := session.Open(timeout(t, 200*time.Millisecond), "filler", nil)
 		if errors.Is(err, context.DeadlineExceeded) {
-			return session, stream
+			return session, stream, raw
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -178,7 +178,7 @@ func stuck(t *testing.T) (*Session, *Stream) {
 		filler.Write(make([]byte, 4*streamWindow))
 	}
 	t.Fatal("the connection does not fill")
-	return nil, nil
+	return nil, nil, nil
 }
 
 func timeout(t testing.TB, d time.Duration) context.Context {
@@ -187,8 +187,43 @@ func timeout(t testing.TB, d time.Duration) context.Context {
 	return ctx
 }
 
+func closeEndsAReadThatWaits(t *testing.T, stream *Stream) {
+	t.Helper()
+	waiting := make(chan error, 1)
+	go func() {
+		_, err := stream.Read(make([]byte, 1))
+		waiting <- err
+	}()
+	eventually(t, "the read holds its lock", func() bool {
+		inner := stream.Conn.(*conn)
+		if inner.read.TryLock() {
+			inner.read.Unlock()
+			return false
+		}
+		return true
+	})
+	within(t, "Close", patience, func() { stream.Close() })
+	select {
+	case err := <-waiting:
+		if !errors.Is(err, net.ErrClosed) {
+			t.Errorf("a read that waited while the stream was closed: %v", err)
+		}
+	case <-time.After(patience):
+		t.Error("Close leaves a read waiting")
+	}
+}
+
+func TestCloseEndsAReadThatWaits(t *testing.T) {
+	host, guest := sessions(t)
+	for range 10 {
+		a, b := streams(t, host, guest)
+		closeEndsAReadThatWaits(t, a)
+		closeEndsAReadThatWaits(t, b)
+	}
+}
+
 func TestDeadlinesHoldWhileTheConnectionIsStuck(t *testing.T) {
-	session, stream := stuck(t)
+	session, stream, raw := stuck(t)
 
 	stream.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
 	within(t, "a write with a deadline", patience, func() {
@@ -210,20 +245,24 @@ func TestDeadlinesHoldWhileTheConnectionIsStuck(t *testing.T) {
 	})
 	stream.SetReadDeadline(time.Time{})
 
-	waiting := make(chan error, 1)
+	// The other end can still say that it takes no more.
+	writing := make(chan error, 1)
 	go func() {
-		_, err := stream.Read(make([]byte, 1))
-		waiting <- err
+		_, err := stream.Write([]byte("x"))
+		writing <- err
 	}()
-	within(t, "Close", patience, func() { stream.Close() })
+	if _, err := raw.Write(controlFrame(1, muxStop)); err != nil {
+		t.Fatal(err)
+	}
 	select {
-	case err := <-waiting:
-		if !errors.Is(err, net.ErrClosed) {
-			t.Errorf("a read that waited while the stream was closed: %v", err)
+	case err := <-writing:
+		if !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("a write that waited while the other end closed: %v", err)
 		}
 	case <-time.After(patience):
-		t.Error("Close leaves a read waiting")
+		t.Error("a write waits for an end that takes no more")
 	}
+	closeEndsAReadThatWaits(t, stream)
 
 	// A caller who tries again and again gathers no goroutines without end.
 	canceled, cancel := context.WithCancel(t.Context())

@@ -99,6 +99,34 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 	return h.awaitNode(ctx)
 }
 
+// DeleteWorkspace removes a workspace and everything in it. One that a machine uses is
+// refused.
+func (h Home) DeleteWorkspace(ctx context.Context, name string) error {
+	dir := h.Workspace(name)
+	if name == "" || name != filepath.Base(name) || strings.HasPrefix(name, ".") {
+		return fmt.Errorf("%q is no name of a workspace", name)
+	}
+	if _, err := os.Stat(dir); err != nil {
+		return fmt.Errorf("no workspace %q (cal repo status)", name)
+	}
+	c, err := h.runningNode(ctx)
+	if err != nil && !errors.Is(err, ErrNoNode) {
+		return err
+	}
+	if err == nil {
+		pods, err := c.Pods(ctx)
+		if err != nil {
+			return err
+		}
+		for _, p := range pods {
+			if p.Workspace == name && p.State != "failed" && p.State != "stopped" {
+				return fmt.Errorf("workspace %q is in use by pod %s (cal vm stop %s)", name, p.ID, p.ID)
+			}
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
 // ErrNoNode says that no node runs.
 var ErrNoNode = errors.New("no node runs (cal node start)")
 

@@ -28,7 +28,7 @@ type RunOptions struct {
 	Driver, Require     string
 	EnvFile, Root       string
 	Trust, NoTTY        bool
-	CPU, MemoryMB       int
+	CPU, MemoryMB, Pids int
 	AllowWatched        []string
 	Command             []string
 }
@@ -56,7 +56,7 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 		p.Spec.Mode = nucleus.Mode(o.Mode)
 	}
 	p.Spec.Driver, p.Spec.Require = o.Driver, nucleus.Tier(o.Require)
-	p.Spec.Resources = nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB}
+	p.Spec.Resources = nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB, Pids: o.Pids}
 	p.Spec.Watched = o.AllowWatched
 	var err error
 	if p.Spec.Policy, err = h.policyOf(o.Policy); err != nil {
@@ -94,6 +94,15 @@ func (h Home) policyOf(name string) (json.RawMessage, error) {
 	if _, err := policy.Profile(name); err == nil {
 		return json.Marshal(name)
 	}
+	loaded, err := h.LoadPolicy(name)
+	if err != nil {
+		return nil, err
+	}
+	return loaded.Canonical()
+}
+
+// LoadPolicy reads a policy file: a path, or a name below the person's policies.
+func (h Home) LoadPolicy(name string) (*policy.Policy, error) {
 	path := name
 	if !strings.ContainsAny(name, "/.") {
 		path = filepath.Join(h.Dir, "policies", name+".yaml")
@@ -105,11 +114,7 @@ func (h Home) policyOf(name string) (json.RawMessage, error) {
 	if err != nil {
 		return nil, err
 	}
-	loaded, err := policy.Load(path, raw)
-	if err != nil {
-		return nil, err
-	}
-	return loaded.Canonical()
+	return policy.Load(path, raw)
 }
 
 func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[string]string) error {
@@ -172,12 +177,9 @@ func (h Home) planRepo(ctx context.Context, p *Plan, o RunOptions) error {
 			return err
 		}
 	}
-	branch := o.Branch
-	if branch == "" {
-		branch = "agent/work"
-		if o.Agent != "" {
-			branch = "agent/" + o.Agent
-		}
+	branch, err := h.branch(p, o, origin, base)
+	if err != nil {
+		return err
 	}
 	repo := nucleus.Repo{Name: RepoName(origin.Dir), Path: origin.Dir, Branch: branch, Base: base}
 	if o.Trust {
@@ -187,6 +189,33 @@ func (h Home) planRepo(ctx context.Context, p *Plan, o RunOptions) error {
 	p.Dir = repo.Name
 	p.Spec.Identity = identity(ctx, origin)
 	return p.instructions(ctx, origin, base, repo.Name)
+}
+
+// branch is the agent's: the one that the workspace has already, or a new one.
+func (h Home) branch(p *Plan, o RunOptions, origin git.Repo, base string) (string, error) {
+	works, err := h.Works()
+	if err != nil {
+		return "", err
+	}
+	for _, w := range works {
+		if w.Workspace != p.Spec.Workspace || w.Path != origin.Dir {
+			continue
+		}
+		if o.Branch != "" && o.Branch != w.Branch {
+			return "", fmt.Errorf("workspace %s works on branch %s, not %s (name another --workspace)", w.Workspace, w.Branch, o.Branch)
+		}
+		if w.Base != base {
+			p.Notes = append(p.Notes, fmt.Sprintf("workspace %s goes on from %.12s; HEAD is at %.12s now (cal vm delete %s starts anew)", w.Workspace, w.Base, base, w.Workspace))
+		}
+		return w.Branch, nil
+	}
+	switch {
+	case o.Branch != "":
+		return o.Branch, nil
+	case o.Agent != "":
+		return "agent/" + o.Agent, nil
+	}
+	return "agent/work", nil
 }
 
 // identity is the person's name and address as git knows them: only these two.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -63,14 +62,11 @@ func loadPolicy(name string) (*policy.Policy, error) {
 	if p, err := policy.Profile(name); err == nil {
 		return p, nil
 	}
-	raw, err := os.ReadFile(name)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("%q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
-	}
+	home, err := workspace.OpenHome()
 	if err != nil {
 		return nil, err
 	}
-	return policy.Load(name, raw)
+	return home.LoadPolicy(name)
 }
 
 func agentCommand() *cobra.Command {

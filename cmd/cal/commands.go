@@ -144,7 +144,22 @@ func vmCommand() *cobra.Command {
 			return withNode(cmd, func(ctx context.Context, node *client.Client) error { return node.ResumePod(ctx, given[0]) })
 		},
 	}
-	cmd.AddCommand(list, stop, resume)
+	var sure bool
+	remove := &cobra.Command{
+		Use: "delete WORKSPACE", Short: "Delete a workspace and all work in it that was not fetched", Example: "  cal vm delete my-app --yes", Args: args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			if !sure {
+				return usageError{fmt.Errorf("work in %s that was not fetched would be lost (--yes deletes it)", given[0])}
+			}
+			home, err := workspace.OpenHome()
+			if err != nil {
+				return err
+			}
+			return home.DeleteWorkspace(cmd.Context(), given[0])
+		},
+	}
+	remove.Flags().BoolVarP(&sure, "yes", "y", false, "delete it")
+	cmd.AddCommand(list, stop, resume, remove)
 	return cmd
 }
 

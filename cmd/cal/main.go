@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -21,6 +22,7 @@ const (
 	exitUsage       = 2
 	exitDenied      = 3
 	exitApproval    = 4
+	exitNoCommand   = 127 // as a shell has it
 	exitInterrupted = 130
 )
 
@@ -69,7 +71,7 @@ func report(ctx context.Context, err error) int {
 	}
 	fmt.Fprintln(os.Stderr, "cal:", err)
 	switch {
-	case errors.As(err, &usage):
+	case errors.As(err, &usage) || strings.HasPrefix(err.Error(), "unknown command"):
 		return exitUsage
 	case errors.As(err, &missing):
 		fmt.Fprintln(os.Stderr, "hint:", missing.Hint)

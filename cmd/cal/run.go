@@ -59,6 +59,7 @@ func runCommand() *cobra.Command {
 	f.BoolVar(&o.NoTTY, "no-tty", false, "no terminal, even where there is one")
 	f.IntVar(&o.CPU, "cpu", 0, "limit in cores")
 	f.IntVar(&o.MemoryMB, "memory", 0, "limit in MiB")
+	f.IntVar(&o.Pids, "pids", 0, "limit in processes")
 	f.StringSliceVar(&o.AllowWatched, "allow-watched", nil, "resources whose limit may be watched where it cannot be enforced")
 	f.BoolVarP(&yes, "yes", "y", false, "answer the launch confirmation (never an approval)")
 	return cmd
@@ -315,6 +316,10 @@ func result(payload []byte) (int, error) {
 	}
 	if err := json.Unmarshal(payload, &r); err != nil {
 		return 0, err
+	}
+	if r.Error != nil && r.Error.Operation == nucleus.RunBash && r.Error.Kind == nucleus.KindNotFound {
+		fmt.Fprintln(os.Stderr, "cal:", r.Error)
+		return exitNoCommand, nil
 	}
 	if r.Error != nil {
 		return 0, r.Error

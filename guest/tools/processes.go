@@ -58,7 +58,7 @@ func newChildren(limit int) *children {
 	if k.init {
 		k.work.Go(k.reap)
 	}
-	if limit > 0 {
+	if limit > 0 && k.init {
 		k.work.Go(k.watch)
 	}
 	return k
@@ -433,7 +433,8 @@ func (p process) kill() {
 }
 
 // watch ends a call that has more than limit processes. It is the only limit
-// where the kernel does not keep RLIMIT_NPROC.
+// where the kernel does not keep RLIMIT_NPROC. It runs as process 1 only: there all
+// processes are this program's.
 //
 // A fork bomb leaves so little time to everybody else that the process table
 // cannot be read to its end any more. So the fullest call is noted while that is

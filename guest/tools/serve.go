@@ -39,7 +39,7 @@ type Config struct {
 	OutputCap      int           // bytes kept of each stream of a command; 0: DefaultOutputCap
 	DefaultTimeout time.Duration // of a command that names none; 0: DefaultTimeout
 	MaxTimeout     time.Duration // 0: MaxTimeout
-	MaxProcesses   int           // of one command; 0: not limited here
+	MaxProcesses   int           // of one command, which is ended above it; 0: not limited here
 }
 
 func (c Config) withDefaults() Config {
