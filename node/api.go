@@ -120,6 +120,7 @@ func (n *Node) createPod(w http.ResponseWriter, r *http.Request, v verified) err
 	if err != nil {
 		return err
 	}
+	w.Header().Set("Server-Timing", p.laps.String())
 	writeJSON(w, http.StatusCreated, p.status())
 	return nil
 }

@@ -45,6 +45,7 @@ type Pod struct {
 	seq     atomic.Uint64
 	asks    askBook
 	route   *egress.Route // to the agent's model; nil: none
+	laps    laps          // of its start
 
 	// The keys that can approve for this pod, as they were at its boot: the machine
 	// knows these, and an authority that shows others later changes nothing.
@@ -80,10 +81,14 @@ var workspaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
 // CreatePod starts a machine for spec and returns when it serves.
 func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec) (*Pod, error) {
+	var l laps
+	l.begin()
 	p, err := n.plan(ctx, spec)
 	if err != nil {
 		return nil, err
 	}
+	l.lap("plan")
+	p.laps = l
 	n.mu.Lock()
 	for _, other := range n.pods {
 		if other.record.Workspace == p.record.Workspace && other.live() {
@@ -230,12 +235,15 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	if err != nil {
 		return err
 	}
+	p.laps.lap("log")
 	made, err := driver.Create(ctx, p.machineSpec(n))
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v", p.record.ID, err)
 	}
 	p.machine = made
+	p.laps.lap("machine")
 	reply, err := p.boot(ctx)
+	p.laps.lap("boot")
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v%s", p.record.ID, err, consoleHint(p.machine))
 	}
@@ -257,6 +265,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	if err := n.importRepos(ctx, p, actor); err != nil {
 		return err
 	}
+	p.laps.lap("repos")
 	n.registerRequesters(ctx, p)
 	p.setState(stateRunning, "")
 	return nil

@@ -216,7 +216,8 @@ func closeEndsAReadThatWaits(t *testing.T, stream *Stream) {
 func TestCloseEndsAReadThatWaits(t *testing.T) {
 	host, guest := sessions(t)
 	for range 10 {
-		a, b := streams(t, host, guest)
+		a, _ := streams(t, host, guest)
+		_, b := streams(t, host, guest)
 		closeEndsAReadThatWaits(t, a)
 		closeEndsAReadThatWaits(t, b)
 	}
@@ -246,6 +247,7 @@ func TestDeadlinesHoldWhileTheConnectionIsStuck(t *testing.T) {
 	stream.SetReadDeadline(time.Time{})
 
 	// The other end can still say that it takes no more.
+	stream.SetWriteDeadline(time.Time{})
 	writing := make(chan error, 1)
 	go func() {
 		_, err := stream.Write([]byte("x"))

@@ -234,7 +234,11 @@ func (k *children) sweep(c *child) {
 	deadline := time.Now().Add(sweepDeadline)
 	// The group first, which needs no look at the process table: what forks faster
 	// than a table is read is ended only so. Its number is not given away while it has members.
-	for unix.Kill(-c.pid, unix.SIGKILL) == nil && time.Now().Before(deadline) {
+	// Zombies are members too, so it is not tried for ever.
+	for range 50 {
+		if unix.Kill(-c.pid, unix.SIGKILL) != nil {
+			break
+		}
 		wait(time.Millisecond)
 	}
 	looks := map[process]int{}

@@ -66,12 +66,7 @@ func (s *stage) hammer(ctx context.Context, pod string, clients, n int) (times [
 		mu.Lock()
 		defer mu.Unlock()
 		times = append(times, took)
-		for _, part := range strings.Split(timing, ", ") {
-			var value float64
-			name, rest, _ := strings.Cut(part, ";dur=")
-			fmt.Sscan(rest, &value)
-			parts[name] = append(parts[name], value)
-		}
+		addParts(parts, timing)
 		return err
 	}
 	for range 50 { // to warm up

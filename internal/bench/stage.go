@@ -8,9 +8,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"cal/internal/keyfile"
 	"cal/node/client"
+	"cal/nucleus"
 )
 
 // stage is a CAL_HOME of its own with a running node, and the peers that are found.
@@ -69,7 +71,40 @@ func startTimes(ctx context.Context, s *stage, rounds int) ([]string, error) {
 	for i, c := range contenders {
 		names[i] = c.name
 	}
-	return table("Start to exit of `true`, node running", names, medians), nil
+	parts, err := s.startParts(ctx, rounds)
+	return append(table("Start to exit of `true`, node running", names, medians), "", parts), err
+}
+
+// startParts says where the start of a machine spends its time, in the node.
+func (s *stage) startParts(ctx context.Context, rounds int) (string, error) {
+	parts := map[string][]float64{}
+	for range rounds {
+		pod, timing, err := s.node.TimedPod(ctx, nucleus.PodSpec{Mode: nucleus.Mediated, Policy: []byte(`"default"`), Image: nucleus.Image{Kind: "host"}})
+		if err != nil {
+			return "", err
+		}
+		addParts(parts, timing)
+		started := time.Now()
+		if err := s.node.DeletePod(ctx, pod.ID); err != nil {
+			return "", err
+		}
+		parts["delete"] = append(parts["delete"], float64(time.Since(started).Microseconds())/1000)
+	}
+	text := "Parts at the node (p50, ms):"
+	for _, name := range []string{"plan", "log", "machine", "boot", "repos", "delete"} {
+		text += fmt.Sprintf(" %s %.1f,", name, median(parts[name]))
+	}
+	return strings.TrimSuffix(text, ",") + ".", nil
+}
+
+// addParts reads a Server-Timing header.
+func addParts(parts map[string][]float64, timing string) {
+	for _, part := range strings.Split(timing, ", ") {
+		var value float64
+		name, rest, _ := strings.Cut(part, ";dur=")
+		fmt.Sscan(rest, &value)
+		parts[name] = append(parts[name], value)
+	}
 }
 
 // rawRunsc is runsc by itself with a bundle of the same kind: the host's programs

@@ -227,7 +227,7 @@ func someProcessors(n int) (set unix.CPUSet, err error) {
 			list = append(list, cpu)
 		}
 	}
-	rand.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+	rand.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] }) //nolint:gosec // spreads load, hides nothing
 	for _, cpu := range list[:min(n, len(list))] {
 		set.Set(cpu)
 	}

@@ -102,7 +102,7 @@ func shorten(name string) {
 		return
 	}
 	defer file.Close()
-	io.WriteString(file, end) // lost on a full disk; the console is a help, not a record
+	_, _ = io.WriteString(file, end) // lost on a full disk; the console is a help, not a record
 }
 
 func lastLine(text string) string {

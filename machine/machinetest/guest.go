@@ -4,7 +4,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"testing"
 )
 
@@ -12,10 +11,7 @@ import (
 func TestGuest(t testing.TB, dir string) string {
 	t.Helper()
 	path := filepath.Join(dir, "testguest")
-	build := exec.Command(filepath.Join(runtime.GOROOT(), "bin", "go"), "build", "-o", path, "cal/machine/machinetest/testguest")
-	if runtime.GOROOT() == "" {
-		build.Path, _ = exec.LookPath("go")
-	}
+	build := exec.Command("go", "build", "-o", path, "cal/machine/machinetest/testguest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 	if output, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("building the test guest: %v\n%s", err, output)

@@ -1,0 +1,665 @@
+package node
+
+import (
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"cal/guest"
+	"cal/guest/tools"
+	"cal/nucleus"
+	"cal/wire"
+)
+
+// pushes is a policy under which a push needs nobody: without a way in there are not
+// three legs.
+var pushes = policyOf("read_files write_files git_push create_pr")
+
+func pushTo(branch string) map[string]string { return map[string]string{"branch": branch} }
+
+// What the machine committed reaches the remote of the host's record, and no other:
+// what the machine calls origin is its own affair.
+func TestPush(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("w", pushes), nil)
+	m := h.inside(p)
+	elsewhere := filepath.Join(t.TempDir(), "elsewhere.git")
+	person.git(person.Dir, "init", "--quiet", "--bare", elsewhere)
+	for _, args := range [][]string{
+		{"remote", "add", "origin", elsewhere}, {"config", "remote.origin.pushurl", elsewhere}, {"config", "url." + elsewhere + ".insteadOf", person.Remote},
+	} {
+		if _, err := m.git("app", args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := m.commit("new.txt", "by the agent\n")
+	main := person.at("main")
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
+	if got := person.at("agent/work"); got != want {
+		t.Errorf("the remote has %q, want %s", got, want)
+	}
+	if person.at("main") != main {
+		t.Error("main moved")
+	}
+	if out := person.git(elsewhere, "for-each-ref"); out != "" {
+		t.Errorf("elsewhere has %s", out)
+	}
+	if out := person.git(person.Dir, "for-each-ref", "refs/heads"); strings.Contains(out, "agent/work") {
+		t.Errorf("the person's own repository has %s", out)
+	}
+	// And a second one, of what came after.
+	want = m.commit("more.txt", "more\n")
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
+	if got := person.at("agent/work"); got != want {
+		t.Errorf("the remote has %q, want %s", got, want)
+	}
+	intents := h.entries(nucleus.KindIntent, nucleus.GitPush)
+	if len(intents) != 2 || !strings.Contains(string(intents[1].Args), want) || !strings.Contains(string(intents[1].Args), person.Remote) {
+		t.Errorf("intents %+v", intents)
+	}
+}
+
+// The first push of a repository whose remote was never fetched.
+func TestFirstPush(t *testing.T) {
+	unmended(t, "the record's heads are nil when none was known: the node panics after the push")
+	h := newHost(t)
+	person := newPersonRepo(t)
+	person.git(person.Dir, "update-ref", "-d", "refs/remotes/origin/main")
+	p := h.pod(person.spec("", pushes), nil)
+	want := h.inside(p).commit("new.txt", "x\n")
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
+	if got := person.at("agent/work"); got != want {
+		t.Errorf("the remote has %q, want %s", got, want)
+	}
+}
+
+// No name of a branch is anything but a branch.
+func TestBranchNames(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("", pushes), nil)
+	h.inside(p).commit("new.txt", "x\n")
+	before := person.git(person.Remote, "for-each-ref")
+	for _, name := range []string{
+		"", "HEAD:main", "main:refs/heads/other", "..", "a..b", "refs/heads/../..", "../main", "/main", "main/", "a//b", "a b", "a\nb", "a\x00b", "a~1", "a^", "a?", "a*", "a[b", "a\\b",
+		"@{-1}", "x.lock", ".x", "a/.b", "a@{b", "+main", "--all", "-x", "--delete", strings.Repeat("a", 5000),
+	} {
+		a := h.tool(p, nucleus.GitPush, pushTo(name))
+		if a.Error == nil {
+			t.Errorf("branch %q: %v", name, a)
+		}
+	}
+	for _, repo := range []string{"other", "../app", "app/../app", "/", "app.git"} {
+		a := h.tool(p, nucleus.GitPush, map[string]string{"branch": "agent/work", "repo": repo})
+		if a.Error == nil || a.Error.Kind != nucleus.KindNotFound && a.Error.Kind != nucleus.KindInvalid {
+			t.Errorf("repo %q: %v", repo, a)
+		}
+	}
+	if after := person.git(person.Remote, "for-each-ref"); after != before {
+		t.Errorf("the remote moved:\n%s\n%s", before, after)
+	}
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
+}
+
+// Whatever a machine sends for a branch: it is that branch, whole and sound, or it is
+// refused.
+func TestHostileBundle(t *testing.T) {
+	t.Parallel()
+	answer := func(stream *wire.Stream, r tools.BundleResult) {
+		value, _ := json.Marshal(r)
+		stream.SendJSON(wire.FrameResult, tools.Result{Value: value})
+	}
+	const ref = "refs/heads/agent/work"
+	// build makes a bundle in the machine by its own git.
+	build := func(m *inside, args ...string) []byte {
+		file := m.dir("app") + ".hostile"
+		defer os.Remove(file)
+		if _, err := m.git("app", append([]string{"bundle", "create", "--quiet", file}, args...)...); err != nil {
+			m.host.t.Error(err)
+		}
+		data, err := os.ReadFile(file)
+		if err != nil {
+			m.host.t.Error(err)
+		}
+		return data
+	}
+	for name, send := range map[string]func(m *inside, stream *wire.Stream){
+		"nothing":               func(*inside, *wire.Stream) {},
+		"no result":             func(_ *inside, s *wire.Stream) { sendBundle(s, []byte("x")) },
+		"garbage":               func(_ *inside, s *wire.Stream) { sendBundle(s, []byte("garbage")); answer(s, tools.BundleResult{}) },
+		"empty":                 func(_ *inside, s *wire.Stream) { answer(s, tools.BundleResult{}) },
+		"another frame":         func(_ *inside, s *wire.Stream) { s.Send(wire.FrameStdout, []byte("x")) },
+		"a result that is none": func(_ *inside, s *wire.Stream) { s.Send(wire.FrameResult, []byte("{")) },
+		"half a bundle": func(m *inside, s *wire.Stream) {
+			data := build(m, ref)
+			sendBundle(s, data[:len(data)/2])
+			answer(s, tools.BundleResult{Ref: ref})
+		},
+		"a changed byte": func(m *inside, s *wire.Stream) {
+			data := build(m, ref)
+			data[len(data)-30] ^= 1
+			sendBundle(s, data)
+			answer(s, tools.BundleResult{Ref: ref})
+		},
+		"another branch": func(m *inside, s *wire.Stream) {
+			m.git("app", "branch", "-f", "other")
+			sendBundle(s, build(m, "refs/heads/other"))
+			answer(s, tools.BundleResult{Ref: ref})
+		},
+		"missing what it builds on": func(m *inside, s *wire.Stream) {
+			sendBundle(s, build(m, ref, "^refs/heads/agent/work~1"))
+			answer(s, tools.BundleResult{Ref: ref})
+		},
+		"an object that fsck refuses": func(m *inside, s *wire.Stream) {
+			bad := "tree " + gitMust(m, "rev-parse", "HEAD^{tree}") + "\nauthor A <a@b> 1 +0000\ncommitter nobody\n\nbad\n"
+			file := m.dir("app") + ".object"
+			defer os.Remove(file)
+			os.WriteFile(file, []byte(bad), 0o644)
+			id := gitMust(m, "hash-object", "-t", "commit", "-w", "--literally", file)
+			gitMust(m, "update-ref", ref, id)
+			sendBundle(s, build(m, ref))
+			answer(s, tools.BundleResult{Ref: ref, Commit: id})
+		},
+		"a .git in a tree": func(m *inside, s *wire.Stream) {
+			blob := gitMust(m, "hash-object", "-w", "new.txt")
+			file := m.dir("app") + ".tree"
+			defer os.Remove(file)
+			raw := []byte("100644 .git\x00")
+			for i := 0; i < 40; i += 2 {
+				raw = append(raw, unhex(blob[i])<<4|unhex(blob[i+1]))
+			}
+			os.WriteFile(file, raw, 0o644)
+			tree := gitMust(m, "hash-object", "-t", "tree", "-w", "--literally", file)
+			id := gitMust(m, "commit-tree", "-m", "bad", "-p", "HEAD", tree)
+			gitMust(m, "update-ref", ref, id)
+			sendBundle(s, build(m, ref))
+			answer(s, tools.BundleResult{Ref: ref, Commit: id})
+		},
+		"a tag": func(m *inside, s *wire.Stream) {
+			tree := gitMust(m, "rev-parse", "HEAD^{tree}")
+			gitMust(m, "tag", "-f", "thing", tree)
+			sendBundle(s, build(m, "refs/tags/thing"))
+			answer(s, tools.BundleResult{Ref: ref, Commit: tree})
+		},
+		"a link to a commit that nobody has": func(_ *inside, s *wire.Stream) {
+			answer(s, tools.BundleResult{Ref: ref, Empty: true, Commit: strings.Repeat("1", 40)})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if name == "an object that fsck refuses" || name == "a .git in a tree" {
+				unmended(t, "git fetch of a bundle checks no object (before git 2.46): transfer.fsckObjects does not reach it")
+			}
+			h := newHost(t)
+			person := newPersonRepo(t)
+			p := h.pod(person.spec("", pushes), nil)
+			m := h.inside(p)
+			m.commit("new.txt", "x\n")
+			m.commit("more.txt", "x\n")
+			h.mu.Lock()
+			h.repo = func(m *inside, stream *wire.Stream, call guest.RepoCall) bool {
+				send(m, stream)
+				return true
+			}
+			h.mu.Unlock()
+			a := h.tool(p, nucleus.GitPush, pushTo("agent/work"))
+			if a.Error == nil {
+				t.Errorf("pushed: %v", a)
+			}
+			if got := person.at("agent/work"); got != "" {
+				t.Errorf("the remote has %s", got)
+			}
+			if left, _ := filepath.Glob(filepath.Join(p.dir, "bundle-*")); len(left) > 0 {
+				t.Errorf("left: %v", left)
+			}
+		})
+	}
+}
+
+func gitMust(m *inside, args ...string) string {
+	out, err := m.git("app", args...)
+	if err != nil {
+		m.host.t.Error(err)
+	}
+	return out
+}
+
+func unhex(c byte) byte {
+	if c >= 'a' {
+		return c - 'a' + 10
+	}
+	return c - '0'
+}
+
+// A machine names a commit by more than its id: by that it could reach what the
+// person has and never handed over.
+func TestEmptyBundleNamesAnything(t *testing.T) {
+	unmended(t, "the commit of an empty bundle is resolved as any revision, abbreviations and the person's own objects included")
+	h := newHost(t)
+	person := newPersonRepo(t)
+	person.git(person.Dir, "checkout", "--quiet", "-b", "private")
+	secret := person.commit("secret.txt", "not for anybody\n")
+	person.git(person.Dir, "checkout", "--quiet", "main")
+	p := h.pod(person.spec("", pushes), nil)
+	for _, name := range []string{secret[:7], "HEAD", "refs/heads/agent/work", secret, "@{0}"} {
+		h.mu.Lock()
+		h.repo = func(_ *inside, stream *wire.Stream, _ guest.RepoCall) bool {
+			value, _ := json.Marshal(tools.BundleResult{Ref: "refs/heads/agent/work", Empty: true, Commit: name})
+			stream.SendJSON(wire.FrameResult, tools.Result{Value: value})
+			return true
+		}
+		h.mu.Unlock()
+		if a := h.tool(p, nucleus.GitPush, pushTo("agent/work")); a.Error == nil {
+			t.Errorf("%q: %v", name, a)
+		}
+		if got := person.at("agent/work"); got != "" {
+			t.Fatalf("%q: the remote has %s: %s", name, got, person.git(person.Remote, "log", "-1", "--format=%s", got))
+		}
+	}
+}
+
+// The remote moved since: the push is refused, not forced over it.
+func TestRemoteMoved(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("", pushes), nil)
+	m := h.inside(p)
+	m.commit("new.txt", "x\n")
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
+	person.git(person.Dir, "checkout", "--quiet", "-b", "theirs")
+	theirs := person.commit("theirs.txt", "somebody else's\n")
+	person.git(person.Dir, "push", "--quiet", "--force", "origin", "theirs:agent/work")
+	m.commit("more.txt", "x\n")
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, nucleus.KindFailed)
+	if got := person.at("agent/work"); got != theirs {
+		t.Errorf("the remote has %s, want %s", got, theirs)
+	}
+	// A branch that came into being since is not overwritten either.
+	person.git(person.Dir, "push", "--quiet", "origin", "theirs:new")
+	gitMust(m, "branch", "new")
+	h.tool(p, nucleus.GitPush, pushTo("new")).want(t, nucleus.KindFailed)
+	if got := person.at("new"); got != theirs {
+		t.Errorf("the remote has %s, want %s", got, theirs)
+	}
+	for _, e := range h.entries(nucleus.KindOutcome, nucleus.GitPush)[1:] {
+		if e.Status != nucleus.OutcomeFailed || e.Outcome == nil {
+			t.Errorf("outcome %+v", e)
+		}
+	}
+}
+
+// Nothing that the machine, or the person's repository, configures runs on the host.
+func TestNothingRunsOnTheHost(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	person := newPersonRepo(t)
+	dir := t.TempDir()
+	mark := filepath.Join(dir, "ran")
+	script := filepath.Join(dir, "script")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\necho \"$0 $*\" >>"+mark+"\ncat\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	settings := map[string]string{
+		"core.fsmonitor": script, "core.sshCommand": script, "core.pager": script, "core.editor": script, "diff.external": script, "uploadpack.packObjectsHook": script,
+		"filter.x.clean": script, "filter.x.smudge": script, "filter.x.process": script, "filter.x.required": "true",
+		"diff.x.textconv": script, "diff.x.command": script, "merge.x.driver": script, "credential.helper": "!" + script, "gpg.program": script,
+	}
+	spoil := func(git func(args ...string), root string) {
+		for key, value := range settings {
+			git("config", key, value)
+		}
+		hooks := filepath.Join(root, ".git", "hooks")
+		os.MkdirAll(hooks, 0o755)
+		for _, hook := range []string{"pre-push", "post-checkout", "reference-transaction", "post-update", "pre-receive", "update", "post-index-change", "fsmonitor-watchman"} {
+			if err := os.WriteFile(filepath.Join(hooks, hook), []byte("#!/bin/sh\necho hook >>"+mark+"\n"), 0o755); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	person.commit(".gitattributes", "* filter=x diff=x merge=x\n")
+	person.git(person.Dir, "push", "--quiet", "origin", "main")
+	spoil(func(args ...string) { person.git(person.Dir, args...) }, person.Dir)
+	p := h.pod(person.spec("w", pushes), nil)
+	m := h.inside(p)
+	m.commit("new.txt", "x\n")
+	m.commit(".gitmodules", "[submodule \"x\"]\n\tpath = x\n\turl = ext::"+script+"\n")
+	// The machine's own settings are made last: here they run on the same host.
+	head := gitMust(m, "rev-parse", "HEAD")
+	os.Remove(mark)
+	h.mu.Lock()
+	bundle := filepath.Join(dir, "b")
+	gitMust(m, "bundle", "create", "--quiet", bundle, "refs/heads/agent/work")
+	data, err := os.ReadFile(bundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spoil(func(args ...string) { gitMust(m, args...) }, m.dir("app"))
+	h.repo = func(_ *inside, stream *wire.Stream, call guest.RepoCall) bool {
+		if call.Out.Ref != "refs/heads/agent/work" {
+			value, _ := json.Marshal(tools.BundleResult{Ref: call.Out.Ref, Empty: true, Commit: head})
+			stream.SendJSON(wire.FrameResult, tools.Result{Value: value})
+			return true
+		}
+		sendBundle(stream, data)
+		value, _ := json.Marshal(tools.BundleResult{Ref: call.Out.Ref, Commit: head})
+		stream.SendJSON(wire.FrameResult, tools.Result{Value: value})
+		return true
+	}
+	h.mu.Unlock()
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
+	h.serve(h.node, h.signed(h.asOperator(), "POST", "/v1/pods/"+p.record.ID+"/repos/app/fetch", p.record.ID, nil)).want(t, "")
+	if person.at("agent/work") != head {
+		t.Error("control: nothing was pushed")
+	}
+	if ran, err := os.ReadFile(mark); err == nil {
+		t.Errorf("ran on the host:\n%s", ran)
+	}
+}
+
+// The credentials of a remote reach neither machine nor log, whatever fails.
+func TestRemoteCredentials(t *testing.T) {
+	unmended(t, "a push that fails names the remote with its credentials, to the machine and to the log")
+	h := newHost(t)
+	person := newPersonRepo(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	l.Close()
+	person.git(person.Dir, "remote", "set-url", "origin", "http://person:hunter2hunter2@"+address+"/app.git")
+	p := h.pod(person.spec("", pushes), nil)
+	m := h.inside(p)
+	m.commit("new.txt", "x\n")
+	a := h.tool(p, nucleus.GitPush, pushTo("agent/work"))
+	a.want(t, nucleus.KindFailed)
+	if strings.Contains(a.Body, "hunter2") {
+		t.Errorf("the agent is told: %v", a)
+	}
+	for _, e := range h.log() {
+		if strings.Contains(string(document(t, e)), "hunter2") {
+			t.Errorf("in the log: %s", document(t, e))
+		}
+	}
+}
+
+// A label goes with the workspace: a repository that a session before brought in is
+// as untrusted in the next one, which does not name it.
+func TestLabelOfWorkspace(t *testing.T) {
+	unmended(t, "the label is of the spec's repositories alone, not of what the workspace holds")
+	h := newHost(t)
+	person := newPersonRepo(t)
+	person.git(person.Dir, "remote", "set-url", "origin", "https://git.example.org/stranger/app.git")
+	p := h.pod(person.spec("w", policyOf(all)), nil)
+	if !p.record.Untrusted || p.root.legs() != 0 {
+		t.Fatalf("control: untrusted %v, exposure %v", p.record.Untrusted, p.root.legs().Names())
+	}
+	if err := h.node.DeletePod(h.context(), "operator", p.record.ID); err != nil {
+		t.Fatal(err)
+	}
+	next := h.pod(specOf("w", policyOf(all)), nil)
+	h.tool(next, nucleus.ReadFiles, map[string]string{"path": "app/README.md"}).want(t, "")
+	if !next.root.legs().Has(nucleus.Untrusted) {
+		t.Errorf("a stranger's file was read; exposure %v", next.root.legs().Names())
+	}
+}
+
+// A pull request is opened at the forge with exactly what was decided, and only for
+// what was pushed.
+func TestPullRequest(t *testing.T) {
+	t.Parallel()
+	var requests atomic.Int32
+	var got struct {
+		path, token string
+		body        map[string]string
+	}
+	forge := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		requests.Add(1)
+		raw, _ := io.ReadAll(r.Body)
+		got.path, got.token = r.Method+" "+r.URL.Path, r.Header.Get("Authorization")
+		json.Unmarshal(raw, &got.body)
+		switch got.body["title"] {
+		case "refused":
+			w.WriteHeader(http.StatusUnprocessableEntity)
+			io.WriteString(w, `{"message":"Validation Failed"}`)
+		case "nonsense":
+			io.WriteString(w, "<html>")
+		case "endless":
+			w.WriteHeader(http.StatusCreated)
+			for r.Context().Err() == nil {
+				if _, err := io.WriteString(w, strings.Repeat(" ", 1<<16)); err != nil {
+					return
+				}
+			}
+		default:
+			w.WriteHeader(http.StatusCreated)
+			io.WriteString(w, `{"html_url":"https://github.com/o/app/pull/7","number":7}`)
+		}
+	}))
+	defer forge.Close()
+	h := newHost(t, func(h *host) { h.forge = Forge{API: forge.URL, Token: "secret-token"} })
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("", pushes), nil)
+	m := h.inside(p)
+	m.commit("new.txt", "x\n")
+	pr := func(title string) answer {
+		return h.tool(p, nucleus.CreatePR, map[string]string{"title": title, "body": "why"})
+	}
+	pr("elsewhere").want(t, nucleus.KindInvalid, "not on github.com")
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
+	// The record on the host says which forge: as if the person's remote were there.
+	stored, err := p.readRepo("app")
+	if err != nil {
+		t.Fatal(err)
+	}
+	stored.Remotes["origin"] = "https://person:hunter2@github.com/o/app.git"
+	if err := p.writeRepo("app", stored); err != nil {
+		t.Fatal(err)
+	}
+	a := pr("done")
+	a.want(t, "")
+	if !strings.Contains(a.Body, "pull/7") || got.path != "POST /repos/o/app/pulls" || got.token != "Bearer secret-token" {
+		t.Errorf("%v, %+v", a, got)
+	}
+	if got.body["head"] != "agent/work" || got.body["base"] != "main" || got.body["title"] != "done" || got.body["body"] != "why" || len(got.body) != 4 {
+		t.Errorf("asked for %+v", got.body)
+	}
+	pr("refused").want(t, nucleus.KindFailed, "Validation Failed")
+	pr("nonsense").want(t, nucleus.KindFailed, "without JSON")
+	pr("endless").want(t, nucleus.KindFailed)
+	before := requests.Load()
+	m.commit("more.txt", "not pushed\n")
+	pr("unpushed").want(t, nucleus.KindConflict, "git_push first")
+	if requests.Load() != before {
+		t.Error("the forge was asked for what was not pushed")
+	}
+	for _, e := range h.log() {
+		raw := string(document(t, e))
+		if strings.Contains(raw, "secret-token") || strings.Contains(raw, "hunter2") {
+			t.Errorf("in the log: %s", raw)
+		}
+	}
+}
+
+// Without a token nothing is asked of anybody.
+func TestPullRequestWithoutToken(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, func(h *host) { h.forge = Forge{API: "http://127.0.0.1:1"} })
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("", pushes), nil)
+	h.inside(p).commit("new.txt", "x\n")
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
+	stored, err := p.readRepo("app")
+	if err != nil {
+		t.Fatal(err)
+	}
+	stored.Remotes["origin"] = "git@github.com:o/app.git"
+	if err := p.writeRepo("app", stored); err != nil {
+		t.Fatal(err)
+	}
+	h.tool(p, nucleus.CreatePR, map[string]string{"title": "t", "body": "b"}).want(t, nucleus.KindUnavailable, "GH_TOKEN")
+}
+
+func TestForgeRepository(t *testing.T) {
+	t.Parallel()
+	for remote, want := range map[string]string{
+		"https://github.com/o/app":                    "o/app",
+		"https://github.com/o/app.git":                "o/app",
+		"https://u:p@github.com/o/app.git/":           "o/app",
+		"git@github.com:o/app.git":                    "o/app",
+		"ssh://git@github.com/o/app":                  "o/app",
+		"https://github.com/o":                        "",
+		"https://github.com/o/app/x":                  "",
+		"https://github.com.evil.example/o/app":       "",
+		"https://evil.example/github.com/o/app":       "",
+		"https://github.com@evil.example/o/app":       "",
+		"https://evil.example/https://github.com/o/a": "",
+		"git@evil.example:github.com/o/app":           "",
+		"":                                            "",
+	} {
+		got, err := forgeRepository(remote)
+		if got != want || (err == nil) != (want != "") {
+			t.Errorf("%q: %q, %v; want %q", remote, got, err, want)
+		}
+	}
+}
+
+func TestWithoutCredentials(t *testing.T) {
+	t.Parallel()
+	for url, want := range map[string]string{
+		"https://u:p@host.example/a.git":   "https://host.example/a.git",
+		"https://token@host.example/a":     "https://host.example/a",
+		"https://u:p@@host.example/a":      "https://host.example/a",
+		"http://u:p@host.example:8080/a@b": "http://host.example:8080/a@b",
+		"ssh://git@host.example/a":         "ssh://git@host.example/a",
+		"git@host.example:a":               "git@host.example:a",
+		"/srv/git/a.git":                   "/srv/git/a.git",
+	} {
+		if got := withoutCredentials(url); got != want {
+			t.Errorf("%q: %q, want %q", url, got, want)
+		}
+	}
+}
+
+// An ssh address can hold a password too.
+func TestWithoutCredentialsSSH(t *testing.T) {
+	unmended(t, "the password of an ssh:// address is kept, and handed to the machine")
+	if got := withoutCredentials("ssh://git:hunter2@host.example/a"); strings.Contains(got, "hunter2") {
+		t.Errorf("got %q", got)
+	}
+}
+
+// web_fetch is made by the node, through the gateway: decided once, recorded on
+// opening and closing; a redirect is another request.
+func TestWebFetch(t *testing.T) {
+	t.Parallel()
+	var hits atomic.Int32
+	site := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		hits.Add(1)
+		switch r.URL.Path {
+		case "/moved":
+			http.Redirect(w, r, "/private", http.StatusFound)
+		case "/bytes":
+			w.Write([]byte{0xff, 0xfe})
+		default:
+			io.WriteString(w, "page "+r.URL.Path)
+		}
+	}))
+	defer site.Close()
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(site.URL, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHost(t)
+	policy := json.RawMessage(`{"operations":{"web_fetch":"always"},"hosts":{"only":[{"host":"127.0.0.1","port":` + port + `,"methods":["GET"],"path":"/open/**"},{"host":"127.0.0.1","port":` + port + `,"methods":["GET"],"path":"/moved"},{"host":"127.0.0.1","port":` + port + `,"methods":["GET"],"path":"/bytes"}]}}`)
+	p := h.pod(specOf("", policy), nil)
+	fetch := func(args map[string]string) answer { return h.tool(p, nucleus.WebFetch, args) }
+	a := fetch(map[string]string{"url": site.URL + "/open/a"})
+	a.want(t, "")
+	if !strings.Contains(a.Body, "page /open/a") {
+		t.Errorf("got %v", a)
+	}
+	if legs := p.root.legs(); !legs.Has(nucleus.Untrusted | nucleus.WayOut) {
+		t.Errorf("exposure %v", legs.Names())
+	}
+	opened, closed := h.entries(nucleus.KindEgressOpen, ""), h.entries(nucleus.KindEgressClose, "")
+	intent, outcome := h.entries(nucleus.KindIntent, nucleus.WebFetch), h.entries(nucleus.KindOutcome, nucleus.WebFetch)
+	if len(opened) != 1 || len(closed) != 1 || len(intent) != 1 || len(outcome) != 1 ||
+		!(intent[0].Seq < opened[0].Seq && opened[0].Seq < closed[0].Seq && closed[0].Seq < outcome[0].Seq) {
+		t.Errorf("intent %+v opened %+v closed %+v outcome %+v", intent, opened, closed, outcome)
+	}
+	a = fetch(map[string]string{"url": site.URL + "/moved"})
+	a.want(t, "")
+	if !strings.Contains(a.Body, "/private") || strings.Contains(a.Body, "page /private") {
+		t.Errorf("got %v", a)
+	}
+	if a := fetch(map[string]string{"url": site.URL + "/bytes"}); !strings.Contains(a.Body, "body_b64") {
+		t.Errorf("got %v", a)
+	}
+	before := hits.Load()
+	for name, args := range map[string]map[string]string{
+		"another path":   {"url": site.URL + "/private"},
+		"dots":           {"url": site.URL + "/open/../private"},
+		"another method": {"url": site.URL + "/open/a", "method": "POST"},
+		"a name for it":  {"url": "http://localhost:" + port + "/open/a"},
+		"another port":   {"url": "http://127.0.0.1:1/open/a"},
+		"metadata":       {"url": "http://169.254.169.254/open/a"},
+		"mapped":         {"url": "http://[::ffff:127.0.0.1]:" + port + "/open/a"},
+		"decimal":        {"url": "http://2130706433:" + port + "/open/a"},
+		"user":           {"url": "http://u@127.0.0.1:" + port + "/open/a"},
+		"file":           {"url": "file:///etc/passwd"},
+	} {
+		if a := fetch(args); a.Error == nil || a.Error.Kind != nucleus.KindDenied && a.Error.Kind != nucleus.KindInvalid {
+			t.Errorf("%s: %v", name, a)
+		}
+	}
+	if hits.Load() != before {
+		t.Errorf("%d requests reached the site", hits.Load()-before)
+	}
+}
+
+// No record, no connection.
+func TestWebFetchNotRecorded(t *testing.T) {
+	t.Parallel()
+	var hits atomic.Int32
+	site := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { hits.Add(1) }))
+	defer site.Close()
+	_, port, _ := net.SplitHostPort(strings.TrimPrefix(site.URL, "http://"))
+	h := newHost(t)
+	disk := h.memoryLog()
+	p := h.pod(specOf("", json.RawMessage(`{"operations":{"web_fetch":"always"},"hosts":{"only":[{"host":"127.0.0.1","port":`+port+`}]}}`)), nil)
+	h.tool(p, nucleus.WebFetch, map[string]string{"url": site.URL}).want(t, "")
+	if hits.Load() != 1 {
+		t.Fatal("control: nobody came")
+	}
+	// The first append that fails is the intent's; with one more it is that of the opening.
+	for allowed := range 2 {
+		appends := 0
+		disk.failing(func(what string) error {
+			if what == "append" {
+				if appends++; appends > allowed {
+					return errNo
+				}
+			}
+			return nil
+		})
+		h.tool(p, nucleus.WebFetch, map[string]string{"url": site.URL}).want(t, nucleus.KindUnavailable)
+		disk.failing(nil)
+		if err := h.node.log.Reopen(); err != nil {
+			t.Fatal(err)
+		}
+		if hits.Load() != 1 {
+			t.Errorf("with %d records somebody came", allowed)
+		}
+	}
+}
