@@ -212,7 +212,8 @@ type forger struct {
 
 func (f forger) write() {
 	f.t.Helper()
-	tr, bundle := &tree{}, []byte{}
+	tr := &tree{}
+	var bundle []byte
 	for _, raw := range f.entries {
 		tr.add(tlog.RecordHash(raw))
 	}

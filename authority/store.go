@@ -202,6 +202,7 @@ func (s *store) list(state string, now int64) (items []client.Item, err error) {
 	default:
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "unknown state %q", state)
 	}
+	//nolint:gosec // where is one of the constants above
 	rows, err := s.db.Query("SELECT id, state, pod, op, summary, sha256, created_ms, expires_ms FROM asks"+where+" ORDER BY created_ms, id", args...)
 	if err != nil {
 		return nil, unavailable(err)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -91,13 +92,13 @@ type Route struct {
 	transport *http.Transport
 }
 
-func (r *Route) String() string {
-	return "model route to " + r.base.scheme + "://" + r.base.authority()
+func (route *Route) String() string {
+	return "model route to " + route.base.scheme + "://" + route.base.authority()
 }
-func (r *Route) GoString() string { return r.String() }
+func (route *Route) GoString() string { return route.String() }
 
 // Close drops the connections that the route keeps for its next call.
-func (r *Route) Close() { r.transport.CloseIdleConnections() }
+func (route *Route) Close() { route.transport.CloseIdleConnections() }
 
 // NewRoute returns the route to the endpoint that the person named. Its base
 // URL is https, or http on a loopback address; being named opens the address
@@ -246,7 +247,9 @@ func (g *Gateway) callModel(w http.ResponseWriter, r *http.Request, route *Route
 	}
 	record, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), g.limits.Decide)
 	defer cancel()
-	g.gate.ModelCall(record, call)
+	if err := g.gate.ModelCall(record, call); err != nil {
+		slog.Error("the outcome of a model call could not be recorded", "call", call.ID, "error", err)
+	}
 }
 
 var errEncoded = errors.New("the provider's answer is compressed though identity was asked for")

@@ -259,10 +259,12 @@ func TestModelKeyStaysHere(t *testing.T) {
 			w.WriteHeader(401)
 			fmt.Fprintf(w, "bad key in %v", r.Header)
 		},
-		"echoes it in a success":        func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header) },
-		"echoes it in allowed fields":   func(w http.ResponseWriter, r *http.Request) { w.Header().Set("X-Request-Id", "for "+realKey) },
-		"echoes it in a cookie":         func(w http.ResponseWriter, r *http.Request) { w.Header().Set("Set-Cookie", realKey) },
-		"redirects with it":             func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/v1/messages?"+realKey, 307) },
+		"echoes it in a success":      func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header) },
+		"echoes it in allowed fields": func(w http.ResponseWriter, r *http.Request) { w.Header().Set("X-Request-Id", "for "+realKey) },
+		"echoes it in a cookie":       func(w http.ResponseWriter, r *http.Request) { w.Header().Set("Set-Cookie", realKey) },
+		"redirects with it": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "/v1/messages?"+realKey, http.StatusTemporaryRedirect)
+		},
 		"echoes it in the redirect":     func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(302); fmt.Fprint(w, realKey) },
 		"echoes it at the very end":     func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "x"+realKey) },
 		"echoes it twice, interlocked":  func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, realKey[:9], realKey, realKey) },
@@ -318,7 +320,7 @@ func TestModelKeyStaysHere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, shown := range []string{fmt.Sprint(route), fmt.Sprintf("%+v", route), fmt.Sprintf("%#v", route), fmt.Sprintf("%s", route)} {
+	for _, shown := range []string{fmt.Sprint(route), fmt.Sprintf("%+v", route), fmt.Sprintf("%#v", route), route.String()} {
 		if strings.Contains(shown, realKey) {
 			t.Errorf("formatted: %s", shown)
 		}

@@ -43,8 +43,8 @@ func (g *Gateway) ServeSOCKS(ctx context.Context, guest net.Conn, peer Peer) {
 	guest.SetDeadline(time.Now().Add(g.limits.Handshake))
 	leave := g.admit(peer.Pod)
 	if leave == nil {
-		guest.Write([]byte{socksVersion, socksNoAuth})
-		writeReply(guest, replyFailure)
+		_, _ = guest.Write([]byte{socksVersion, socksNoAuth}) // a guest that has gone needs no answer
+		_ = writeReply(guest, replyFailure)
 		return
 	}
 	defer leave()
@@ -61,7 +61,7 @@ func (g *Gateway) ServeSOCKS(ctx context.Context, guest net.Conn, peer Peer) {
 	p, refused := g.open(ctx, Attempt{Pod: peer.Pod, Session: peer.Session, Via: ViaSOCKS, Host: host, Port: port})
 	guest.SetWriteDeadline(time.Now().Add(g.limits.Handshake))
 	if refused != nil {
-		writeReply(guest, replyOf(refused))
+		_ = writeReply(guest, replyOf(refused))
 		return
 	}
 	if err := writeReply(guest, replyDone); err != nil {
@@ -84,7 +84,7 @@ func (g *Gateway) refuseSOCKS(ctx context.Context, guest net.Conn, peer Peer, er
 	if !errors.As(err, &answer) {
 		return // the guest went away, or speaks something else
 	}
-	writeReply(guest, answer.reply)
+	_ = writeReply(guest, answer.reply)
 	if answer.reply == replyNotAllowed {
 		g.gate.Refused(ctx, malformed(peer, ViaSOCKS), refuse(nucleus.KindInvalid, ruleName, "%v", answer.error).Error)
 	}

@@ -82,7 +82,7 @@ func (p *passage) forwardHello(guest net.Conn, from io.Reader) error {
 	if err != nil {
 		if errors.As(err, new(errHello)) {
 			guest.SetWriteDeadline(time.Now().Add(time.Second))
-			guest.Write(unrecognizedName)
+			_, _ = guest.Write(unrecognizedName)
 		}
 		return err
 	}

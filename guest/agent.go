@@ -109,7 +109,7 @@ func (p *Proxy) startAgent(start AgentStart, program AgentProgram) (*agentRun, e
 		run.closeFiles()
 		return nil, err
 	}
-	go http.Serve(run.jail.listeners[0], p.mcpHandler())
+	go serveMCP(run.jail.listeners[0], p.mcpHandler())
 	go p.forward(run.jail.listeners[1], StreamModel)
 	go answerNXDOMAIN(run.jail.dns)
 	go run.wait()
@@ -333,7 +333,7 @@ func (r *agentRun) toJail(kind wire.Frame, payload []byte) {
 	switch kind {
 	case wire.FrameStdin:
 		if r.tty != nil {
-			r.tty.Write(payload)
+			_, _ = r.tty.Write(payload) // an agent that has ended reads nothing
 		}
 	case wire.FrameSize:
 		var size struct{ Rows, Cols uint16 }
@@ -378,7 +378,7 @@ func answerNXDOMAIN(conn net.PacketConn) {
 		answer[2] |= 0x80                   // QR
 		answer[3] = answer[3]&0x70 | 0x83   // RA, NXDOMAIN
 		copy(answer[6:12], make([]byte, 6)) // no answers, authorities, additional records
-		conn.WriteTo(answer[:min(n, questionEnd(answer))], from)
+		_, _ = conn.WriteTo(answer[:min(n, questionEnd(answer))], from)
 	}
 }
 

@@ -163,13 +163,11 @@ func RunJail() error {
 	}
 	files, err := buildJail(plan)
 	if err != nil {
-		sendFiles(conn, err.Error(), nil)
-		return err
+		return errors.Join(err, sendFiles(conn, err.Error(), nil))
 	}
 	// Privileges go before the answer: a jail that could not drop them is refused.
 	if err := dropPrivileges(plan); err != nil {
-		sendFiles(conn, err.Error(), nil)
-		return err
+		return errors.Join(err, sendFiles(conn, err.Error(), nil))
 	}
 	if err := sendFiles(conn, "ok", files); err != nil {
 		return err

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"strings"
 
@@ -33,6 +36,14 @@ func (p *Proxy) mcpHandler() http.Handler {
 	return mux
 }
 
+// serveMCP ends with its listener.
+func serveMCP(l net.Listener, h http.Handler) {
+	server := &http.Server{Handler: h, ReadHeaderTimeout: bootDeadline}
+	if err := server.Serve(l); err != nil && !errors.Is(err, net.ErrClosed) {
+		slog.Error("the tools' endpoint ended", "error", err)
+	}
+}
+
 // callTool asks the node for one operation and waits for a person as long as the
 // agent's client does.
 func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, args json.RawMessage) *mcp.CallToolResult {
@@ -57,6 +68,7 @@ func (p *Proxy) request(ctx context.Context, client *http.Client, name string, a
 	if err != nil {
 		return nil, err
 	}
+	req.GetBody = nil // signed for one use: never sent twice
 	req.Header.Set("Content-Type", "application/json")
 	signer := wire.Signer{KeyID: p.boot.Boot, Ed25519: p.key, Now: p.clock.time}
 	if err := signer.Sign(req, p.boot.Pod, args); err != nil {

@@ -20,7 +20,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"sync"
@@ -199,7 +198,7 @@ func (p *Proxy) start(ctx context.Context) error {
 	go p.forward(worker.listeners[0], StreamSOCKS)
 	go p.forward(worker.listeners[1], StreamHTTP)
 	if contained {
-		go http.Serve(worker.listeners[2], p.mcpHandler())
+		go serveMCP(worker.listeners[2], p.mcpHandler())
 		go p.forward(worker.listeners[3], StreamModel)
 	}
 	p.agent.proxy = p
@@ -316,7 +315,7 @@ func (p *Proxy) forward(l net.Listener, kind string) {
 func relay(a, b net.Conn) {
 	done := make(chan struct{}, 2)
 	pipe := func(to, from net.Conn) {
-		io.Copy(to, from)
+		_, _ = io.Copy(to, from) // either side may go first
 		done <- struct{}{}
 	}
 	go pipe(a, b)
@@ -381,8 +380,7 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 	p.changed = make(chan struct{})
 	p.mu.Unlock()
 	old.Close()
-	sendFiles(conn, "ok", nil)
-	return nil
+	return sendFiles(conn, "ok", nil)
 }
 
 // AttachProof is what the node signs under nucleus.DomainAttach.

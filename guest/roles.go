@@ -55,7 +55,7 @@ func receiveConfig(session *wire.Session) (tools.Config, error) {
 	defer stream.Close()
 	stream.SetDeadline(time.Now().Add(bootDeadline))
 	var sent WorkerConfig
-	config, err := tools.Config{}, error(nil)
+	var config tools.Config
 	if stream.Kind != "config" {
 		err = fmt.Errorf("first stream is of kind %q", stream.Kind)
 	} else if err = stream.RecvJSON(wire.FrameJSON, 4<<20, &sent); err == nil {

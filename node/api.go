@@ -354,12 +354,10 @@ func tookOver(exit guest.AgentExit) bool {
 }
 
 func (n *Node) recordAgentEnd(p *Pod, actor string, exit guest.AgentExit) {
-	if _, err := n.log.Append(nucleus.Entry{
+	n.note(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionEnd,
 		Exposure: p.root.legs().Names(), Data: data(exit),
-	}); err != nil {
-		slog.Error("the end of a session could not be recorded", "pod", p.record.ID, "error", err)
-	}
+	})
 }
 
 func (n *Node) fetch(w http.ResponseWriter, r *http.Request, v verified) error {
@@ -387,7 +385,9 @@ func (n *Node) stop(w http.ResponseWriter, _ *http.Request, _ verified) error {
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	json.NewEncoder(w).Encode(v)
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		slog.Warn("an answer did not reach its caller", "error", err)
+	}
 }
 
 // streamServer serves HTTP on streams of a wire.

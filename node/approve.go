@@ -81,6 +81,9 @@ func (b *askBook) drop(id string) {
 // decides again when a grant arrives.
 func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (nucleus.Permit, error) {
 	if n.asks == nil || len(p.approvers) == 0 {
+		if err := n.recordUnapproved(p, r, pre, needed); err != nil {
+			return nucleus.Permit{}, err
+		}
 		return nucleus.Permit{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
 			Message: needed.decision.Why + "; nobody could approve when this machine started (cal approve init makes the key)"}
 	}
@@ -108,6 +111,18 @@ func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, nee
 	p.asks.drop(pending.ask.ID)
 	// The values that were approved, not those that were resolved anew for a retry.
 	return n.decide(p, r, pending.pre, &approved{pending.ask, grant, answer.Token})
+}
+
+// recordUnapproved records a request that needed an approval nobody could give.
+func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsApproval) error {
+	p.root.mu.Lock()
+	defer p.root.mu.Unlock()
+	entry := n.intent(p, r, pre, "", needed.decision)
+	entry.Status = nucleus.OutcomeRefused
+	if _, err := n.log.Append(entry); err != nil {
+		return logFailure(err)
+	}
+	return nil
 }
 
 // await waits for a person, but not longer than the caller does: an answer that is
@@ -264,8 +279,11 @@ func (n *Node) registerRequesters(ctx context.Context, p *Pod) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	n.asks.RegisterPod(ctx, p.record.ID, map[string][]byte{
+	err = n.asks.RegisterPod(ctx, p.record.ID, map[string][]byte{
 		OperatorKey:   operator.Public().(ed25519.PublicKey),
 		p.record.Boot: p.record.OutcomeKey,
 	})
+	if err != nil {
+		slog.Warn("the authority does not know who may ask for a pod; what needs an approval will be refused", "pod", p.record.ID, "error", err)
+	}
 }

@@ -89,7 +89,7 @@ func connectAction(a egress.Attempt) nucleus.Action {
 }
 
 func (g *gate) Refused(_ context.Context, a egress.Attempt, why *nucleus.Error) {
-	(*Node)(g).log.Append(nucleus.Entry{
+	(*Node)(g).note(nucleus.Entry{
 		Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindIntent, Op: a.Op(), Args: data(a),
 		Verdict: nucleus.Deny, Rule: why.Rule, Status: nucleus.OutcomeRefused,
 		Data: data(map[string]any{"attempt": a.ID, "kind": why.Kind, "message": cut(why.Message, 500)}),
@@ -110,7 +110,7 @@ func (g *gate) Closed(a egress.Attempt, sent, received int64, cause error) {
 		values["error"] = cut(cause.Error(), 500)
 	}
 	n := (*Node)(g)
-	n.log.Append(nucleus.Entry{Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressClose, Op: a.Op(), Data: data(values)})
+	n.note(nucleus.Entry{Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressClose, Op: a.Op(), Data: data(values)})
 }
 
 func (g *gate) ModelCall(_ context.Context, call egress.ModelCall) error {

@@ -62,13 +62,13 @@ type Node struct {
 	probes   probes
 	lock     *os.File
 
-	mu       sync.Mutex
-	pods     map[string]*Pod
-	sessions map[string]*rootSession
-	agents   map[string]wire.Key // boot id -> key of the agent inside
-	serving  sync.WaitGroup
+	mu      sync.Mutex
+	pods    map[string]*Pod
+	agents  map[string]wire.Key // boot id -> key of the agent inside
+	serving sync.WaitGroup
 
 	stopKeeping context.CancelFunc
+	closing     chan struct{} // closed when the node gives its machines up
 }
 
 // Dirs are the places below CAL_HOME.
@@ -88,7 +88,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	if config.Now == nil {
 		config.Now = time.Now
 	}
-	n := &Node{config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, sessions: map[string]*rootSession{}, agents: map[string]wire.Key{}}
+	n := &Node{config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
@@ -134,7 +134,7 @@ func (n *Node) keepLog(ctx context.Context) {
 func (n *Node) open(ctx context.Context) error {
 	var err error
 	since := n.admitsSince()
-	if n.lock, err = lockFile(ctx, filepath.Join(n.dirs.Run(), "node.lock")); err != nil {
+	if n.lock, err = lockFile(ctx, filepath.Join(n.dirs.Run(), "node.lock"), n.dirs.Socket()); err != nil {
 		return err
 	}
 	if n.key, err = keyfile.LoadOrMake(filepath.Join(n.dirs.Keys(), "node.key")); err != nil {
@@ -202,6 +202,7 @@ const OperatorKey = "operator"
 
 // Close gives everything back. Machines go on: the next node adopts them.
 func (n *Node) Close() error {
+	close(n.closing)
 	n.mu.Lock()
 	pods := n.podList()
 	n.mu.Unlock()
@@ -276,8 +277,9 @@ func (n *Node) pod(id string) (*Pod, error) {
 // lockPatience is how long a node waits for the one before it to end.
 const lockPatience = 10 * time.Second
 
-// lockFile holds an exclusive lock as long as the file is open.
-func lockFile(ctx context.Context, path string) (*os.File, error) {
+// lockFile holds an exclusive lock as long as the file is open. It waits for a node
+// that is ending, never for one that answers on its socket.
+func lockFile(ctx context.Context, path, socket string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
@@ -287,6 +289,11 @@ func lockFile(ctx context.Context, path string) (*os.File, error) {
 	for {
 		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
 			return f, nil
+		}
+		if conn, dialErr := net.DialTimeout("unix", socket, time.Second); dialErr == nil {
+			conn.Close()
+			f.Close()
+			return nil, fmt.Errorf("%s: another node runs here", path)
 		}
 		select {
 		case <-time.After(20 * time.Millisecond):

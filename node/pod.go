@@ -414,15 +414,46 @@ func (p *Pod) serve() {
 			case reason := <-p.machine.Paused():
 				n.pausePod(p, reason)
 			case <-session.Done():
+				n.wireEnded(p)
 				return
 			}
 		}
 	}()
 }
 
+// wireEnded waits a moment for the machine's own end, which breaks the wire first. A
+// machine that lives gets a new wire, once; one that does not take it has failed.
+func (n *Node) wireEnded(p *Pod) {
+	select {
+	case <-n.closing:
+		return
+	case <-p.machine.Done():
+		n.failPod(p, errors.New("the machine ended: "+p.machine.Reason()+consoleHint(p.machine)))
+		return
+	case <-time.After(2 * time.Second):
+	}
+	if !p.live() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), adoptDeadline)
+	defer cancel()
+	conn, err := p.machine.Rewire(ctx)
+	if err == nil {
+		var session *wire.Session
+		if session, err = n.attach(ctx, p, conn); err == nil {
+			p.mu.Lock()
+			p.session = session
+			p.mu.Unlock()
+			p.serve()
+			return
+		}
+	}
+	n.failPod(p, fmt.Errorf("the wire to the machine ended and it took no other: %w", err))
+}
+
 // pausePod takes note that a machine was stopped for exceeding a watched limit.
 func (n *Node) pausePod(p *Pod, reason string) {
-	n.log.Append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodPause, Data: data(map[string]any{"reason": reason})})
+	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodPause, Data: data(map[string]any{"reason": reason})})
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.state == stateRunning {
@@ -539,8 +570,18 @@ func (n *Node) failPod(p *Pod, cause error) {
 	p.state, p.reason = stateFailed, cause.Error()
 	p.mu.Unlock()
 	slog.Error("pod failed", "pod", p.record.ID, "cause", cause)
-	n.log.Append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 2000)})})
-	n.teardown(p)
+	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 2000)})})
+	if err := n.teardown(p); err != nil {
+		slog.Error("removing a failed pod", "pod", p.record.ID, "error", err)
+	}
+}
+
+// note records what has happened already. Where that fails there is nothing left to
+// refuse but what comes next, and the log refuses that.
+func (n *Node) note(e nucleus.Entry) {
+	if _, err := n.log.Append(e); err != nil {
+		slog.Error("an event could not be recorded", "kind", e.Kind, "pod", e.Pod, "error", err)
+	}
 }
 
 // DeletePod stops the machine and forgets the pod; a named workspace stays.

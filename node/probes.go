@@ -46,6 +46,15 @@ func (n *Node) probe(ctx context.Context, d machine.Driver) error {
 // chooseDriver takes the named driver, or the strongest whose probe succeeds; what
 // is weaker than required is never taken.
 func (n *Node) chooseDriver(ctx context.Context, spec nucleus.PodSpec) (machine.Driver, error) {
+	switch spec.Require {
+	case "", nucleus.TierVM, nucleus.TierKernel:
+	default:
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "required tier %q: want %q or %q", spec.Require, nucleus.TierVM, nucleus.TierKernel)
+	}
+	what := "no machine"
+	if spec.Require != "" {
+		what = "no machine of tier " + string(spec.Require)
+	}
 	var reasons []string
 	for _, d := range n.config.Drivers {
 		if spec.Driver != "" && spec.Driver != d.Name() {
@@ -69,7 +78,7 @@ func (n *Node) chooseDriver(ctx context.Context, spec nucleus.PodSpec) (machine.
 	if len(reasons) == 0 {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "no driver %q", spec.Driver)
 	}
-	return nil, nucleus.Errorf(nucleus.KindUnavailable, "no machine can be started here: %s", strings.Join(reasons, "; "))
+	return nil, nucleus.Errorf(nucleus.KindUnavailable, "%s can be started here: %s", what, strings.Join(reasons, "; "))
 }
 
 func (n *Node) driver(name string) (machine.Driver, error) {

@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"time"
 
 	"cal/guest"
 	"cal/internal/durable"
-	"cal/machine"
 	"cal/nucleus"
 	"cal/policy"
 	"cal/wire"
@@ -59,6 +59,8 @@ func (n *Node) closeIntents() error {
 	return nil
 }
 
+const adoptDeadline = 20 * time.Second
+
 // adopt attaches a new wire to a running machine.
 func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	p := &Pod{node: n, dir: dir, state: stateRunning}
@@ -86,14 +88,14 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	if err := p.save(); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, adoptDeadline)
 	defer cancel()
 	adopted, err := driver.Adopt(ctx, filepath.Join(dir, "machine"))
 	if err != nil {
 		return nil, err
 	}
 	p.machine = adopted
-	if p.session, err = n.attach(ctx, p, p.machine); err != nil {
+	if p.session, err = n.attach(ctx, p, p.machine.Wire()); err != nil {
 		return nil, errors.Join(err, p.machine.Destroy(context.WithoutCancel(ctx)))
 	}
 	_, err = n.log.Append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodAdopt, Exposure: p.root.legs().Names(), Data: data(map[string]any{"epoch": p.record.Epoch})})
@@ -101,8 +103,8 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 }
 
 // attach proves to the machine that this node holds the key of its Boot.
-func (n *Node) attach(ctx context.Context, p *Pod, m machine.Machine) (*wire.Session, error) {
-	session, err := wire.Host(m.Wire())
+func (n *Node) attach(ctx context.Context, p *Pod, conn net.Conn) (*wire.Session, error) {
+	session, err := wire.Host(conn)
 	if err != nil {
 		return nil, err
 	}

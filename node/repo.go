@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 
 	"cal/guest"
@@ -334,7 +335,9 @@ func (n *Node) fetchRepo(ctx context.Context, p *Pod, actor, name string) (clien
 	if err != nil {
 		return fetched, err
 	}
-	fmt.Sscan(commits, &fetched.Commits)
+	if fetched.Commits, err = strconv.Atoi(strings.TrimSpace(commits)); err != nil {
+		return fetched, err
+	}
 	if fetched.Stat, err = q.Run(ctx, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--stat=80", stored.Base, worktree); err != nil {
 		return fetched, err
 	}

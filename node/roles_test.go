@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"cal/machine"
+	"cal/machine/fake"
 	"cal/nucleus"
 	"cal/wire"
 )
@@ -318,40 +320,75 @@ func TestMachineDies(t *testing.T) {
 	h.nothingLeft()
 }
 
-// Who looks at a pod, or deletes it, while it starts neither disturbs the start nor
-// is disturbed; a pod that was deleted does not come up.
-func TestLookAndDeleteWhileStarting(t *testing.T) {
-	unmended(t, "startPod changes what others read without a lock, and goes on when the pod has been deleted")
+// slowDriver says when a machine has been made, and waits before it hands it over.
+type slowDriver struct {
+	*fake.Driver
+	made chan string
+	goOn chan struct{}
+}
+
+func (d *slowDriver) Create(ctx context.Context, spec machine.Spec) (machine.Machine, error) {
+	m, err := d.Driver.Create(ctx, spec)
+	d.made <- spec.ID
+	<-d.goOn
+	return m, err
+}
+
+// Who looks at a pod while it starts disturbs nothing.
+func TestLookWhileStarting(t *testing.T) {
+	unmended(t, "startPod changes what status reads, without a lock")
 	h := newHost(t)
-	starting, goOn := make(chan string, 1), make(chan struct{})
-	h.boot = func(m *inside, _ *nucleus.BootReply) bool {
-		starting <- m.boot.Pod
-		<-goOn
-		return true
-	}
+	created, looked := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(looked)
+		for {
+			select {
+			case <-created:
+				return
+			default:
+				h.node.mu.Lock()
+				pods := h.node.podList()
+				h.node.mu.Unlock()
+				for _, p := range pods {
+					p.status()
+				}
+			}
+		}
+	}()
+	person := newPersonRepo(t)
+	h.pod(person.spec("w", policyOf(all)), nil)
+	close(created)
+	<-looked
+}
+
+// A pod that is deleted while its machine is being made does not come up.
+func TestDeleteWhileStarting(t *testing.T) {
+	unmended(t, "a pod that is deleted while its driver makes the machine comes up all the same")
+	h := newHost(t)
+	slow := &slowDriver{h.driver, make(chan string, 1), make(chan struct{})}
+	h.node.config.Drivers = []machine.Driver{slow}
 	created := make(chan error, 1)
 	go func() {
 		_, err := h.node.CreatePod(h.context(), "operator", specOf("w", policyOf(all)))
 		created <- err
 	}()
-	id := <-starting
-	h.serve(h.node, h.signed(h.asOperator(), "GET", "/v1/pods", "", nil)).want(t, "")
+	id := <-slow.made
 	deleted := make(chan error, 1)
 	go func() { deleted <- h.node.DeletePod(h.context(), "operator", id) }()
 	eventually(t, "the pod stops", func() bool {
 		p, err := h.node.pod(id)
 		return err != nil || !p.live()
 	})
-	close(goOn)
+	close(slow.goOn)
 	if err := <-deleted; err != nil {
-		t.Error(err)
+		t.Errorf("deleting: %v", err)
 	}
 	if err := <-created; err == nil {
 		t.Error("a deleted pod was started")
 	}
 	h.nothingLeft()
-	if _, err := h.node.pod(id); err == nil {
-		t.Error("the pod is listed")
+	if p, err := h.node.pod(id); err == nil {
+		t.Errorf("the pod is listed: %+v", p.status())
 	}
 }
 

@@ -97,6 +97,15 @@ func TestSignedIsForOneKeyAndOneDomain(t *testing.T) {
 		}
 	}
 
+	number, err := Sign(priv, "v1", 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var n int
+	if err := (Signed{[]byte("12"), number.Sig}).Open(pub, "v", &n); err == nil {
+		t.Errorf("2 signed for v1 was read as %d signed for v", n)
+	}
+
 	// A payload of another shape is refused even with a good signature.
 	wide, err := Sign(priv, DomainPermit, map[string]any{"id": "p1", "extra": true})
 	if err != nil {

@@ -695,6 +695,36 @@ func TestSignedRequestForAThirdParty(t *testing.T) {
 	}
 }
 
+// TestSignedRequestOfAnotherForm: even the key's holder cannot sign what could be
+// read in two ways.
+func TestSignedRequestOfAnotherForm(t *testing.T) {
+	p := parameters{created: 1, expires: 2, nonce: "nonce-of-sixteen", keyID: "operator", alg: algEd25519}
+	key := newSite().keys["operator"]
+	verify := func(change func(*SignedRequest)) error {
+		s := SignedRequest{Method: "GET", TargetURI: "http://nucleus/", Pod: NoPod, ContentDigest: contentDigest(nil), SignatureInput: label + p.String(), KeyID: p.keyID}
+		change(&s)
+		s.Signature = label + byteSequence(ed25519.Sign(rfcPrivate, s.base(p.String())))
+		return s.Verify(key)
+	}
+	if err := verify(func(*SignedRequest) {}); err != nil {
+		t.Fatalf("the control: %v", err)
+	}
+	for name, change := range map[string]func(*SignedRequest){
+		"target of two lines": func(s *SignedRequest) { s.TargetURI += "\n\"nucleus-pod\": pod-2" },
+		"target with a space": func(s *SignedRequest) { s.TargetURI += " HTTP/1.1" },
+		"target with a NUL":   func(s *SignedRequest) { s.TargetURI += "\x00" },
+		"target beyond ASCII": func(s *SignedRequest) { s.TargetURI += "é" },
+		"method of two lines": func(s *SignedRequest) { s.Method += "\nX" },
+		"no method":           func(s *SignedRequest) { s.Method = "" },
+		"pod of two lines":    func(s *SignedRequest) { s.Pod += "\nX" },
+		"digest of two lines": func(s *SignedRequest) { s.ContentDigest += "\nX" },
+	} {
+		if err := verify(change); err == nil {
+			t.Errorf("%s: verified", name)
+		}
+	}
+}
+
 // vector is one case of testdata/signatures.json, for any implementation.
 type vector struct {
 	Name    string         `json:"name"`

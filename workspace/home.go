@@ -79,14 +79,14 @@ func Program(name string) (string, error) {
 // Node returns a client of the person's node, which is started when none runs.
 // A node of another version is an error that says how to replace it.
 func (h Home) Node(ctx context.Context) (*client.Client, error) {
+	if err := h.startAuthority(ctx); err != nil {
+		return nil, err
+	}
 	c, err := h.runningNode(ctx)
 	if err == nil {
 		return c, nil
 	}
 	if !errors.Is(err, ErrNoNode) {
-		return nil, err
-	}
-	if err := h.startAuthority(ctx); err != nil {
 		return nil, err
 	}
 	program, err := Program("nucleus-node")

@@ -109,7 +109,7 @@ func (h Home) LoadPolicy(name string) (*policy.Policy, error) {
 	}
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("policy %q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "policy %q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
 	}
 	if err != nil {
 		return nil, err
@@ -348,7 +348,7 @@ func (h Home) locateAgent(ctx context.Context, name string, env map[string]strin
 		return definition, install, err
 	}
 	if definition, err = agents.Find(name); err != nil {
-		return definition, install, err
+		return definition, install, nucleus.Errorf(nucleus.KindInvalid, "%v", err)
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {

@@ -173,7 +173,7 @@ func confirm(plan *workspace.Plan, yes bool) error {
 	fmt.Fprint(os.Stderr, plan.Summary())
 	fmt.Fprint(os.Stderr, "Enter launches, q quits: ")
 	var answer string
-	fmt.Scanln(&answer)
+	_, _ = fmt.Scanln(&answer) // an empty line is an answer
 	if strings.HasPrefix(strings.ToLower(answer), "q") || strings.HasPrefix(strings.ToLower(answer), "n") {
 		return exitCode(exitInterrupted)
 	}
@@ -294,9 +294,13 @@ func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
 		}
 		switch kind {
 		case wire.FrameStdout:
-			os.Stdout.Write(payload)
+			if _, err := os.Stdout.Write(payload); err != nil {
+				return 0, err
+			}
 		case wire.FrameStderr:
-			os.Stderr.Write(payload)
+			if _, err := os.Stderr.Write(payload); err != nil {
+				return 0, err
+			}
 		case wire.FrameResult:
 			return result(payload)
 		}

@@ -194,6 +194,9 @@ func (w *worker) planWrite(action nucleus.Action, args WriteArgs) (plan, error) 
 	if err != nil {
 		return plan{}, err
 	}
+	if err := checkWritable(rel); err != nil {
+		return plan{}, err
+	}
 	before, err := w.box.Digest(rel, maxDigest)
 	if err != nil {
 		return plan{}, err
@@ -214,6 +217,9 @@ func (w *worker) planWrite(action nucleus.Action, args WriteArgs) (plan, error) 
 func (w *worker) planEdit(action nucleus.Action, args EditArgs) (plan, error) {
 	rel, err := w.box.Resolve(args.Path)
 	if err != nil {
+		return plan{}, err
+	}
+	if err := checkWritable(rel); err != nil {
 		return plan{}, err
 	}
 	before, err := w.readWhole(rel)

@@ -221,13 +221,14 @@ func TestPlumbingRunsNothing(t *testing.T) {
 	for key, value := range map[string]string{
 		"core.hooksPath": hooks, "core.fsmonitor": trap("fsmonitor"), "core.pager": trap("pager"), "core.editor": trap("editor"),
 		"core.sshCommand": trap("ssh"), "core.alternateRefsCommand": trap("alternates"), "diff.external": trap("diff"), "gpg.program": trap("gpg"),
-		"credential.helper": trap("credential"), "filter.evil.smudge": trap("smudge"), "filter.evil.clean": trap("clean"),
+		"credential.helper": trap("credential"), "filter.evil.smudge": trap("smudge"), "filter.evil.clean": trap("clean"), "filter.a=b.c.clean": trap("clean2"), "filter.evil.required": "true",
 		"protocol.ext.allow": "always", "remote.origin.url": "ext::" + trap("ext"), "uploadpack.packObjectsHook": trap("pack"),
 		"remote.origin.promisor": "true", "remote.origin.partialclonefilter": "blob:none", "extensions.partialClone": "origin", "core.repositoryformatversion": "1",
 	} {
 		hostGit(t, repo, "config", key, value)
 	}
-	put(t, filepath.Join(repo, ".gitattributes"), "* filter=evil\n")
+	put(t, filepath.Join(repo, ".gitattributes"), "* filter=evil\nb.txt filter=a=b.c\n")
+	put(t, filepath.Join(repo, "b.txt"), "not committed")
 	blob := hostGit(t, repo, "rev-parse", "HEAD:a.txt")
 	object := filepath.Join(repo, ".git/objects", blob[:2], blob[2:])
 	kept := filepath.Join(t.TempDir(), "object")
@@ -236,16 +237,27 @@ func TestPlumbingRunsNothing(t *testing.T) {
 	put(t, kept, string(data))
 
 	b.bundleOut(Bundle{Repo: "app", Ref: "main"})
+	if _, r := b.bundleOut(Bundle{Repo: "app", Ref: WorktreeRef}); r.Error != nil {
+		t.Errorf("the working tree: %v", r.Error)
+	}
 	check(t, os.Remove(object)) // now it is a promised object that is missing
 	b.bundleOut(Bundle{Repo: "app", Ref: "main"})
 	b.bundleOut(Bundle{Repo: "app", Ref: "main", Base: strings.Repeat("2", 40)})
+	box, err := OpenSandbox(b.workspace, nil)
+	check(t, err)
+	defer box.Close()
+	x := newExecutor(box, Config{}.withDefaults())
+	defer x.close()
+	if out, err := x.plumbing("app").run(t.Context(), "", "cat-file", "-p", blob); err == nil {
+		t.Errorf("a missing object was read: %q", out)
+	}
 	if list := sprung(); len(list) > 0 {
 		t.Errorf("traps sprung: %v", list)
 	}
 	// The control: the same repository under plain git.
-	b.sh("cd app; git status; git cat-file -p " + blob + "; git update-ref refs/heads/x HEAD")
+	b.sh("cd app; git add .gitattributes; git status; git cat-file -p " + blob + "; git update-ref refs/heads/x HEAD")
 	control := strings.Join(sprung(), " ")
-	for _, name := range []string{"fsmonitor", "ext", "hook-reference-transaction"} {
+	for _, name := range []string{"fsmonitor", "ext", "hook-reference-transaction", "clean"} {
 		if !strings.Contains(control, "sprung-"+name) {
 			t.Errorf("the trap %s does not work, so its silence proves nothing (sprung: %s)", name, control)
 		}

@@ -26,10 +26,11 @@ import (
 // leads nowhere, not even to another file of the workspace.
 //
 // Refused: "..", places outside, blocked paths, other file systems mounted
-// inside, everything but regular files and directories, and regular files with more
-// than one link. The last for reading as well as writing: a second name may lie
-// outside the workspace or be a blocked one, and no system call tells; whoever
-// wants such a file copies it by a command, which policy judges as one.
+// inside, everything but regular files and directories, regular files with more
+// than one link and, for writing, what lies in a .git. Hard links are refused for
+// reading as well as writing: a second name may lie outside the workspace or be a
+// blocked one, and no system call tells; whoever wants such a file copies it by a
+// command, which policy judges as one.
 type Sandbox struct {
 	path            string // absolute, without links
 	given           string // as the caller named it
@@ -203,6 +204,21 @@ func (s *Sandbox) checkBlocked(rel string) error {
 	for at := rel; at != "."; at = path.Dir(at) {
 		if s.blocked(at) {
 			return &nucleus.Error{Kind: nucleus.KindDenied, Rule: "blocked", Message: fmt.Sprintf("%q is blocked by policy", rel)}
+		}
+	}
+	return nil
+}
+
+// checkWritable refuses git's own files: a hook or setting that is written there
+// is a command that runs with the next commit, under a policy that allows no
+// commands. Who may run commands can write there by one.
+func checkWritable(rel string) error {
+	if rel == "." {
+		return nucleus.Errorf(nucleus.KindInvalid, "the workspace itself is a directory")
+	}
+	for part := range strings.SplitSeq(rel, "/") {
+		if part == ".git" {
+			return &nucleus.Error{Kind: nucleus.KindDenied, Rule: "git-files", Message: fmt.Sprintf("%q belongs to git: file tools do not write there", rel)}
 		}
 	}
 	return nil
@@ -448,8 +464,8 @@ func (s *Sandbox) Replace(rel string, content []byte, mode uint32) error {
 	if err := s.checkBlocked(rel); err != nil {
 		return err
 	}
-	if rel == "." {
-		return nucleus.Errorf(nucleus.KindInvalid, "the workspace itself is a directory")
+	if err := checkWritable(rel); err != nil {
+		return err
 	}
 	parent, err := s.openParent(rel)
 	if err != nil {

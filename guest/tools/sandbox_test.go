@@ -372,6 +372,20 @@ func TestWalkStaysInside(t *testing.T) {
 	})
 }
 
+// A policy that allows files but no commands is not evaded through git.
+func TestGitFilesAreNotWritten(t *testing.T) {
+	b := newBench(t, nil)
+	newRepository(t, b.path("app"))
+	check(t, os.Symlink("app/.git", b.path("alias")))
+	for _, name := range []string{"app/.git/hooks/pre-commit", "app/.git/config", ".git/config", "sub/.git", "alias/config"} {
+		wantKind(t, b.do(nucleus.WriteFiles, WriteArgs{Path: name, Content: "x", Mode: "0755"}, nil), nucleus.KindDenied, "belongs to git")
+	}
+	wantKind(t, b.do(nucleus.EditFiles, EditArgs{Path: "app/.git/config", Old: "bare", New: "x"}, nil), nucleus.KindDenied, "belongs to git")
+	b.must(nucleus.ReadFiles, ReadArgs{Path: "app/.git/HEAD"}, nil)
+	b.must(nucleus.WriteFiles, WriteArgs{Path: "app/.gitignore", Content: "x"}, nil)
+	b.must(nucleus.WriteFiles, WriteArgs{Path: "app/.github/w.yaml", Content: "x"}, nil)
+}
+
 func TestOpenSandboxRefuses(t *testing.T) {
 	for _, dir := range []string{"relative", "", "/not/there"} {
 		if _, err := OpenSandbox(dir, nil); err == nil {

@@ -2,6 +2,9 @@ package tools
 
 import (
 	"context"
+	"fmt"
+	"maps"
+	"strings"
 
 	"cal/nucleus"
 )
@@ -14,6 +17,10 @@ const WorktreeRef = "refs/cal/worktree"
 // snapshot makes the commit of WorktreeRef in an index of its own, so that what
 // the agent has staged stays as it is.
 func (g gitCall) snapshot(ctx context.Context) error {
+	g, err := g.withoutFilters(ctx)
+	if err != nil {
+		return err
+	}
 	head, err := g.run(ctx, "", "rev-parse", "--verify", "HEAD")
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindNotFound, "the repository's HEAD is no commit")
@@ -51,4 +58,34 @@ func (g gitCall) commitTree(ctx context.Context, head string) (string, error) {
 		return "", err
 	}
 	return own.run(ctx, "what lies in the working tree, not committed\n", "commit-tree", "-p", head, tree)
+}
+
+// withoutFilters takes the commands from the filters that the repository's
+// configuration defines: what is added would pass through them. They are named one by
+// one, because git has no setting for all. (By environment, not -c: a filter's name
+// may hold an equals sign.)
+func (g gitCall) withoutFilters(ctx context.Context) (gitCall, error) {
+	// Exit code 1, no filter, is an error here too; then the output is empty.
+	output := newKeeper(gitOutput)
+	g.stream(ctx, strings.NewReader(""), output, "config", "--null", "--name-only", "--get-regexp", `^filter\.`)
+	listed := output.take()
+	if listed.cut > 0 || listed.base64 != "" {
+		return g, nucleus.Errorf(nucleus.KindFailed, "the repository defines too many filters, or one whose name is not UTF-8")
+	}
+	env := maps.Clone(g.env)
+	count := 0
+	for key := range strings.SplitSeq(listed.text, "\x00") {
+		if key == "" {
+			continue
+		}
+		value := ""
+		if strings.HasSuffix(key, ".required") {
+			value = "false"
+		}
+		env[fmt.Sprintf("GIT_CONFIG_KEY_%d", count)], env[fmt.Sprintf("GIT_CONFIG_VALUE_%d", count)] = key, value
+		count++
+	}
+	env["GIT_CONFIG_COUNT"] = fmt.Sprint(count)
+	g.env = env
+	return g, nil
 }

@@ -40,7 +40,6 @@ type stage struct {
 	modelURL   string
 	stops      []func()
 	env        []string
-	prompt     string
 	private    string // directory of the host that everybody can read
 	probe      string // path on the host that the agent tries to read in the machine
 

@@ -62,7 +62,7 @@ func TestExitCodes(t *testing.T) {
 		{"no such root", []string{"run", "--root", filepath.Join(e.Dir, "nowhere"), "--", "true"}, 1, []string{"nowhere"}},
 		{"bad environment file", []string{"run", "--env-file", filepath.Join(repo.Dir, "greet.sh"), "--", "true"}, 1, []string{"NAME=VALUE"}},
 		{"denied by policy", []string{"run", "--policy", "edit-only", "--", "true"}, 3, []string{"run_bash"}},
-		{"no such command in the machine", []string{"run", "--", "no-such-program"}, 1, []string{"no-such-program"}},
+		{"no such command in the machine", []string{"run", "--", "no-such-program"}, 127, []string{"no-such-program"}},
 		{"the command's own", []string{"run", "--", "sh", "-c", "exit 42"}, 42, nil},
 		{"false", []string{"run", "--", "false"}, 1, nil},
 		{"killed by a signal", []string{"run", "--", "sh", "-c", "kill -TERM $$"}, 128 + 15, nil},

@@ -49,9 +49,6 @@ var builtinSteps = map[string][]script.Step{
 }
 
 func builtinStory(t *testing.T, p provider, mode nucleus.Mode) {
-	if mode == nucleus.Contained {
-		t.Skip("package guest starts every agent in a root of its own, as in mediated mode: an agent in the machine's own root is not wired yet")
-	}
 	e := testenv.New(t)
 	e.Agents()
 	model := p.start(t, e, "key-"+random(), script.Steps(builtinSteps[p.agent]...))

@@ -63,6 +63,7 @@ func (s *steps) step(i int) script.Step {
 // TestNodeDies kills the node again and again, at random moments of an agent's
 // session. Each next node takes the machine up, and the session goes on to its end.
 func TestNodeDies(t *testing.T) {
+	t.Parallel() // mostly waits
 	kills := 20
 	if os.Getenv("CAL_LONG") != "" {
 		kills = 100

@@ -138,13 +138,6 @@ func random() string { return strings.ToLower(rand.Text()) }
 
 func isRoot() bool { return os.Geteuid() == 0 }
 
-func long(t *testing.T) {
-	t.Helper()
-	if os.Getenv("CAL_LONG") == "" {
-		t.Skip("slow: runs with CAL_LONG=1 (make test-long)")
-	}
-}
-
 func lines(s string) []string {
 	var out []string
 	scanner := bufio.NewScanner(strings.NewReader(s))

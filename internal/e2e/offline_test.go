@@ -21,6 +21,7 @@ import (
 
 // TestOfflineGo runs the tests of a module that depends on another.
 func TestOfflineGo(t *testing.T) {
+	t.Parallel()
 	e := testenv.New(t)
 	need(t, "go")
 	proxy := goProxy(t, "example.org/dep", "v1.2.3", map[string]string{
@@ -91,6 +92,7 @@ func goProxy(t *testing.T, module, version string, files map[string]string) *htt
 
 // TestOfflineNpm installs by a lock file from the person's npm cache.
 func TestOfflineNpm(t *testing.T) {
+	t.Parallel()
 	e := testenv.New(t)
 	need(t, "npm")
 	tarball := npmTarball(t, e, "dep", `{"name":"dep","version":"1.2.3","main":"index.js"}`, "module.exports = () => 42\n")
@@ -152,6 +154,7 @@ func npmRegistry(t *testing.T, name, version string, tarball []byte) *httptest.S
 
 // TestOfflinePython makes a venv and installs from the wheels that the person has.
 func TestOfflinePython(t *testing.T) {
+	t.Parallel()
 	e := testenv.New(t)
 	python, err := exec.LookPath("/usr/bin/python3")
 	if err != nil {

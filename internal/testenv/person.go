@@ -71,11 +71,6 @@ func (t *Terminal) Until(text string) {
 // Type sends keys as they are.
 func (t *Terminal) Type(keys string) { io.WriteString(t.tty, keys) }
 
-// Resize changes the size of the terminal.
-func (t *Terminal) Resize(rows, cols uint16) error {
-	return pty.Setsize(t.tty, &pty.Winsize{Rows: rows, Cols: cols})
-}
-
 // Wait returns the exit code once the program has ended.
 func (t *Terminal) Wait() int {
 	t.env.t.Helper()

@@ -1,6 +1,8 @@
 package testenv
 
 import (
+	"crypto/sha256"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -75,7 +77,7 @@ func (r *Repo) State() string {
 		slices.Sort(names)
 		for _, name := range names {
 			if raw, err := os.ReadFile(name); err == nil {
-				parts = append(parts, name, string(raw))
+				parts = append(parts, fmt.Sprintf("%s %x", name, sha256.Sum256(raw)))
 			}
 		}
 	}

@@ -179,6 +179,7 @@ func (c *Client) request(ctx context.Context, method, path, pod string, body any
 	if err != nil {
 		return nil, err
 	}
+	req.GetBody = nil // a request is signed for one use: it is never sent twice
 	return req, c.signer.Sign(req, pod, raw)
 }
 

@@ -1,0 +1,438 @@
+package guest
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/json"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	paseto "aidanwoods.dev/go-paseto"
+
+	"cal/approval"
+	"cal/nucleus"
+)
+
+// lock is the second lock with who stands before it: a node, and a person who approves.
+type lock struct {
+	t        testing.TB
+	p        *Proxy
+	node     ed25519.PrivateKey
+	approver paseto.V4AsymmetricSecretKey
+	seq      uint64
+}
+
+const lockPolicy = `{"operations":{"read_files":"always","write_files":"ask","web_fetch":"always","run_bash":"always"},"paths":{"roots":"any","blocked":["**/.env*"]},"commands":"any","hosts":"any"}`
+
+func newKey(t testing.TB) (ed25519.PublicKey, ed25519.PrivateKey) {
+	t.Helper()
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return public, private
+}
+
+func newLock(t testing.TB) *lock {
+	t.Helper()
+	nodePublic, node := newKey(t)
+	approverPublic, approver := newKey(t)
+	l := &lock{t: t, node: node}
+	var err error
+	if l.approver, err = paseto.NewV4AsymmetricSecretKeyFromEd25519(approver); err != nil {
+		t.Fatal(err)
+	}
+	config, err := json.Marshal(Config{ToolsUID: 1000, ToolsGID: 1000, AgentUID: 1001, AgentGID: 1001, Mode: nucleus.Mediated})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.p = &Proxy{clock: newBootClock(), changed: make(chan struct{}), boot: nucleus.Boot{
+		Pod: "p-1", Boot: "b-1", NodeKey: nodePublic, Approvers: map[string][]byte{"person": approverPublic},
+		Policy: json.RawMessage(lockPolicy), UnixMilli: time.Now().UnixMilli(), Guest: config,
+	}}
+	if err := l.p.adopt(); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+func readAction(path string) nucleus.Action {
+	return nucleus.Action{Op: nucleus.ReadFiles, Args: nucleus.SHA256([]byte(path)), Files: []nucleus.File{{Path: path}}}
+}
+
+func writeAction(path string) nucleus.Action {
+	return nucleus.Action{Op: nucleus.WriteFiles, Args: nucleus.SHA256([]byte(path)), Files: []nucleus.File{{Path: path, After: nucleus.SHA256(nil)}}}
+}
+
+// permit is what an honest node would write for an action.
+func (l *lock) permit(action nucleus.Action) nucleus.Permit {
+	l.t.Helper()
+	salt := nucleus.NewSalt()
+	digest, err := action.Digest(salt)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	now := time.Now().UnixMilli()
+	state := nucleus.Context{UnixMilli: now}
+	l.seq++
+	return nucleus.Permit{
+		ID: nucleus.NewID("r-"), Pod: "p-1", Boot: "b-1", Session: "s-1", Seq: 1<<40 | l.seq, Op: action.Op, Digest: digest, Salt: salt[:],
+		Verdict: l.p.policy.Decide(action, state).Verdict, Context: state, Issued: now, Expires: now + 30_000,
+	}
+}
+
+func (l *lock) sign(permit nucleus.Permit) *nucleus.Signed {
+	l.t.Helper()
+	signed, err := nucleus.Sign(l.node, nucleus.DomainPermit, permit)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return &signed
+}
+
+// ask is the ask that a permit's grant is given for.
+func (l *lock) ask(permit nucleus.Permit, action nucleus.Action) nucleus.AskRequest {
+	return nucleus.AskRequest{
+		ID: nucleus.NewID("a-"), Pod: permit.Pod, Workspace: "w", Session: permit.Session, Boot: permit.Boot, Requester: "agent",
+		Request: json.RawMessage(`{}`), Action: action, Digest: permit.Digest, Salt: permit.Salt, Policy: nucleus.SHA256([]byte("policy")),
+		Rule: "operations.write_files", Why: "asks", Context: permit.Context, Tier: "kernel", Mode: "mediated",
+		Created: permit.Issued - 1000, Expires: permit.Issued + 60_000, Nonce: nucleus.NewID("n-"),
+	}
+}
+
+func (l *lock) token(ask nucleus.AskRequest) string {
+	l.t.Helper()
+	b, err := approval.Bind(ask)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	raw, err := nucleus.Canonical(b.Grant(nucleus.NewID("g-"), "person", "yes"))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	token, err := paseto.NewTokenFromClaimsJSON(raw, approval.Footer("person"))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return token.V4Sign(l.approver, approval.Assertion(b.AskDigest))
+}
+
+func (l *lock) refused(what string, call Call, action *nucleus.Action, text string) {
+	l.t.Helper()
+	_, e := l.p.admit(call, action)
+	if e == nil {
+		l.t.Errorf("%s: admitted", what)
+	} else if e.Kind != nucleus.KindForbidden || !strings.Contains(e.Message, text) {
+		l.t.Errorf("%s: %+v, want %q", what, e, text)
+	}
+}
+
+// Nothing is acted on but what the node permitted: for this boot, this action, now, once.
+func TestPermit(t *testing.T) {
+	l := newLock(t)
+	action := readAction("a")
+	_, stranger := newKey(t)
+	foreign, err := nucleus.Sign(stranger, nucleus.DomainPermit, l.permit(action))
+	if err != nil {
+		t.Fatal(err)
+	}
+	domain, err := nucleus.Sign(l.node, nucleus.DomainAttach, l.permit(action))
+	if err != nil {
+		t.Fatal(err)
+	}
+	wider, err := nucleus.Sign(l.node, nucleus.DomainPermit, map[string]any{"id": "r-1", "everything": true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := nucleus.Sign(l.p.key, nucleus.DomainPermit, l.permit(action))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, signed := range map[string]*nucleus.Signed{
+		"another key": &foreign, "another domain": &domain, "an unknown field": &wider, "the proxy's own key": &own, "empty": {},
+	} {
+		l.refused(name, Call{Op: nucleus.ReadFiles, Permit: signed}, &action, "permit:")
+	}
+	l.refused("no permit", Call{Op: nucleus.ReadFiles}, &action, "no permit")
+	l.refused("no action", Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}, nil, "no action")
+
+	for name, c := range map[string]struct {
+		change func(*nucleus.Permit)
+		text   string
+	}{
+		"another pod":       {func(p *nucleus.Permit) { p.Pod = "p-2" }, "this is pod"},
+		"another boot":      {func(p *nucleus.Permit) { p.Boot = "b-2" }, "this is pod"},
+		"another operation": {func(p *nucleus.Permit) { p.Op = nucleus.RunBash }, "the call is"},
+		"another digest":    {func(p *nucleus.Permit) { p.Digest = nucleus.SHA256(nil) }, "another action"},
+		"another salt":      {func(p *nucleus.Permit) { s := nucleus.NewSalt(); p.Salt = s[:] }, "another action"},
+		"a short salt":      {func(p *nucleus.Permit) { p.Salt = p.Salt[:31] }, "salt of 31"},
+		"no salt":           {func(p *nucleus.Permit) { p.Salt = nil }, "salt of 0"},
+		"expired":           {func(p *nucleus.Permit) { p.Expires = p.Issued - 1 }, "expired"},
+	} {
+		permit := l.permit(action)
+		c.change(&permit)
+		l.refused(name, Call{Op: nucleus.ReadFiles, Permit: l.sign(permit)}, &action, c.text)
+	}
+	for name, change := range map[string]func(*nucleus.Action){
+		"another path":         func(a *nucleus.Action) { a.Files = []nucleus.File{{Path: "b"}} },
+		"another path beside":  func(a *nucleus.Action) { a.Files = append(a.Files, nucleus.File{Path: "b"}) },
+		"other arguments":      func(a *nucleus.Action) { a.Args = "" },
+		"a command beside it":  func(a *nucleus.Action) { a.Command = &nucleus.Command{Argv: []string{"sh"}} },
+		"text that is no text": func(a *nucleus.Action) { a.Files = []nucleus.File{{Path: "\xff"}} },
+	} {
+		changed := readAction("a")
+		change(&changed)
+		l.refused(name, Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}, &changed, "another action")
+	}
+	permit := l.permit(action)
+	l.refused("the call names another operation", Call{Op: nucleus.RunBash, Permit: l.sign(permit)}, &action, "the call is")
+
+	good := Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}
+	if _, e := l.p.admit(good, &action); e != nil {
+		t.Fatalf("control: %+v", e)
+	}
+	l.refused("again", good, &action, "used before")
+}
+
+// The proxy's own decision counts where it is stricter than the permit's.
+func TestDecidesAgain(t *testing.T) {
+	l := newLock(t)
+	for name, action := range map[string]nucleus.Action{
+		"blocked path":       readAction(".env"),
+		"outside":            readAction("../a"),
+		"never":              {Op: nucleus.GlobSearch, Files: []nucleus.File{{Path: "."}}},
+		"asks":               writeAction("a"),
+		"nothing to look at": {Op: nucleus.ReadFiles},
+	} {
+		permit := l.permit(action)
+		permit.Verdict = nucleus.Allow
+		l.refused(name, Call{Op: action.Op, Permit: l.sign(permit)}, &action, "its own decision is")
+	}
+	if l.p.served.exposure != 0 {
+		t.Errorf("what was refused took %v", l.p.served.exposure.Names())
+	}
+}
+
+// A permit that allows nothing permits nothing, whatever the proxy thinks itself.
+func TestVerdictOfPermit(t *testing.T) {
+	unmended(t, "a permit whose verdict is deny, or none at all, is acted on, an ask's and a denial's alike")
+	l := newLock(t)
+	for _, action := range []nucleus.Action{readAction("a"), readAction(".env"), writeAction("a")} {
+		for _, verdict := range []nucleus.Verdict{nucleus.Deny, "", "ALLOW", "maybe"} {
+			permit := l.permit(action)
+			permit.Verdict = verdict
+			l.refused(string(action.Op)+" "+action.Files[0].Path+" under "+string(verdict), Call{Op: action.Op, Permit: l.sign(permit)}, &action, "refuses")
+		}
+	}
+}
+
+// The exposure of a permit is joined with what this proxy has served itself: a node
+// that forgets does not make the machine forget.
+func TestExposureJoined(t *testing.T) {
+	l := newLock(t)
+	l.p.served.exposure = nucleus.Private | nucleus.Untrusted
+	fetch := nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Method: "GET", URL: "https://example.org/", Host: "example.org", Port: 443, Path: "/"}}
+	permit := l.permit(fetch)
+	permit.Verdict = nucleus.Allow
+	l.refused("forgotten exposure", Call{Op: nucleus.WebFetch, Permit: l.sign(permit)}, &fetch, "its own decision is ask")
+
+	l = newLock(t)
+	action := readAction("a")
+	if _, e := l.p.admit(Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}, &action); e != nil {
+		t.Fatalf("%+v", e)
+	}
+	if l.p.served.exposure != nucleus.Private {
+		t.Errorf("served %v, want private", l.p.served.exposure.Names())
+	}
+}
+
+// An ask is good with its grant alone: for this ask, by one of the approvers of the boot.
+func TestGrant(t *testing.T) {
+	l := newLock(t)
+	action := writeAction("a")
+	call := func(change func(*nucleus.Permit, *Call, *nucleus.AskRequest)) Call {
+		permit := l.permit(action)
+		ask := l.ask(permit, action)
+		permit.Grants = []string{l.token(ask)}
+		c := Call{Op: action.Op, Ask: &ask}
+		if change != nil {
+			change(&permit, &c, &ask)
+		}
+		c.Permit = l.sign(permit)
+		return c
+	}
+	stranger := newLock(t)
+	for name, change := range map[string]func(*nucleus.Permit, *Call, *nucleus.AskRequest){
+		"no grant":     func(p *nucleus.Permit, _ *Call, _ *nucleus.AskRequest) { p.Grants = nil },
+		"no ask":       func(_ *nucleus.Permit, c *Call, _ *nucleus.AskRequest) { c.Ask = nil },
+		"an empty one": func(p *nucleus.Permit, _ *Call, _ *nucleus.AskRequest) { p.Grants = []string{""} },
+		"a stranger's": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) { p.Grants = []string{stranger.token(*a)} },
+		"of another ask": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+			other := *a
+			other.ID = "a-other"
+			p.Grants = []string{l.token(other)}
+		},
+		"of another nonce":     func(_ *nucleus.Permit, _ *Call, a *nucleus.AskRequest) { a.Nonce = "n-other" },
+		"shown another reason": func(_ *nucleus.Permit, _ *Call, a *nucleus.AskRequest) { a.Why = "something else" },
+		"another digest": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+			other := writeAction("b")
+			*a = l.ask(l.permit(other), other)
+			p.Grants = []string{l.token(*a)}
+		},
+		"another boot": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+			a.Boot = "b-0"
+			p.Grants = []string{l.token(*a)}
+		},
+		"another pod": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+			a.Pod = "p-0"
+			p.Grants = []string{l.token(*a)}
+		},
+		"another operation": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+			a.Action = readAction("a")
+			p.Grants = []string{l.token(*a)}
+		},
+		"out of time": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+			a.Created, a.Expires = p.Issued-60_000, p.Issued-1
+			p.Grants = []string{l.token(*a)}
+		},
+	} {
+		l.refused(name, call(change), &action, "the machine refuses")
+	}
+	if _, e := l.p.admit(call(nil), &action); e != nil {
+		t.Errorf("control: %+v", e)
+	}
+}
+
+// A grant is good for one effect in the machine too: a node that uses one twice is refused.
+func TestGrantOnce(t *testing.T) {
+	unmended(t, "the second lock does not remember which grants it has served")
+	l := newLock(t)
+	action := writeAction("a")
+	first := l.permit(action)
+	ask := l.ask(first, action)
+	first.Grants = []string{l.token(ask)}
+	if _, e := l.p.admit(Call{Op: action.Op, Ask: &ask, Permit: l.sign(first)}, &action); e != nil {
+		t.Fatalf("control: %+v", e)
+	}
+	second := first
+	second.ID, second.Seq = "r-second", first.Seq+1
+	l.refused("the same grant", Call{Op: action.Op, Ask: &ask, Permit: l.sign(second)}, &action, "grant")
+}
+
+// A sequence number is accepted once, in whatever order numbers come; an epoch that
+// has passed does not come back.
+func TestSequence(t *testing.T) {
+	s := servedState{seqs: map[uint64]bool{}}
+	const first, second = uint64(1) << 40, uint64(2) << 40
+	for _, seq := range []uint64{first + 1, first + 3, first + 2, first + 4000} {
+		if !s.fresh(seq) {
+			t.Errorf("%d is refused", seq-first)
+		}
+		if s.fresh(seq) {
+			t.Errorf("%d is accepted twice", seq-first)
+		}
+	}
+	if s.fresh(0) {
+		t.Error("0 is accepted")
+	}
+	for i := uint64(5000); i < 30_000; i++ {
+		s.fresh(first + i)
+	}
+	if len(s.seqs) > 3*4096 {
+		t.Errorf("%d numbers are remembered", len(s.seqs))
+	}
+	for _, seq := range []uint64{first + 1, first + 5000, first + 10_000, first + 29_999} {
+		if s.fresh(seq) {
+			t.Errorf("%d comes back", seq-first)
+		}
+	}
+	if !s.fresh(second + 1) {
+		t.Error("the next epoch is refused")
+	}
+	if s.fresh(first + 40_000) {
+		t.Error("an epoch that has passed comes back")
+	}
+}
+
+// One permit from many sides at once is admitted once.
+func TestPermitOnceConcurrently(t *testing.T) {
+	l := newLock(t)
+	action := readAction("a")
+	call := Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}
+	var admitted atomic.Int32
+	var calls sync.WaitGroup
+	for range 16 {
+		calls.Go(func() {
+			if _, e := l.p.admit(call, &action); e == nil {
+				admitted.Add(1)
+			}
+		})
+	}
+	calls.Wait()
+	if admitted.Load() != 1 {
+		t.Errorf("admitted %d times", admitted.Load())
+	}
+}
+
+// The guest's time never goes back, whatever the node says, and what the node says
+// ahead of it counts.
+func TestBootClock(t *testing.T) {
+	c := newBootClock()
+	c.observe(1_000_000)
+	if now := c.now(); now < 1_000_000 || now > 1_060_000 {
+		t.Errorf("now %d", now)
+	}
+	for _, said := range []int64{0, -5, 999_999, 500_000, 1 << 62, 7} {
+		before := c.now()
+		c.observe(said)
+		if now := c.now(); now < before || now < said {
+			t.Errorf("after %d: %d, before %d", said, now, before)
+		}
+	}
+}
+
+// An expiry is measured on the guest's clock: a permit that was kept back is too late,
+// and an older issue does not turn the clock back.
+func TestPermitExpires(t *testing.T) {
+	l := newLock(t)
+	action := readAction("a")
+	kept := Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}
+	l.p.clock.observe(time.Now().UnixMilli() + 31_000)
+	l.refused("kept back", kept, &action, "expired")
+	l.refused("and once more", kept, &action, "expired")
+	permit := l.permit(action)
+	permit.Issued += 31_000
+	permit.Expires += 31_000
+	if _, e := l.p.admit(Call{Op: nucleus.ReadFiles, Permit: l.sign(permit)}, &action); e != nil {
+		t.Errorf("control: %+v", e)
+	}
+}
+
+// An outcome is signed whatever its message holds.
+func TestOutcomeIsSigned(t *testing.T) {
+	l := newLock(t)
+	for _, message := range []string{"", "failed", strings.Repeat("x", 5000)} {
+		r := l.p.outcome(l.permit(readAction("a")), CallResult{Error: nucleus.Errorf(nucleus.KindFailed, "%s", message)}, nucleus.OutcomeFailed, 0, time.Now())
+		var o nucleus.Outcome
+		if r.Outcome == nil {
+			t.Errorf("%.20q: not signed", message)
+		} else if err := r.Outcome.Open(l.p.key.Public().(ed25519.PublicKey), nucleus.DomainOutcome, &o); err != nil || len(o.Message) > 600 {
+			t.Errorf("%.20q: %+v, %v", message, o, err)
+		}
+	}
+}
+
+// A message is cut between characters: half of one would not be text, and nothing could be signed.
+func TestOutcomeIsSignedInAnyLanguage(t *testing.T) {
+	unmended(t, "a message is cut within a character; then nothing is signed")
+	l := newLock(t)
+	for n := range 4 {
+		message := strings.Repeat("x", n) + strings.Repeat("\u8a9e", 400)
+		if r := l.p.outcome(l.permit(readAction("a")), CallResult{Error: nucleus.Errorf(nucleus.KindFailed, "%s", message)}, nucleus.OutcomeFailed, 0, time.Now()); r.Outcome == nil {
+			t.Errorf("after %d letters: not signed", n)
+		}
+	}
+}
