@@ -53,6 +53,7 @@ func actions() map[string]nucleus.Action {
 		"connect": {Op: nucleus.NetConnect, Args: args, Connect: &nucleus.Connect{Host: "example.com", Port: 22}},
 		"push":    {Op: nucleus.GitPush, Args: args, Push: &nucleus.Push{Repo: "app", Remote: "https://example.com/app.git", Ref: "refs/heads/main", Old: "0000", New: "abcd"}},
 		"pr":      {Op: nucleus.CreatePR, Args: args, PR: &nucleus.PR{Repository: "o/r", API: "https://api.example.com", Base: "main", Head: "agent/x", HeadID: "abcd", Title: "fix", Body: "one\ntwo"}},
+		"job":     {Op: nucleus.RunBash, Args: args, Job: &nucleus.Job{ID: "job-1", Stop: true}},
 		"commit":  {Op: nucleus.GitCommit, Args: args, Commit: &nucleus.Commit{Repo: "app", Message: "fix\n\nbody", Paths: []string{"a.go"}, Name: "P", Email: "p@example.com"}},
 	}
 }

@@ -115,7 +115,7 @@ func checkParts(a nucleus.Action) error {
 	}
 	present := map[string]bool{
 		"files": len(a.Files) > 0, "command": a.Command != nil, "fetch": a.Fetch != nil,
-		"connect": a.Connect != nil, "push": a.Push != nil, "pr": a.PR != nil, "commit": a.Commit != nil,
+		"connect": a.Connect != nil, "push": a.Push != nil, "pr": a.PR != nil, "commit": a.Commit != nil, "job": a.Job != nil,
 	}
 	want := map[nucleus.Op]string{
 		nucleus.ReadFiles: "files", nucleus.WriteFiles: "files", nucleus.EditFiles: "files",
@@ -123,7 +123,10 @@ func checkParts(a nucleus.Action) error {
 		nucleus.WebFetch: "fetch", nucleus.NetConnect: "connect", nucleus.GitPush: "push",
 		nucleus.CreatePR: "pr", nucleus.GitCommit: "commit",
 	}[a.Op]
-	for _, part := range []string{"files", "command", "fetch", "connect", "push", "pr", "commit"} {
+	if a.Op == nucleus.RunBash && a.Job != nil && a.Command == nil {
+		want = "job"
+	}
+	for _, part := range []string{"files", "command", "fetch", "connect", "push", "pr", "commit", "job"} {
 		switch {
 		case part == want && !present[part]:
 			return fmt.Errorf("%s without its %s", a.Op, part)

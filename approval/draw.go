@@ -83,6 +83,8 @@ func Summary(ask nucleus.AskRequest) string {
 		for _, arg := range a.Command.Argv {
 			line += " " + quote(arg)
 		}
+	case a.Job != nil:
+		line += " background command " + Visible(a.Job.ID)
 	case a.Commit != nil:
 		line += " " + Visible(a.Commit.Repo) + ": " + Visible(a.Commit.Message)
 	case len(a.Files) > 0:
@@ -309,6 +311,14 @@ func (d *drawing) action(ask nucleus.AskRequest) {
 			d.field("path", quote(path))
 		}
 		d.text("message", c.Message)
+	}
+	if j := a.Job; j != nil {
+		d.field("job", quote(j.ID))
+		if j.Stop {
+			d.field("action", "stop it")
+		} else {
+			d.field("action", "read its output")
+		}
 	}
 	d.field("arguments", quote(a.Args))
 	d.field("digest", quote(ask.Digest))

@@ -25,7 +25,7 @@ type lock struct {
 	seq      uint64
 }
 
-const lockPolicy = `{"operations":{"read_files":"always","write_files":"ask","web_fetch":"always","run_bash":"always"},"paths":{"roots":"any","blocked":["**/.env*"]},"commands":"any","hosts":"any"}`
+const lockPolicy = `{"operations":{"read_files":"always","write_files":"ask","web_fetch":"always","run_bash":"always"},"paths":{"roots":"any","blocked":["**/.env*"]},"commands":"any","hosts":{"only":[{"host":"example.org","port":443}]}}`
 
 func newKey(t testing.TB) (ed25519.PublicKey, ed25519.PrivateKey) {
 	t.Helper()
@@ -233,10 +233,12 @@ func TestVerdictOfPermit(t *testing.T) {
 // that forgets does not make the machine forget.
 func TestExposureJoined(t *testing.T) {
 	l := newLock(t)
-	l.p.served.exposure = nucleus.Private | nucleus.Untrusted
 	fetch := nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Method: "GET", URL: "https://example.org/", Host: "example.org", Port: 443, Path: "/"}}
 	permit := l.permit(fetch)
-	permit.Verdict = nucleus.Allow
+	if permit.Verdict != nucleus.Allow {
+		t.Fatalf("control: %s", permit.Verdict)
+	}
+	l.p.served.exposure = nucleus.Private | nucleus.Untrusted
 	l.refused("forgotten exposure", Call{Op: nucleus.WebFetch, Permit: l.sign(permit)}, &fetch, "its own decision is ask")
 
 	l = newLock(t)

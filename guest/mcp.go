@@ -47,7 +47,11 @@ func serveMCP(l net.Listener, h http.Handler) {
 // callTool asks the node for one operation and waits for a person as long as the
 // agent's client does.
 func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, args json.RawMessage) *mcp.CallToolResult {
-	value, err := p.request(ctx, client, name, args)
+	op, args, err := tools.Operation(name, args)
+	var value json.RawMessage
+	if err == nil {
+		value, err = p.request(ctx, client, op, args)
+	}
 	if err != nil {
 		e := nucleus.AsError(err)
 		text, _ := json.Marshal(struct {
@@ -55,14 +59,10 @@ func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, 
 		}{e})
 		return &mcp.CallToolResult{IsError: true, Content: []mcp.Content{&mcp.TextContent{Text: string(text)}}}
 	}
-	return &mcp.CallToolResult{Content: toolContent(value)}
+	return &mcp.CallToolResult{Content: toolContent(op, value)}
 }
 
-func (p *Proxy) request(ctx context.Context, client *http.Client, name string, args json.RawMessage) (json.RawMessage, error) {
-	op, args, err := tools.Operation(name, args)
-	if err != nil {
-		return nil, err
-	}
+func (p *Proxy) request(ctx context.Context, client *http.Client, op nucleus.Op, args json.RawMessage) (json.RawMessage, error) {
 	url := fmt.Sprintf("http://nucleus/v1/pods/%s/tools/%s?wait=%d", p.boot.Pod, op, p.config.WaitAsk)
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(args))
 	if err != nil {
@@ -86,8 +86,8 @@ func (p *Proxy) request(ctx context.Context, client *http.Client, name string, a
 }
 
 // toolContent shows a result as the model reads it best: an image as an image,
-// everything else as its JSON.
-func toolContent(value json.RawMessage) []mcp.Content {
+// everything else as text.
+func toolContent(op nucleus.Op, value json.RawMessage) []mcp.Content {
 	var image struct {
 		Image *struct {
 			MIME string `json:"mime"`
@@ -97,5 +97,5 @@ func toolContent(value json.RawMessage) []mcp.Content {
 	if json.Unmarshal(value, &image) == nil && image.Image != nil {
 		return []mcp.Content{&mcp.ImageContent{MIMEType: image.Image.MIME, Data: image.Image.Data}}
 	}
-	return []mcp.Content{&mcp.TextContent{Text: strings.TrimSpace(string(value))}}
+	return []mcp.Content{&mcp.TextContent{Text: strings.TrimSpace(tools.Text(op, value))}}
 }

@@ -312,7 +312,7 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) 
 			return logFailure(err)
 		}
 	}
-	if _, err := n.log.Append(nucleus.Entry{
+	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionStart, Exposure: p.root.exposure.Names(),
 		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": p.record.Spec.Agent.Argv, "tty": body.TTY, "instructions": names}),
 	}); err != nil {

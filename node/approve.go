@@ -119,7 +119,7 @@ func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsAp
 	defer p.root.mu.Unlock()
 	entry := n.intent(p, r, pre, "", needed.decision)
 	entry.Status = nucleus.OutcomeRefused
-	if _, err := n.log.Append(entry); err != nil {
+	if _, err := n.append(entry); err != nil {
 		return logFailure(err)
 	}
 	return nil
@@ -157,7 +157,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 		Tier: string(p.record.Tier), Mode: string(p.record.Spec.Mode), Detail: pre.detail, Evidence: p.root.shown(),
 		Created: now.UnixMilli(), Expires: now.Add(askLife).UnixMilli(), Nonce: nucleus.NewID("n-"),
 	}
-	if _, err := n.log.Append(nucleus.Entry{
+	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalAsk, Op: r.op,
 		Digest: pre.digest, Args: data(pre.action), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
 	}); err != nil {
@@ -188,7 +188,7 @@ func authorityFailure(err error) error {
 }
 
 func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reason string) error {
-	if _, err := n.log.Append(nucleus.Entry{
+	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalDeny, Op: r.op,
 		Digest: pending.ask.Digest, Verdict: nucleus.Deny, Rule: pending.ask.Rule, Ask: pending.ask.ID, Status: state,
 		Data: data(map[string]any{"reason": cut(reason, 1000)}),
@@ -215,7 +215,7 @@ func (n *Node) useGrant(p *Pod, a *approved, permit string) error {
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: grant %s cannot be used up: %v", a.grant.ID, err)
 	}
-	if _, err := n.log.Append(nucleus.Entry{
+	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: a.grant.Approver, Kind: nucleus.KindApprovalUse, Op: a.grant.Op,
 		Digest: a.grant.Digest, Ask: a.ask.ID, Grants: []string{a.grant.ID}, Permit: permit, Data: data(map[string]any{"token": a.token}),
 	}); err != nil {

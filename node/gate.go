@@ -71,7 +71,7 @@ func (n *Node) decideConnect(p *Pod, a egress.Attempt) (nucleus.Decision, error)
 		entry.Status = nucleus.OutcomeRefused
 	}
 	entry.Exposure = p.root.exposure.Names()
-	_, err = n.log.Append(entry)
+	_, err = n.append(entry)
 	return decision, err
 }
 

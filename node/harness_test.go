@@ -161,6 +161,7 @@ func (h *host) kill() {
 	n.mu.Lock()
 	pods := n.podList()
 	n.mu.Unlock()
+	close(n.closing)
 	for _, p := range pods {
 		p.disconnect()
 		p.machine.Release()

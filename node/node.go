@@ -108,6 +108,16 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	return n, nil
 }
 
+// append records an entry durably. A log that failed before is read anew from the
+// disk first: where there is room again, it goes on.
+func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
+	recorded, err := n.log.Append(e)
+	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
+		return recorded, err
+	}
+	return n.log.Append(e)
+}
+
 // keepLog publishes the log for other programs once a second, and takes it up again
 // when it had to refuse entries and can be written once more.
 func (n *Node) keepLog(ctx context.Context) {

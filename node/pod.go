@@ -225,7 +225,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	if err := p.save(); err != nil {
 		return err
 	}
-	if _, err := n.log.Append(nucleus.Entry{
+	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodCreate,
 		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace}),
 	}); err != nil {
@@ -251,7 +251,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	if err := p.save(); err != nil {
 		return err
 	}
-	if _, err := n.log.Append(nucleus.Entry{
+	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStart,
 		Exposure: p.root.legs().Names(),
 		Data: data(map[string]any{
@@ -472,7 +472,7 @@ func (n *Node) ResumePod(ctx context.Context, actor, id string) error {
 	if p.state != statePaused {
 		return nucleus.Errorf(nucleus.KindConflict, "pod %s is %s, not paused", id, p.state)
 	}
-	if _, err := n.log.Append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodResume}); err != nil {
+	if _, err := n.append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodResume}); err != nil {
 		return logFailure(err)
 	}
 	if err := p.machine.Resume(ctx); err != nil {
@@ -579,7 +579,7 @@ func (n *Node) failPod(p *Pod, cause error) {
 // note records what has happened already. Where that fails there is nothing left to
 // refuse but what comes next, and the log refuses that.
 func (n *Node) note(e nucleus.Entry) {
-	if _, err := n.log.Append(e); err != nil {
+	if _, err := n.append(e); err != nil {
 		slog.Error("an event could not be recorded", "kind", e.Kind, "pod", e.Pod, "error", err)
 	}
 }
@@ -591,7 +591,7 @@ func (n *Node) DeletePod(ctx context.Context, actor, id string) error {
 		return err
 	}
 	if p.live() {
-		if _, err := n.log.Append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.legs().Names()}); err != nil {
+		if _, err := n.append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.legs().Names()}); err != nil {
 			return logFailure(err)
 		}
 		p.setState(stateStopped, "")

@@ -49,7 +49,7 @@ func (n *Node) recover(ctx context.Context) error {
 // closeIntents writes what recovery knows of requests that a dead node had begun.
 func (n *Node) closeIntents() error {
 	for _, e := range n.log.OpenIntents() {
-		if _, err := n.log.Append(nucleus.Entry{
+		if _, err := n.append(nucleus.Entry{
 			Pod: e.Pod, Session: e.Session, Actor: e.Actor, Kind: nucleus.KindOutcome, Op: e.Op, Digest: e.Digest,
 			Permit: e.Permit, Status: nucleus.OutcomeUnknown, Data: data(map[string]any{"message": "the node ended before the outcome was known"}),
 		}); err != nil {
@@ -98,7 +98,7 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	if p.session, err = n.attach(ctx, p, p.machine.Wire()); err != nil {
 		return nil, errors.Join(err, p.machine.Destroy(context.WithoutCancel(ctx)))
 	}
-	_, err = n.log.Append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodAdopt, Exposure: p.root.legs().Names(), Data: data(map[string]any{"epoch": p.record.Epoch})})
+	_, err = n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodAdopt, Exposure: p.root.legs().Names(), Data: data(map[string]any{"epoch": p.record.Epoch})})
 	return p, err
 }
 
@@ -147,7 +147,7 @@ func (n *Node) proveTo(session *wire.Session, boot string) error {
 
 // remove takes away all that a pod left, whatever its record says.
 func (n *Node) remove(ctx context.Context, dir, id string, cause error) error {
-	if _, err := n.log.Append(nucleus.Entry{Pod: id, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 1000)})}); err != nil {
+	if _, err := n.append(nucleus.Entry{Pod: id, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 1000)})}); err != nil {
 		return err
 	}
 	for _, d := range n.config.Drivers {

@@ -164,7 +164,7 @@ func (n *Node) importRepo(ctx context.Context, p *Pod, actor string, r nucleus.R
 			}
 		}
 	}
-	if _, err := n.log.Append(nucleus.Entry{
+	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindRepoImport,
 		Data: data(map[string]any{"repo": r.Name, "branch": r.Branch, "base": r.Base}),
 	}); err != nil {
@@ -341,7 +341,7 @@ func (n *Node) fetchRepo(ctx context.Context, p *Pod, actor, name string) (clien
 	if fetched.Stat, err = q.Run(ctx, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--stat=80", stored.Base, worktree); err != nil {
 		return fetched, err
 	}
-	_, err = n.log.Append(nucleus.Entry{
+	_, err = n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindRepoFetch,
 		Data: data(map[string]any{"repo": r.Name, "branch": r.Branch, "base": stored.Base, "head": head, "worktree": worktree}),
 	})

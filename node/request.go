@@ -150,7 +150,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 		permit.Grants, entry.Grants, entry.Ask = []string{approval.token}, []string{approval.grant.ID}, approval.ask.ID
 	default:
 		entry.Status = nucleus.OutcomeRefused
-		if _, err := n.log.Append(entry); err != nil {
+		if _, err := n.append(entry); err != nil {
 			return permit, logFailure(err)
 		}
 		return permit, &nucleus.Error{Kind: nucleus.KindDenied, Operation: r.op, Rule: decision.Rule, Message: decision.Why}
@@ -162,7 +162,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 	if err := n.salts.Put(permit.ID, pre.salt); err != nil {
 		return permit, logFailure(err)
 	}
-	if _, err := n.log.Append(entry); err != nil {
+	if _, err := n.append(entry); err != nil {
 		return permit, logFailure(err)
 	}
 	permit.Seq = p.nextSeq()
@@ -187,7 +187,7 @@ func (n *Node) refuseUnresolved(p *Pod, r request, cause error) error {
 		copied.Operation = r.op
 		e = &copied
 	}
-	_, err := n.log.Append(nucleus.Entry{
+	_, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
 		Args: data(r.args), Verdict: nucleus.Deny, Rule: "resolve", Status: nucleus.OutcomeRefused,
 		Data: data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}),
@@ -285,7 +285,7 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 		}
 		entry.Data = data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)})
 	}
-	if _, err := n.log.Append(entry); err != nil {
+	if _, err := n.append(entry); err != nil {
 		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded: %v", r.op, err)
 	}
 	return nil

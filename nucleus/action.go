@@ -15,6 +15,7 @@ type Action struct {
 	Args    string   `json:"args_sha256"` // hex SHA-256 of the canonical arguments
 	Files   []File   `json:"files,omitempty"`
 	Command *Command `json:"command,omitempty"`
+	Job     *Job     `json:"job,omitempty"`
 	Fetch   *Fetch   `json:"fetch,omitempty"`
 	Connect *Connect `json:"connect,omitempty"`
 	Push    *Push    `json:"push,omitempty"`
@@ -42,6 +43,13 @@ type Command struct {
 	Binary string            `json:"binary"`          // absolute path that argv[0] resolved to
 	Files  []File            `json:"files,omitempty"` // workspace files that argv names
 	TTY    bool              `json:"tty,omitempty"`
+}
+
+// Job is a command that run_bash started before, in the background: its output is
+// read, or it is stopped.
+type Job struct {
+	ID   string `json:"id"`
+	Stop bool   `json:"stop,omitempty"`
 }
 
 // Fetch is one HTTP request made by the node on the agent's behalf.

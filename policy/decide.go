@@ -128,6 +128,9 @@ func (p *Policy) scope(a *nucleus.Action) scoped {
 		}
 		return p.scopeFiles(a.Files)
 	case nucleus.RunBash:
+		if a.Job != nil && a.Command == nil {
+			return scoped{} // the command was judged when it was started
+		}
 		return p.scopeCommand(a.Command)
 	case nucleus.GitCommit:
 		return p.scopeCommit(a.Commit)

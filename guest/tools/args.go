@@ -402,7 +402,8 @@ func ResolveStatic(op nucleus.Op, raw json.RawMessage) (nucleus.Action, bool, er
 	case GrepArgs:
 		name = searchBase(a.Path)
 	case RunArgs:
-		return action, a.Output != "" || a.Stop != "", nil
+		action.Job = a.job()
+		return action, action.Job != nil, nil
 	default:
 		return nucleus.Action{}, false, nil
 	}
@@ -415,6 +416,17 @@ func ResolveStatic(op nucleus.Op, raw json.RawMessage) (nucleus.Action, bool, er
 	}
 	action.Files = []nucleus.File{{Path: rel}}
 	return action, true, nil
+}
+
+// job is the background command that the arguments are about; nil: they start one.
+func (a RunArgs) job() *nucleus.Job {
+	switch {
+	case a.Output != "":
+		return &nucleus.Job{ID: a.Output}
+	case a.Stop != "":
+		return &nucleus.Job{ID: a.Stop, Stop: true}
+	}
+	return nil
 }
 
 func searchBase(p string) string {

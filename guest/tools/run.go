@@ -62,11 +62,13 @@ func (r *RunResult) ended(c *child, timeout time.Duration) {
 func (w *worker) planRun(call Call, action nucleus.Action, args RunArgs) (plan, error) {
 	switch {
 	case args.Output != "":
+		action.Job = args.job()
 		return plan{action, func(context.Context, *caller) (any, int, error) {
 			result, err := w.exec.jobs.output(args.Output)
 			return result, 0, err
 		}}, nil
 	case args.Stop != "":
+		action.Job = args.job()
 		return plan{action, func(ctx context.Context, _ *caller) (any, int, error) {
 			result, err := w.exec.jobs.stop(ctx, args.Stop)
 			return result, 0, err
