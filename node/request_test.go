@@ -53,10 +53,6 @@ func TestNoActionWithoutRecord(t *testing.T) {
 			t.Errorf("%s failed: the machine was reached", where)
 		}
 		disk.failing(nil)
-		write("still-"+where).want(t, nucleus.KindUnavailable) // until the log has been read anew
-		if err := h.node.log.Reopen(); err != nil {
-			t.Fatal(err)
-		}
 		write("again-"+where).want(t, "")
 		before = len(h.inside(p).permits())
 	}
