@@ -440,6 +440,19 @@ var forbidden = []string{
 	"iopl", "ioperm", "sethostname", "setdomainname", "lookup_dcookie", "vhangup", "process_vm_writev",
 }
 
+// newNamespaces is clone with any flag that makes a namespace.
+var newNamespaces = func() []seccomp.NameWithConditions {
+	var conditions []seccomp.NameWithConditions
+	for _, flag := range []uint64{
+		unix.CLONE_NEWUSER, unix.CLONE_NEWNS, unix.CLONE_NEWPID, unix.CLONE_NEWNET, unix.CLONE_NEWIPC, unix.CLONE_NEWUTS, unix.CLONE_NEWCGROUP,
+	} {
+		conditions = append(conditions, seccomp.NameWithConditions{
+			Name: "clone", Conditions: []seccomp.Condition{{Argument: 0, Operation: seccomp.BitsSet, Value: flag}},
+		})
+	}
+	return conditions
+}()
+
 func loadSeccomp(kind string) error {
 	names := forbidden
 	if kind == "agent" {
@@ -449,7 +462,12 @@ func loadSeccomp(kind string) error {
 		NoNewPrivs: false, // set already, on this thread
 		Policy: seccomp.Policy{
 			DefaultAction: seccomp.ActionAllow,
-			Syscalls:      []seccomp.SyscallGroup{{Action: seccomp.ActionErrno, Names: names}},
+			Syscalls: []seccomp.SyscallGroup{
+				{Action: seccomp.ActionErrno, Names: names},
+				{Action: seccomp.ActionErrno, NamesWithCondtions: newNamespaces},
+				// Its flags lie in memory that a filter cannot read; libraries fall back to clone.
+				{Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS), Names: []string{"clone3"}},
+			},
 		},
 	}
 	if err := seccomp.LoadFilter(filter); err != nil {
