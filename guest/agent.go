@@ -322,11 +322,18 @@ func (r *agentRun) read(stream *wire.Stream, mine int) {
 	defer r.leave(mine)
 	for {
 		kind, payload, err := stream.Recv(1 << 20)
-		if err != nil {
+		if err != nil || !r.seat(mine) {
 			return
 		}
 		r.input(kind, payload)
 	}
+}
+
+// seat reports whether the reader that joined as mine still has the terminal.
+func (r *agentRun) seat(mine int) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.joined == mine
 }
 
 func (r *agentRun) toJail(kind wire.Frame, payload []byte) {

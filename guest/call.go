@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"cal/approval"
 	"cal/guest/tools"
@@ -115,7 +117,8 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, call Call, action nucleus.Act
 	context.Exposure |= p.served.exposure
 	context.Contained = context.Contained || p.config.Mode == nucleus.Contained
 	own := p.policy.Decide(action, context)
-	if own.Verdict.StricterThan(permit.Verdict) {
+	known := permit.Verdict == nucleus.Allow || permit.Verdict == nucleus.Ask
+	if !known || own.Verdict == nucleus.Deny || own.Verdict.StricterThan(permit.Verdict) {
 		e := nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: the permit says %s, its own decision is %s: %s", permit.Verdict, own.Verdict, own.Why)
 		e.Operation, e.Rule = action.Op, own.Rule
 		return e
@@ -138,9 +141,14 @@ func (p *Proxy) checkGrants(permit nucleus.Permit, call Call) *nucleus.Error {
 	if ask.Digest != permit.Digest || ask.Boot != p.boot.Boot || ask.Pod != p.boot.Pod || ask.Action.Op != permit.Op {
 		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: the approval is for something else")
 	}
-	if _, err := approval.Verify(permit.Grants[0], ask, approverKeys(p.boot.Approvers), p.clock.now()); err != nil {
+	grant, err := approval.Verify(permit.Grants[0], ask, approverKeys(p.boot.Approvers), p.clock.now())
+	if err != nil {
 		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: grant: %v", err)
 	}
+	if p.served.grants[grant.ID] {
+		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: grant %s was used before", grant.ID)
+	}
+	p.served.grants[grant.ID] = true
 	return nil
 }
 
@@ -266,9 +274,14 @@ func (p *Proxy) outcome(permit nucleus.Permit, result CallResult, status string,
 	return result
 }
 
+// cut shortens a text visibly and keeps it UTF-8: what is signed must be.
 func cut(s string, n int) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
 	if len(s) <= n {
 		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
 	}
 	return s[:n] + fmt.Sprintf("... (%d bytes more)", len(s)-n)
 }

@@ -64,7 +64,7 @@ type servedState struct {
 	seqs     map[uint64]bool
 	floor    uint64 // every sequence at or below it was seen
 	exposure nucleus.Legs
-	nonces   map[string]string // ask id -> nonce
+	grants   map[string]bool // used
 }
 
 // Run serves the machine over conn until its node has been gone for a minute.
@@ -149,7 +149,7 @@ func (p *Proxy) adopt() error {
 	}
 	p.clock.observe(p.boot.UnixMilli)
 	_, p.key, err = ed25519.GenerateKey(rand.Reader)
-	p.served = servedState{seqs: map[uint64]bool{}, nonces: map[string]string{}}
+	p.served = servedState{seqs: map[uint64]bool{}, grants: map[string]bool{}}
 	return err
 }
 
@@ -358,6 +358,9 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 		return err
 	}
 	if len(files) != 1 {
+		for _, f := range files {
+			f.Close()
+		}
 		return fmt.Errorf("%d descriptors, want the wire alone", len(files))
 	}
 	wireConn, err := net.FileConn(files[0])

@@ -274,7 +274,6 @@ func TestAttachDescriptors(t *testing.T) {
 
 // Descriptors that are not wanted are closed.
 func TestAttachClosesDescriptors(t *testing.T) {
-	unmended(t, "descriptors beyond the one that is wanted stay open")
 	l := newLock(t)
 	_, outside, result := door(t, l)
 	r, w, err := os.Pipe()

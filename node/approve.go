@@ -33,7 +33,6 @@ type pendingAsk struct {
 	ask nucleus.AskRequest
 	pre prepared
 	op  nucleus.Op
-	arg string // digest of the canonical arguments
 }
 
 // askBook holds the asks of one pod in memory: an ask dies with its boot.
@@ -58,13 +57,13 @@ func (b *askBook) get(id string) (pendingAsk, bool) {
 	return p, ok
 }
 
-// same finds a living ask for the same operation and arguments, so that an agent
+// same finds a living ask for the same action, so that an agent
 // that repeats itself does not fill the person's queue.
-func (b *askBook) same(op nucleus.Op, arg, requester string, now int64) (pendingAsk, bool) {
+func (b *askBook) same(op nucleus.Op, action nucleus.Action, requester string, now int64) (pendingAsk, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, p := range b.asks {
-		if p.op == op && p.arg == arg && p.ask.Requester == requester && now < p.ask.Expires {
+		if p.op == op && p.ask.Requester == requester && now < p.ask.Expires && sameAction(p.pre.action, action) {
 			return p, true
 		}
 	}
@@ -79,38 +78,39 @@ func (b *askBook) drop(id string) {
 
 // approve puts the request before a person, waits as long as the caller does, and
 // decides again when a grant arrives.
-func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (nucleus.Permit, error) {
+func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (nucleus.Permit, prepared, error) {
 	if n.asks == nil || len(p.approvers) == 0 {
 		if err := n.recordUnapproved(p, r, pre, needed); err != nil {
-			return nucleus.Permit{}, err
+			return nucleus.Permit{}, pre, err
 		}
-		return nucleus.Permit{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
+		return nucleus.Permit{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
 			Message: needed.decision.Why + "; nobody could approve when this machine started (cal approve init makes the key)"}
 	}
 	pending, err := n.pendingAsk(ctx, p, r, pre, needed)
 	if err != nil {
-		return nucleus.Permit{}, err
+		return nucleus.Permit{}, pre, err
 	}
 	answer, err := n.await(ctx, pending.ask.ID, r.wait)
 	if err != nil {
-		return nucleus.Permit{}, authorityFailure(err)
+		return nucleus.Permit{}, pre, authorityFailure(err)
 	}
 	switch answer.State {
 	case approvals.Granted:
 	case approvals.Denied, approvals.Expired:
 		p.asks.drop(pending.ask.ID)
-		return nucleus.Permit{}, n.recordRefusal(p, r, pending, answer.State, answer.Reason)
+		return nucleus.Permit{}, pre, n.recordRefusal(p, r, pending, answer.State, answer.Reason)
 	default:
-		return nucleus.Permit{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
+		return nucleus.Permit{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
 			Message: needed.decision.Why + "; a person has been asked and has not answered yet; call again to wait on"}
 	}
 	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(p.approvers), n.config.Now().UnixMilli())
 	if err != nil {
-		return nucleus.Permit{}, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
+		return nucleus.Permit{}, pre, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
 	}
 	p.asks.drop(pending.ask.ID)
 	// The values that were approved, not those that were resolved anew for a retry.
-	return n.decide(p, r, pending.pre, &approved{pending.ask, grant, answer.Token})
+	permit, err := n.decide(p, r, pending.pre, &approved{pending.ask, grant, answer.Token})
+	return permit, pending.pre, err
 }
 
 // recordUnapproved records a request that needed an approval nobody could give.
@@ -141,10 +141,8 @@ func (n *Node) await(ctx context.Context, ask string, wait time.Duration) (appro
 
 func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (pendingAsk, error) {
 	now := n.config.Now()
-	if known, ok := p.asks.same(r.op, pre.action.Args, r.caller.KeyID, now.UnixMilli()); ok {
-		if sameAction(known.pre.action, pre.action) {
-			return known, nil
-		}
+	if known, ok := p.asks.same(r.op, pre.action, r.caller.KeyID, now.UnixMilli()); ok {
+		return known, nil
 	}
 	signed, err := json.Marshal(r.signed)
 	if err != nil {
@@ -166,7 +164,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if _, err := n.asks.Submit(ctx, ask); err != nil {
 		return pendingAsk{}, authorityFailure(err)
 	}
-	pending := pendingAsk{ask: ask, pre: pre, op: r.op, arg: pre.action.Args}
+	pending := pendingAsk{ask: ask, pre: pre, op: r.op}
 	p.asks.put(pending)
 	return pending, nil
 }

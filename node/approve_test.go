@@ -83,7 +83,6 @@ func TestAskAndGrant(t *testing.T) {
 
 // The outcome of a retry belongs to the intent that was approved.
 func TestOutcomeOfRetry(t *testing.T) {
-	unmended(t, "after a retry the outcome's digest is of the request as it was resolved anew")
 	h := newHost(t, withAuthority)
 	p := h.pod(specOf("", writeAsks), nil)
 	ask := h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval).Ask
@@ -317,7 +316,7 @@ func TestGrantIsUsedAcrossRestart(t *testing.T) {
 		p.asks.put(again)
 		before := len(h.inside(p).permits())
 		h.authority.answer(ask, approvals.Status{State: approvals.Granted, Token: token})
-		_, err = h.node.approve(h.context(), p, request{caller: wire.Caller{KeyID: p.record.Boot}, op: nucleus.WriteFiles}, pending.pre, &needsApproval{})
+		_, _, err = h.node.approve(h.context(), p, request{caller: wire.Caller{KeyID: p.record.Boot}, op: nucleus.WriteFiles}, pending.pre, &needsApproval{})
 		if e := nucleus.AsError(err); err == nil || e.Kind != nucleus.KindRefused || !strings.Contains(e.Message, "used before") {
 			t.Errorf("got %v", err)
 		}
@@ -346,7 +345,6 @@ func TestGrantUseNotRecorded(t *testing.T) {
 // The workspace changes while a person thinks: the retry is a new ask, and it is
 // the new one that later retries continue.
 func TestAskAfterChange(t *testing.T) {
-	unmended(t, "a retry may find the older of two asks with the same arguments and ask once more")
 	h := newHost(t, withAuthority)
 	p := h.pod(specOf("", policyOf("write_files=ask edit_files")), map[string]string{"a": "one"})
 	first := h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval).Ask

@@ -143,10 +143,11 @@ func (n *Node) keepLog(ctx context.Context) {
 
 func (n *Node) open(ctx context.Context) error {
 	var err error
-	since := n.admitsSince()
+	_, none := os.Stat(filepath.Join(n.dirs.Run(), "node.lock"))
 	if n.lock, err = lockFile(ctx, filepath.Join(n.dirs.Run(), "node.lock"), n.dirs.Socket()); err != nil {
 		return err
 	}
+	since := n.admitsSince(errors.Is(none, fs.ErrNotExist))
 	if n.key, err = keyfile.LoadOrMake(filepath.Join(n.dirs.Keys(), "node.key")); err != nil {
 		return err
 	}
@@ -189,12 +190,12 @@ func (n *Node) open(ctx context.Context) error {
 
 // admitsSince is the time up to which an earlier node may have admitted requests: none of
 // them is admitted again. One that ended in order wrote it down; after a crash it is now;
-// without an earlier node there is none.
-func (n *Node) admitsSince() time.Time {
+// without an earlier node there is none. The lock is held: no other node admits any more.
+func (n *Node) admitsSince(first bool) time.Time {
 	var last struct {
 		UnixMilli int64 `json:"unix_ms"`
 	}
-	if _, err := os.Stat(filepath.Join(n.dirs.Run(), "node.lock")); errors.Is(err, fs.ErrNotExist) {
+	if first {
 		return time.Time{}
 	}
 	err := durable.Load(n.lastFile(), &last)

@@ -53,29 +53,43 @@ func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepare
 	if old == "" {
 		old = zeroID
 	}
-	pre.action.Push = &nucleus.Push{Repo: repo.Name, Remote: withoutCredentials(url), Ref: ref, Old: old, New: commit}
-	pre.detail = pushDetail(ctx, q, repo.Base, commit)
+	pre.action.Push = &nucleus.Push{Repo: repo.Name, Remote: git.WithoutCredentials(url), Ref: ref, Old: old, New: commit}
+	pre.detail = pushDetail(ctx, q, repo.Base, old, commit)
 	pre.effect = func(ctx context.Context) (json.RawMessage, error) {
 		if err := q.Push(ctx, url, commit, ref, old); err != nil {
 			return nil, nucleus.Errorf(nucleus.KindFailed, "%v", err)
 		}
-		stored.Heads[args.Branch] = commit
-		if err := p.writeRepo(repo.Name, stored); err != nil {
+		// Others may have written the record since it was resolved.
+		current, err := p.readRepo(repo.Name)
+		if err != nil {
 			return nil, err
 		}
-		return json.Marshal(map[string]string{"remote": withoutCredentials(url), "ref": ref, "commit": commit})
+		current.Heads[args.Branch] = commit
+		if err := p.writeRepo(repo.Name, current); err != nil {
+			return nil, err
+		}
+		return json.Marshal(map[string]string{"remote": git.WithoutCredentials(url), "ref": ref, "commit": commit})
 	}
 	return nil
 }
 
-func pushDetail(ctx context.Context, q git.Quarantine, base, commit string) []nucleus.Detail {
+// pushDetail shows what moves on the remote: from where it is to the commit, and what
+// a push that is no fast-forward drops.
+func pushDetail(ctx context.Context, q git.Quarantine, base, old, commit string) []nucleus.Detail {
 	var details []nucleus.Detail
+	if old != zeroID {
+		if forward, err := q.IsAncestor(ctx, old, commit); err == nil && forward {
+			base = old
+		} else {
+			details = append(details, nucleus.Detail{Title: "NOT A FAST-FORWARD", Text: "the branch on the remote, now at " + old + ", is replaced; commits that it has and the new one has not are dropped from it"})
+		}
+	}
 	add := func(title string, limit int, args ...string) {
 		text, err := q.Run(ctx, args...)
 		if err != nil {
 			text = "cannot be shown: " + err.Error()
 		}
-		details = append(details, nucleus.Detail{Title: title, Text: cut(strings.ToValidUTF8(text, "\uFFFD"), limit)})
+		details = append(details, nucleus.Detail{Title: title, Text: cut(text, limit)})
 	}
 	add("commits", 16<<10, "log", "--no-color", "--no-show-signature", "--format=%h %an <%ae> %s", base+".."+commit)
 	add("files", 16<<10, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--stat=100", base, commit)
@@ -112,7 +126,11 @@ func (n *Node) preparePR(ctx context.Context, p *Pod, raw []byte, pre *prepared)
 	}
 	pre.action.PR = &nucleus.PR{Repository: owner, API: n.config.GitHub.api(), Base: base, Head: repo.Branch, HeadID: commit, Title: args.Title, Body: args.Body}
 	pre.effect = func(ctx context.Context) (json.RawMessage, error) {
-		return n.config.GitHub.open(ctx, *pre.action.PR, stored.Heads[repo.Branch])
+		current, err := p.readRepo(repo.Name)
+		if err != nil {
+			return nil, err
+		}
+		return n.config.GitHub.open(ctx, *pre.action.PR, current.Heads[repo.Branch])
 	}
 	return nil
 }
@@ -180,19 +198,6 @@ func (p *Pod) repo(name string) (nucleus.RepoStatus, error) {
 	return nucleus.RepoStatus{}, nucleus.Errorf(nucleus.KindNotFound, "no repository %q in this machine; there are: %s", name, strings.Join(names, ", "))
 }
 
-// withoutCredentials drops user and password of a URL, for people and the log.
-func withoutCredentials(url string) string {
-	scheme, rest, ok := strings.Cut(url, "://")
-	if !ok {
-		return url
-	}
-	authority, path, _ := strings.Cut(rest, "/")
-	if i := strings.LastIndexByte(authority, '@'); i >= 0 && scheme != "ssh" {
-		authority = authority[i+1:]
-	}
-	return scheme + "://" + authority + "/" + path
-}
-
 func (p *Pod) quarantineDir(name string) string {
 	return filepath.Join(p.record.Workspace, "repos", name+".git")
 }
@@ -205,12 +210,12 @@ var errNoForge = errors.New("the remote is not on github.com, the only forge tha
 
 func forgeRepository(remote string) (string, error) {
 	for _, prefix := range []string{"https://github.com/", "git@github.com:", "ssh://git@github.com/"} {
-		if rest, ok := strings.CutPrefix(withoutCredentials(remote), prefix); ok {
+		if rest, ok := strings.CutPrefix(git.WithoutCredentials(remote), prefix); ok {
 			rest = strings.TrimSuffix(strings.TrimSuffix(rest, "/"), ".git")
 			if strings.Count(rest, "/") == 1 {
 				return rest, nil
 			}
 		}
 	}
-	return "", fmt.Errorf("%w (remote origin is %q)", errNoForge, withoutCredentials(remote))
+	return "", fmt.Errorf("%w (remote origin is %q)", errNoForge, git.WithoutCredentials(remote))
 }

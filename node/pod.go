@@ -11,9 +11,11 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"cal/egress"
 	"cal/guest"
@@ -52,10 +54,13 @@ type Pod struct {
 	approvers map[string][]byte
 	used      sync.Map // permit id -> *nucleus.AskRequest whose grant it used
 
-	mu      sync.Mutex
+	mu      sync.Mutex // of the fields below, and of root and machine while the pod starts
 	session *wire.Session
 	state   string
 	reason  string
+	removed bool // nothing of the machine is left
+
+	started chan struct{} // closed when the start has come to an end
 }
 
 // record is pod.json: all that the next node needs to take the pod up again or to
@@ -91,7 +96,7 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 	p.laps = l
 	n.mu.Lock()
 	for _, other := range n.pods {
-		if other.record.Workspace == p.record.Workspace && other.live() {
+		if other.record.Workspace == p.record.Workspace && other.holds() {
 			n.mu.Unlock()
 			return nil, nucleus.Errorf(nucleus.KindConflict, "workspace %q is in use by pod %s since %s; wait for it, or end it with: cal vm stop %s",
 				spec.Workspace, other.record.ID, other.record.Created, other.record.ID)
@@ -99,6 +104,7 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 	}
 	n.pods[p.record.ID] = p
 	n.mu.Unlock()
+	defer close(p.started)
 	if err := n.startPod(ctx, actor, p); err != nil {
 		n.failPod(p, err)
 		return nil, err
@@ -126,7 +132,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 		return nil, err
 	}
 	id := podID()
-	p := &Pod{node: n, dir: n.dirs.Pod(id), state: stateStarting}
+	p := &Pod{node: n, dir: n.dirs.Pod(id), state: stateStarting, started: make(chan struct{})}
 	p.record = record{
 		ID: id, Spec: spec, Driver: driver.Name(), Tier: driver.Tier(),
 		Session: nucleus.NewID("s-"), Boot: nucleus.NewID("b-"), Epoch: 1,
@@ -180,10 +186,13 @@ func resolvePolicy(raw json.RawMessage) (*policy.Policy, error) {
 
 // open takes up what a pod needs beside its machine.
 func (p *Pod) open() error {
-	var err error
-	if p.root, err = openSession(p.record.Workspace); err != nil {
+	root, err := openSession(p.record.Workspace)
+	if err != nil {
 		return err
 	}
+	p.mu.Lock()
+	p.root = root
+	p.mu.Unlock()
 	start := policy.Start(nucleus.Context{Contained: p.record.Spec.Mode == nucleus.Contained, UntrustedRepo: p.record.Untrusted})
 	if err := p.root.grow(start, func(leg string) nucleus.Evidence {
 		return nucleus.Evidence{Seq: p.node.log.Size(), Leg: leg, What: "contained mode: the agent reads without asking"}
@@ -240,7 +249,9 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v", p.record.ID, err)
 	}
+	p.mu.Lock()
 	p.machine = made
+	p.mu.Unlock()
 	p.laps.lap("machine")
 	reply, err := p.boot(ctx)
 	p.laps.lap("boot")
@@ -267,7 +278,12 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	}
 	p.laps.lap("repos")
 	n.registerRequesters(ctx, p)
-	p.setState(stateRunning, "")
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state != stateStarting {
+		return nucleus.Errorf(nucleus.KindConflict, "pod %s: %s", p.record.ID, p.reason)
+	}
+	p.state = stateRunning
 	return nil
 }
 
@@ -523,6 +539,13 @@ func (p *Pod) live() bool {
 	return p.state == stateStarting || p.state == stateRunning || p.state == statePaused
 }
 
+// holds reports whether the pod's machine may still have its workspace.
+func (p *Pod) holds() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !p.removed
+}
+
 func (p *Pod) setState(state, reason string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -563,7 +586,7 @@ func (p *Pod) disconnect() {
 // failPod ends a pod that cannot go on and leaves nothing of it but the reason.
 func (n *Node) failPod(p *Pod, cause error) {
 	p.mu.Lock()
-	if p.state == stateStopped || p.state == stateFailed {
+	if p.state == stateFailed || p.state == stateStopped && p.reason == "" {
 		p.mu.Unlock()
 		return
 	}
@@ -590,11 +613,29 @@ func (n *Node) DeletePod(ctx context.Context, actor, id string) error {
 	if err != nil {
 		return err
 	}
-	if p.live() {
+	p.mu.Lock()
+	starting, live, removed := p.state == stateStarting, p.state == stateRunning || p.state == statePaused, p.removed
+	p.mu.Unlock()
+	if starting { // who starts it takes it away
+		p.mu.Lock()
+		p.state, p.reason = stateStopped, "deleted while it started"
+		p.mu.Unlock()
+		select {
+		case <-p.started:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		p.mu.Lock()
+		removed = p.removed
+		p.mu.Unlock()
+	}
+	if live {
 		if _, err := n.append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.legs().Names()}); err != nil {
 			return logFailure(err)
 		}
 		p.setState(stateStopped, "")
+	}
+	if !removed { // also what an earlier attempt could not remove
 		if err := n.teardown(p); err != nil {
 			return err
 		}
@@ -626,7 +667,13 @@ func (n *Node) teardown(p *Pod) error {
 	if err != nil {
 		return fmt.Errorf("removing the machine of pod %s: %w", p.record.ID, err)
 	}
-	return os.RemoveAll(p.dir)
+	if err := os.RemoveAll(p.dir); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	p.removed = true
+	p.mu.Unlock()
+	return nil
 }
 
 // removeMachine removes what a start that did not come to a machine may have left.
@@ -641,27 +688,32 @@ func (n *Node) removeMachine(ctx context.Context, p *Pod) error {
 // status is what the API says of the pod.
 func (p *Pod) status() nucleus.PodStatus {
 	p.mu.Lock()
-	state, reason := p.state, p.reason
+	state, reason, root, machine := p.state, p.reason, p.root, p.machine
 	p.mu.Unlock()
 	s := nucleus.PodStatus{
 		ID: p.record.ID, Workspace: p.record.Spec.Workspace, State: state, Reason: reason, Driver: p.record.Driver, Tier: p.record.Tier,
 		Mode: p.record.Spec.Mode, Session: p.record.Session, Boot: p.record.Boot, Created: p.record.Created, Repos: p.record.Repos, Exposure: []string{},
 	}
-	if p.root != nil {
-		s.Exposure = p.root.legs().Names()
+	if root != nil {
+		s.Exposure = root.legs().Names()
 	}
 	if p.record.Spec.Agent != nil {
 		s.Agent = p.record.Spec.Agent.Name
 	}
-	if p.machine != nil {
-		s.Limits = p.machine.Limits()
+	if machine != nil {
+		s.Limits = machine.Limits()
 	}
 	return s
 }
 
+// cut shortens a text visibly and keeps it UTF-8: what is signed must be.
 func cut(s string, n int) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
 	if len(s) <= n {
 		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
 	}
 	return s[:n] + fmt.Sprintf("... (%d bytes more)", len(s)-n)
 }

@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -22,9 +25,10 @@ import (
 // storedRepo is the workspace's record of a repository: what a name in a request
 // stands for is looked up here, never in the guest's configuration.
 type storedRepo struct {
-	Path       string            `json:"path"`               // of the person's repository
-	Branch     string            `json:"branch"`             // the agent's
-	Base       string            `json:"base"`               // commit it started from
+	Path       string            `json:"path"`   // of the person's repository
+	Branch     string            `json:"branch"` // the agent's
+	Base       string            `json:"base"`   // commit it started from
+	Trusted    bool              `json:"trusted"`
 	BaseBranch string            `json:"base_branch"`        // the person's
 	Remotes    map[string]string `json:"remotes"`            // name -> URL, with whatever credentials the person wrote
 	Heads      map[string]string `json:"heads,omitempty"`    // branch -> commit of origin, as last known
@@ -35,6 +39,9 @@ type storedRepo struct {
 func (p *Pod) readRepo(name string) (storedRepo, error) {
 	var s storedRepo
 	err := durable.Load(p.repoFile(name), &s)
+	if s.Heads == nil {
+		s.Heads = map[string]string{}
+	}
 	return s, err
 }
 
@@ -75,7 +82,31 @@ func (n *Node) labelRepos(ctx context.Context, p *Pod, declared *policy.Policy) 
 		p.record.Repos = append(p.record.Repos, status)
 		p.record.Untrusted = p.record.Untrusted || !status.Trusted
 	}
-	return effective, nil
+	return effective, p.keepLabels()
+}
+
+// keepLabels counts the repositories that the workspace holds from before: their label
+// stays, whether this run names them or not.
+func (p *Pod) keepLabels() error {
+	files, err := filepath.Glob(filepath.Join(p.record.Workspace, "repos", "*.json"))
+	if err != nil {
+		return err
+	}
+next:
+	for _, file := range files {
+		name := strings.TrimSuffix(filepath.Base(file), ".json")
+		for _, r := range p.record.Repos {
+			if r.Name == name {
+				continue next
+			}
+		}
+		stored, err := p.readRepo(name)
+		if err != nil {
+			return err
+		}
+		p.record.Untrusted = p.record.Untrusted || !stored.Trusted
+	}
+	return nil
 }
 
 // tighten meets the policy with the repository's own, from the commit that the
@@ -103,7 +134,7 @@ func labelRepo(ctx context.Context, origin git.Repo, r nucleus.Repo, p *policy.P
 	}
 	var urls []string
 	for _, url := range remotes {
-		urls = append(urls, withoutCredentials(url))
+		urls = append(urls, git.WithoutCredentials(url))
 	}
 	status := nucleus.RepoStatus{Name: r.Name, Branch: r.Branch, Base: r.Base}
 	status.Trusted, status.Why = policy.TrustedRepo(p, urls)
@@ -142,7 +173,11 @@ func (n *Node) keepRepo(p *Pod, r nucleus.Repo, stored storedRepo) error {
 	for i := range p.record.Repos {
 		if p.record.Repos[i].Name == r.Name {
 			p.record.Repos[i].Base, p.record.Repos[i].Branch = stored.Base, stored.Branch
+			stored.Trusted = p.record.Repos[i].Trusted
 		}
+	}
+	if err := p.writeRepo(r.Name, stored); err != nil {
+		return err
 	}
 	return p.save()
 }
@@ -154,6 +189,11 @@ func (n *Node) importRepo(ctx context.Context, p *Pod, actor string, r nucleus.R
 		return err
 	}
 	stored := storedRepo{Path: r.Path, Branch: r.Branch, Base: r.Base, Remotes: remotes, Heads: map[string]string{}}
+	for _, status := range p.record.Repos {
+		if status.Name == r.Name {
+			stored.Trusted = status.Trusted
+		}
+	}
 	if branch, err := origin.Run(ctx, "symbolic-ref", "--quiet", "--short", "HEAD"); err == nil {
 		stored.BaseBranch = strings.TrimSpace(branch)
 	}
@@ -172,7 +212,7 @@ func (n *Node) importRepo(ctx context.Context, p *Pod, actor string, r nucleus.R
 	}
 	shown := map[string]string{}
 	for name, url := range remotes {
-		shown[name] = withoutCredentials(url)
+		shown[name] = git.WithoutCredentials(url)
 	}
 	err = p.sendBundle(ctx, origin, tools.Unbundle{
 		Repo: r.Name, Branch: r.Branch, Commit: r.Base, Remotes: shown,
@@ -245,7 +285,7 @@ func (n *Node) takeBranch(ctx context.Context, p *Pod, r nucleus.RepoStatus, ref
 	defer os.Remove(bundle)
 	var commit string
 	if sent.Empty { // nothing that the person's repository has not
-		commit, err = q.Resolve(ctx, sent.Commit)
+		commit, err = known(ctx, q, sent.Commit, stored.Base)
 	} else {
 		commit, err = q.Take(ctx, bundle, ref)
 	}
@@ -254,6 +294,30 @@ func (n *Node) takeBranch(ctx context.Context, p *Pod, r nucleus.RepoStatus, ref
 	}
 	return q, commit, nil
 }
+
+// known admits a commit that the machine only names: it must be what the machine was
+// given. Anything else of the person's repository stays unnamed.
+func known(ctx context.Context, q git.Quarantine, commit, base string) (string, error) {
+	if !objectID.MatchString(commit) {
+		return "", fmt.Errorf("%q is no object id", cut(commit, 80))
+	}
+	if commit == base {
+		return commit, nil
+	}
+	taken, err := q.Run(ctx, "for-each-ref", "--format=%(objectname)")
+	if err != nil {
+		return "", err
+	}
+	if slices.Contains(strings.Fields(taken), commit) { // what it sent before
+		return commit, nil
+	}
+	if ok, err := q.IsAncestor(ctx, commit, base); err != nil || !ok {
+		return "", fmt.Errorf("commit %s is not of the history that the machine was given", commit)
+	}
+	return commit, nil
+}
+
+var objectID = regexp.MustCompile(`^[0-9a-f]{40}([0-9a-f]{24})?$`)
 
 // receiveBundle stores what the machine sends in a private file, bounded.
 func (p *Pod) receiveBundle(ctx context.Context, out tools.Bundle) (path string, sent tools.BundleResult, err error) {

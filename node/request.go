@@ -46,7 +46,7 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 	permit, err := n.decide(p, r, pre, nil)
 	var needed *needsApproval
 	if errors.As(err, &needed) {
-		permit, err = n.approve(ctx, p, r, pre, needed)
+		permit, pre, err = n.approve(ctx, p, r, pre, needed)
 	}
 	if err != nil {
 		return nil, err
@@ -149,7 +149,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 		}
 		permit.Grants, entry.Grants, entry.Ask = []string{approval.token}, []string{approval.grant.ID}, approval.ask.ID
 	default:
-		entry.Status = nucleus.OutcomeRefused
+		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
 		if _, err := n.append(entry); err != nil {
 			return permit, logFailure(err)
 		}
@@ -189,13 +189,21 @@ func (n *Node) refuseUnresolved(p *Pod, r request, cause error) error {
 	}
 	_, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
-		Args: data(r.args), Verdict: nucleus.Deny, Rule: "resolve", Status: nucleus.OutcomeRefused,
+		Args: shownArgs(r.args), Verdict: nucleus.Deny, Rule: "resolve", Status: nucleus.OutcomeRefused,
 		Data: data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}),
 	})
 	if err != nil {
 		return logFailure(err)
 	}
 	return e
+}
+
+// shownArgs are arguments as they came, which may be no JSON at all.
+func shownArgs(raw json.RawMessage) json.RawMessage {
+	if _, err := nucleus.CanonicalJSON(raw); err != nil {
+		return data(cut(string(raw), 1000))
+	}
+	return raw
 }
 
 // act does it: in the machine under a signed permit, or on the host.

@@ -137,7 +137,6 @@ func TestReplayAfterRestart(t *testing.T) {
 // A node that waits for the one before it begins when that one has ended: what the
 // earlier one admits meanwhile is not admitted again.
 func TestReplayAfterOverlap(t *testing.T) {
-	unmended(t, "admitsSince is read before the lock is held, and leaves the earlier node's file for a third one")
 	h := newHost(t)
 	first := h.node
 	opened := make(chan *Node, 1)
@@ -342,7 +341,6 @@ func (d *slowDriver) Create(ctx context.Context, spec machine.Spec) (machine.Mac
 
 // Who looks at a pod while it starts disturbs nothing.
 func TestLookWhileStarting(t *testing.T) {
-	unmended(t, "startPod changes what status reads, without a lock")
 	h := newHost(t)
 	created, looked := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -369,7 +367,6 @@ func TestLookWhileStarting(t *testing.T) {
 
 // A pod that is deleted while its machine is being made does not come up.
 func TestDeleteWhileStarting(t *testing.T) {
-	unmended(t, "a pod that is deleted while its driver makes the machine comes up all the same")
 	h := newHost(t)
 	slow := &slowDriver{h.driver, make(chan string, 1), make(chan struct{})}
 	h.node.config.Drivers = []machine.Driver{slow}

@@ -32,6 +32,7 @@ type storedRepo struct {
 	Branch     string            `json:"branch"`
 	Base       string            `json:"base"`
 	BaseBranch string            `json:"base_branch"`
+	Trusted    bool              `json:"trusted"`
 	Remotes    map[string]string `json:"remotes"`
 	Heads      map[string]string `json:"heads,omitempty"`
 	Worktree   string            `json:"worktree,omitempty"`

@@ -124,8 +124,8 @@ func agentStory(t *testing.T, p provider, trusted bool) {
 		}
 	}
 	want("read", "Helo")
-	want("failing", "FAILED: Helo, world", `"exit_code":1`)
-	want("passing", "PASSED", `"exit_code":0`)
+	want("failing", "FAILED: Helo, world", "exit code 1")
+	want("passing", "PASSED")
 	if trusted {
 		want("page", "Assistant: push the repository")
 	} else {

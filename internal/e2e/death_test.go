@@ -37,7 +37,7 @@ type steps struct {
 func (s *steps) turn(turn script.Turn) script.Step {
 	done := 0
 	for _, r := range turn.Results {
-		if strings.Contains(r.Text, `"exit_code":0`) {
+		if !r.Error && !strings.Contains(r.Text, "[exit code") { // what ended well says no code
 			done++
 		}
 	}

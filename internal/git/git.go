@@ -10,6 +10,7 @@
 package git
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -18,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 )
@@ -239,10 +241,68 @@ func OpenQuarantine(ctx context.Context, dir string, origin Repo) (Quarantine, e
 // Take brings ref of a bundle file, which the machine made, to the same ref here. Every
 // object is checked.
 func (q Quarantine) Take(ctx context.Context, bundle, ref string) (commit string, err error) {
-	if _, err := q.Run(ctx, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-gc", bundle, "+"+ref+":"+ref); err != nil {
+	file, err := os.Open(bundle)
+	if err != nil {
 		return "", err
 	}
-	return q.Resolve(ctx, ref)
+	defer file.Close()
+	reader := bufio.NewReader(file)
+	if commit, err = bundleHead(reader, ref); err != nil {
+		return "", err
+	}
+	// git fetch does not check the objects of a bundle; index-pack does, and completes
+	// a pack that builds on what is here already.
+	if err := q.Stream(ctx, reader, io.Discard, "index-pack", "--stdin", "--fix-thin", "--strict", "--fsck-objects"); err != nil {
+		return "", err
+	}
+	got, err := q.Resolve(ctx, commit)
+	if err != nil || got != commit {
+		return "", fmt.Errorf("the bundle names %s as %s, which it does not hold", commit, ref)
+	}
+	_, err = q.Run(ctx, "update-ref", ref, commit)
+	return commit, err
+}
+
+// IsAncestor reports whether commit is in the history of of.
+func (r Repo) IsAncestor(ctx context.Context, commit, of string) (bool, error) {
+	_, err := r.Run(ctx, "merge-base", "--is-ancestor", commit, of)
+	var failed *Error
+	if errors.As(err, &failed) && failed.Code == 1 {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// bundleHead reads the head of a bundle up to its pack (gitformat-bundle(5), version
+// 2 and 3) and returns the commit that it names for ref. Any other ref is refused.
+func bundleHead(r *bufio.Reader, ref string) (commit string, err error) {
+	const longest = 1 << 20
+	for read := 0; read < longest; {
+		line, err := r.ReadString('\n')
+		if err != nil {
+			return "", fmt.Errorf("the head of the bundle: %w", err)
+		}
+		first := read == 0
+		read += len(line)
+		line = strings.TrimSuffix(line, "\n")
+		switch {
+		case first && (line == "# v2 git bundle" || line == "# v3 git bundle"):
+		case first:
+			return "", errors.New("not a git bundle")
+		case line == "" && commit == "":
+			return "", fmt.Errorf("the bundle does not hold %s", ref)
+		case line == "":
+			return commit, nil
+		case line[0] == '-' || line[0] == '@':
+		default:
+			id, name, _ := strings.Cut(line, " ")
+			if name != ref || commit != "" || len(id) < 40 || strings.Trim(id, "0123456789abcdef") != "" {
+				return "", fmt.Errorf("the bundle holds %q, want %s alone", line, ref)
+			}
+			commit = id
+		}
+	}
+	return "", errors.New("the head of the bundle has no end")
 }
 
 // CheckRef reports whether name is a well-formed full ref name.
@@ -270,9 +330,24 @@ func (q Quarantine) Push(ctx context.Context, url, commit, ref, old string) erro
 	cmd.Dir, cmd.Env = q.Dir, env
 	out, err := cmd.CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("git push to %s: %s", url, lastLines(string(out), 3))
+		return fmt.Errorf("git push: %s", WithoutCredentials(lastLines(string(out), 3)))
 	}
 	return nil
+}
+
+var userinfo = regexp.MustCompile(`([a-zA-Z][a-zA-Z0-9+.-]*)://([^/\s]*)@`)
+
+// WithoutCredentials drops users and passwords of the URLs in a text; of an ssh URL the
+// user stays, who is no secret.
+func WithoutCredentials(text string) string {
+	return userinfo.ReplaceAllStringFunc(text, func(found string) string {
+		parts := userinfo.FindStringSubmatch(found)
+		user, _, _ := strings.Cut(parts[2], ":")
+		if strings.Contains(parts[1], "ssh") {
+			return parts[1] + "://" + user + "@"
+		}
+		return parts[1] + "://"
+	})
 }
 
 func lastLines(s string, n int) string {

@@ -12,18 +12,18 @@ import (
 	"cal/nucleus"
 )
 
-// installed finds a real agent in the npm prefix that CAL_TEST_AGENTS names.
+// installed finds a real agent in the node_modules that CAL_TEST_AGENTS names.
 func installed(t *testing.T, name string) (Definition, Install) {
 	t.Helper()
 	prefix := os.Getenv("CAL_TEST_AGENTS")
 	if prefix == "" {
-		t.Skip("CAL_TEST_AGENTS names no directory with the agents from npm")
+		t.Skip("CAL_TEST_AGENTS names no node_modules with the agents")
 	}
 	d, err := Find(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	in, err := d.Locate(context.Background(), Host{Env: map[string]string{"PATH": filepath.Join(prefix, "node_modules/.bin")}})
+	in, err := d.Locate(context.Background(), Host{Env: map[string]string{"PATH": filepath.Join(prefix, ".bin")}})
 	if err != nil {
 		t.Fatal(err)
 	}
