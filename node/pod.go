@@ -61,6 +61,7 @@ type Pod struct {
 	removed bool // nothing of the machine is left
 
 	started chan struct{} // closed when the start has come to an end
+	gone    chan struct{} // closed when removed
 }
 
 // record is pod.json: all that the next node needs to take the pod up again or to
@@ -94,6 +95,7 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 	}
 	l.lap("plan")
 	p.laps = l
+	n.awaitRemoval(ctx, p.record.Workspace)
 	n.mu.Lock()
 	for _, other := range n.pods {
 		if other.record.Workspace == p.record.Workspace && other.holds() {
@@ -110,6 +112,25 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 		return nil, err
 	}
 	return p, nil
+}
+
+// awaitRemoval waits a moment for a machine that has ended to give its workspace free.
+func (n *Node) awaitRemoval(ctx context.Context, workspace string) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	n.mu.Lock()
+	pods := n.podList()
+	n.mu.Unlock()
+	for _, p := range pods {
+		if p.record.Workspace != workspace || p.live() {
+			continue
+		}
+		select {
+		case <-p.gone:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // plan checks the spec and works out everything that does not touch a machine.
@@ -132,7 +153,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 		return nil, err
 	}
 	id := podID()
-	p := &Pod{node: n, dir: n.dirs.Pod(id), state: stateStarting, started: make(chan struct{})}
+	p := &Pod{node: n, dir: n.dirs.Pod(id), state: stateStarting, started: make(chan struct{}), gone: make(chan struct{})}
 	p.record = record{
 		ID: id, Spec: spec, Driver: driver.Name(), Tier: driver.Tier(),
 		Session: nucleus.NewID("s-"), Boot: nucleus.NewID("b-"), Epoch: 1,
@@ -671,8 +692,11 @@ func (n *Node) teardown(p *Pod) error {
 		return err
 	}
 	p.mu.Lock()
-	p.removed = true
-	p.mu.Unlock()
+	defer p.mu.Unlock()
+	if !p.removed {
+		p.removed = true
+		close(p.gone)
+	}
 	return nil
 }
 

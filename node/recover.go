@@ -63,7 +63,7 @@ const adoptDeadline = 20 * time.Second
 
 // adopt attaches a new wire to a running machine.
 func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
-	p := &Pod{node: n, dir: dir, state: stateRunning}
+	p := &Pod{node: n, dir: dir, state: stateRunning, gone: make(chan struct{})}
 	if err := durable.Load(filepath.Join(dir, "pod.json"), &p.record); err != nil {
 		return nil, err
 	}

@@ -37,7 +37,7 @@ type steps struct {
 func (s *steps) turn(turn script.Turn) script.Step {
 	done := 0
 	for _, r := range turn.Results {
-		if !r.Error && !strings.Contains(r.Text, "[exit code") { // what ended well says no code
+		if strings.Contains(r.Text, "[exit code 0]") {
 			done++
 		}
 	}
