@@ -18,15 +18,6 @@ import (
 
 const patience = 15 * time.Second
 
-// unmended marks a test of something that is wrong and known: it runs only where
-// CAL_TEST_UNMENDED is set, and the mark goes with the mend.
-func unmended(t testing.TB, what string) {
-	t.Helper()
-	if os.Getenv("CAL_TEST_UNMENDED") == "" {
-		t.Skip("not mended yet: " + what)
-	}
-}
-
 func deadline(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)

@@ -1119,12 +1119,3 @@ func (h *host) memoryLog() *memoryFS {
 	h.node.log = log
 	return disk
 }
-
-// unmended marks a test of something that is wrong and known: it runs only where
-// CAL_TEST_UNMENDED is set, and the mark goes with the mend.
-func unmended(t testing.TB, what string) {
-	t.Helper()
-	if os.Getenv("CAL_TEST_UNMENDED") == "" {
-		t.Skip("not mended yet: " + what)
-	}
-}

@@ -241,10 +241,10 @@ func (a WriteArgs) mode() (uint32, error) {
 }
 
 func (a EditArgs) check() error {
-	switch {
-	case a.Old == "":
+	switch a.Old {
+	case "":
 		return errors.New(`argument "old" is empty: use write_files for a new file`)
-	case a.Old == a.New:
+	case a.New:
 		return errors.New(`arguments "old" and "new" are equal`)
 	}
 	return checkPath("path", a.Path)

@@ -288,14 +288,14 @@ func (r *running) pump(c command) {
 	if r.terminal != nil {
 		r.feeding.Go(func() {
 			if _, err := io.Copy(onlyWriter{r.terminal}, c.stdin); err == nil {
-				r.terminal.Write([]byte{4}) // end of input, on a terminal
+				_, _ = r.terminal.Write([]byte{4}) // end of input, on a terminal
 			}
 		})
 		return
 	}
 	to := r.inputs[0].(*os.File)
 	r.feeding.Go(func() {
-		io.Copy(onlyWriter{to}, c.stdin) // an error means: it is not read any more
+		_, _ = io.Copy(onlyWriter{to}, c.stdin) // an error means: it is not read any more
 		to.Close()
 	})
 }
@@ -424,7 +424,7 @@ func (r *running) resize(rows, cols uint16) {
 
 func (r *running) control(f func(fd int)) {
 	if raw, err := r.terminal.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { f(int(fd)) })
+		_ = raw.Control(func(fd uintptr) { f(int(fd)) })
 	}
 }
 
@@ -442,7 +442,7 @@ func (r *running) signal(sig unix.Signal) {
 	case err == nil && group > 1 && group != r.child.pid:
 		unix.Kill(-group, sig)
 	case err != nil && key != 0: // gVisor does not tell the group: press the key
-		r.terminal.Write([]byte{key})
+		_, _ = r.terminal.Write([]byte{key})
 	default:
 		r.x.children.signal(r.child, sig)
 	}

@@ -332,7 +332,7 @@ func (w *worker) unbundle(ctx context.Context, r io.Reader, u Unbundle) (Unbundl
 	if err := w.box.root.MkdirAll(making, 0o755); err != nil {
 		return result, w.box.refusal(making, err)
 	}
-	defer w.box.root.RemoveAll(making) // after the rename there is nothing to remove
+	defer func() { _ = w.box.root.RemoveAll(making) }() // after the rename there is nothing to remove
 	if err := w.fill(ctx, r, making, u); err != nil {
 		return result, err
 	}

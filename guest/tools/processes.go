@@ -94,7 +94,7 @@ func (k *children) begin(binary string, argv []string, attr *os.ProcAttr, mark s
 		}
 	} else {
 		k.work.Go(func() {
-			await(unix.P_PID, c.pid)
+			_ = await(unix.P_PID, c.pid)
 			k.collect(c.pid)
 		})
 	}

@@ -84,11 +84,11 @@ func (w *worker) planRun(call Call, action nucleus.Action, args RunArgs) (plan, 
 	if err != nil {
 		return plan{}, err
 	}
-	if d, err := w.box.OpenDir(dir); err != nil {
+	d, err := w.box.OpenDir(dir)
+	if err != nil {
 		return plan{}, err
-	} else {
-		d.Close()
 	}
+	d.Close()
 	resolved, err := w.resolveCommand(args, dir)
 	if err != nil {
 		return plan{}, err

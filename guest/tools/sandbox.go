@@ -317,7 +317,7 @@ func mountOf(fd int) (mount, error) {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return mount{}, err
 	}
-	return mount{uint64(st.Dev), true}, nil
+	return mount{uint64(st.Dev), true}, nil //nolint:unconvert // int64 on other systems
 }
 
 func (s *Sandbox) checkMount(fd int) error {
@@ -398,7 +398,7 @@ func (s *Sandbox) checkRegular(rel string, fd int) error {
 }
 
 func (s *Sandbox) checkStat(rel string, st unix.Stat_t) error {
-	kind := ""
+	var kind string
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		if st.Nlink > 1 {
@@ -514,7 +514,7 @@ func (s *Sandbox) replaceIn(parent int, name, rel string, content []byte, mode u
 		err = unix.Renameat(parent, temp, parent, name)
 	}
 	if err != nil {
-		unix.Unlinkat(parent, temp, 0)
+		_ = unix.Unlinkat(parent, temp, 0)
 		return s.refusal(rel, err)
 	}
 	return nil

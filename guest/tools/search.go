@@ -278,11 +278,11 @@ func (g *grep) tree(ctx context.Context, base, glob string) error {
 		defer file.Close()
 		return g.file(ctx, base, file, info)
 	}
-	if dir, dirErr := g.box.OpenDir(base); dirErr != nil {
+	dir, dirErr := g.box.OpenDir(base)
+	if dirErr != nil {
 		return err
-	} else {
-		dir.Close()
 	}
+	dir.Close()
 	return g.box.walk(ctx, base, &g.leftOut, func(rel string) error {
 		if !matchesGlob(glob, below(base, rel)) {
 			return nil

@@ -67,7 +67,7 @@ func (g gitCall) commitTree(ctx context.Context, head string) (string, error) {
 func (g gitCall) withoutFilters(ctx context.Context) (gitCall, error) {
 	// Exit code 1, no filter, is an error here too; then the output is empty.
 	output := newKeeper(gitOutput)
-	g.stream(ctx, strings.NewReader(""), output, "config", "--null", "--name-only", "--get-regexp", `^filter\.`)
+	_ = g.stream(ctx, strings.NewReader(""), output, "config", "--null", "--name-only", "--get-regexp", `^filter\.`)
 	listed := output.take()
 	if listed.cut > 0 || listed.base64 != "" {
 		return g, nucleus.Errorf(nucleus.KindFailed, "the repository defines too many filters, or one whose name is not UTF-8")
