@@ -10,6 +10,7 @@ import (
 
 	"cal/internal/script"
 	"cal/nucleus"
+	"cal/workspace/agents"
 
 	"golang.org/x/sys/unix"
 )
@@ -129,10 +130,15 @@ func (s *stage) machine(ctx context.Context, name, repo string) (pod string, don
 
 // agentTimes: Claude Code from its start to its first request to the model.
 func agentTimes(ctx context.Context, s *stage, rounds int) ([]string, error) {
-	claude, err := exec.LookPath("claude")
+	definition, err := agents.Find("claude-code")
 	if err != nil {
-		return []string{"## An agent's first request to its model", "", "Not measured: no `claude` in PATH."}, nil
+		return nil, err
 	}
+	install, err := definition.Locate(ctx, agents.Host{Env: map[string]string{"PATH": os.Getenv("PATH")}})
+	if err != nil {
+		return nil, err
+	}
+	claude := install.Binary // npm's own command may be a wrapper
 	repo, err := s.repo(ctx, "agent", map[string]string{"a.txt": "a\n"})
 	if err != nil {
 		return nil, err
