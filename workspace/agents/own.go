@@ -10,7 +10,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/goccy/go-yaml"
+	"go.yaml.in/yaml/v3"
 )
 
 // ownFile is an agent that the person describes: ~/.cal/agents/NAME.yaml. In Args
@@ -30,8 +30,10 @@ func Own(path string) (Definition, Install, error) {
 		return Definition{}, Install{}, err
 	}
 	var own ownFile
-	if err := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict()).Decode(&own); err != nil {
-		return Definition{}, Install{}, fmt.Errorf("%s: %s", path, yaml.FormatError(err, false, false))
+	document := yaml.NewDecoder(bytes.NewReader(raw))
+	document.KnownFields(true)
+	if err := document.Decode(&own); err != nil {
+		return Definition{}, Install{}, fmt.Errorf("%s: %w", path, err)
 	}
 	d, err := own.definition(strings.TrimSuffix(filepath.Base(path), ".yaml"))
 	if err != nil {
