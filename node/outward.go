@@ -29,11 +29,7 @@ func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepare
 		return err
 	}
 	args := decoded.(tools.PushArgs)
-	repo, err := p.repo(args.Repo)
-	if err != nil {
-		return err
-	}
-	stored, err := p.readRepo(repo.Name)
+	repo, stored, err := p.storedRepo(args.Repo)
 	if err != nil {
 		return err
 	}
@@ -104,11 +100,7 @@ func (n *Node) preparePR(ctx context.Context, p *Pod, raw []byte, pre *prepared)
 		return err
 	}
 	args := decoded.(tools.PRArgs)
-	repo, err := p.repo(args.Repo)
-	if err != nil {
-		return err
-	}
-	stored, err := p.readRepo(repo.Name)
+	repo, stored, err := p.storedRepo(args.Repo)
 	if err != nil {
 		return err
 	}
@@ -196,6 +188,16 @@ func (p *Pod) repo(name string) (nucleus.RepoStatus, error) {
 	}
 	sort.Strings(names)
 	return nucleus.RepoStatus{}, nucleus.Errorf(nucleus.KindNotFound, "no repository %q in this machine; there are: %s", name, strings.Join(names, ", "))
+}
+
+// storedRepo is repo with what the workspace has on record of it.
+func (p *Pod) storedRepo(name string) (nucleus.RepoStatus, storedRepo, error) {
+	repo, err := p.repo(name)
+	if err != nil {
+		return repo, storedRepo{}, err
+	}
+	stored, err := p.readRepo(repo.Name)
+	return repo, stored, err
 }
 
 func (p *Pod) quarantineDir(name string) string {

@@ -151,14 +151,10 @@ func (s *stage) steps() []script.Step {
 
 func (s *stage) makeAgent(ctx context.Context) error {
 	s.agent = filepath.Join(s.dir, "demo-agent")
-	if _, err := os.Stat(filepath.Join(s.bin, "demo-agent")); err == nil {
-		s.agent = filepath.Join(s.bin, "demo-agent")
-	} else {
-		build := exec.CommandContext(ctx, "go", "build", "-ldflags=-s -w", "-o", s.agent, "./internal/demoagent/cmd")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			return fmt.Errorf("building the demo's agent: %w: %s", err, out)
-		}
+	build := exec.CommandContext(ctx, "go", "build", "-ldflags=-s -w", "-o", s.agent, "./internal/demoagent/cmd")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("building the demo's agent: %w: %s", err, out)
 	}
 	dir := filepath.Join(s.dir, "cal", "agents")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
