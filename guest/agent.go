@@ -92,7 +92,7 @@ func (p *Proxy) startAgent(start AgentStart, program AgentProgram) (*agentRun, e
 		env = append(env, name+"="+value)
 	}
 	plan := jailPlan{
-		Kind: "agent", UID: p.config.AgentUID, GID: p.config.AgentGID,
+		Kind: agentJail, UID: p.config.AgentUID, GID: p.config.AgentGID,
 		Listen: []string{MCPAddr, ModelAddr}, DNS: true,
 		Layers: append([]AgentLayer{{ProxyPath, agentInit}}, p.config.Layers...),
 		Next:   append([]string{agentInit, "agent-init", "--"}, program.Argv...),

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
@@ -28,17 +30,23 @@ const (
 	fdControl = 3 // socket to the proxy: jailPlan in, listeners out, then the second stage's stream
 )
 
+// The kinds of jails.
+const (
+	toolsJail = "tools"
+	agentJail = "agent"
+)
+
 // jailPlan is what the proxy tells the first stage.
 type jailPlan struct {
-	Kind   string            `json:"kind"` // "tools" or "agent"
+	Kind   string            `json:"kind"` // toolsJail or agentJail
 	UID    int               `json:"uid"`
 	GID    int               `json:"gid"`
 	Listen []string          `json:"listen"` // TCP addresses
 	DNS    bool              `json:"dns"`    // a stub that answers NXDOMAIN
 	Layers []AgentLayer      `json:"layers,omitempty"`
 	Show   bool              `json:"show,omitempty"` // tools: the agent's layers stay in sight
-	Next   []string          `json:"next"`           // argv of the second stage
-	Env    []string          `json:"env,omitempty"`
+	Next   []string          `json:"next,omitempty"` // agent: argv of the second stage
+	Env    []string          `json:"env,omitempty"`  // agent: of the second stage
 	Home   map[string][]byte `json:"home,omitempty"`
 }
 
@@ -70,7 +78,10 @@ func startJail(plan jailPlan, setup func(*exec.Cmd)) (*jail, error) {
 	if setup != nil {
 		setup(cmd)
 	}
-	if err := cmd.Start(); err != nil {
+	if plan.Kind == toolsJail { // it stays this program; the agent's first stage has files to give away before
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(plan.UID), Gid: uint32(plan.GID)}
+	}
+	if err := startBounded(cmd); err != nil {
 		ours.Close()
 		return nil, fmt.Errorf("starting the %s jail: %w", plan.Kind, err)
 	}
@@ -144,10 +155,10 @@ func (j *jail) close() {
 	}
 }
 
-// RunJail is the first stage: it becomes the second by exec and returns only
-// when it failed.
+// RunJail is the first stage. It becomes the second, the tools' worker without
+// starting another program, the agent by exec, and returns when that ends.
 func RunJail() error {
-	runtime.LockOSThread() // exec takes this thread's credentials along
+	runtime.LockOSThread() // what this thread is given up, an exec takes along
 	conn, err := fileConn(fdControl, "control")
 	if err != nil {
 		return err
@@ -176,6 +187,11 @@ func RunJail() error {
 		f.Close()
 	}
 	conn.Close()
+	if plan.Kind == toolsJail {
+		runtime.UnlockOSThread() // every thread is the tools' user now
+		os.Clearenv()
+		return RunTools(context.Background())
+	}
 	return fmt.Errorf("exec %s: %w", plan.Next[0], syscall.Exec(plan.Next[0], plan.Next, plan.Env))
 }
 
@@ -185,9 +201,9 @@ func buildJail(plan jailPlan) ([]*os.File, error) {
 	}
 	var err error
 	switch plan.Kind {
-	case "tools":
+	case toolsJail:
 		err = toolsRoot(plan.Show)
-	case "agent":
+	case agentJail:
 		err = agentRoot(plan)
 	default:
 		err = fmt.Errorf("unknown kind of jail %q", plan.Kind)
@@ -393,42 +409,128 @@ func openListeners(plan jailPlan) ([]*os.File, error) {
 	return files, nil
 }
 
-// dropPrivileges makes this thread the jail's user without any capability, for
-// ever: what it executes cannot gain one.
+// startBounded starts cmd with this process's capabilities, but so that none can
+// ever be had again once they are given up: its bounding set is empty. A child
+// takes both sets from the thread that starts it, and that thread ends here.
+func startBounded(cmd *exec.Cmd) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with this function
+		done <- func() error {
+			header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+			var caps [2]unix.CapUserData
+			if err := unix.Capget(&header, &caps[0]); err != nil {
+				return err
+			}
+			var kept []uintptr
+			for c := uintptr(0); c <= unix.CAP_LAST_CAP; c++ {
+				if caps[c/32].Permitted&(1<<(c%32)) != 0 {
+					kept = append(kept, c)
+				}
+			}
+			for i := range caps {
+				caps[i].Inheritable = caps[i].Permitted
+			}
+			if err := unix.Capset(&header, &caps[0]); err != nil {
+				return err
+			}
+			cmd.SysProcAttr.AmbientCaps = kept
+			for c := uintptr(0); c <= unix.CAP_LAST_CAP; c++ {
+				// EINVAL: a capability that this kernel does not know.
+				if err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0); err != nil && err != unix.EINVAL {
+					return fmt.Errorf("dropping capability %d from the bounding set: %w", c, err)
+				}
+			}
+			return cmd.Start()
+		}()
+	}()
+	return <-done
+}
+
+// dropPrivileges makes the process, all its threads, the jail's user without any
+// capability, for ever: neither it nor what it executes can gain one.
 func dropPrivileges(plan jailPlan) error {
-	for c := 0; c <= unix.CAP_LAST_CAP; c++ {
-		// EINVAL: a capability that this kernel does not know.
-		if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0); err != nil && err != unix.EINVAL {
-			return fmt.Errorf("dropping capability %d: %w", c, err)
+	if os.Getuid() != plan.UID || os.Getgid() != plan.GID {
+		if err := setIDs(plan.UID, plan.GID); err != nil {
+			return err
 		}
-	}
-	if err := rawSetIDs(plan.UID, plan.GID); err != nil {
-		return err
 	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var none [2]unix.CapUserData
-	if err := unix.Capset(&header, &none[0]); err != nil {
+	if err := everyThread(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&none[0])), 0); err != nil {
 		return fmt.Errorf("giving up capabilities: %w", err)
 	}
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+	if err := everyThread(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
 	}
-	return loadSeccomp(plan.Kind)
+	if err := loadSeccomp(plan.Kind); err != nil {
+		return err
+	}
+	return checkDropped(plan)
 }
 
-// rawSetIDs changes this thread only: the process becomes another by exec next.
-func rawSetIDs(uid, gid int) error {
-	if _, _, e := unix.RawSyscall(unix.SYS_SETGROUPS, 0, 0, 0); e != 0 {
-		return fmt.Errorf("setgroups: %w", e)
-	}
-	if _, _, e := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)); e != 0 {
-		return fmt.Errorf("setresgid %d: %w", gid, e)
-	}
-	if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid)); e != 0 {
-		return fmt.Errorf("setresuid %d: %w", uid, e)
+// everyThread makes a system call on each thread of the process: credentials,
+// capabilities and no_new_privs belong to threads.
+func everyThread(trap, a1, a2, a3 uintptr) error {
+	// The C library's own threads are out of reach: built with cgo this returns ENOTSUP.
+	if _, _, e := syscall.AllThreadsSyscall6(trap, a1, a2, a3, 0, 0, 0); e != 0 {
+		return e
 	}
 	return nil
 }
+
+// setIDs has the standard library change every thread.
+func setIDs(uid, gid int) error {
+	if err := syscall.Setgroups(nil); err != nil {
+		return fmt.Errorf("setgroups: %w", err)
+	}
+	if err := syscall.Setresgid(gid, gid, gid); err != nil {
+		return fmt.Errorf("setresgid %d: %w", gid, err)
+	}
+	if err := syscall.Setresuid(uid, uid, uid); err != nil {
+		return fmt.Errorf("setresuid %d: %w", uid, err)
+	}
+	return nil
+}
+
+// checkDropped reads of each thread what the kernel says. One that kept anything
+// is a reason not to serve.
+func checkDropped(plan jailPlan) error {
+	want := map[string]string{
+		"Uid": fmt.Sprintf("%d %d %d", plan.UID, plan.UID, plan.UID), "Gid": fmt.Sprintf("%d %d %d", plan.GID, plan.GID, plan.GID),
+		"CapInh": noCapability, "CapPrm": noCapability, "CapEff": noCapability, "CapBnd": noCapability, "CapAmb": noCapability,
+		"NoNewPrivs": "1", "Seccomp": "2",
+	}
+	tasks, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return fmt.Errorf("reading this process's threads: %w", err)
+	}
+	for _, task := range tasks {
+		status, err := os.ReadFile(filepath.Join("/proc/self/task", task.Name(), "status"))
+		if err != nil {
+			return fmt.Errorf("thread %s: %w", task.Name(), err)
+		}
+		checked := 0
+		for line := range strings.Lines(string(status)) {
+			name, value, _ := strings.Cut(line, ":")
+			wanted, ok := want[name]
+			if !ok {
+				continue
+			}
+			fields := strings.Fields(value)
+			if got := strings.Join(fields[:min(3, len(fields))], " "); got != wanted {
+				return fmt.Errorf("thread %s kept %s %q, want %q", task.Name(), name, got, wanted)
+			}
+			checked++
+		}
+		if checked != len(want) {
+			return fmt.Errorf("thread %s: the kernel says %d of the %d things to check", task.Name(), checked, len(want))
+		}
+	}
+	return nil
+}
+
+const noCapability = "0000000000000000"
 
 // BUG: calls of another ABI (32-bit, by int 0x80) pass the filter: the library lets what
 // it does not know fall to the default. gVisor has no such ABI; a guest kernel that has must
@@ -459,11 +561,12 @@ var newNamespaces = func() []seccomp.NameWithConditions {
 
 func loadSeccomp(kind string) error {
 	names := forbidden
-	if kind == "agent" {
+	if kind == agentJail {
 		names = append([]string{"memfd_create", "ptrace", "process_vm_readv"}, names...)
 	}
 	filter := seccomp.Filter{
-		NoNewPrivs: false, // set already, on this thread
+		NoNewPrivs: false, // set already
+		Flag:       seccomp.FilterFlagTSync,
 		Policy: seccomp.Policy{
 			DefaultAction: seccomp.ActionAllow,
 			Syscalls: []seccomp.SyscallGroup{

@@ -164,10 +164,8 @@ func (p *Proxy) start(ctx context.Context) error {
 		return err
 	}
 	plan := jailPlan{
-		Kind: "tools", UID: p.config.ToolsUID, GID: p.config.ToolsGID,
+		Kind: toolsJail, UID: p.config.ToolsUID, GID: p.config.ToolsGID,
 		Listen: []string{SOCKSAddr, ProxyAddr},
-		Next:   []string{ProxyPath, "tools"},
-		Env:    []string{"HOME=" + Home},
 	}
 	contained := p.config.Mode == nucleus.Contained
 	if contained { // the agent will be among the tools

@@ -15,7 +15,7 @@ const usage = `nucleus-tool-proxy runs inside a machine and is started by its dr
 
   init                 serve the machine; the wire is descriptor 3
   attach               hand a new wire (descriptor 3) to the running proxy
-  jail, tools          the tools' side, started by init
+  jail                 the tools' side and the agent's, started by init
   agent-init -- ARGV   the first process of the agent's namespace
   probe                say that guest code runs here
 `
@@ -46,8 +46,6 @@ func run(args []string) (int, error) {
 		return 0, guest.Attach()
 	case "jail":
 		return 0, guest.RunJail()
-	case "tools":
-		return 0, guest.RunTools(context.Background())
 	case "agent-init":
 		if len(args) < 3 || args[1] != "--" {
 			return 2, fmt.Errorf("agent-init -- ARGV")
