@@ -36,6 +36,7 @@ import (
 const Version = nucleus.Version
 
 const (
+	bootPatience   = 15 * time.Minute // for the boot frame: a machine may be made ahead of its pod
 	bootDeadline   = 30 * time.Second
 	attachAddr     = "@nucleus-attach" // abstract: only processes of the proxy's own network namespace see it
 	attachDeadline = 10 * time.Second
@@ -110,8 +111,8 @@ func receiveBoot(session *wire.Session) (*Proxy, *wire.Stream, error) {
 	var f first
 	select {
 	case f = <-got:
-	case <-time.After(bootDeadline):
-		return nil, nil, fmt.Errorf("no boot frame within %s", bootDeadline)
+	case <-time.After(bootPatience):
+		return nil, nil, fmt.Errorf("no boot frame within %s", bootPatience)
 	}
 	if f.err != nil {
 		return nil, nil, f.err

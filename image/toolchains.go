@@ -2,10 +2,8 @@ package image
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -24,21 +22,9 @@ func (s *search) golang(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	ask := exec.CommandContext(ctx, program, "env", "-json", "GOROOT", "GOMODCACHE")
-	ask.Dir = "/"
-	ask.Env = []string{"GOTOOLCHAIN=local", "HOME=" + s.person.Home, "PATH=" + s.person.Env["PATH"]}
-	for _, name := range []string{"GOROOT", "GOPATH", "GOMODCACHE", "GOENV", "XDG_CONFIG_HOME"} {
-		if value := s.person.Env[name]; value != "" {
-			ask.Env = append(ask.Env, name+"="+value)
-		}
-	}
-	output, err := ask.Output()
+	answer, err := s.goEnv(ctx, program)
 	if ctx.Err() != nil {
 		return ctx.Err()
-	}
-	var answer struct{ GOROOT, GOMODCACHE string }
-	if err == nil {
-		err = json.Unmarshal(output, &answer)
 	}
 	if err != nil {
 		s.note("go: %s env: %v", program, err)

@@ -96,7 +96,7 @@ func (n *Node) ofPod(next verifiedHandler) http.HandlerFunc {
 }
 
 func (n *Node) health(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, client.Health{Status: "ok", Version: nucleus.Version, AdmitsFrom: n.verifier.Started.Unix() + 1})
+	writeJSON(w, http.StatusOK, client.Health{Status: "ok", Version: nucleus.Version, AdmitsFrom: n.verifier.Started.Unix() + 1, Spare: n.spares.status()})
 }
 
 func (n *Node) listPods(w http.ResponseWriter, _ *http.Request, _ verified) error {

@@ -45,6 +45,7 @@ type Config struct {
 	Authority string           // socket of the approval daemon; "" means that nobody can approve
 	GitHub    Forge            // for create_pr
 	Stop      func()           // ends the program, for POST /v1/stop
+	SpareLife time.Duration    // how long a machine made ahead waits for a pod; 0: none is made
 	Now       func() time.Time // nil: the system's clock
 }
 
@@ -60,6 +61,7 @@ type Node struct {
 	asks     *approvals.Client
 	verifier *wire.Verifier
 	probes   probes
+	spares   spares
 	lock     *os.File
 
 	mu      sync.Mutex
@@ -89,6 +91,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 		config.Now = time.Now
 	}
 	n := &Node{config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
+	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
@@ -214,6 +217,7 @@ const OperatorKey = "operator"
 // Close gives everything back. Machines go on: the next node adopts them.
 func (n *Node) Close() error {
 	close(n.closing)
+	n.spares.close()
 	n.mu.Lock()
 	pods := n.podList()
 	n.mu.Unlock()

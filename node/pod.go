@@ -48,6 +48,7 @@ type Pod struct {
 	asks    askBook
 	route   *egress.Route // to the agent's model; nil: none
 	laps    laps          // of its start
+	ahead   bool          // its machine was a spare
 
 	// The keys that can approve for this pod, as they were at its boot: the machine
 	// knows these, and an authority that shows others later changes nothing.
@@ -96,10 +97,20 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 	l.lap("plan")
 	p.laps = l
 	n.awaitRemoval(ctx, p.record.Workspace)
+	driver, err := n.driver(p.record.Driver)
+	if err != nil {
+		return nil, err
+	}
+	if made := n.spares.take(ctx, driver, p.machineSpec(n), spec.Workspace != ""); made != nil {
+		p.become(made)
+	}
 	n.mu.Lock()
 	for _, other := range n.pods {
 		if other.record.Workspace == p.record.Workspace && other.holds() {
 			n.mu.Unlock()
+			if err := n.teardown(p); err != nil {
+				slog.Error("removing a spare machine", "pod", p.record.ID, "error", err)
+			}
 			return nil, nucleus.Errorf(nucleus.KindConflict, "workspace %q is in use by pod %s since %s; wait for it, or end it with: cal vm stop %s",
 				spec.Workspace, other.record.ID, other.record.Created, other.record.ID)
 		}
@@ -107,7 +118,7 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 	n.pods[p.record.ID] = p
 	n.mu.Unlock()
 	defer close(p.started)
-	if err := n.startPod(ctx, actor, p); err != nil {
+	if err := n.startPod(ctx, actor, p, driver); err != nil {
 		n.failPod(p, err)
 		return nil, err
 	}
@@ -159,7 +170,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 		Session: nucleus.NewID("s-"), Boot: nucleus.NewID("b-"), Epoch: 1,
 		Created: n.config.Now().UTC().Format(time.RFC3339),
 	}
-	p.record.Workspace = filepath.Join(p.dir, "workspace")
+	p.record.Workspace = ownWorkspace(p.dir)
 	if spec.Workspace != "" {
 		p.record.Workspace = n.dirs.Workspace(spec.Workspace)
 	}
@@ -236,7 +247,7 @@ func podID() string {
 	return "p-" + string(out)
 }
 
-func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
+func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machine.Driver) error {
 	spec := p.record.Spec
 	if err := os.MkdirAll(p.dir, 0o700); err != nil {
 		return err
@@ -249,30 +260,33 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod) error {
 	if err := p.open(); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Join(p.dir, "machine"), 0o700); err != nil {
+	if err := os.MkdirAll(machineDir(p.dir), 0o700); err != nil {
 		return err
 	}
 	if err := p.save(); err != nil {
 		return err
 	}
+	if p.ahead { // from here on it is a pod's
+		if err := durable.Remove(filepath.Join(p.dir, spareFile)); err != nil {
+			return err
+		}
+	}
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodCreate,
-		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace}),
+		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace, "spare": p.ahead}),
 	}); err != nil {
 		return logFailure(err)
 	}
-	driver, err := n.driver(p.record.Driver)
-	if err != nil {
-		return err
-	}
 	p.laps.lap("log")
-	made, err := driver.Create(ctx, p.machineSpec(n))
-	if err != nil {
-		return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v", p.record.ID, err)
+	if !p.ahead {
+		made, err := driver.Create(ctx, p.machineSpec(n))
+		if err != nil {
+			return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v", p.record.ID, err)
+		}
+		p.mu.Lock()
+		p.machine = made
+		p.mu.Unlock()
 	}
-	p.mu.Lock()
-	p.machine = made
-	p.mu.Unlock()
 	p.laps.lap("machine")
 	reply, err := p.boot(ctx)
 	p.laps.lap("boot")
@@ -332,11 +346,16 @@ func (p *Pod) save() error {
 	return durable.Store(filepath.Join(p.dir, "pod.json"), p.record)
 }
 
+// The places below a pod's directory, and below a workspace.
+func machineDir(pod string) string   { return filepath.Join(pod, "machine") }
+func ownWorkspace(pod string) string { return filepath.Join(pod, "workspace") } // of a pod that names none
+func filesDir(work string) string    { return filepath.Join(work, "files") }
+
 func (p *Pod) machineSpec(n *Node) machine.Spec {
 	spec := p.record.Spec
 	m := machine.Spec{
-		ID: p.record.ID, Dir: filepath.Join(p.dir, "machine"), Proxy: n.config.Proxy, Image: spec.Image,
-		Workspace: filepath.Join(p.record.Workspace, "files"), Resources: spec.Resources, Watched: spec.Watched,
+		ID: p.record.ID, Dir: machineDir(p.dir), Proxy: n.config.Proxy, Image: spec.Image,
+		Workspace: filesDir(p.record.Workspace), Resources: spec.Resources, Watched: spec.Watched,
 	}
 	for i, l := range p.agentLayers() {
 		m.Agent = append(m.Agent, nucleus.Layer{Name: l.Path, Host: spec.Agent.Root[i].Host, Guest: l.Source})
@@ -664,6 +683,9 @@ func (n *Node) DeletePod(ctx context.Context, actor, id string) error {
 	n.mu.Lock()
 	delete(n.pods, id)
 	n.mu.Unlock()
+	if driver, err := n.driver(p.record.Driver); err == nil && live {
+		n.spares.prepare(driver, p.machineSpec(n), p.record.Spec.Workspace != "")
+	}
 	return nil
 }
 
@@ -706,7 +728,7 @@ func (n *Node) removeMachine(ctx context.Context, p *Pod) error {
 	if err != nil {
 		return err
 	}
-	return driver.Remove(ctx, filepath.Join(p.dir, "machine"))
+	return driver.Remove(ctx, machineDir(p.dir))
 }
 
 // status is what the API says of the pod.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -36,6 +37,12 @@ func (n *Node) recover(ctx context.Context) error {
 			n.pods[p.record.ID] = p
 			n.mu.Unlock()
 			p.serve()
+			continue
+		}
+		if isSpare(dir) && errors.Is(err, fs.ErrNotExist) { // no pod had it
+			if err := n.removeDir(ctx, dir); err != nil {
+				return fmt.Errorf("removing the spare machine in %s: %w", dir, err)
+			}
 			continue
 		}
 		slog.Warn("pod cannot be adopted; removing what is left of it", "pod", e.Name(), "cause", err)
@@ -90,7 +97,7 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, adoptDeadline)
 	defer cancel()
-	adopted, err := driver.Adopt(ctx, filepath.Join(dir, "machine"))
+	adopted, err := driver.Adopt(ctx, machineDir(dir))
 	if err != nil {
 		return nil, err
 	}
@@ -150,8 +157,12 @@ func (n *Node) remove(ctx context.Context, dir, id string, cause error) error {
 	if _, err := n.append(nucleus.Entry{Pod: id, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 1000)})}); err != nil {
 		return err
 	}
+	return n.removeDir(ctx, dir)
+}
+
+func (n *Node) removeDir(ctx context.Context, dir string) error {
 	for _, d := range n.config.Drivers {
-		if err := d.Remove(ctx, filepath.Join(dir, "machine")); err != nil {
+		if err := d.Remove(ctx, machineDir(dir)); err != nil {
 			return err
 		}
 	}

@@ -219,9 +219,9 @@ func nodeCommand() *cobra.Command {
 					return err
 				}
 				if asJSON {
-					return json.NewEncoder(os.Stdout).Encode(map[string]any{"version": health.Version, "pods": pods})
+					return json.NewEncoder(os.Stdout).Encode(map[string]any{"version": health.Version, "pods": pods, "spare": health.Spare})
 				}
-				fmt.Printf("node %s runs, %s\n", health.Version, count(len(pods), "pod"))
+				fmt.Printf("node %s runs, %s, spare machine: %s\n", health.Version, count(len(pods), "pod"), health.Spare)
 				return nil
 			})
 		},

@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"cal/machine"
 	"cal/machine/gvisor"
@@ -39,6 +40,7 @@ func run(args []string) error {
 	proxy := flags.String("proxy", beside("nucleus-tool-proxy"), "the static nucleus-tool-proxy")
 	runsc := flags.String("runsc", beside("runsc"), "gVisor's runsc")
 	forge := flags.String("github-api", "", "base URL of GitHub's API, for GitHub Enterprise")
+	spare := flags.Duration("spare", 5*time.Minute, "how long a machine made ahead waits for the next pod of its shape; 0 makes none")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -55,6 +57,7 @@ func run(args []string) error {
 		Authority: *authority,
 		GitHub:    node.Forge{API: *forge, Token: token()},
 		Stop:      stop,
+		SpareLife: *spare,
 	})
 	if err != nil {
 		return err

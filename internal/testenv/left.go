@@ -41,26 +41,47 @@ func (e *Env) Processes() []Process {
 	return found
 }
 
-// Sandboxes are the process ids of running machines.
+// spares are the machines that no pod has yet.
+func (e *Env) spares() []string {
+	found, err := filepath.Glob(filepath.Join(e.CAL, "run", "pods", "*", "spare.json"))
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	for i, name := range found {
+		found[i] = filepath.Base(filepath.Dir(name))
+	}
+	return found
+}
+
+// ofSpare reports whether text names one of the spares.
+func ofSpare(text string, spares []string) bool {
+	return slices.ContainsFunc(spares, func(id string) bool { return strings.Contains(text, id) })
+}
+
+// Sandboxes are the process ids of machines that a pod has.
 func (e *Env) Sandboxes() []int {
 	var pids []int
+	spares := e.spares()
 	for _, p := range e.Processes() {
-		if p.Name == "runsc-sandbox" {
+		if p.Name == "runsc-sandbox" && !ofSpare(strings.Join(p.Args, " "), spares) {
 			pids = append(pids, p.PID)
 		}
 	}
 	return pids
 }
 
-// Pods lists the pods that have a directory.
+// Pods lists the pods that have a directory; a spare is none.
 func (e *Env) Pods() []string {
 	entries, err := os.ReadDir(filepath.Join(e.CAL, "run", "pods"))
 	if err != nil {
 		return nil
 	}
 	var names []string
+	spares := e.spares()
 	for _, entry := range entries {
-		names = append(names, entry.Name())
+		if !slices.Contains(spares, entry.Name()) {
+			names = append(names, entry.Name())
+		}
 	}
 	return names
 }
@@ -81,25 +102,33 @@ func (e *Env) mounts() []string {
 }
 
 // Left says what of machines and daemons is still there: processes, mounts, pods,
-// roots and cgroups.
+// spares, roots and cgroups.
 func (e *Env) Left() []string {
 	var left []string
+	for _, id := range e.spares() {
+		left = append(left, "spare "+id)
+		left = append(left, traces(id)...)
+	}
 	for _, p := range e.Processes() {
 		left = append(left, fmt.Sprintf("process %d: %s", p.PID, strings.Join(p.Args, " ")))
 	}
 	return append(left, e.LeftOfMachines()...)
 }
 
-// LeftOfMachines is Left without the daemons, which go on between runs.
+// LeftOfMachines is Left without what goes on between runs: the daemons and the
+// node's spare machine.
 func (e *Env) LeftOfMachines() []string {
 	var left []string
+	spares := e.spares()
 	for _, p := range e.Processes() {
-		if strings.HasPrefix(p.Name, "runsc") {
+		if strings.HasPrefix(p.Name, "runsc") && !ofSpare(strings.Join(p.Args, " "), spares) {
 			left = append(left, fmt.Sprintf("process %d: %s", p.PID, strings.Join(p.Args, " ")))
 		}
 	}
 	for _, m := range e.mounts() {
-		left = append(left, "mount "+m)
+		if !ofSpare(m, spares) {
+			left = append(left, "mount "+m)
+		}
 	}
 	for _, name := range e.Pods() {
 		left = append(left, "pod "+name)

@@ -65,6 +65,7 @@ type Health struct {
 	Status     string `json:"status"`
 	Version    string `json:"version"`
 	AdmitsFrom int64  `json:"admits_from"`
+	Spare      string `json:"spare"` // none, starting or ready: the machine made ahead
 }
 
 // Health says which node answers, or why none does.

@@ -1,0 +1,261 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"cal/internal/durable"
+	"cal/internal/fileid"
+	"cal/machine"
+	"cal/nucleus"
+)
+
+// A spare is a machine made ahead of the pod that will have it, of the shape of the
+// pod that ended last: it is started, but has got no Boot frame, and without one the
+// proxy starts no process and serves nobody. So a spare has run nothing, belongs to
+// no session, and differs from a machine made now only in that its start is over.
+// The pod that takes it takes its name too.
+
+// spareFile lies in a pod's directory as long as it is a spare's.
+const spareFile = "spare.json"
+
+type spare struct {
+	id      string // of the pod that will have it
+	dir     string
+	driver  machine.Driver
+	shape   string
+	spec    machine.Spec
+	ready   chan struct{} // closed when machine or err is there
+	machine machine.Machine
+	err     error
+}
+
+// spares keeps one spare at most.
+type spares struct {
+	dirs Dirs
+	life time.Duration // of a spare that nobody takes; 0: none is made
+
+	mu      sync.Mutex
+	waiting *spare
+	expiry  *time.Timer
+	closed  bool
+	work    sync.WaitGroup
+}
+
+// take returns the waiting spare where a machine of spec, made now, would be the
+// same one; nil where there is none.
+func (s *spares) take(ctx context.Context, driver machine.Driver, spec machine.Spec, named bool) *spare {
+	if s.life == 0 {
+		return nil
+	}
+	shape, err := shapeOf(driver, spec, named)
+	if err != nil {
+		return nil
+	}
+	s.mu.Lock()
+	taken := s.waiting
+	if taken == nil || taken.shape != shape {
+		s.mu.Unlock()
+		return nil
+	}
+	s.forget()
+	s.mu.Unlock()
+	select {
+	case <-taken.ready:
+	case <-ctx.Done():
+		s.discard(taken)
+		return nil
+	}
+	if taken.err == nil {
+		select {
+		case <-taken.machine.Done():
+		default:
+			return taken
+		}
+	}
+	s.discard(taken)
+	return nil
+}
+
+// prepare begins to make a spare like spec, in place of the one that waits. A named
+// workspace is the spare's too; else it gets an empty one.
+func (s *spares) prepare(driver machine.Driver, spec machine.Spec, named bool) {
+	if s.life == 0 {
+		return
+	}
+	id := podID()
+	made := &spare{id: id, dir: s.dirs.Pod(id), driver: driver, ready: make(chan struct{})}
+	made.spec = spec
+	made.spec.ID, made.spec.Dir = id, machineDir(made.dir)
+	if !named {
+		made.spec.Workspace = filesDir(ownWorkspace(made.dir))
+	}
+	var err error
+	if made.shape, err = shapeOf(driver, spec, named); err != nil {
+		return // it could not be told what for
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	if old := s.waiting; old != nil {
+		if old.shape == made.shape {
+			return
+		}
+		s.forget()
+		s.work.Go(func() { s.discard(old) })
+	}
+	s.waiting = made
+	s.expiry = time.AfterFunc(s.life, func() { s.expire(made) })
+	s.work.Go(func() {
+		defer close(made.ready)
+		if made.err = made.make(); made.err != nil {
+			slog.Warn("no spare machine", "cause", made.err)
+			s.work.Go(func() { s.expire(made) })
+		}
+	})
+}
+
+// status is for people and benchmarks.
+func (s *spares) status() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.waiting == nil {
+		return "none"
+	}
+	select {
+	case <-s.waiting.ready:
+		return "ready"
+	default:
+		return "starting"
+	}
+}
+
+// forget lets the waiting spare go, to whoever asked. s.mu is held.
+func (s *spares) forget() {
+	s.expiry.Stop()
+	s.waiting = nil
+}
+
+func (s *spares) expire(old *spare) {
+	s.mu.Lock()
+	if s.waiting != old || s.closed {
+		s.mu.Unlock()
+		return
+	}
+	s.forget()
+	s.work.Add(1)
+	s.mu.Unlock()
+	defer s.work.Done()
+	s.discard(old)
+}
+
+// close removes the waiting spare; afterwards none is made.
+func (s *spares) close() {
+	s.mu.Lock()
+	s.closed = true
+	old := s.waiting
+	if old != nil {
+		s.forget()
+	}
+	s.mu.Unlock()
+	if old != nil {
+		s.discard(old)
+	}
+	s.work.Wait()
+}
+
+// discard removes a spare that no pod will have. What it fails to remove the next
+// node does.
+func (s *spares) discard(old *spare) {
+	<-old.ready
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	err := old.err
+	if old.machine != nil {
+		err = old.machine.Destroy(ctx)
+	}
+	if err == nil {
+		err = old.driver.Remove(ctx, old.spec.Dir)
+	}
+	if err == nil {
+		err = os.RemoveAll(old.dir)
+	}
+	if err != nil {
+		slog.Error("removing a spare machine", "dir", old.dir, "error", err)
+	}
+}
+
+// make writes down that the directory is a spare's, then starts the machine.
+func (s *spare) make() error {
+	for _, dir := range []string{s.spec.Dir, s.spec.Workspace} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+	}
+	if err := durable.Store(filepath.Join(s.dir, spareFile), map[string]string{"driver": s.driver.Name()}); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	var err error
+	s.machine, err = s.driver.Create(ctx, s.spec)
+	return err
+}
+
+// isSpare says of a directory without a pod's record that it was a spare's.
+func isSpare(dir string) bool {
+	_, err := os.Stat(filepath.Join(dir, spareFile))
+	return err == nil
+}
+
+// become gives the pod, of which nothing exists yet, the spare's name and machine.
+func (p *Pod) become(s *spare) {
+	p.dir, p.machine, p.ahead = s.dir, s.machine, true
+	p.record.ID = s.id
+	if p.record.Spec.Workspace == "" {
+		p.record.Workspace = ownWorkspace(p.dir)
+	}
+}
+
+// shapeOf is the digest of all that a machine is made of: the spec without what is
+// its own, and what the host's paths in it lead to now. A cache that was deleted and
+// filled anew, or a program that was replaced, is another shape.
+func shapeOf(driver machine.Driver, spec machine.Spec, named bool) (string, error) {
+	spec.ID, spec.Dir = "", ""
+	paths := []string{spec.Proxy}
+	if named {
+		paths = append(paths, spec.Workspace)
+	} else {
+		spec.Workspace = ""
+	}
+	if spec.Image.Path != "" {
+		paths = append(paths, spec.Image.Path)
+	}
+	for _, layer := range append(append([]nucleus.Layer(nil), spec.Image.Layers...), spec.Agent...) {
+		paths = append(paths, layer.Host)
+	}
+	if spec.Image.Kind == "host" { // its generated files follow the host's
+		paths = append(paths, "/etc", "/etc/passwd", "/etc/group", "/etc/ld.so.cache")
+	}
+	var found []fileid.ID
+	for _, path := range paths {
+		id, err := fileid.Of(path)
+		if err != nil {
+			return "", err
+		}
+		found = append(found, id)
+	}
+	raw, err := json.Marshal(struct {
+		Driver string
+		Spec   machine.Spec
+		Paths  []fileid.ID
+	}{driver.Name(), spec, found})
+	return nucleus.SHA256(raw), err
+}
