@@ -48,6 +48,7 @@ type host struct {
 	authority *authorityStub // nil: none is configured
 	forge     Forge
 	clock     *clock
+	spare     time.Duration // Config.SpareLife
 	node      *Node
 	operator  ed25519.PrivateKey
 
@@ -123,7 +124,7 @@ func (h *host) open() (*Node, error) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Now: h.clock.now}
+	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Now: h.clock.now, SpareLife: h.spare}
 	if h.authority != nil {
 		c.Authority = h.authority.socket
 	}
@@ -162,6 +163,12 @@ func (h *host) kill() {
 	pods := n.podList()
 	n.mu.Unlock()
 	close(n.closing)
+	if spare := n.spares.waiting; spare != nil {
+		<-spare.ready
+		n.spares.forget()
+		spare.machine.Wire().Close()
+		spare.machine.Release()
+	}
 	for _, p := range pods {
 		p.disconnect()
 		p.machine.Release()

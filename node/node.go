@@ -82,6 +82,7 @@ func (d Dirs) Socket() string               { return filepath.Join(d.Run(), "nod
 func (d Dirs) Log() string                  { return filepath.Join(d.Home, "log") }
 func (d Dirs) Keys() string                 { return filepath.Join(d.Home, "keys") }
 func (d Dirs) Pods() string                 { return filepath.Join(d.Run(), "pods") }
+func (d Dirs) Spares() string               { return filepath.Join(d.Run(), "spares") }
 func (d Dirs) Pod(id string) string         { return filepath.Join(d.Pods(), id) }
 func (d Dirs) Workspace(name string) string { return filepath.Join(d.Home, "isolation", "vms", name) }
 
@@ -92,7 +93,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	}
 	n := &Node{config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
 	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
-	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods()} {
+	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
 		}

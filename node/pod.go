@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -48,7 +49,7 @@ type Pod struct {
 	asks    askBook
 	route   *egress.Route // to the agent's model; nil: none
 	laps    laps          // of its start
-	ahead   bool          // its machine was a spare
+	ahead   string        // the note of the spare that its machine was; empty: of none
 
 	// The keys that can approve for this pod, as they were at its boot: the machine
 	// knows these, and an authority that shows others later changes nothing.
@@ -266,19 +267,19 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 	if err := p.save(); err != nil {
 		return err
 	}
-	if p.ahead { // from here on it is a pod's
-		if err := durable.Remove(filepath.Join(p.dir, spareFile)); err != nil {
+	if p.ahead != "" { // from here on it is a pod's
+		if err := durable.Remove(p.ahead); err != nil {
 			return err
 		}
 	}
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodCreate,
-		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace, "spare": p.ahead}),
+		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace, "spare": p.ahead != ""}),
 	}); err != nil {
 		return logFailure(err)
 	}
 	p.laps.lap("log")
-	if !p.ahead {
+	if p.ahead == "" {
 		made, err := driver.Create(ctx, p.machineSpec(n))
 		if err != nil {
 			return nucleus.Errorf(nucleus.KindFailed, "starting pod %s: %v", p.record.ID, err)
@@ -342,8 +343,11 @@ func logFailure(err error) error {
 	return nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: the log cannot be written: %v", err)
 }
 
+// podFile is the record of a pod in its directory.
+const podFile = "pod.json"
+
 func (p *Pod) save() error {
-	return durable.Store(filepath.Join(p.dir, "pod.json"), p.record)
+	return durable.Store(filepath.Join(p.dir, podFile), p.record)
 }
 
 // The places below a pod's directory, and below a workspace.
@@ -712,6 +716,11 @@ func (n *Node) teardown(p *Pod) error {
 	}
 	if err := os.RemoveAll(p.dir); err != nil {
 		return err
+	}
+	if p.ahead != "" { // where the start ended before the pod's own record was there
+		if err := durable.Remove(p.ahead); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -25,6 +24,9 @@ func (n *Node) recover(ctx context.Context) error {
 	if err := n.closeIntents(); err != nil {
 		return err
 	}
+	if err := n.removeSpares(ctx); err != nil {
+		return err
+	}
 	entries, err := os.ReadDir(n.dirs.Pods())
 	if err != nil {
 		return err
@@ -37,12 +39,6 @@ func (n *Node) recover(ctx context.Context) error {
 			n.pods[p.record.ID] = p
 			n.mu.Unlock()
 			p.serve()
-			continue
-		}
-		if isSpare(dir) && errors.Is(err, fs.ErrNotExist) { // no pod had it
-			if err := n.removeDir(ctx, dir); err != nil {
-				return fmt.Errorf("removing the spare machine in %s: %w", dir, err)
-			}
 			continue
 		}
 		slog.Warn("pod cannot be adopted; removing what is left of it", "pod", e.Name(), "cause", err)
@@ -71,14 +67,14 @@ const adoptDeadline = 20 * time.Second
 // adopt attaches a new wire to a running machine.
 func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	p := &Pod{node: n, dir: dir, state: stateRunning, gone: make(chan struct{})}
-	if err := durable.Load(filepath.Join(dir, "pod.json"), &p.record); err != nil {
+	if err := durable.Load(filepath.Join(dir, podFile), &p.record); err != nil {
 		return nil, err
 	}
 	if len(p.record.OutcomeKey) == 0 {
 		return nil, errors.New("its machine had not answered yet")
 	}
 	var err error
-	if p.policy, err = policy.Load("pod.json", p.record.Policy); err != nil {
+	if p.policy, err = policy.Load(podFile, p.record.Policy); err != nil {
 		return nil, err
 	}
 	p.digest = nucleus.SHA256(p.record.Policy)

@@ -3,6 +3,9 @@ package node
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -21,11 +24,12 @@ import (
 // no session, and differs from a machine made now only in that its start is over.
 // The pod that takes it takes its name too.
 
-// spareFile lies in a pod's directory as long as it is a spare's.
-const spareFile = "spare.json"
+// A file in Dirs.Spares says so before anything of a spare is made, until a pod
+// has it or nothing of it is left.
 
 type spare struct {
 	id      string // of the pod that will have it
+	note    string // the file that says so
 	dir     string
 	driver  machine.Driver
 	shape   string
@@ -89,7 +93,7 @@ func (s *spares) prepare(driver machine.Driver, spec machine.Spec, named bool) {
 		return
 	}
 	id := podID()
-	made := &spare{id: id, dir: s.dirs.Pod(id), driver: driver, ready: make(chan struct{})}
+	made := &spare{id: id, note: filepath.Join(s.dirs.Spares(), id), dir: s.dirs.Pod(id), driver: driver, ready: make(chan struct{})}
 	made.spec = spec
 	made.spec.ID, made.spec.Dir = id, machineDir(made.dir)
 	if !named {
@@ -187,20 +191,23 @@ func (s *spares) discard(old *spare) {
 	if err == nil {
 		err = os.RemoveAll(old.dir)
 	}
+	if err == nil {
+		err = durable.Remove(old.note)
+	}
 	if err != nil {
 		slog.Error("removing a spare machine", "dir", old.dir, "error", err)
 	}
 }
 
-// make writes down that the directory is a spare's, then starts the machine.
+// make writes down what it makes, then starts the machine.
 func (s *spare) make() error {
+	if err := durable.Store(s.note, map[string]string{"driver": s.driver.Name()}); err != nil {
+		return err
+	}
 	for _, dir := range []string{s.spec.Dir, s.spec.Workspace} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return err
 		}
-	}
-	if err := durable.Store(filepath.Join(s.dir, spareFile), map[string]string{"driver": s.driver.Name()}); err != nil {
-		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -209,15 +216,32 @@ func (s *spare) make() error {
 	return err
 }
 
-// isSpare says of a directory without a pod's record that it was a spare's.
-func isSpare(dir string) bool {
-	_, err := os.Stat(filepath.Join(dir, spareFile))
-	return err == nil
+// removeSpares takes away what an earlier node made ahead. One that a pod has taken
+// is the pod's.
+func (n *Node) removeSpares(ctx context.Context) error {
+	notes, err := os.ReadDir(n.dirs.Spares())
+	if err != nil {
+		return err
+	}
+	for _, note := range notes {
+		dir := n.dirs.Pod(note.Name())
+		_, err := os.Stat(filepath.Join(dir, podFile))
+		if errors.Is(err, fs.ErrNotExist) {
+			err = n.removeDir(ctx, dir)
+		}
+		if err == nil {
+			err = durable.Remove(filepath.Join(n.dirs.Spares(), note.Name()))
+		}
+		if err != nil {
+			return fmt.Errorf("removing the spare machine in %s: %w", dir, err)
+		}
+	}
+	return nil
 }
 
 // become gives the pod, of which nothing exists yet, the spare's name and machine.
 func (p *Pod) become(s *spare) {
-	p.dir, p.machine, p.ahead = s.dir, s.machine, true
+	p.dir, p.machine, p.ahead = s.dir, s.machine, s.note
 	p.record.ID = s.id
 	if p.record.Spec.Workspace == "" {
 		p.record.Workspace = ownWorkspace(p.dir)

@@ -43,14 +43,7 @@ func (e *Env) Processes() []Process {
 
 // spares are the machines that no pod has yet.
 func (e *Env) spares() []string {
-	found, err := filepath.Glob(filepath.Join(e.CAL, "run", "pods", "*", "spare.json"))
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	for i, name := range found {
-		found[i] = filepath.Base(filepath.Dir(name))
-	}
-	return found
+	return names(filepath.Join(e.CAL, "run", "spares"))
 }
 
 // ofSpare reports whether text names one of the spares.
@@ -72,16 +65,19 @@ func (e *Env) Sandboxes() []int {
 
 // Pods lists the pods that have a directory; a spare is none.
 func (e *Env) Pods() []string {
-	entries, err := os.ReadDir(filepath.Join(e.CAL, "run", "pods"))
+	pods := names(filepath.Join(e.CAL, "run", "pods"))
+	spares := e.spares()
+	return slices.DeleteFunc(pods, func(name string) bool { return slices.Contains(spares, name) })
+}
+
+func names(dir string) []string {
+	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil
 	}
 	var names []string
-	spares := e.spares()
 	for _, entry := range entries {
-		if !slices.Contains(spares, entry.Name()) {
-			names = append(names, entry.Name())
-		}
+		names = append(names, entry.Name())
 	}
 	return names
 }
