@@ -2,15 +2,16 @@
 // anything.
 //
 // What comes out of a machine was written by an agent, and what lies in a
-// person's repository may name programs: hooks, filters, fsmonitor, external diffs,
-// transports. The package promises that a command here executes git alone: no
-// hook, no filter, no pager, no prompt, no transport but those named, no
-// configuration but the repository's own, of which everything that could run a program is
-// overridden. Push is the exception that is said: it uses the person's credentials.
+// person's repository may have been written by a stranger: both may name programs in
+// hooks, filters, fsmonitor, external diffs, transports. The package promises that
+// git alone is executed: it runs the commands of one table, each with what takes the programs
+// from it, with no configuration but the repository's own and no transport. Every
+// entry of that table and of the settings beside it stands against an attack that the
+// tests make, and which succeeds without the entry. Push is the exception that is said: it
+// reaches the person's remote with the person's credentials.
 package git
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -21,6 +22,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -37,31 +39,56 @@ type Error struct {
 }
 
 func (e *Error) Error() string {
-	line := strings.TrimSpace(e.Stderr)
-	if i := strings.LastIndexByte(line, '\n'); i >= 0 {
-		line = line[i+1:]
-	}
+	line := lastLines(e.Stderr, 1)
 	if line == "" {
 		line = fmt.Sprintf("exit code %d", e.Code)
 	}
 	return fmt.Sprintf("git %s: %s", e.Args[0], line)
 }
 
-// hardening overrides every setting by which git starts a program.
-var hardening = []string{
-	"-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "core.pager=cat", "-c", "core.askPass=", "-c", "core.sshCommand=false",
-	"-c", "core.attributesFile=/dev/null", "-c", "core.editor=false", "-c", "sequence.editor=false", "-c", "credential.helper=",
-	"-c", "protocol.allow=never", "-c", "protocol.file.allow=always", "-c", "gc.auto=0", "-c", "maintenance.auto=false",
-	"-c", "diff.external=", "-c", "gpg.program=false", "-c", "commit.gpgSign=false", "-c", "tag.gpgSign=false", "-c", "uploadpack.packObjectsHook=",
-	"-c", "submodule.recurse=false", "-c", "fetch.recurseSubmodules=false", "-c", "transfer.fsckObjects=true", "-c", "core.quotePath=false",
+// Exit reports whether err is git's exit code code.
+func Exit(err error, code int) bool {
+	var failed *Error
+	return errors.As(err, &failed) && failed.Code == code
 }
 
-func environment() []string {
-	return []string{
-		"PATH=" + os.Getenv("PATH"), "HOME=/nonexistent", "LC_ALL=C",
-		"GIT_CONFIG_NOSYSTEM=1", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_TERMINAL_PROMPT=0", "GIT_ALLOW_PROTOCOL=file",
-		"GIT_NO_LAZY_FETCH=1", "GIT_NO_REPLACE_OBJECTS=1", "GIT_ATTR_NOSYSTEM=1",
-	}
+// commands are all that Run and Stream run, with the options without which a command
+// starts what a repository names. A command that is not here is refused: nobody has attacked it.
+var commands = map[string][]string{
+	"apply":            nil,
+	"cat-file":         nil,
+	"check-ref-format": nil,
+	"config":           nil,
+	"diff":             {"--no-ext-diff", "--no-textconv", "--submodule=short"},
+	"for-each-ref":     nil,
+	"grep":             nil,
+	"index-pack":       nil,
+	"init":             nil,
+	"log":              {"--no-textconv", "--no-show-signature", "--submodule=short"},
+	"ls-tree":          nil,
+	"merge-base":       nil,
+	"pack-objects":     nil,
+	"rev-list":         nil,
+	"rev-parse":        nil,
+	"status":           {"--ignore-submodules=all"},
+	"symbolic-ref":     nil,
+	"update-ref":       nil,
+}
+
+// filtering are those of them that read or write a working tree, through filters.
+var filtering = map[string]bool{"apply": true, "diff": true, "status": true}
+
+// settings override what a repository's own configuration says, for every command.
+var settings = []string{
+	"core.hooksPath=/dev/null", // status runs post-index-change, update-ref reference-transaction
+	"core.fsmonitor=false",
+	"core.quotePath=false", // no wall: names are shown as they are
+}
+
+// environment is git's. GIT_ALLOW_PROTOCOL=none stands before every transport, also for an
+// object that a partial clone has left with its promisor.
+var environment = []string{
+	"HOME=/nonexistent", "GIT_CONFIG_NOSYSTEM=1", "GIT_ALLOW_PROTOCOL=none", "GIT_NO_REPLACE_OBJECTS=1", "LC_ALL=C",
 }
 
 const commandDeadline = 10 * time.Minute
@@ -75,60 +102,91 @@ func (r Repo) Run(ctx context.Context, args ...string) (string, error) {
 
 // Stream runs git with the given input and output.
 func (r Repo) Stream(ctx context.Context, in io.Reader, out io.Writer, args ...string) error {
-	drivers, err := r.neutralDrivers(ctx)
-	if err != nil {
-		return err
+	options, known := commands[args[0]]
+	if !known {
+		return fmt.Errorf("git %s is none of the commands that may run here", args[0])
 	}
-	return r.run(ctx, in, out, environment(), append(drivers, args...), args)
+	var filters [][2]string
+	if filtering[args[0]] {
+		var err error
+		if filters, err = r.withoutFilters(ctx); err != nil {
+			return err
+		}
+	}
+	return r.run(ctx, in, out, filters, append(append([]string{args[0]}, options...), args[1:]...))
 }
 
-func (r Repo) run(ctx context.Context, in io.Reader, out io.Writer, env, args, shown []string) error {
+// run runs git with values for the settings that filters are made of.
+func (r Repo) run(ctx context.Context, in io.Reader, out io.Writer, filters [][2]string, args []string) error {
 	ctx, cancel := context.WithTimeout(ctx, commandDeadline)
 	defer cancel()
-	full := append(append([]string{"-c", "safe.directory=*"}, hardening...), args...)
-	cmd := exec.CommandContext(ctx, "git", full...)
+	cmd := exec.CommandContext(ctx, "git", args...)
 	cmd.Dir = r.Dir
-	cmd.Env = env
-	cmd.Stdin, cmd.Stdout = in, out
+	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH")}, environment...)
+	cmd.Env = append(cmd.Env, configured(append(overrides(), filters...))...)
+	cmd.Stdin = in
+	if out != nil {
+		cmd.Stdout = struct{ io.Writer }{out} // a pipe, whatever out is: on a terminal git starts a pager
+	}
+	// A Ctrl-C at the terminal is the caller's to hear: git ends when ctx does.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	var stderr bytes.Buffer
 	cmd.Stderr = &limitedBuffer{&stderr, 64 << 10}
 	err := cmd.Run()
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
-		return fmt.Errorf("git %s: %w", shown[0], ctx.Err())
+		return fmt.Errorf("git %s: %w", args[0], ctx.Err())
 	case errors.As(err, &exit):
-		return &Error{shown, stderr.String(), exit.ExitCode()}
+		return &Error{args, stderr.String(), exit.ExitCode()}
 	case errors.Is(err, exec.ErrNotFound):
 		return errors.New("git is not installed")
 	}
 	return err
 }
 
-// neutralDrivers overrides the filter, diff and merge drivers that the
-// repository's own configuration names: attributes in a tree can select them.
-func (r Repo) neutralDrivers(ctx context.Context) ([]string, error) {
-	var out bytes.Buffer
-	err := r.run(ctx, nil, &out, environment(), []string{"config", "--null", "--name-only", "--get-regexp", `^(filter|diff|merge)\..*\.(clean|smudge|process|command|textconv|driver|required)$`}, []string{"config"})
-	var failed *Error
-	if errors.As(err, &failed) && failed.Code == 1 {
-		return nil, nil // no such key
+// overrides are the settings, and the one by which a repository of another user is read at
+// all: git's reason against that is what its configuration could run.
+func overrides() [][2]string {
+	pairs := [][2]string{{"safe.directory", "*"}}
+	for _, s := range settings {
+		key, value, _ := strings.Cut(s, "=")
+		pairs = append(pairs, [2]string{key, value})
 	}
-	if errors.As(err, &failed) && strings.Contains(failed.Stderr, "not a git repository") {
-		return nil, nil // init and bundle verify run outside of one
+	return pairs
+}
+
+// configured hands settings over in the environment. An option -c would be cut at the first
+// equals sign, which the name of a filter may hold.
+func configured(pairs [][2]string) []string {
+	env := []string{fmt.Sprintf("GIT_CONFIG_COUNT=%d", len(pairs))}
+	for i, p := range pairs {
+		env = append(env, fmt.Sprintf("GIT_CONFIG_KEY_%d=%s", i, p[0]), fmt.Sprintf("GIT_CONFIG_VALUE_%d=%s", i, p[1]))
+	}
+	return env
+}
+
+// withoutFilters takes the programs from the filters that the repository's configuration
+// defines and attributes in a tree select. They are named one by one, because git has no
+// setting for all.
+func (r Repo) withoutFilters(ctx context.Context) ([][2]string, error) {
+	var out bytes.Buffer
+	err := r.run(ctx, nil, &out, nil, []string{"config", "--null", "--name-only", "--get-regexp", `^filter\.`})
+	if Exit(err, 1) || Exit(err, 128) {
+		return nil, nil // no such key; no repository, or one that the command itself will not read either
 	}
 	if err != nil {
 		return nil, err
 	}
-	var args []string
-	for _, key := range strings.Split(strings.TrimSuffix(out.String(), "\x00"), "\x00") {
+	var pairs [][2]string
+	for key := range strings.SplitSeq(strings.TrimSuffix(out.String(), "\x00"), "\x00") {
 		value := ""
 		if strings.HasSuffix(key, ".required") {
 			value = "false"
 		}
-		args = append(args, "-c", key+"="+value)
+		pairs = append(pairs, [2]string{key, value})
 	}
-	return args, nil
+	return pairs, nil
 }
 
 type limitedBuffer struct {
@@ -150,31 +208,55 @@ func Open(ctx context.Context, dir string) (Repo, error) {
 	if err != nil {
 		return Repo{}, err
 	}
-	if _, err := os.Stat(abs); err != nil {
+	if info, err := os.Stat(abs); err != nil {
 		return Repo{}, err
+	} else if !info.IsDir() {
+		return Repo{}, fmt.Errorf("%s is no directory", abs)
 	}
-	top, err := Repo{abs}.Run(ctx, "rev-parse", "--show-toplevel")
+	at := Repo{abs}
+	if top, err := at.Run(ctx, "rev-parse", "--show-toplevel"); err == nil {
+		return Repo{strings.TrimSuffix(top, "\n")}, nil
+	} else if ctx.Err() != nil {
+		return Repo{}, ctx.Err()
+	}
+	dirs, err := at.Run(ctx, "rev-parse", "--is-bare-repository", "--absolute-git-dir")
 	if err != nil {
-		return Repo{}, fmt.Errorf("%s is not in a git repository with a working tree", abs)
+		return Repo{}, fmt.Errorf("%s is in no git repository that can be read: %w", abs, err)
 	}
-	return Repo{strings.TrimSuffix(top, "\n")}, nil
+	bare, dir, _ := strings.Cut(dirs, "\n")
+	if bare != "true" {
+		return Repo{}, fmt.Errorf("%s is inside of a .git directory (name the working tree)", abs)
+	}
+	return Repo{strings.TrimSuffix(dir, "\n")}, nil
+}
+
+// Bare reports whether the repository has no working tree.
+func (r Repo) Bare(ctx context.Context) (bool, error) {
+	out, err := r.Run(ctx, "rev-parse", "--is-bare-repository")
+	return strings.TrimSpace(out) == "true", err
 }
 
 // Resolve returns the commit id that a name stands for.
 func (r Repo) Resolve(ctx context.Context, name string) (string, error) {
 	out, err := r.Run(ctx, "rev-parse", "--verify", "--quiet", "--end-of-options", name+"^{commit}")
+	if ctx.Err() != nil {
+		return "", ctx.Err()
+	}
 	if err != nil {
 		return "", fmt.Errorf("%s: no commit %q", r.Dir, name)
 	}
-	return strings.TrimSpace(out), nil
+	id := strings.TrimSpace(out)
+	if len(id) != 40 {
+		return "", fmt.Errorf("%s names its objects by SHA-256, which cannot be handed over yet", r.Dir)
+	}
+	return id, nil
 }
 
 // Remotes returns name -> URL of the repository's own configuration.
 func (r Repo) Remotes(ctx context.Context) (map[string]string, error) {
 	out, err := r.Run(ctx, "config", "--null", "--get-regexp", `^remote\..*\.url$`)
 	remotes := map[string]string{}
-	var failed *Error
-	if errors.As(err, &failed) && failed.Code == 1 {
+	if Exit(err, 1) {
 		return remotes, nil
 	}
 	if err != nil {
@@ -189,148 +271,19 @@ func (r Repo) Remotes(ctx context.Context) (map[string]string, error) {
 	return remotes, nil
 }
 
-// WriteBundle writes a bundle of HEAD, which must be commit, with its whole history.
-func (r Repo) WriteBundle(ctx context.Context, out io.Writer, commit string) error {
-	shallow, err := r.Run(ctx, "rev-parse", "--is-shallow-repository")
-	if err != nil {
-		return err
-	}
-	if strings.TrimSpace(shallow) == "true" {
-		return fmt.Errorf("%s is a shallow clone: its history cannot be handed over (git fetch --unshallow)", r.Dir)
-	}
-	head, err := r.Resolve(ctx, "HEAD")
-	if err != nil {
-		return err
-	}
-	if head != commit {
-		return fmt.Errorf("%s: HEAD moved from %.12s to %.12s meanwhile", r.Dir, commit, head)
-	}
-	return r.Stream(ctx, nil, out, "bundle", "create", "--quiet", "-", "HEAD")
-}
-
-// Quarantine is a bare repository of the host's that takes what a machine sends.
-// Nothing in it is ever checked out or executed.
-type Quarantine struct {
-	Repo
-}
-
-// OpenQuarantine makes or opens the quarantine at dir. It borrows the objects of
-// origin, the person's repository, so that only what is new crosses the wire.
-func OpenQuarantine(ctx context.Context, dir string, origin Repo) (Quarantine, error) {
-	q := Quarantine{Repo{dir}}
-	if _, err := os.Stat(filepath.Join(dir, "HEAD")); err == nil {
-		return q, nil
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return q, err
-	}
-	if _, err := q.Run(ctx, "init", "--quiet", "--bare", "--template=", "."); err != nil {
-		return q, err
-	}
-	objects, err := origin.Run(ctx, "rev-parse", "--path-format=absolute", "--git-path", "objects")
-	if err != nil {
-		return q, err
-	}
-	info := filepath.Join(dir, "objects", "info")
-	if err := os.MkdirAll(info, 0o700); err != nil {
-		return q, err
-	}
-	return q, os.WriteFile(filepath.Join(info, "alternates"), []byte(objects), 0o600)
-}
-
-// Take brings ref of a bundle file, which the machine made, to the same ref here. Every
-// object is checked.
-func (q Quarantine) Take(ctx context.Context, bundle, ref string) (commit string, err error) {
-	file, err := os.Open(bundle)
-	if err != nil {
-		return "", err
-	}
-	defer file.Close()
-	reader := bufio.NewReader(file)
-	if commit, err = bundleHead(reader, ref); err != nil {
-		return "", err
-	}
-	// git fetch does not check the objects of a bundle; index-pack does, and completes
-	// a pack that builds on what is here already.
-	if err := q.Stream(ctx, reader, io.Discard, "index-pack", "--stdin", "--fix-thin", "--strict", "--fsck-objects"); err != nil {
-		return "", err
-	}
-	got, err := q.Resolve(ctx, commit)
-	if err != nil || got != commit {
-		return "", fmt.Errorf("the bundle names %s as %s, which it does not hold", commit, ref)
-	}
-	_, err = q.Run(ctx, "update-ref", ref, commit)
-	return commit, err
-}
-
 // IsAncestor reports whether commit is in the history of of.
 func (r Repo) IsAncestor(ctx context.Context, commit, of string) (bool, error) {
 	_, err := r.Run(ctx, "merge-base", "--is-ancestor", commit, of)
-	var failed *Error
-	if errors.As(err, &failed) && failed.Code == 1 {
+	if Exit(err, 1) {
 		return false, nil
 	}
 	return err == nil, err
-}
-
-// bundleHead reads the head of a bundle up to its pack (gitformat-bundle(5), version
-// 2 and 3) and returns the commit that it names for ref. Any other ref is refused.
-func bundleHead(r *bufio.Reader, ref string) (commit string, err error) {
-	const longest = 1 << 20
-	for read := 0; read < longest; {
-		line, err := r.ReadString('\n')
-		if err != nil {
-			return "", fmt.Errorf("the head of the bundle: %w", err)
-		}
-		first := read == 0
-		read += len(line)
-		line = strings.TrimSuffix(line, "\n")
-		switch {
-		case first && (line == "# v2 git bundle" || line == "# v3 git bundle"):
-		case first:
-			return "", errors.New("not a git bundle")
-		case line == "" && commit == "":
-			return "", fmt.Errorf("the bundle does not hold %s", ref)
-		case line == "":
-			return commit, nil
-		case line[0] == '-' || line[0] == '@':
-		default:
-			id, name, _ := strings.Cut(line, " ")
-			if name != ref || commit != "" || len(id) < 40 || strings.Trim(id, "0123456789abcdef") != "" {
-				return "", fmt.Errorf("the bundle holds %q, want %s alone", line, ref)
-			}
-			commit = id
-		}
-	}
-	return "", errors.New("the head of the bundle has no end")
 }
 
 // CheckRef reports whether name is a well-formed full ref name.
 func CheckRef(ctx context.Context, name string) error {
 	if _, err := (Repo{"/"}).Run(ctx, "check-ref-format", name); err != nil {
 		return fmt.Errorf("%q is no valid ref name", name)
-	}
-	return nil
-}
-
-// Push sends commit to ref of url if ref is still at old there (all zeros: does not exist).
-// It uses the person's own credentials, and no name from the machine but ref.
-func (q Quarantine) Push(ctx context.Context, url, commit, ref, old string) error {
-	lease := old
-	if strings.Trim(old, "0") == "" {
-		lease = ""
-	}
-	env := append(os.Environ(), "GIT_TERMINAL_PROMPT=0", "GIT_ALLOW_PROTOCOL=https:http:ssh:git:file", "LC_ALL=C")
-	// The quarantine's configuration is ours; the person's global one is needed for credentials.
-	args := []string{"-c", "core.hooksPath=/dev/null", "-c", "protocol.ext.allow=never",
-		"push", "--quiet", "--no-verify", "--no-follow-tags", "--force-with-lease=" + ref + ":" + lease, "--", url, commit + ":" + ref}
-	ctx, cancel := context.WithTimeout(ctx, commandDeadline)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "git", args...)
-	cmd.Dir, cmd.Env = q.Dir, env
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("git push: %s", WithoutCredentials(lastLines(string(out), 3)))
 	}
 	return nil
 }
@@ -358,7 +311,7 @@ func lastLines(s string, n int) string {
 // PersonalSetting returns one of the person's own settings, seen from dir; "" where
 // it is not set. git config reads files and runs nothing.
 func PersonalSetting(ctx context.Context, dir, name string) string {
-	cmd := exec.CommandContext(ctx, "git", "config", "--get", name)
+	cmd := exec.CommandContext(ctx, "git", "-c", "safe.directory=*", "config", "--get", name)
 	cmd.Dir = dir
 	out, err := cmd.Output()
 	if err != nil {
