@@ -87,9 +87,9 @@ func pushDetail(ctx context.Context, q git.Quarantine, base, old, commit string)
 		}
 		details = append(details, nucleus.Detail{Title: title, Text: cut(text, limit)})
 	}
-	add("commits", 16<<10, "log", "--no-color", "--no-show-signature", "--format=%h %an <%ae> %s", base+".."+commit)
-	add("files", 16<<10, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--stat=100", base, commit)
-	add("diff", 256<<10, "diff", "--no-ext-diff", "--no-textconv", "--no-color", base, commit)
+	add("commits", 16<<10, "log", "--no-color", "--format=%h %an <%ae> %s", base+".."+commit)
+	add("files", 16<<10, "diff", "--no-color", "--stat=100", base, commit)
+	add("diff", 256<<10, "diff", "--no-color", base, commit)
 	return details
 }
 
@@ -115,6 +115,9 @@ func (n *Node) preparePR(ctx context.Context, p *Pod, raw []byte, pre *prepared)
 	base := args.Base
 	if base == "" {
 		base = stored.BaseBranch
+	}
+	if base == "" {
+		return nucleus.Errorf(nucleus.KindInvalid, "create_pr: %s was handed over from a detached HEAD: name the base", repo.Name)
 	}
 	pre.action.PR = &nucleus.PR{Repository: owner, API: n.config.GitHub.api(), Base: base, Head: repo.Branch, HeadID: commit, Title: args.Title, Body: args.Body}
 	pre.effect = func(ctx context.Context) (json.RawMessage, error) {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -34,6 +35,7 @@ type storedRepo struct {
 	Heads      map[string]string `json:"heads,omitempty"`    // branch -> commit of origin, as last known
 	Worktree   string            `json:"worktree,omitempty"` // commit that holds what was not committed, as last fetched
 	Head       string            `json:"head,omitempty"`     // the branch, as last fetched
+	Pending    bool              `json:"pending,omitempty"`  // it may not be in the machine, or not whole
 }
 
 func (p *Pod) readRepo(name string) (storedRepo, error) {
@@ -128,13 +130,26 @@ func tighten(ctx context.Context, origin git.Repo, base string, p *policy.Policy
 }
 
 func labelRepo(ctx context.Context, origin git.Repo, r nucleus.Repo, p *policy.Policy) (nucleus.RepoStatus, error) {
-	remotes, err := origin.Remotes(ctx)
+	// What comes in with it counts as it does.
+	parts := []git.Repo{origin}
+	submodules, err := origin.Submodules(ctx, r.Base)
 	if err != nil {
 		return nucleus.RepoStatus{}, err
 	}
+	for _, sub := range submodules {
+		if sub.Absent == "" {
+			parts = append(parts, sub.Repo)
+		}
+	}
 	var urls []string
-	for _, url := range remotes {
-		urls = append(urls, git.WithoutCredentials(url))
+	for _, part := range parts {
+		remotes, err := part.Remotes(ctx)
+		if err != nil {
+			return nucleus.RepoStatus{}, err
+		}
+		for _, name := range slices.Sorted(maps.Keys(remotes)) {
+			urls = append(urls, git.WithoutCredentials(remotes[name]))
+		}
 	}
 	status := nucleus.RepoStatus{Name: r.Name, Branch: r.Branch, Base: r.Base}
 	status.Trusted, status.Why = policy.TrustedRepo(p, urls)
@@ -150,15 +165,15 @@ func (n *Node) importRepos(ctx context.Context, p *Pod, actor string) error {
 	for _, r := range p.record.Spec.Repos {
 		stored, err := p.readRepo(r.Name)
 		switch {
-		case err == nil:
+		case err == nil && !stored.Pending:
 			if err := n.keepRepo(p, r, stored); err != nil {
 				return err
 			}
 			continue
-		case !errors.Is(err, os.ErrNotExist):
+		case err != nil && !errors.Is(err, os.ErrNotExist):
 			return err
 		}
-		if err := n.importRepo(ctx, p, actor, r); err != nil {
+		if err := n.importRepo(ctx, p, actor, r, stored.Pending); err != nil {
 			return err
 		}
 	}
@@ -182,13 +197,14 @@ func (n *Node) keepRepo(p *Pod, r nucleus.Repo, stored storedRepo) error {
 	return p.save()
 }
 
-func (n *Node) importRepo(ctx context.Context, p *Pod, actor string, r nucleus.Repo) error {
+// importRepo hands a repository over. again says that an earlier run was cut off doing so.
+func (n *Node) importRepo(ctx context.Context, p *Pod, actor string, r nucleus.Repo, again bool) error {
 	origin := git.Repo{Dir: r.Path}
 	remotes, err := origin.Remotes(ctx)
 	if err != nil {
 		return err
 	}
-	stored := storedRepo{Path: r.Path, Branch: r.Branch, Base: r.Base, Remotes: remotes, Heads: map[string]string{}}
+	stored := storedRepo{Path: r.Path, Branch: r.Branch, Base: r.Base, Remotes: remotes, Heads: map[string]string{}, Pending: true}
 	for _, status := range p.record.Repos {
 		if status.Name == r.Name {
 			stored.Trusted = status.Trusted
@@ -210,18 +226,50 @@ func (n *Node) importRepo(ctx context.Context, p *Pod, actor string, r nucleus.R
 	}); err != nil {
 		return logFailure(err)
 	}
+	if err := p.writeRepo(r.Name, stored); err != nil {
+		return err
+	}
+	if err := p.handOver(ctx, origin, r, r.Name, r.Base, again); err != nil {
+		return err
+	}
+	submodules, err := origin.Submodules(ctx, r.Base)
+	if err != nil {
+		return err
+	}
+	for _, sub := range submodules {
+		if sub.Absent != "" { // said at launch
+			continue
+		}
+		if err := p.handOver(ctx, sub.Repo, r, r.Name+"/"+sub.Path, sub.Commit, false); err != nil {
+			return err
+		}
+	}
+	stored.Pending = false
+	return p.writeRepo(r.Name, stored)
+}
+
+// handOver puts one commit of a repository, or of a submodule, into the machine at place.
+func (p *Pod) handOver(ctx context.Context, origin git.Repo, r nucleus.Repo, place, commit string, replace bool) error {
+	remotes, err := origin.Remotes(ctx)
+	if err != nil {
+		return err
+	}
 	shown := map[string]string{}
 	for name, url := range remotes {
 		shown[name] = git.WithoutCredentials(url)
 	}
+	shallow, err := origin.Shallow(ctx, commit)
+	if err != nil {
+		return err
+	}
 	err = p.sendBundle(ctx, origin, tools.Unbundle{
-		Repo: r.Name, Branch: r.Branch, Commit: r.Base, Remotes: shown,
+		Repo: place, Branch: r.Branch, Commit: commit, Replace: replace, Shallow: shallow, Remotes: shown,
 		Config: map[string]string{"user.name": p.record.Spec.Identity.Name, "user.email": p.record.Spec.Identity.Email},
 	})
 	if err != nil {
-		return nucleus.Errorf(nucleus.KindFailed, "handing over %s: %v", r.Path, err)
+		return nucleus.Errorf(nucleus.KindFailed, "handing over %s: %v", origin.Dir, err)
 	}
-	return p.writeRepo(r.Name, stored)
+	return nil
 }
 
 func (p *Pod) sendBundle(ctx context.Context, origin git.Repo, in tools.Unbundle) error {
@@ -402,7 +450,7 @@ func (n *Node) fetchRepo(ctx context.Context, p *Pod, actor, name string) (clien
 	if fetched.Commits, err = strconv.Atoi(strings.TrimSpace(commits)); err != nil {
 		return fetched, err
 	}
-	if fetched.Stat, err = q.Run(ctx, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--stat=80", stored.Base, worktree); err != nil {
+	if fetched.Stat, err = q.Run(ctx, "diff", "--no-color", "--stat=80", stored.Base, worktree); err != nil {
 		return fetched, err
 	}
 	_, err = n.append(nucleus.Entry{

@@ -1,7 +1,6 @@
 package workspace
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -37,6 +36,7 @@ type storedRepo struct {
 	Heads      map[string]string `json:"heads,omitempty"`
 	Worktree   string            `json:"worktree,omitempty"`
 	Head       string            `json:"head,omitempty"`
+	Pending    bool              `json:"pending,omitempty"`
 }
 
 // Works lists the repositories of all workspaces.
@@ -50,6 +50,9 @@ func (h Home) Works() ([]Work, error) {
 		var s storedRepo
 		if err := durable.Load(f, &s); err != nil {
 			return nil, err
+		}
+		if s.Pending { // a run was cut off before the machine had it
+			continue
 		}
 		name := strings.TrimSuffix(filepath.Base(f), ".json")
 		works = append(works, Work{
@@ -125,12 +128,10 @@ func RepoName(path string) string {
 	return name[:min(len(name), 60)]
 }
 
-var plainDiff = []string{"diff", "--no-ext-diff", "--no-textconv"}
-
 // Diff writes what the agent changed: from the commit that was brought to what lies in its
 // working tree, committed or not.
 func (w Work) Diff(ctx context.Context, out io.Writer, colour, stat bool) error {
-	args := append([]string(nil), plainDiff...)
+	args := []string{"diff"}
 	if colour {
 		args = append(args, "--color=always")
 	}
@@ -142,7 +143,7 @@ func (w Work) Diff(ctx context.Context, out io.Writer, colour, stat bool) error 
 
 // Commits lists the agent's commits, newest first.
 func (w Work) Commits(ctx context.Context) ([]string, error) {
-	out, err := git.Repo{Dir: w.dir}.Run(ctx, "log", "--no-show-signature", "--no-color", "--format=%h %s", w.Base+".."+w.Head)
+	out, err := git.Repo{Dir: w.dir}.Run(ctx, "log", "--no-color", "--format=%h %s", w.Base+".."+w.Head)
 	if err != nil || strings.TrimSpace(out) == "" {
 		return nil, err
 	}
@@ -153,58 +154,127 @@ func (w Work) Commits(ctx context.Context) ([]string, error) {
 // refs/heads/BRANCH; nothing is executed, no file of the working tree changes. A
 // branch of that name that has other commits is left alone.
 func (w Work) Fetch(ctx context.Context) (ref string, err error) {
-	origin := git.Repo{Dir: w.Path}
-	ref = "refs/heads/" + w.Branch
-	if at, err := origin.Run(ctx, "symbolic-ref", "--quiet", "HEAD"); err == nil && strings.TrimSpace(at) == ref {
-		return "", fmt.Errorf("%s is checked out in %s: its working tree would not match (git switch to another branch)", w.Branch, w.Path)
-	}
 	if w.Head == w.Base {
 		return "", fmt.Errorf("branch %s has no commit beyond %.12s (cal repo apply brings what is not committed)", w.Branch, w.Base)
 	}
-	// No "+": a branch that would lose commits is refused.
-	_, err = origin.Run(ctx, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-gc", "--refmap=", w.dir, w.Head+":"+ref)
-	var failed *git.Error
-	if errors.As(err, &failed) && strings.Contains(failed.Stderr, "non-fast-forward") {
-		return "", fmt.Errorf("branch %s of %s has commits that the agent's has not; rename one of them", w.Branch, w.Path)
+	return "refs/heads/" + w.Branch, git.Quarantine{Repo: git.Repo{Dir: w.dir}}.Give(ctx, git.Repo{Dir: w.Path}, w.Branch, w.Head, w.Base)
+}
+
+// Submodules lists the submodules that the agent moved. Their commits are in the machine alone.
+func (w Work) Submodules(ctx context.Context) ([]string, error) {
+	changes, err := w.changes(ctx)
+	var moved []string
+	for _, c := range changes {
+		if c.submodule {
+			moved = append(moved, c.path)
+		}
 	}
-	return ref, err
+	return moved, err
+}
+
+// change is a path at which the agent's tree is not the person's.
+type change struct {
+	path      string
+	submodule bool // before or after
+}
+
+func (w Work) changes(ctx context.Context) ([]change, error) {
+	raw, err := git.Repo{Dir: w.dir}.Run(ctx, "diff", "--raw", "--no-renames", "-z", w.Base, w.Worktree)
+	if err != nil {
+		return nil, err
+	}
+	var changes []change
+	fields := strings.Split(raw, "\x00")
+	for i := 0; i+1 < len(fields); i += 2 { // ":100644 100755 ID ID M", path
+		changes = append(changes, change{fields[i+1], strings.Contains(fields[i][:min(14, len(fields[i]))], "160000")})
+	}
+	return changes, nil
 }
 
 // ErrDirty says that a working tree has changes of its own.
 var ErrDirty = errors.New("the working tree has changes of its own")
 
-// Apply puts what the agent changed onto the person's working tree, uncommitted.
-// A tree with changes of its own is refused, and so is a patch that does not fit whole.
-func (w Work) Apply(ctx context.Context) error {
+// Apply puts what the agent changed onto the person's working tree, uncommitted, and returns
+// the paths that it left out: submodules. A tree with changes of its own is refused, and
+// so is a patch that does not fit whole. Once it has begun it is not called off: whether
+// it succeeds or fails, the tree is as it should be or as it was.
+func (w Work) Apply(ctx context.Context) (left []string, err error) {
 	origin := git.Repo{Dir: w.Path}
-	status, err := origin.Run(ctx, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all")
+	if bare, err := origin.Bare(ctx); err != nil || bare {
+		return nil, errors.Join(err, fmt.Errorf("%s has no working tree (cal repo fetch brings the commits)", w.Path))
+	}
+	status, err := origin.Run(ctx, "status", "--porcelain", "--untracked-files=no")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if strings.TrimSpace(status) != "" {
-		return fmt.Errorf("%w: %s (git stash, or commit them)", ErrDirty, firstLine(status))
+		return nil, fmt.Errorf("%w: %s (git stash, or commit them)", ErrDirty, firstLine(status))
 	}
-	var patch bytes.Buffer
-	args := append(append([]string(nil), plainDiff...), "--no-color", "--binary", "--full-index", w.Base, w.Worktree)
-	if err := (git.Repo{Dir: w.dir}).Stream(ctx, nil, &patch, args...); err != nil {
-		return err
+	changes, err := w.changes(ctx)
+	if err != nil {
+		return nil, err
 	}
-	if patch.Len() == 0 {
-		return errors.New("the agent changed nothing")
+	patch := []string{"diff", "--no-color", "--binary", "--full-index", "--no-renames", w.Base, w.Worktree, "--", ":(top)"}
+	var paths []string
+	for _, c := range changes {
+		if c.submodule {
+			left = append(left, c.path)
+			patch = append(patch, ":(top,exclude,literal)"+c.path)
+		} else {
+			paths = append(paths, c.path)
+		}
+	}
+	if len(paths) == 0 {
+		return left, errors.New("the agent changed nothing that can be applied")
 	}
 	file, err := os.CreateTemp("", "cal-apply-*.patch")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer os.Remove(file.Name())
 	defer file.Close()
-	if _, err := file.Write(patch.Bytes()); err != nil {
-		return err
+	if err := (git.Repo{Dir: w.dir}).Stream(ctx, nil, file, patch...); err != nil {
+		return nil, err
 	}
-	if _, err := origin.Run(ctx, "apply", "--whitespace=nowarn", file.Name()); err != nil {
+	if _, err := origin.Run(ctx, "apply", "--check", "--whitespace=nowarn", file.Name()); err != nil {
+		return nil, conflicts(err)
+	}
+	return left, w.applyWhole(context.WithoutCancel(ctx), origin, file.Name(), paths)
+}
+
+// applyWhole applies a patch that fits, or puts back what was there. Git takes a file away before it
+// writes the new one, so that a link keeps the old one.
+func (w Work) applyWhole(ctx context.Context, origin git.Repo, patch string, paths []string) error {
+	kept, err := keepFiles(ctx, origin, paths)
+	if err != nil {
 		return fmt.Errorf("%w; nothing was changed", err)
 	}
+	defer kept.drop()
+	if _, err := origin.Run(ctx, "apply", "--whitespace=nowarn", patch); err != nil {
+		if back := kept.putBack(); back != nil {
+			return fmt.Errorf("%w; and what was there could not be put back: %w", err, back)
+		}
+		return conflicts(err)
+	}
 	return nil
+}
+
+// conflicts names each place at which a patch does not fit.
+func conflicts(err error) error {
+	var failed *git.Error
+	if !errors.As(err, &failed) {
+		return err
+	}
+	var why []string
+	for line := range strings.Lines(failed.Stderr) {
+		if what, ok := strings.CutPrefix(strings.TrimSpace(line), "error: "); ok && !strings.HasPrefix(what, "patch failed: ") {
+			why = append(why, what)
+		}
+	}
+	if len(why) == 0 {
+		return fmt.Errorf("%w; nothing was changed", err)
+	}
+	return fmt.Errorf("%s; nothing was changed (cal repo fetch, and merge the branch)", strings.Join(why, "; "))
 }
 
 func firstLine(s string) string {

@@ -75,9 +75,14 @@ func repoCommand() *cobra.Command {
 		Use: "fetch", Short: "Bring the agent's branch into the repository, as a branch", Example: "  cal repo fetch && git log agent/claude-code", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return with(cmd, func(ctx context.Context, w workspace.Work) error {
+				moved, err := w.Submodules(ctx)
+				if err != nil {
+					return err
+				}
 				ref, err := w.Fetch(ctx)
 				if err == nil {
 					fmt.Printf("%s is at %.12s\n", ref, w.Head)
+					sayLeft(moved)
 				}
 				return err
 			})
@@ -87,9 +92,11 @@ func repoCommand() *cobra.Command {
 		Use: "apply", Short: "Put what the agent changed onto the working tree, uncommitted", Example: "  cal repo apply && git diff", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return with(cmd, func(ctx context.Context, w workspace.Work) error {
-				if err := w.Apply(ctx); err != nil {
+				left, err := w.Apply(ctx)
+				if err != nil {
 					return err
 				}
+				sayLeft(left)
 				return w.Diff(ctx, os.Stdout, false, true)
 			})
 		},
@@ -114,6 +121,13 @@ func repoCommand() *cobra.Command {
 	status.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	cmd.AddCommand(diff, fetch, apply, status)
 	return cmd
+}
+
+// sayLeft names submodules that the agent moved to commits which only its machine has.
+func sayLeft(submodules []string) {
+	if len(submodules) > 0 {
+		fmt.Fprintln(os.Stderr, "cal: commits in submodules stay in the machine:", shown(strings.Join(submodules, ", ")))
+	}
 }
 
 func vmCommand() *cobra.Command {

@@ -297,6 +297,11 @@ func (u Unbundle) check() error {
 	if !objectID.MatchString(u.Commit) {
 		return nucleus.Errorf(nucleus.KindInvalid, "commit %q is not an object id", u.Commit)
 	}
+	for _, id := range u.Shallow {
+		if !objectID.MatchString(id) {
+			return nucleus.Errorf(nucleus.KindInvalid, "shallow commit %q is not an object id", id)
+		}
+	}
 	for key, value := range u.Config {
 		if !configKey.MatchString(key) || strings.ContainsAny(value, "\n\x00") {
 			return nucleus.Errorf(nucleus.KindInvalid, "git setting %q=%q is not valid", key, value)
@@ -325,7 +330,12 @@ func (w *worker) unbundle(ctx context.Context, r io.Reader, u Unbundle) (Unbundl
 	if rel == "." || strings.HasPrefix(path.Base(rel), ".") {
 		return result, nucleus.Errorf(nucleus.KindInvalid, "%q is not a name for a repository", u.Repo)
 	}
-	if _, err := w.box.root.Lstat(rel); !errors.Is(err, fs.ErrNotExist) {
+	if u.Replace {
+		if err := w.box.root.RemoveAll(rel); err != nil {
+			return result, w.box.refusal(rel, err)
+		}
+	}
+	if _, err := w.box.root.Lstat(rel); !errors.Is(err, fs.ErrNotExist) && !w.emptyDirectory(rel) {
 		return result, nucleus.Errorf(nucleus.KindConflict, "%q exists already", rel)
 	}
 	making := path.Join(path.Dir(rel), ".cal-"+rand.Text()[:10]+".making")
@@ -342,6 +352,11 @@ func (w *worker) unbundle(ctx context.Context, r io.Reader, u Unbundle) (Unbundl
 	return UnbundleResult{rel, u.Commit, u.Branch}, nil
 }
 
+func (w *worker) emptyDirectory(rel string) bool {
+	list, err := w.box.list(rel)
+	return err == nil && len(list) == 0
+}
+
 func (w *worker) fill(ctx context.Context, r io.Reader, rel string, u Unbundle) error {
 	g := w.exec.plumbing(rel)
 	if _, err := g.run(ctx, "", "init", "--quiet", "--template=", "--initial-branch="+u.Branch, "."); err != nil {
@@ -350,6 +365,11 @@ func (w *worker) fill(ctx context.Context, r io.Reader, rel string, u Unbundle) 
 	incoming := path.Join(rel, ".git", "incoming.bundle")
 	if err := w.store(incoming, r); err != nil {
 		return err
+	}
+	if len(u.Shallow) > 0 {
+		if err := w.store(path.Join(rel, ".git", "shallow"), strings.NewReader(strings.Join(u.Shallow, "\n")+"\n")); err != nil {
+			return err
+		}
 	}
 	heads, err := g.run(ctx, "", "bundle", "unbundle", ".git/incoming.bundle")
 	if err != nil {

@@ -82,13 +82,17 @@ type Bundle struct {
 	Base string `json:"base,omitempty"`
 }
 
-// Unbundle puts a git bundle into Repo: a new repository is made, Branch is
-// created at Commit and checked out. Remotes are written as names without
-// credentials so that the agent sees where the code came from.
+// Unbundle puts a git bundle into Repo, which is not there or an empty directory, as that
+// of a submodule is: a new repository is made, Branch is created at Commit and
+// checked out. Remotes are written as names without credentials so that the agent
+// sees where the code came from. Replace takes away what an Unbundle that was cut off
+// has left there.
 type Unbundle struct {
 	Repo    string            `json:"repo"`
 	Branch  string            `json:"branch"`
 	Commit  string            `json:"commit"`
+	Replace bool              `json:"replace,omitempty"`
+	Shallow []string          `json:"shallow,omitempty"` // commits of its history whose parents are not in the bundle
 	Remotes map[string]string `json:"remotes,omitempty"`
 	Config  map[string]string `json:"config,omitempty"` // git settings to write, e.g. user.name
 }
