@@ -32,7 +32,7 @@ type Found struct {
 
 // Where layers lie in a machine.
 const (
-	toolchains = "/opt/toolchains"
+	toolchains = nucleus.Toolchains
 	caches     = "/opt/caches"
 )
 

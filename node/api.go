@@ -31,6 +31,7 @@ func (n *Node) handler() http.Handler {
 	mux.HandleFunc("GET /v1/healthz", n.health)
 	mux.HandleFunc("GET /v1/pods", n.operator(n.listPods))
 	mux.HandleFunc("POST /v1/pods", n.operator(n.createPod))
+	mux.HandleFunc("POST /v1/plan", n.operator(n.planPod))
 	mux.HandleFunc("GET /v1/pods/{id}", n.ofPod(n.getPod))
 	mux.HandleFunc("DELETE /v1/pods/{id}", n.operator(n.deletePod))
 	mux.HandleFunc("POST /v1/pods/{id}/resume", n.operator(n.resumePod))
@@ -122,6 +123,19 @@ func (n *Node) createPod(w http.ResponseWriter, r *http.Request, v verified) err
 	}
 	w.Header().Set("Server-Timing", p.laps.String())
 	writeJSON(w, http.StatusCreated, p.status())
+	return nil
+}
+
+func (n *Node) planPod(w http.ResponseWriter, r *http.Request, v verified) error {
+	var spec nucleus.PodSpec
+	if err := nucleus.Strict(v.body, &spec); err != nil {
+		return nucleus.Errorf(nucleus.KindInvalid, "pod spec: %v", err)
+	}
+	p, err := n.PlanPod(r.Context(), spec)
+	if err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, p.status())
 	return nil
 }
 

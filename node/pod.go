@@ -29,6 +29,7 @@ import (
 
 // The states of a pod.
 const (
+	statePlanned  = "planned" // worked out, and not begun
 	stateStarting = "starting"
 	stateRunning  = "running"
 	statePaused   = "paused" // stopped for exceeding a watched limit
@@ -83,7 +84,10 @@ type record struct {
 	Untrusted  bool                 `json:"untrusted"` // holds a repository that is labelled so
 	Epoch      uint64               `json:"epoch"`     // counts nodes; sequences of different nodes never meet
 	Created    string               `json:"created"`
+	Version    string               `json:"version"` // of the programs in the machine
 }
+
+var podRef = regexp.MustCompile(`^r-[A-Za-z0-9]{1,64}$`)
 
 var workspaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
@@ -106,24 +110,50 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 		p.become(made)
 	}
 	n.mu.Lock()
-	for _, other := range n.pods {
-		if other.record.Workspace == p.record.Workspace && other.holds() {
-			n.mu.Unlock()
-			if err := n.teardown(p); err != nil {
-				slog.Error("removing a spare machine", "pod", p.record.ID, "error", err)
-			}
-			return nil, nucleus.Errorf(nucleus.KindConflict, "workspace %q is in use by pod %s since %s; wait for it, or end it with: cal vm stop %s",
-				spec.Workspace, other.record.ID, other.record.Created, other.record.ID)
-		}
+	err = n.inTheWay(p)
+	if err == nil {
+		n.pods[p.record.ID] = p
 	}
-	n.pods[p.record.ID] = p
 	n.mu.Unlock()
+	if err != nil {
+		if downErr := n.teardown(p); downErr != nil {
+			slog.Error("removing a spare machine", "pod", p.record.ID, "error", downErr)
+		}
+		return nil, err
+	}
 	defer close(p.started)
 	if err := n.startPod(ctx, actor, p, driver); err != nil {
 		n.failPod(p, err)
 		return nil, err
 	}
 	return p, nil
+}
+
+// inTheWay says which pod stands in the way of a new one. The caller holds the mutex.
+func (n *Node) inTheWay(p *Pod) error {
+	for _, other := range n.pods {
+		if ref := p.record.Spec.Ref; ref != "" && other.record.Spec.Ref == ref {
+			return nucleus.Errorf(nucleus.KindConflict, "ref %s is pod %s", ref, other.record.ID)
+		}
+		if other.record.Workspace == p.record.Workspace && other.holds() {
+			return nucleus.Errorf(nucleus.KindConflict, "workspace %q is in use by pod %s since %s; wait for it, or end it with: cal vm stop %s",
+				p.record.Spec.Workspace, other.record.ID, other.record.Created, other.record.ID)
+		}
+	}
+	return nil
+}
+
+// PlanPod says what CreatePod would make of a spec. Nothing is begun and nothing changed.
+func (n *Node) PlanPod(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
+	p, err := n.plan(ctx, spec)
+	if err != nil {
+		return nil, err
+	}
+	p.state = statePlanned
+	n.awaitRemoval(ctx, p.record.Workspace)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return p, n.inTheWay(p)
 }
 
 // awaitRemoval waits a moment for a machine that has ended to give its workspace free.
@@ -153,6 +183,9 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	if spec.Workspace != "" && !workspaceName.MatchString(spec.Workspace) {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "workspace name %q: want 1 to 64 letters, digits, '.', '_' or '-'", spec.Workspace)
 	}
+	if spec.Ref != "" && !podRef.MatchString(spec.Ref) {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "ref %q: want \"r-\" and 1 to 64 letters and digits", spec.Ref)
+	}
 	if err := checkResources(spec.Resources); err != nil {
 		return nil, err
 	}
@@ -169,7 +202,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	p.record = record{
 		ID: id, Spec: spec, Driver: driver.Name(), Tier: driver.Tier(),
 		Session: nucleus.NewID("s-"), Boot: nucleus.NewID("b-"), Epoch: 1,
-		Created: n.config.Now().UTC().Format(time.RFC3339),
+		Created: n.config.Now().UTC().Format(time.RFC3339), Version: nucleus.Version,
 	}
 	p.record.Workspace = ownWorkspace(p.dir)
 	if spec.Workspace != "" {
@@ -651,12 +684,25 @@ func (n *Node) note(e nucleus.Entry) {
 	}
 }
 
-// DeletePod stops the machine and forgets the pod; a named workspace stays.
-func (n *Node) DeletePod(ctx context.Context, actor, id string) error {
-	p, err := n.pod(id)
+// ofRef is the id of the pod that its caller gave this name, or the name itself.
+func (n *Node) ofRef(name string) string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for id, p := range n.pods {
+		if p.record.Spec.Ref == name && name != "" {
+			return id
+		}
+	}
+	return name
+}
+
+// DeletePod stops the machine and forgets the pod, which is named by its id or its ref; a named workspace stays.
+func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
+	p, err := n.pod(n.ofRef(name))
 	if err != nil {
 		return err
 	}
+	id := p.record.ID
 	p.mu.Lock()
 	starting, live, removed := p.state == stateStarting, p.state == stateRunning || p.state == statePaused, p.removed
 	p.mu.Unlock()
@@ -749,6 +795,7 @@ func (p *Pod) status() nucleus.PodStatus {
 		ID: p.record.ID, Workspace: p.record.Spec.Workspace, State: state, Reason: reason, Driver: p.record.Driver, Tier: p.record.Tier,
 		Mode: p.record.Spec.Mode, Session: p.record.Session, Boot: p.record.Boot, Created: p.record.Created, Repos: p.record.Repos, Exposure: []string{},
 	}
+	s.Network, s.Environments = p.policy.Network(), p.record.Spec.Image.Environments()
 	if root != nil {
 		s.Exposure = root.legs().Names()
 	}

@@ -70,6 +70,10 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	if err := durable.Load(filepath.Join(dir, podFile), &p.record); err != nil {
 		return nil, err
 	}
+	// What a node and its machine say to one another is of one version, as at the boot.
+	if p.record.Version != nucleus.Version {
+		return nil, fmt.Errorf("its machine is of version %q, this node of %s", p.record.Version, nucleus.Version)
+	}
 	if len(p.record.OutcomeKey) == 0 {
 		return nil, errors.New("its machine had not answered yet")
 	}

@@ -69,7 +69,7 @@ func (n *Node) labelRepos(ctx context.Context, p *Pod, declared *policy.Policy) 
 			r.Base = "HEAD"
 		}
 		if r.Base, err = origin.Resolve(ctx, r.Base); err != nil {
-			return nil, nucleus.Errorf(nucleus.KindInvalid, "repository %s has no commit yet (git commit first)", r.Path)
+			return nil, nucleus.Errorf(nucleus.KindInvalid, "repository %v", err)
 		}
 		if err := git.CheckRef(ctx, "refs/heads/"+r.Branch); err != nil {
 			return nil, nucleus.Errorf(nucleus.KindInvalid, "branch: %v", err)

@@ -1,6 +1,9 @@
 package nucleus
 
-import "encoding/json"
+import (
+	"encoding/json"
+	"strings"
+)
 
 // Tier says how strong the wall around a machine is.
 type Tier string
@@ -40,6 +43,7 @@ const (
 // PodSpec is a request for a pod. Unknown fields are errors; zero values are
 // the safest meaning.
 type PodSpec struct {
+	Ref       string            `json:"ref,omitempty"`       // the caller's own name for the pod, by which it can be ended also where the answer was cut off
 	Workspace string            `json:"workspace,omitempty"` // name of a persistent workspace; empty: one that ends with the pod
 	Driver    string            `json:"driver,omitempty"`    // empty: the strongest whose probe succeeds
 	Require   Tier              `json:"require,omitempty"`   // fail closed below this
@@ -61,6 +65,20 @@ type Image struct {
 	Kind   string  `json:"kind"`
 	Path   string  `json:"path,omitempty"`
 	Layers []Layer `json:"layers,omitempty"` // toolchains and caches, read-only
+}
+
+// Toolchains is where in a machine the person's toolchains lie.
+const Toolchains = "/opt/toolchains"
+
+// Environments names where the machine's programs come from: the root, then toolchains.
+func (i Image) Environments() []string {
+	names := []string{i.Kind}
+	for _, l := range i.Layers {
+		if strings.HasPrefix(l.Guest, Toolchains+"/") {
+			names = append(names, l.Name)
+		}
+	}
+	return names
 }
 
 // Layer is a directory of the host shown read-only at Guest.
@@ -112,20 +130,22 @@ type Identity struct {
 
 // PodStatus is what the API says of a pod.
 type PodStatus struct {
-	ID        string       `json:"id"`
-	Workspace string       `json:"workspace,omitempty"`
-	State     string       `json:"state"` // "starting", "running", "stopped", "failed"
-	Driver    string       `json:"driver"`
-	Tier      Tier         `json:"tier"`
-	Mode      Mode         `json:"mode"`
-	Session   string       `json:"session"`
-	Boot      string       `json:"boot,omitempty"`
-	Agent     string       `json:"agent,omitempty"`
-	Exposure  []string     `json:"exposure"`
-	Limits    []Limit      `json:"limits,omitempty"`
-	Repos     []RepoStatus `json:"repos,omitempty"`
-	Created   string       `json:"created"`
-	Reason    string       `json:"reason,omitempty"` // why it failed or stopped
+	ID           string       `json:"id"`
+	Workspace    string       `json:"workspace,omitempty"`
+	State        string       `json:"state"` // "planned", "starting", "running", "paused", "stopped", "failed"
+	Driver       string       `json:"driver"`
+	Tier         Tier         `json:"tier"`
+	Mode         Mode         `json:"mode"`
+	Network      bool         `json:"network"` // the policy lets something be reached besides the model
+	Session      string       `json:"session"`
+	Boot         string       `json:"boot,omitempty"`
+	Agent        string       `json:"agent,omitempty"`
+	Environments []string     `json:"environments"` // as Image.Environments
+	Exposure     []string     `json:"exposure"`
+	Limits       []Limit      `json:"limits,omitempty"`
+	Repos        []RepoStatus `json:"repos,omitempty"`
+	Created      string       `json:"created"`
+	Reason       string       `json:"reason,omitempty"` // why it failed or stopped
 }
 
 // RepoStatus is a repository in a pod with its label.

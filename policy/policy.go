@@ -132,6 +132,14 @@ func (p *Policy) Blocked(name string) bool { return p.blocked.matches(name) }
 // BlockedPatterns lists paths.blocked in normal form.
 func (p *Policy) BlockedPatterns() []string { return slices.Clone(p.blocked.patterns) }
 
+// Network reports whether p lets anything on a network be reached from the machine. The agent's
+// model and a push or pull request, which the host makes, are no part of it.
+func (p *Policy) Network() bool {
+	enabled := func(op nucleus.Op) bool { return p.Level(op) != Never }
+	named := p.hosts.any || len(p.hosts.only) > 0
+	return named && (enabled(nucleus.NetConnect) || enabled(nucleus.WebFetch)) || enabled(nucleus.WebSearch)
+}
+
 // Nu returns p with the obligations that the lethal trifecta makes necessary:
 // where p enables all three legs, git_push and create_pr ask at least, and where
 // hosts is any so do web_fetch and net_connect. It is idempotent and

@@ -99,6 +99,14 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 	return h.awaitNode(ctx)
 }
 
+// RestartNode replaces the running node. Machines of its version go on; those of another end.
+func (h Home) RestartNode(ctx context.Context) (*client.Client, error) {
+	if err := h.StopNode(ctx); err != nil && !errors.Is(err, ErrNoNode) {
+		return nil, err
+	}
+	return h.Node(ctx)
+}
+
 // DeleteWorkspace removes a workspace and everything in it. One that a machine uses is
 // refused.
 func (h Home) DeleteWorkspace(ctx context.Context, name string) error {
@@ -143,10 +151,28 @@ func (h Home) runningNode(ctx context.Context) (*client.Client, error) {
 	if err != nil {
 		return nil, ErrNoNode
 	}
-	if health.Version != nucleus.Version {
-		return c, &OtherVersion{health.Version}
+	if err := awaitSecond(ctx, health.AdmitsFrom); err != nil {
+		return nil, err
 	}
-	return c, awaitSecond(ctx, health.AdmitsFrom)
+	if health.Version != nucleus.Version {
+		return c, &OtherVersion{health.Version, runningPods(ctx, c)}
+	}
+	return c, nil
+}
+
+// runningPods counts the machines of a node; -1 where it does not say.
+func runningPods(ctx context.Context, c *client.Client) int {
+	pods, err := c.Pods(ctx)
+	if err != nil {
+		return -1
+	}
+	running := 0
+	for _, p := range pods {
+		if p.State != "failed" && p.State != "stopped" {
+			running++
+		}
+	}
+	return running
 }
 
 // awaitSecond waits, a second at most, until a request made now is admitted.
@@ -163,10 +189,25 @@ func awaitSecond(ctx context.Context, from int64) error {
 func (h Home) RunningNode(ctx context.Context) (*client.Client, error) { return h.runningNode(ctx) }
 
 // OtherVersion says that the running node is not of this cal's version.
-type OtherVersion struct{ Version string }
+type OtherVersion struct {
+	Version string
+	Pods    int // that run on it; -1: it does not say
+}
 
-func (e *OtherVersion) Error() string {
-	return fmt.Sprintf("the running node is of version %s, this cal is %s (cal node restart; machines go on)", e.Version, nucleus.Version)
+func (e *OtherVersion) Error() string { return e.Fact() + " (cal node restart)" }
+
+// Fact says what is so, and what a restart does: a node takes up machines of its own version only.
+func (e *OtherVersion) Fact() string {
+	ends := "its pods, which it does not list, end when it is restarted; named workspaces stay"
+	switch {
+	case e.Pods == 0:
+		ends = "no pod runs on it"
+	case e.Pods == 1:
+		ends = "1 pod runs on it and ends when it is restarted; a named workspace stays"
+	case e.Pods > 1:
+		ends = fmt.Sprintf("%d pods run on it and end when it is restarted; named workspaces stay", e.Pods)
+	}
+	return fmt.Sprintf("the running node is of version %s, this cal of %s; %s", e.Version, nucleus.Version, ends)
 }
 
 func (h Home) operatorKey() (ed25519.PrivateKey, error) {
@@ -185,8 +226,15 @@ func (h Home) awaitNode(ctx context.Context) (*client.Client, error) {
 		if err == nil {
 			return c, nil
 		}
+		var other *OtherVersion
+		if errors.As(err, &other) { // the program that was just started
+			return nil, fmt.Errorf("nucleus-node is of version %s, this cal of %s (make install)", other.Version, nucleus.Version)
+		}
 		select {
 		case <-ctx.Done():
+			if context.Cause(ctx) != context.DeadlineExceeded {
+				return nil, context.Cause(ctx)
+			}
 			return nil, fmt.Errorf("the node did not start within %s; its log ends with:\n%s", startDeadline, tail(filepath.Join(h.Dir, "run", "node.log")))
 		case <-tick.C:
 		}
@@ -208,12 +256,21 @@ func (h Home) startAuthority(ctx context.Context) error {
 	if err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), "serve", "--dir", h.AuthorityDir(), "--socket", h.AuthoritySocket()); err != nil {
 		return err
 	}
-	deadline := time.Now().Add(startDeadline)
-	for time.Now().Before(deadline) {
-		if _, err := approvals.New(h.AuthoritySocket()).Info(ctx); err == nil {
+	waiting, cancel := context.WithTimeout(ctx, startDeadline)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for waiting.Err() == nil {
+		if _, err := approvals.New(h.AuthoritySocket()).Info(waiting); err == nil {
 			return nil
 		}
-		time.Sleep(5 * time.Millisecond)
+		select {
+		case <-tick.C:
+		case <-waiting.Done():
+		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
 	return fmt.Errorf("the authority did not start within %s; its log ends with:\n%s", startDeadline, tail(filepath.Join(h.Dir, "run", "authority.log")))
 }
@@ -239,6 +296,18 @@ func (h Home) StopAuthority() error {
 		return peerErr
 	}
 	return unix.Kill(int(peer.Pid), unix.SIGTERM)
+}
+
+// Approvals says who can approve: "same user", "other user", or that nobody can.
+func (h Home) Approvals(ctx context.Context) string {
+	if !h.HasAuthority() {
+		return "none: nobody can approve (cal approve init)"
+	}
+	info, err := approvals.New(h.AuthoritySocket()).Info(ctx)
+	if err != nil {
+		return "none: the authority does not answer (cal node start)"
+	}
+	return info.Approvals
 }
 
 // HasAuthority reports whether the person has made an approval key.

@@ -6,10 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
-	"sort"
+	"slices"
 	"strings"
 
 	"cal/image"
@@ -38,7 +39,15 @@ type Plan struct {
 	Spec  nucleus.PodSpec
 	Dir   string            // of the command, relative to the workspace
 	Files map[string][]byte // instruction files for the agent's directory
-	Notes []string          // what a person should know before
+	Notes []string          // what a person should know before, what is left out among it
+
+	known     *Work  // what the workspace holds from before
+	policy    string // as the person named it
+	tightened bool   // by the repository's own
+	envFile   string
+	handed    []string // names of variables of envFile
+	version   string   // of the agent
+	keyFrom   string   // variable that holds the model's credential
 }
 
 // guest endpoints; package guest serves them.
@@ -62,11 +71,14 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 	if p.Spec.Policy, err = h.policyOf(o.Policy); err != nil {
 		return nil, err
 	}
+	if p.policy = o.Policy; p.policy == "" {
+		p.policy = "default"
+	}
 	if o.EnvFile != "" {
 		if p.Spec.Env, err = readEnvFile(o.EnvFile); err != nil {
 			return nil, err
 		}
-		p.Notes = append(p.Notes, "handed over to the tools: "+strings.Join(keys(p.Spec.Env), ", "))
+		p.envFile, p.handed = o.EnvFile, slices.Sorted(maps.Keys(p.Spec.Env))
 	}
 	if err := h.planRoot(ctx, p, o, env); err != nil {
 		return nil, err
@@ -140,13 +152,6 @@ func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[strin
 	}
 	p.Spec.Image.Layers = found.Layers
 	if o.Agent != "" {
-		var names []string
-		for _, l := range found.Layers {
-			names = append(names, l.Name)
-		}
-		if len(names) > 0 {
-			p.Notes = append(p.Notes, "shown read-only: "+strings.Join(names, ", "))
-		}
 		p.Notes = append(p.Notes, found.Notes...)
 	}
 	if p.Spec.Env == nil {
@@ -165,12 +170,12 @@ func (h Home) planRepo(ctx context.Context, p *Plan, o RunOptions) error {
 	if err != nil {
 		return err
 	}
-	base, err := origin.Resolve(ctx, "HEAD")
+	base, err := origin.Head(ctx)
 	if err != nil {
-		return fmt.Errorf("%s has no commit yet (git commit first)", origin.Dir)
+		return err
 	}
-	if dirty, err := origin.Run(ctx, "status", "--porcelain", "--ignore-submodules=all"); err == nil && dirty != "" {
-		p.Notes = append(p.Notes, fmt.Sprintf("%d changed or new files of %s are not committed and stay here", strings.Count(dirty, "\n"), origin.Dir))
+	if err := p.leftOut(ctx, origin, base); err != nil {
+		return err
 	}
 	if p.Spec.Workspace = o.Workspace; p.Spec.Workspace == "" {
 		if p.Spec.Workspace, err = h.WorkspaceFor(origin.Dir); err != nil {
@@ -191,6 +196,65 @@ func (h Home) planRepo(ctx context.Context, p *Plan, o RunOptions) error {
 	return p.instructions(ctx, origin, base, repo.Name)
 }
 
+// leftOut notes what of the working tree does not go in, and what goes in only in part.
+func (p *Plan) leftOut(ctx context.Context, origin git.Repo, base string) error {
+	bare, err := origin.Bare(ctx)
+	if err != nil {
+		return err
+	}
+	note := func(format string, args ...any) { p.Notes = append(p.Notes, fmt.Sprintf(format, args...)) }
+	if !bare {
+		dirty, err := origin.Run(ctx, "status", "--porcelain", "-z", "--no-renames")
+		if err != nil {
+			return err
+		}
+		if n := strings.Count(dirty, "\x00"); n > 0 {
+			note("not committed, stays here: %d changed or new files of %s (git status)", n, origin.Dir)
+		}
+	}
+	shallow, err := origin.Shallow(ctx, base)
+	if err != nil {
+		return err
+	}
+	if len(shallow) > 0 {
+		note("a shallow clone: history before it is not here and does not go in (git fetch --unshallow)")
+	}
+	submodules, err := origin.Submodules(ctx, base)
+	if err != nil {
+		return err
+	}
+	var handed []string
+	for _, sub := range submodules {
+		if sub.Absent != "" {
+			note("submodule %s stays out: %s", sub.Path, sub.Absent)
+		} else {
+			handed = append(handed, sub.Path)
+		}
+	}
+	if len(handed) > 0 {
+		note("submodules go in as they are recorded, and what is changed in them stays in the machine: %s", few(handed))
+	}
+	large, err := origin.LargeFiles(ctx, base)
+	if err != nil {
+		return err
+	}
+	if len(large) > 0 {
+		note("files of Git LFS go in as pointers, without what they point to: %s", few(large))
+	}
+	listed, err := origin.Run(ctx, "ls-tree", "--name-only", base, "--", ".cal/policy.yaml")
+	p.tightened = listed != ""
+	return err
+}
+
+// few names some of many.
+func few(names []string) string {
+	const most = 5
+	if len(names) <= most {
+		return strings.Join(names, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
+}
+
 // branch is the agent's: the one that the workspace has already, or a new one.
 func (h Home) branch(p *Plan, o RunOptions, origin git.Repo, base string) (string, error) {
 	works, err := h.Works()
@@ -207,6 +271,7 @@ func (h Home) branch(p *Plan, o RunOptions, origin git.Repo, base string) (strin
 		if w.Base != base {
 			p.Notes = append(p.Notes, fmt.Sprintf("workspace %s goes on from %.12s; HEAD is at %.12s now (cal vm delete %s starts anew)", w.Workspace, w.Base, base, w.Workspace))
 		}
+		p.known = &w
 		return w.Branch, nil
 	}
 	switch {
@@ -266,28 +331,8 @@ func (h Home) planAgent(ctx context.Context, p *Plan, o RunOptions, env map[stri
 		return err
 	}
 	p.Spec.Agent, p.Spec.Model = &agent, &model
+	p.version, p.keyFrom = install.Version, definition.KeyFrom(env)
 	return nil
-}
-
-// Summary says, a line each, what is about to be launched.
-func (p *Plan) Summary() string {
-	var b strings.Builder
-	line := func(name, value string) { fmt.Fprintf(&b, "  %-10s %s\n", name, value) }
-	if p.Spec.Workspace != "" {
-		line("workspace", p.Spec.Workspace)
-	}
-	if p.Spec.Agent != nil {
-		line("agent", p.Spec.Agent.Name)
-	}
-	for _, r := range p.Spec.Repos {
-		line("repo", fmt.Sprintf("%s at %.12s, branch %s", r.Path, r.Base, r.Branch))
-	}
-	line("mode", string(p.Spec.Mode))
-	line("policy", strings.Trim(string(p.Spec.Policy), `"`))
-	for _, l := range p.Spec.Image.Layers {
-		line("read-only", l.Name+": "+l.Host)
-	}
-	return b.String()
 }
 
 var envName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
@@ -324,15 +369,6 @@ func environment() map[string]string {
 		}
 	}
 	return env
-}
-
-func keys(m map[string]string) []string {
-	var names []string
-	for name := range m {
-		names = append(names, name)
-	}
-	sort.Strings(names)
-	return names
 }
 
 // LocateAgent finds the person's install of an agent.

@@ -126,7 +126,7 @@ func repoCommand() *cobra.Command {
 // sayLeft names submodules that the agent moved to commits which only its machine has.
 func sayLeft(submodules []string) {
 	if len(submodules) > 0 {
-		fmt.Fprintln(os.Stderr, "cal: commits in submodules stay in the machine:", shown(strings.Join(submodules, ", ")))
+		fmt.Fprintln(os.Stderr, "cal: commits in submodules stay in the machine:", workspace.Shown(strings.Join(submodules, ", ")))
 	}
 }
 
@@ -206,16 +206,17 @@ func nodeCommand() *cobra.Command {
 	}
 	stop.Flags().BoolVar(&all, "all", false, "the authority too")
 	restart := &cobra.Command{
-		Use: "restart", Short: "Replace the running node; machines and sessions go on", Example: "  cal node restart", Args: args(cobra.NoArgs),
+		Use: "restart", Short: "Replace the running node; machines and sessions of its version go on", Example: "  cal node restart", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			home, err := workspace.OpenHome()
 			if err != nil {
 				return err
 			}
-			if err := home.StopNode(cmd.Context()); err != nil && !errors.Is(err, workspace.ErrNoNode) {
-				return err
+			var other *workspace.OtherVersion
+			if _, err := home.RunningNode(cmd.Context()); errors.As(err, &other) {
+				fmt.Fprintln(os.Stderr, "cal:", other.Fact())
 			}
-			_, err = home.Node(cmd.Context())
+			_, err = home.RestartNode(cmd.Context())
 			return err
 		},
 	}

@@ -26,8 +26,11 @@ const (
 	exitInterrupted = 130
 )
 
+// interrupts are the signals by which a person, or the terminal that closes, ends cal.
+var interrupts = []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
+
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	ctx, stop := signal.NotifyContext(context.Background(), interrupts...)
 	defer stop()
 	root := newRoot()
 	err := root.ExecuteContext(ctx)

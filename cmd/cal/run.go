@@ -84,23 +84,26 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 	if err != nil {
 		return err
 	}
-	for _, line := range plan.Notes {
-		fmt.Fprintln(os.Stderr, "cal:", line)
-	}
-	if err := confirm(plan, yes || o.Agent == "" || !terminal); err != nil {
-		return err
-	}
-	node, err := home.Node(ctx)
+	ask := !yes && !o.NoTTY && term.IsTerminal(0) && term.IsTerminal(2)
+	node, err := openNode(ctx, home, ask)
 	if err != nil {
 		return err
 	}
-	pod, err := node.CreatePod(ctx, plan.Spec)
+	if err := confirm(ctx, home, node, plan, ask); err != nil {
+		return err
+	}
+	failed := func() {}
+	if o.Agent != "" {
+		failed = starting(plan.Spec.Workspace)
+	}
+	pod, err := createPod(ctx, node, plan.Spec)
 	if err != nil {
+		failed()
 		return err
 	}
 	session := &session{home: home, node: node, pod: pod, dir: plan.Dir, terminal: terminal && (o.Agent == "" || o.Prompt == "")}
 	if o.Agent != "" {
-		session.banner()
+		defer banner(pod)()
 	}
 	return session.whole(ctx, func() (int, error) { return session.run(ctx, o) })
 }
@@ -119,7 +122,7 @@ func (s *session) whole(ctx context.Context, run func() (int, error)) (err error
 	if err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
-	if reportErr := s.report(context.WithoutCancel(ctx), s.pod.Agent != ""); reportErr != nil {
+	if reportErr := s.bringBack(ctx); reportErr != nil {
 		fmt.Fprintln(os.Stderr, "cal:", reportErr)
 		if code == 0 {
 			code = exitFailed
@@ -132,6 +135,14 @@ func (s *session) whole(ctx context.Context, run func() (int, error)) (err error
 		return exitCode(code)
 	}
 	return nil
+}
+
+// bringBack reports after an interrupt too: what was done is not lost with the command. Only an
+// interrupt that comes meanwhile ends it.
+func (s *session) bringBack(ctx context.Context) error {
+	reporting, stop := signal.NotifyContext(context.WithoutCancel(ctx), interrupts...)
+	defer stop()
+	return s.report(reporting, s.pod.Agent != "")
 }
 
 // attachCommand takes a running session up again, from another terminal or after
@@ -159,25 +170,10 @@ func attach(ctx context.Context, node *client.Client, name string) error {
 			continue
 		}
 		s := &session{home: home, node: node, pod: pod, terminal: term.IsTerminal(0) && term.IsTerminal(1)}
-		s.banner()
+		defer banner(pod)()
 		return s.whole(ctx, func() (int, error) { return s.agent(ctx, client.AgentRequest{Attach: true}) })
 	}
 	return fmt.Errorf("no machine %q runs (cal vm list)", name)
-}
-
-// confirm shows what is about to be handed over and waits for Enter.
-func confirm(plan *workspace.Plan, yes bool) error {
-	if yes {
-		return nil
-	}
-	fmt.Fprint(os.Stderr, plan.Summary())
-	fmt.Fprint(os.Stderr, "Enter launches, q quits: ")
-	var answer string
-	_, _ = fmt.Scanln(&answer) // an empty line is an answer
-	if strings.HasPrefix(strings.ToLower(answer), "q") || strings.HasPrefix(strings.ToLower(answer), "n") {
-		return exitCode(exitInterrupted)
-	}
-	return nil
 }
 
 // session is one run on the person's terminal.
@@ -190,31 +186,6 @@ type session struct {
 
 	typing  sync.Once
 	current atomic.Pointer[wire.Stream] // where input goes
-}
-
-func (s *session) banner() {
-	line := fmt.Sprintf("\U0001F512 CAL ISOLATION ACTIVE | %s | %s | %s | tier %s (%s)", s.name(), s.pod.Agent, s.mode(), s.pod.Tier, s.pod.Driver)
-	if term.IsTerminal(2) {
-		fmt.Fprintf(os.Stderr, "\x1b]0;%s\x07", line)
-		if os.Getenv("NO_COLOR") == "" {
-			line = "\x1b[1;32m" + line + "\x1b[0m"
-		}
-	}
-	fmt.Fprintln(os.Stderr, line)
-}
-
-func (s *session) name() string {
-	if s.pod.Workspace != "" {
-		return s.pod.Workspace
-	}
-	return s.pod.ID
-}
-
-func (s *session) mode() string {
-	if s.pod.Mode == nucleus.Mediated {
-		return "mediated"
-	}
-	return string(s.pod.Mode)
 }
 
 func (s *session) run(ctx context.Context, o workspace.RunOptions) (int, error) {

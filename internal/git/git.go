@@ -252,6 +252,19 @@ func (r Repo) Resolve(ctx context.Context, name string) (string, error) {
 	return id, nil
 }
 
+// Head returns the commit that is checked out.
+func (r Repo) Head(ctx context.Context) (string, error) {
+	id, err := r.Resolve(ctx, "HEAD")
+	if err != nil && ctx.Err() == nil {
+		if branch, unborn := r.Run(ctx, "symbolic-ref", "--quiet", "--short", "HEAD"); unborn == nil {
+			if _, err := r.Run(ctx, "rev-parse", "--verify", "--quiet", "HEAD"); err != nil {
+				return "", fmt.Errorf("%s has no commit yet on branch %s (git commit first)", r.Dir, strings.TrimSpace(branch))
+			}
+		}
+	}
+	return id, err
+}
+
 // Remotes returns name -> URL of the repository's own configuration.
 func (r Repo) Remotes(ctx context.Context) (map[string]string, error) {
 	out, err := r.Run(ctx, "config", "--null", "--get-regexp", `^remote\..*\.url$`)

@@ -93,6 +93,12 @@ func (c *Client) CreatePod(ctx context.Context, spec nucleus.PodSpec) (nucleus.P
 	return status, c.do(ctx, http.MethodPost, "/v1/pods", "", spec, &status)
 }
 
+// PlanPod says what CreatePod would make of spec; nothing is begun.
+func (c *Client) PlanPod(ctx context.Context, spec nucleus.PodSpec) (nucleus.PodStatus, error) {
+	var status nucleus.PodStatus
+	return status, c.do(ctx, http.MethodPost, "/v1/plan", "", spec, &status)
+}
+
 // TimedPod is CreatePod, with what the node says of its parts (W3C Server Timing).
 func (c *Client) TimedPod(ctx context.Context, spec nucleus.PodSpec) (status nucleus.PodStatus, timing string, err error) {
 	header, err := c.exchange(ctx, http.MethodPost, "/v1/pods", "", spec, &status)

@@ -92,16 +92,24 @@ func (d Definition) Model(env map[string]string) (nucleus.Model, error) {
 			}
 		}
 	}
-	for _, name := range d.KeyEnv {
-		if env[name] != "" {
-			m.Key, m.Bearer = env[name], slices.Contains(d.bearer, name)
-			return m, nil
-		}
+	if name := d.KeyFrom(env); name != "" {
+		m.Key, m.Bearer = env[name], slices.Contains(d.bearer, name)
+		return m, nil
 	}
 	return nucleus.Model{}, &Missing{
 		Fact: fmt.Sprintf("no credential for %s: %s not set", d.Title, oneOf(d.KeyEnv)),
 		Hint: fmt.Sprintf("export %s=... (it stays outside the machine)", d.KeyEnv[0]),
 	}
+}
+
+// KeyFrom names the variable that holds the person's credential; "" where none does.
+func (d Definition) KeyFrom(env map[string]string) string {
+	for _, name := range d.KeyEnv {
+		if env[name] != "" {
+			return name
+		}
+	}
+	return ""
 }
 
 func oneOf(names []string) string {
