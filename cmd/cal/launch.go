@@ -118,22 +118,30 @@ func starting(workspaceName string) (failed func()) {
 		return func() {} // the error says it
 	}
 	line := workspace.Shown("\U0001F512 CAL ISOLATION STARTING | " + workspaceName)
-	fmt.Fprintf(os.Stderr, "\x1b[22;0t\x1b]0;%s\x07%s", line, coloured(yellow, line))
+	fmt.Fprintf(os.Stderr, "\x1b]0;%s\x07%s", line, coloured(yellow, line))
 	return func() {
 		line := workspace.Shown("CAL ISOLATION FAILED | " + workspaceName)
-		fmt.Fprintf(os.Stderr, "\x1b[23;0t\r\x1b[K%s\n", coloured(red, line))
+		fmt.Fprintf(os.Stderr, "\r\x1b[K%s\n", coloured(red, line))
 	}
 }
 
 // banner says in the terminal and in its title what the agent runs in, in the place of what
-// starting said. restore gives the title back.
-func banner(pod nucleus.PodStatus) (restore func()) {
+// starting said.
+func banner(pod nucleus.PodStatus) {
 	line := workspace.Banner(pod)
 	if !term.IsTerminal(2) {
 		fmt.Fprintln(os.Stderr, line)
-		return func() {}
+		return
 	}
 	fmt.Fprintf(os.Stderr, "\x1b]0;%s\x07\r\x1b[K%s\n", line, coloured(green, line))
+}
+
+// keepTitle has the terminal remember its title until restore.
+func keepTitle() (restore func()) {
+	if !term.IsTerminal(2) {
+		return func() {}
+	}
+	fmt.Fprint(os.Stderr, "\x1b[22;0t")
 	return func() { fmt.Fprint(os.Stderr, "\x1b[23;0t") }
 }
 

@@ -94,6 +94,7 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 	}
 	failed := func() {}
 	if o.Agent != "" {
+		defer keepTitle()()
 		failed = starting(plan.Spec.Workspace)
 	}
 	pod, err := createPod(ctx, node, plan.Spec)
@@ -103,7 +104,7 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 	}
 	session := &session{home: home, node: node, pod: pod, dir: plan.Dir, terminal: terminal && (o.Agent == "" || o.Prompt == "")}
 	if o.Agent != "" {
-		defer banner(pod)()
+		banner(pod)
 	}
 	return session.whole(ctx, func() (int, error) { return session.run(ctx, o) })
 }
@@ -140,9 +141,16 @@ func (s *session) whole(ctx context.Context, run func() (int, error)) (err error
 // bringBack reports after an interrupt too: what was done is not lost with the command. Only an
 // interrupt that comes meanwhile ends it.
 func (s *session) bringBack(ctx context.Context) error {
-	reporting, stop := signal.NotifyContext(context.WithoutCancel(ctx), interrupts...)
-	defer stop()
-	return s.report(reporting, s.pod.Agent != "")
+	if ctx.Err() != nil {
+		var stop func()
+		ctx, stop = signal.NotifyContext(context.WithoutCancel(ctx), interrupts...)
+		defer stop()
+	}
+	err := s.report(ctx, s.pod.Agent != "")
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("interrupted before the work was brought back; the workspace keeps it: %w", ctx.Err())
+	}
+	return err
 }
 
 // attachCommand takes a running session up again, from another terminal or after
@@ -170,7 +178,8 @@ func attach(ctx context.Context, node *client.Client, name string) error {
 			continue
 		}
 		s := &session{home: home, node: node, pod: pod, terminal: term.IsTerminal(0) && term.IsTerminal(1)}
-		defer banner(pod)()
+		defer keepTitle()()
+		banner(pod)
 		return s.whole(ctx, func() (int, error) { return s.agent(ctx, client.AgentRequest{Attach: true}) })
 	}
 	return fmt.Errorf("no machine %q runs (cal vm list)", name)

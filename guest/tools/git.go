@@ -346,6 +346,9 @@ func (w *worker) unbundle(ctx context.Context, r io.Reader, u Unbundle) (Unbundl
 	if err := w.fill(ctx, r, making, u); err != nil {
 		return result, err
 	}
+	if err := w.box.root.Remove(rel); err != nil && !errors.Is(err, fs.ErrNotExist) { // the empty directory
+		return result, w.box.refusal(rel, err)
+	}
 	if err := w.box.root.Rename(making, rel); err != nil {
 		return result, w.box.refusal(rel, err)
 	}
