@@ -338,7 +338,8 @@ func (w *worker) unbundle(ctx context.Context, r io.Reader, u Unbundle) (Unbundl
 	if _, err := w.box.root.Lstat(rel); !errors.Is(err, fs.ErrNotExist) && !w.emptyDirectory(rel) {
 		return result, nucleus.Errorf(nucleus.KindConflict, "%q exists already", rel)
 	}
-	making := path.Join(path.Dir(rel), ".cal-"+rand.Text()[:10]+".making")
+	w.sweep(path.Dir(rel))
+	making := path.Join(path.Dir(rel), makingPrefix+rand.Text()[:10]+makingSuffix)
 	if err := w.box.root.MkdirAll(making, 0o755); err != nil {
 		return result, w.box.refusal(making, err)
 	}
@@ -353,6 +354,22 @@ func (w *worker) unbundle(ctx context.Context, r io.Reader, u Unbundle) (Unbundl
 		return result, w.box.refusal(rel, err)
 	}
 	return UnbundleResult{rel, u.Commit, u.Branch}, nil
+}
+
+// Where a repository is made, beside its place.
+const makingPrefix, makingSuffix = ".cal-", ".making"
+
+// sweep removes what an unbundle has left whose machine was ended in the middle of it.
+func (w *worker) sweep(dir string) {
+	list, err := w.box.list(dir)
+	if err != nil {
+		return // it will be made
+	}
+	for _, entry := range list {
+		if name := entry.Name(); strings.HasPrefix(name, makingPrefix) && strings.HasSuffix(name, makingSuffix) {
+			_ = w.box.root.RemoveAll(path.Join(dir, name)) // in nobody's way
+		}
+	}
 }
 
 func (w *worker) emptyDirectory(rel string) bool {

@@ -268,7 +268,19 @@ func TestInterruptedTransfer(t *testing.T) {
 		<-time.After(more) // the moment is what varies
 		interrupt(fmt.Sprintf("transfer %d", i), r)
 	}
-	e.Cal("run", "--repo", repo.Dir, "--", "sh", "-c", "git status --porcelain && git log --oneline && wc -c < large").Want(t, 0, "large", fmt.Sprint(len(large)))
+	e.Cal("run", "--repo", repo.Dir, "--", "sh", "-c", "git status --porcelain && git log --oneline && wc -c < large && ls -A ..").Want(t, 0, "large", fmt.Sprint(len(large)), "\ngreeter\n")
+	if found, _ := filepath.Glob(filepath.Join(e.CAL, "isolation", "vms", "greeter", "files", ".cal-*")); len(found) > 0 {
+		t.Errorf("left in the workspace: %v", found)
+	}
+	// Cut off when all was in the machine but the record of it: it is handed over again.
+	raw, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(record, []byte(strings.Replace(string(raw), "{", `{"pending":true,`, 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e.Cal("run", "--repo", repo.Dir, "--", "git", "status").Want(t, 0, "working tree clean")
 
 	// On its way back.
 	r := e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--", "sh", "-c", "head -c 48000000 /dev/urandom > back && git add back && git -c user.name=a -c user.email=a@b commit -q -m back"))
