@@ -123,6 +123,14 @@ func TestRecoveryOfBrokenRecords(t *testing.T) {
 			r.Driver = "gone"
 			return durable.Store(f, r)
 		},
+		"another version": func(_ *testing.T, f string) error {
+			var r record
+			if err := durable.Load(f, &r); err != nil {
+				return err
+			}
+			r.Version = "0.0.1"
+			return durable.Store(f, r)
+		},
 		"a spoilt exposure": func(_ *testing.T, f string) error {
 			var r record
 			if err := durable.Load(f, &r); err != nil {

@@ -47,6 +47,7 @@ func TestRoles(t *testing.T) {
 		"the operator, signed for another pod": {operator, "POST", tools, other.record.ID, read, nucleus.KindForbidden},
 		"an agent lists":                       {agent, "GET", "/v1/pods", "", nil, nucleus.KindForbidden},
 		"an agent creates":                     {agent, "POST", "/v1/pods", "", spec, nucleus.KindForbidden},
+		"an agent plans":                       {agent, "POST", "/v1/plan", "", spec, nucleus.KindForbidden},
 		"an agent deletes itself":              {agent, "DELETE", "/v1/pods/" + p.record.ID, p.record.ID, nil, nucleus.KindForbidden},
 		"an agent starts an agent":             {agent, "POST", "/v1/pods/" + p.record.ID + "/agent", p.record.ID, []byte(`{}`), nucleus.KindForbidden},
 		"an agent fetches":                     {agent, "POST", "/v1/pods/" + p.record.ID + "/repos/app/fetch", p.record.ID, nil, nucleus.KindForbidden},
@@ -211,13 +212,17 @@ func TestPodSpec(t *testing.T) {
 		"repository name is a path": asMap(func(m map[string]any) {
 			m["repos"] = []map[string]any{{"name": "../app", "path": h.home, "branch": "x"}}
 		}),
-		"two values": append(document(t, good), "{}"...),
-		"no JSON":    []byte("mode: mediated"),
-		"empty":      nil,
+		"ref that is a path": asMap(func(m map[string]any) { m["ref"] = "../p" }),
+		"ref that is an id":  asMap(func(m map[string]any) { m["ref"] = "p-aaaaaaaaaa" }),
+		"two values":         append(document(t, good), "{}"...),
+		"no JSON":            []byte("mode: mediated"),
+		"empty":              nil,
 	} {
-		a := h.serve(h.node, h.signed(h.asOperator(), "POST", "/v1/pods", "", body))
-		if a.Error == nil || a.Error.Kind != nucleus.KindInvalid {
-			t.Errorf("%s: %v", name, a)
+		for _, route := range []string{"/v1/pods", "/v1/plan"} {
+			a := h.serve(h.node, h.signed(h.asOperator(), "POST", route, "", body))
+			if a.Error == nil || a.Error.Kind != nucleus.KindInvalid {
+				t.Errorf("%s: %s: %v", route, name, a)
+			}
 		}
 	}
 	// A tier that no driver here has is never lowered.
@@ -232,8 +237,14 @@ func TestPodSpec(t *testing.T) {
 			}
 		}
 	}
+	// A plan says what a pod would be, and begins nothing.
+	planned := h.serve(h.node, h.signed(h.asOperator(), "POST", "/v1/plan", "", document(t, good)))
+	planned.want(t, "", `"state":"planned"`, `"driver":"fake"`, `"network":true`)
 	if left, err := os.ReadDir(h.node.dirs.Pods()); err != nil || len(left) != 0 {
 		t.Errorf("left: %v, %v", left, err)
+	}
+	if pods := h.node.podList(); len(pods) > 0 {
+		t.Errorf("a plan is listed: %+v", pods)
 	}
 	for _, e := range h.log() {
 		if strings.HasPrefix(e.Kind, "pod.") {
@@ -241,8 +252,31 @@ func TestPodSpec(t *testing.T) {
 		}
 	}
 	h.serve(h.node, h.signed(h.asOperator(), "POST", "/v1/pods", "", document(t, good))).want(t, "")
-	a := h.serve(h.node, h.signed(h.asOperator(), "POST", "/v1/pods", "", document(t, good)))
-	a.want(t, nucleus.KindConflict, "in use by pod")
+	for _, route := range []string{"/v1/pods", "/v1/plan"} {
+		h.serve(h.node, h.signed(h.asOperator(), "POST", route, "", document(t, good))).want(t, nucleus.KindConflict, "in use by pod")
+	}
+}
+
+// Who was cut off before the answer came ends the pod by the name that it gave.
+func TestDeleteByRef(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	spec := specOf("", policyOf(all))
+	spec.Ref = "r-mine"
+	mine, other := h.pod(spec, nil), h.pod(specOf("", policyOf(all)), nil)
+	h.serve(h.node, h.signed(h.asOperator(), "POST", "/v1/pods", "", document(t, spec))).want(t, nucleus.KindConflict, mine.record.ID)
+	h.serve(h.node, h.signed(h.asOperator(), "GET", "/v1/pods/r-mine", "r-mine", nil)).want(t, nucleus.KindNotFound)
+	h.serve(h.node, h.signed(h.asOperator(), "DELETE", "/v1/pods/r-other", "r-other", nil)).want(t, nucleus.KindNotFound)
+	h.serve(h.node, h.signed(h.asOperator(), "DELETE", "/v1/pods/r-mine", "r-mine", nil)).want(t, "")
+	if _, err := h.node.pod(mine.record.ID); err == nil {
+		t.Error("it lives")
+	}
+	if _, err := h.node.pod(other.record.ID); err != nil {
+		t.Errorf("another was ended: %v", err)
+	}
+	if stops := h.entries(nucleus.KindPodStop, ""); len(stops) != 1 || stops[0].Pod != mine.record.ID {
+		t.Errorf("recorded: %+v", stops)
+	}
 }
 
 // A machine that does not come up leaves nothing but a reason.

@@ -288,3 +288,63 @@ func TestRepositoryIsWhatItIs(t *testing.T) {
 		}
 	}
 }
+
+// TestUnbundleKinds takes in a shallow history, a submodule's place, and again what was cut off.
+func TestUnbundleKinds(t *testing.T) {
+	b := newBench(t, nil)
+	origin := filepath.Join(t.TempDir(), "origin")
+	newRepository(t, origin)
+	first := hostGit(t, origin, "rev-parse", "HEAD")
+	put(t, filepath.Join(origin, "b.txt"), "second\n")
+	hostGit(t, origin, "add", "-A")
+	hostGit(t, origin, "commit", "-q", "-m", "second")
+	head := hostGit(t, origin, "rev-parse", "HEAD")
+	put(t, filepath.Join(origin, ".git", "shallow"), head+"\n")
+	file := filepath.Join(t.TempDir(), "b")
+	hostGit(t, origin, "bundle", "create", "-q", file, "HEAD")
+	data, err := os.ReadFile(file)
+	check(t, err)
+	in := Unbundle{Repo: "app", Branch: "agent/work", Commit: head, Shallow: []string{head}}
+
+	bad := in
+	bad.Shallow = []string{"../../x"}
+	if r := b.bundleIn(bad, data); r.Error == nil || r.Error.Kind != nucleus.KindInvalid {
+		t.Errorf("%+v", r)
+	}
+	check(t, os.MkdirAll(b.path(".cal-CUTOFF.making/.git"), 0o755)) // of a machine that was ended
+	if r := b.bundleIn(in, data); r.Error != nil {
+		t.Fatal(r.Error)
+	}
+	if got := hostGit(t, b.path("app"), "log", "--format=%s"); got != "second" {
+		t.Errorf("history %q, want the one commit; %s was not handed over", got, first)
+	}
+	hostGit(t, b.path("app"), "fsck", "--connectivity-only")
+	if left, _ := filepath.Glob(b.path(".cal-*")); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+
+	// A submodule's place is an empty directory; one with something in it is not touched.
+	sub := in
+	sub.Repo = "app/lib/in"
+	check(t, os.MkdirAll(b.path("app/lib/in"), 0o755))
+	put(t, b.path("app/lib/in/mine"), "mine\n")
+	if r := b.bundleIn(sub, data); r.Error == nil || r.Error.Kind != nucleus.KindConflict {
+		t.Errorf("a directory that is not empty: %+v", r)
+	}
+	check(t, os.Remove(b.path("app/lib/in/mine")))
+	if r := b.bundleIn(sub, data); r.Error != nil {
+		t.Error(r.Error)
+	}
+	if got := hostGit(t, b.path("app/lib/in"), "rev-parse", "HEAD"); got != head {
+		t.Errorf("submodule at %s", got)
+	}
+
+	put(t, b.path("app/half"), "of a call that was cut off\n")
+	in.Replace = true
+	if r := b.bundleIn(in, data); r.Error != nil {
+		t.Fatal(r.Error)
+	}
+	if _, err := os.Stat(b.path("app/half")); !os.IsNotExist(err) {
+		t.Errorf("what was cut off is still there: %v", err)
+	}
+}
