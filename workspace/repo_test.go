@@ -468,3 +468,45 @@ func TestDiff(t *testing.T) {
 		t.Errorf("plain %q, colour %q, stat %q", &plain, &colour, &stat)
 	}
 }
+
+// TestApplyOnFullDisk runs out of room in the middle.
+func TestApplyOnFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can mount a small disk")
+	}
+	b := newBench(t, func(dir string) {
+		write(t, filepath.Join(dir, "a.txt"), "changed\n")
+		if err := os.Remove(filepath.Join(dir, "run.sh")); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, "z/large.txt"), strings.Repeat("large\n", 1<<20))
+	})
+	small := filepath.Join(t.TempDir(), "small")
+	if err := os.Mkdir(small, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", small, "tmpfs", 0, "size=2m"); err != nil {
+		t.Skipf("no small disk: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(small, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	gitIn(t, small, "clone", "--quiet", "--no-local", b.dir, "person")
+	b.dir = filepath.Join(small, "person")
+	b.work.Path = b.dir
+	before := b.state()
+	if _, err := b.work.Apply(t.Context()); err == nil || !strings.Contains(err.Error(), "nothing was changed") {
+		t.Errorf("it says %v", err)
+	}
+	if after := b.state(); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+	if err := syscall.Mount("tmpfs", small, "tmpfs", syscall.MS_REMOUNT, "size=64m"); err != nil { // the control
+		t.Fatal(err)
+	}
+	if _, err := b.work.Apply(t.Context()); err != nil {
+		t.Error(err)
+	}
+}

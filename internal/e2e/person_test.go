@@ -425,6 +425,7 @@ func TestKindsOfRepositories(t *testing.T) {
 		git(dir, "submodule", "--quiet", "add", "file://"+origin.Dir, "out")
 		git(dir, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "submodules")
 		git(dir, "submodule", "--quiet", "deinit", "--force", "out")
+		git(dir, "remote", "remove", "origin")
 		git(filepath.Join(dir, "lib/in"), "remote", "set-url", "origin", "https://stranger.example/x")
 		r := e.Cal("run", "--repo", dir, "--", "sh", "-c", "cat lib/in/third && ls out && git status --porcelain && git -C lib/in log --format=%s && echo clean")
 		r.Want(t, 0, "third", "first\nclean\n", "stays in the machine: lib/in", "submodule out stays out: not checked out", "submodule update --init out")
@@ -436,7 +437,7 @@ func TestKindsOfRepositories(t *testing.T) {
 		for _, entry := range e.Entries(of(nucleus.KindPodStart, "")) {
 			labels = append(labels, string(entry.Data))
 		}
-		if last := labels[len(labels)-1]; !strings.Contains(last, "stranger.example") && !strings.Contains(last, "is not in trusted_origins") {
+		if last := labels[len(labels)-1]; !strings.Contains(last, "remote stranger.example/x is not in trusted_origins") || !strings.Contains(last, `"untrusted":true`) {
 			t.Errorf("label %s", last)
 		}
 		r = e.Cal("run", "--repo", dir, "--", "sh", "-c", "cd lib/in && echo x > third && git -c user.name=a -c user.email=a@b commit -qam moved && cd ../.. && echo changed > greet.sh && git commit -qam both")

@@ -73,9 +73,9 @@ func TestCalls(t *testing.T) {
 		},
 		`POST /v1/plan for "-": {"mode":"contained"`: func() error { _, err := c.PlanPod(ctx, nucleus.PodSpec{Mode: nucleus.Contained}); return err },
 		`GET /v1/pods for "-": `:                     func() error { _, err := c.Pods(ctx); return err },
-		`GET /v1/pods/p-1 for "p-1": `:              func() error { _, err := c.Pod(ctx, "p-1"); return err },
-		`DELETE /v1/pods/p-1 for "p-1": `:           func() error { return c.DeletePod(ctx, "p-1") },
-		`POST /v1/pods/p-1/resume for "p-1": `:      func() error { return c.ResumePod(ctx, "p-1") },
+		`GET /v1/pods/p-1 for "p-1": `:               func() error { _, err := c.Pod(ctx, "p-1"); return err },
+		`DELETE /v1/pods/p-1 for "p-1": `:            func() error { return c.DeletePod(ctx, "p-1") },
+		`POST /v1/pods/p-1/resume for "p-1": `:       func() error { return c.ResumePod(ctx, "p-1") },
 		`POST /v1/stop for "-": `:                    func() error { return c.Stop(ctx) },
 		`POST /v1/pods/p-1/tools/read_files for "p-1": {"path":"x"}`: func() error {
 			_, err := c.Tool(ctx, "p-1", nucleus.ReadFiles, map[string]string{"path": "x"})
