@@ -187,7 +187,8 @@ func TestOtherVersion(t *testing.T) {
 	}
 	e.Cal("node", "restart").Want(t, 0)
 	if status, err := e.Client().Pod(ctx, old.ID); err != nil || status.State != "running" {
-		t.Fatalf("a restart of the same version: %+v, %v; want the pod running", status, err)
+		said, _ := os.ReadFile(filepath.Join(e.CAL, "run", "node.log"))
+		t.Fatalf("a restart of the same version: %+v, %v; want the pod running; the node said\n%s", status, err, said)
 	}
 	pid, err := e.NodePID()
 	if err != nil {

@@ -190,10 +190,12 @@ func (d *Driver) hold(place place, rec record, held io.Closer) (*Machine, error)
 
 // awaitDeath believes the process, not `runsc list`, which calls zombies running.
 func (m *Machine) awaitDeath() {
-	if err := m.sandbox.ended(); errors.Is(err, os.ErrClosed) {
-		return // released
-	}
+	err := m.sandbox.ended()
 	m.mu.Lock()
+	if m.released || errors.Is(err, os.ErrClosed) {
+		m.mu.Unlock() // the file was closed, which says nothing of the process
+		return
+	}
 	if m.reason == "" {
 		m.reason = "the sandbox ended"
 		if m.rec.outOfMemory(m.driver.config.Cgroups) {
