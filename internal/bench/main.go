@@ -50,7 +50,9 @@ func run(ctx context.Context, bin, out, only string, rounds int) error {
 	defer s.close()
 	report := []string{"# Measurements", "", "Made by `make bench`; the machine: " + machine() + ".", "Medians. A ratio compares medians of runs that alternate. The peers share the host's kernel unless said otherwise.", ""}
 	only, key, _ := strings.Cut(only, "/")
-	work := func(ctx context.Context, s *stage, rounds int) ([]string, error) { return workTimes(ctx, s, rounds, key) }
+	work := func(ctx context.Context, s *stage, rounds int) ([]string, error) {
+		return workTimes(ctx, s, rounds, key)
+	}
 	for _, p := range []part{{"start", startTimes}, {"request", requestTimes}, {"work", work}, {"agent", agentTimes}} {
 		if only != "" && only != p.name {
 			continue
