@@ -28,6 +28,9 @@ func TestSpareOfAnotherShape(t *testing.T) {
 			Proxy: "/bin/sh", Image: nucleus.Image{Kind: "host", Layers: []nucleus.Layer{{Name: layer, Host: layers, Guest: "/opt/" + layer}}}, Workspace: dir,
 		}
 	}
+	if err := os.MkdirAll(s.dirs.Spares(), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	s.prepare(driver, at("one", "a"), true)
 	waiting := s.waiting
 	<-waiting.ready
