@@ -15,7 +15,6 @@ import (
 	"time"
 	"unsafe"
 
-	"github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -531,54 +530,3 @@ func checkDropped(plan jailPlan) error {
 }
 
 const noCapability = "0000000000000000"
-
-// BUG: calls of another ABI (32-bit, by int 0x80) pass the filter: the library lets what
-// it does not know fall to the default. gVisor has no such ABI; a guest kernel that has must
-// be built without it.
-
-// forbidden are calls that no tool and no agent needs: they change the machine
-// itself or open kernel surface.
-var forbidden = []string{
-	"mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsmount", "fsconfig", "fspick", "mount_setattr",
-	"unshare", "setns", "bpf", "perf_event_open", "userfaultfd", "keyctl", "add_key", "request_key",
-	"init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot", "swapon", "swapoff",
-	"open_by_handle_at", "name_to_handle_at", "acct", "quotactl", "syslog", "settimeofday", "clock_settime", "adjtimex",
-	"iopl", "ioperm", "sethostname", "setdomainname", "lookup_dcookie", "vhangup", "process_vm_writev",
-}
-
-// newNamespaces is clone with any flag that makes a namespace.
-var newNamespaces = func() []seccomp.NameWithConditions {
-	var conditions []seccomp.NameWithConditions
-	for _, flag := range []uint64{
-		unix.CLONE_NEWUSER, unix.CLONE_NEWNS, unix.CLONE_NEWPID, unix.CLONE_NEWNET, unix.CLONE_NEWIPC, unix.CLONE_NEWUTS, unix.CLONE_NEWCGROUP,
-	} {
-		conditions = append(conditions, seccomp.NameWithConditions{
-			Name: "clone", Conditions: []seccomp.Condition{{Argument: 0, Operation: seccomp.BitsSet, Value: flag}},
-		})
-	}
-	return conditions
-}()
-
-func loadSeccomp(kind string) error {
-	names := forbidden
-	if kind == agentJail {
-		names = append([]string{"memfd_create", "ptrace", "process_vm_readv"}, names...)
-	}
-	filter := seccomp.Filter{
-		NoNewPrivs: false, // set already
-		Flag:       seccomp.FilterFlagTSync,
-		Policy: seccomp.Policy{
-			DefaultAction: seccomp.ActionAllow,
-			Syscalls: []seccomp.SyscallGroup{
-				{Action: seccomp.ActionErrno, Names: names},
-				{Action: seccomp.ActionErrno, NamesWithCondtions: newNamespaces},
-				// Its flags lie in memory that a filter cannot read; libraries fall back to clone.
-				{Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS), Names: []string{"clone3"}},
-			},
-		},
-	}
-	if err := seccomp.LoadFilter(filter); err != nil {
-		return fmt.Errorf("loading the seccomp filter: %w", err)
-	}
-	return nil
-}

@@ -18,9 +18,8 @@ func generated(passwd, group []byte) map[string][]byte {
 		"/etc/nsswitch.conf": []byte("passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\nprotocols: files\n"),
 		"/etc/profile":       []byte("export PS1='$ '\n"),
 
-		// git: reading the index in parallel costs more than it saves behind the
-		// gofer, and the workspace belongs to whoever reads it.
-		"/etc/gitconfig": []byte("[core]\n\tpreloadIndex = false\n\tuntrackedCache = true\n[safe]\n\tdirectory = *\n[gc]\n\tauto = 0\n[advice]\n\tdetachedHead = false\n"),
+		// git: the workspace belongs to whoever reads it.
+		"/etc/gitconfig": []byte("[core]\n\tuntrackedCache = true\n[safe]\n\tdirectory = *\n[gc]\n\tauto = 0\n[advice]\n\tdetachedHead = false\n"),
 	}
 }
 

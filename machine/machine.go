@@ -47,8 +47,12 @@ type Spec struct {
 	// descriptor 3; a new wire is handed in by `ProxyPath attach`, the same way.
 	Proxy string
 
+	// Workspace is shown at Workspace, the only directory of the host that the machine can
+	// write. Nobody else changes it while the machine lives; who reads it there
+	// sees at once what the machine wrote.
+	Workspace string
+
 	Image     nucleus.Image   // "host" or "directory"
-	Workspace string          // shown at Workspace, the only directory of the host that the machine can write
 	Agent     []nucleus.Layer // read-only, below AgentDir
 	Resources nucleus.Resources
 	Watched   []string // resources whose limit may be watched where it cannot be enforced

@@ -64,6 +64,12 @@ func (s *spares) take(ctx context.Context, driver machine.Driver, spec machine.S
 	s.mu.Lock()
 	taken := s.waiting
 	if taken == nil || taken.shape != shape {
+		if taken != nil && named && taken.spec.Workspace == spec.Workspace {
+			// The pod will write there, and a machine that was started before may
+			// hold what its kernel has seen of the workspace for how it is.
+			s.forget()
+			s.work.Go(func() { s.discard(taken) })
+		}
 		s.mu.Unlock()
 		return nil
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -17,21 +18,41 @@ import (
 
 func datasync(f *os.File) error { return unix.Fdatasync(int(f.Fd())) }
 
+// work is a command that is timed on the host and in a machine, in the same project.
+type work struct {
+	key, name     string
+	files         func(context.Context, *stage) (map[string]string, error)
+	prepare, argv []string // prepare: before each run, not timed
+	rounds        int      // at most
+}
+
+var works = []work{
+	{
+		key: "go", name: "`go build ./...`, cold cache, standard library packages", files: always(goModule),
+		prepare: []string{"rm", "-rf", "/tmp/gocache"},
+		argv:    []string{"env", "GOCACHE=/tmp/gocache", "GOFLAGS=-p=2", "go", "build", "./..."}, rounds: 3,
+	},
+	{
+		key: "npm", name: "`npm ci`, 410 packages, npm's cache filled, offline", files: npmProject,
+		prepare: []string{"rm", "-rf", "node_modules"},
+		argv:    []string{"npm", "ci", "--offline", "--no-audit", "--no-fund"}, rounds: 5,
+	},
+	{key: "git", name: "`git status`, 50,000 files", files: always(manyFiles(50000)), argv: []string{"git", "status", "--short"}, rounds: 11},
+}
+
 // workTimes: ordinary work in a machine beside the same work on the host. A machine
-// is started once; what is timed is the command in it.
-func workTimes(ctx context.Context, s *stage, rounds int) ([]string, error) {
+// is started once; what is timed is the command in it. With a key only that work.
+func workTimes(ctx context.Context, s *stage, rounds int, key string) ([]string, error) {
 	lines := []string{"## Ordinary work, in a machine beside the host", "", "| | host ms | machine ms | ratio |", "|---|---|---|---|"}
-	for _, w := range []struct {
-		name    string
-		files   map[string]string
-		prepare []string
-		argv    []string
-		rounds  int
-	}{
-		{"`go build ./...`, cold cache, standard library packages", goModule, []string{"sh", "-c", "rm -rf /tmp/gocache"}, []string{"sh", "-c", "GOCACHE=/tmp/gocache GOFLAGS=-p=2 go build ./..."}, 3},
-		{"`git status`, 50,000 files", manyFiles(50000), nil, []string{"git", "status", "--short"}, rounds},
-	} {
-		host, inside, err := s.compare(ctx, w.name, w.files, w.prepare, w.argv, min(w.rounds, rounds))
+	for _, w := range works {
+		if key != "" && key != w.key {
+			continue
+		}
+		files, err := w.files(ctx, s)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", w.name, err)
+		}
+		host, inside, err := s.compare(ctx, w, files, min(w.rounds, rounds))
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", w.name, err)
 		}
@@ -40,9 +61,38 @@ func workTimes(ctx context.Context, s *stage, rounds int) ([]string, error) {
 	return lines, nil
 }
 
+func always(files map[string]string) func(context.Context, *stage) (map[string]string, error) {
+	return func(context.Context, *stage) (map[string]string, error) { return files, nil }
+}
+
 var goModule = map[string]string{
 	"go.mod":  "module bench\n\ngo 1.26\n",
 	"main.go": "package main\n\nimport (\n\t\"encoding/json\"\n\t\"fmt\"\n\t\"os\"\n\t\"regexp\"\n\t\"text/template\"\n)\n\nfunc main() {\n\tjson.NewEncoder(os.Stdout).Encode(fmt.Sprint(regexp.MustCompile(\"a\"), template.New(\"x\")))\n}\n",
+}
+
+const npmPackages = `{"name": "bench", "version": "1.0.0", "private": true,
+ "dependencies": {"express": "4.21.2"},
+ "devDependencies": {"eslint": "8.57.1", "jest": "29.7.0", "typescript": "5.7.3"}}
+`
+
+// npmProject asks the registry for the lock file and fills a cache of the stage's
+// own, which host and machine then use without a network.
+func npmProject(ctx context.Context, s *stage) (map[string]string, error) {
+	cache, project := filepath.Join(s.dir, "npm"), filepath.Join(s.dir, "npm-fill")
+	s.env = append(s.env, "npm_config_cache="+cache)
+	if err := os.Mkdir(project, 0o755); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(project, "package.json"), []byte(npmPackages), 0o644); err != nil {
+		return nil, err
+	}
+	install := exec.CommandContext(ctx, "npm", "install", "--no-audit", "--no-fund", "--omit-lockfile-registry-resolved=false")
+	install.Env, install.Dir = s.env, project
+	if out, err := install.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("npm install: %w: %s", err, lastLine(string(out)))
+	}
+	lock, err := os.ReadFile(filepath.Join(project, "package-lock.json"))
+	return map[string]string{"package.json": npmPackages, "package-lock.json": string(lock), ".gitignore": "node_modules\n"}, err
 }
 
 func manyFiles(n int) map[string]string {
@@ -53,8 +103,8 @@ func manyFiles(n int) map[string]string {
 	return files
 }
 
-func (s *stage) compare(ctx context.Context, name string, files map[string]string, prepare, argv []string, rounds int) (host, inside float64, err error) {
-	id := nucleus.SHA256([]byte(name))[:8]
+func (s *stage) compare(ctx context.Context, w work, files map[string]string, rounds int) (host, inside float64, err error) {
+	id := w.key
 	repo, err := s.repo(ctx, id, files)
 	if err != nil {
 		return 0, 0, err
@@ -67,28 +117,41 @@ func (s *stage) compare(ctx context.Context, name string, files map[string]strin
 	var hostTimes, insideTimes []float64
 	onHost := func(argv []string) error {
 		cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-		cmd.Dir = repo
+		cmd.Env, cmd.Dir = s.env, repo
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
 		return nil
 	}
 	inMachine := func(argv []string) error {
-		_, err := s.node.Tool(ctx, pod, nucleus.RunBash, map[string]any{"argv": argv, "dir": id, "timeout_s": 600})
-		return err
+		value, err := s.node.Tool(ctx, pod, nucleus.RunBash, map[string]any{"argv": argv, "dir": id, "timeout_s": 600})
+		if err != nil {
+			return err
+		}
+		var result struct {
+			ExitCode int    `json:"exit_code"`
+			Stderr   string `json:"stderr"`
+		}
+		if err := json.Unmarshal(value, &result); err != nil {
+			return err
+		}
+		if result.ExitCode != 0 {
+			return fmt.Errorf("in the machine: exit code %d: %s", result.ExitCode, result.Stderr)
+		}
+		return nil
 	}
 	for round := range rounds + 1 {
 		for _, side := range []struct {
 			do    func([]string) error
 			times *[]float64
 		}{{onHost, &hostTimes}, {inMachine, &insideTimes}} {
-			if prepare != nil {
-				if err := side.do(prepare); err != nil {
+			if w.prepare != nil {
+				if err := side.do(w.prepare); err != nil {
 					return 0, 0, err
 				}
 			}
 			started := time.Now()
-			if err := side.do(argv); err != nil {
+			if err := side.do(w.argv); err != nil {
 				return 0, 0, err
 			}
 			if round > 0 {

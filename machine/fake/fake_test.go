@@ -55,6 +55,8 @@ func guest(ctx context.Context, in fake.Inside) {
 			return string(data), err
 		case "write":
 			return "", os.WriteFile(path, []byte(a.Data), 0o644)
+		case "alter":
+			return "", script.Alter(path)
 		}
 		return "", errors.ErrUnsupported
 	}

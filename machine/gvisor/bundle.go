@@ -11,6 +11,7 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"cal/image"
 	"cal/machine"
@@ -145,8 +146,9 @@ func (c Config) oci(spec machine.Spec, rec record, binds []image.Bind) specs.Spe
 				{Type: "RLIMIT_CORE"},
 			},
 		},
-		Mounts: c.mounts(spec, rec, binds),
-		Linux:  rec.linux(),
+		Mounts:      c.mounts(spec, rec, binds),
+		Annotations: sharedWithHost(binds),
+		Linux:       rec.linux(),
 	}
 }
 
@@ -166,9 +168,56 @@ func (c Config) mounts(spec machine.Spec, rec record, binds []image.Bind) []spec
 			Destination: bind.Guest, Type: "bind", Source: bind.Host, Options: []string{"bind", "ro", "nosuid", "nodev"},
 		})
 	}
-	return append(mounts, specs.Mount{
-		Destination: machine.Workspace, Type: "bind", Source: spec.Workspace, Options: []string{"bind", "rw", "nosuid", "nodev"},
-	})
+	options := []string{"bind", "rw", "nosuid", "nodev"}
+	if n := remembered(descriptors()); n > 0 {
+		options = append(options, fmt.Sprintf("dcache=%d", n))
+	}
+	return append(mounts, specs.Mount{Destination: machine.Workspace, Type: "bind", Source: spec.Workspace, Options: options})
+}
+
+// sharedWithHost tells the sentry which binds the host may change while the machine
+// runs, a package upgrade for one: all but the workspace. By the flags mounts are
+// exclusive: what the sentry knows of a file it need not ask for again, which makes
+// git status a third faster. What is written goes to the host's file at once all the
+// same, for the sentry writes through a descriptor of it; only the times of a file that
+// was just written are its own until it forgets the file. (The other way round, a
+// hint "container" for the workspace, would lay an overlay over it.)
+func sharedWithHost(binds []image.Bind) map[string]string {
+	hints := map[string]string{}
+	known := map[string]bool{}
+	for i, bind := range binds {
+		if known[bind.Host] { // covers have one source; two hints for it are refused
+			continue
+		}
+		known[bind.Host] = true
+		mount := fmt.Sprintf("dev.gvisor.spec.mount.bind%d.", i)
+		hints[mount+"source"], hints[mount+"type"], hints[mount+"share"] = bind.Host, "bind", "shared"
+	}
+	return hints
+}
+
+const (
+	alwaysRemembered = 1000  // without being told
+	mostRemembered   = 65536 // about 100 MB
+)
+
+// remembered is how many unused files of the workspace the sentry keeps in mind; 0
+// leaves it at its own figure. Each costs it up to three descriptors of the host, and
+// a sentry that has no more dies, so a quarter of them is left for open files.
+func remembered(descriptors uint64) uint64 {
+	if n := min(descriptors/4, mostRemembered); n > alwaysRemembered {
+		return n
+	}
+	return 0
+}
+
+// descriptors is how many runsc may open: it raises its limit to the hard one.
+func descriptors() uint64 {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return 0
+	}
+	return limit.Max
 }
 
 func scratch(where string, options ...string) specs.Mount {

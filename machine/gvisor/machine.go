@@ -54,10 +54,11 @@ type Machine struct {
 
 // flags of every runsc command. Without --overlay2=none what a call wrote would
 // lie in memory; a gofer network namespace of its own leaves no mount on the host.
+// Exclusive mounts: see sharedWithHost.
 func (d *Driver) flags(place place, rec record) []string {
 	flags := []string{
 		"--root=" + place.runscRoot(), "--platform=systrap", "--network=none", "--host-uds=none", "--host-fifo=none",
-		"--overlay2=none", "--gofer-network-namespace=new", "--host-settings=ignore",
+		"--overlay2=none", "--file-access-mounts=exclusive", "--gofer-network-namespace=new", "--host-settings=ignore",
 	}
 	if d.ordinary {
 		flags = append(flags, "--rootless")

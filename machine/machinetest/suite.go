@@ -237,28 +237,6 @@ func testLife(t *testing.T, host Host) {
 	}
 }
 
-func testKill(t *testing.T, host Host) {
-	spec := host.Spec(t)
-	m, guest := host.Create(t, spec)
-	guest.Must(script.Action{Do: "write", Path: machine.Workspace + "/kept", Data: "finished", UID: m.Facts().ToolsUID})
-	select {
-	case <-m.Done():
-		t.Fatal("dead before the kill")
-	default:
-	}
-	host.Kill(t, spec.Dir)
-	wait(t, "Done", m.Done())
-	if m.Reason() == "" {
-		t.Error("no reason for the death")
-	}
-	if data, err := os.ReadFile(spec.Workspace + "/kept"); err != nil || string(data) != "finished" {
-		t.Errorf("after kill -9: %q, %v", data, err)
-	}
-	if _, err := m.Rewire(Context(t)); !errors.Is(err, machine.ErrGone) {
-		t.Errorf("rewire of the dead: %v", err)
-	}
-}
-
 func testRewire(t *testing.T, host Host) {
 	m, guest := host.Create(t, host.Spec(t))
 	guest.Must(script.Action{Do: "set", Data: "same machine", UID: -1})

@@ -200,6 +200,7 @@ var actions = map[string]func(script.Action) (string, error){
 	"write": func(a script.Action) (string, error) {
 		return "", os.WriteFile(a.Path, []byte(a.Data), 0o644)
 	},
+	"alter":  func(a script.Action) (string, error) { return "", script.Alter(a.Path) },
 	"mkdir":  func(a script.Action) (string, error) { return "", os.MkdirAll(a.Path, 0o755) },
 	"remove": func(a script.Action) (string, error) { return "", os.RemoveAll(a.Path) },
 	"list":   list,
