@@ -31,6 +31,10 @@ func sealed(t testing.TB, ask nucleus.AskRequest) nucleus.AskRequest {
 func askFor(t testing.TB, action nucleus.Action) nucleus.AskRequest {
 	t.Helper()
 	salt := nucleus.Salt{1, 2, 3}
+	var passage *nucleus.Passage
+	if host, port, ok := action.Place(); ok {
+		passage = &nucleus.Passage{Host: host, Port: port, Exposure: nucleus.Private | nucleus.WayOut, Millis: MaxPassage}
+	}
 	return sealed(t, nucleus.AskRequest{
 		ID: "a-1", Pod: "p-1", Workspace: "shop", Session: "s-1", Boot: "b-1", Requester: "agent-1",
 		Request: json.RawMessage(`{"method":"POST"}`), Action: action, Salt: salt[:], Policy: hexOf("policy"),
@@ -38,6 +42,7 @@ func askFor(t testing.TB, action nucleus.Action) nucleus.AskRequest {
 		Context:  nucleus.Context{Exposure: nucleus.Private | nucleus.Untrusted, UntrustedRepo: true, UnixMilli: created - 1},
 		Detail:   []nucleus.Detail{{Title: "diff", Text: "-old\n+new"}},
 		Evidence: []nucleus.Evidence{{Seq: 12, Leg: "private", What: "read_files secret.txt"}},
+		Passage:  passage,
 		Created:  created, Expires: created + 300_000, Nonce: "n-1",
 	})
 }
@@ -328,6 +333,38 @@ func TestCheck(t *testing.T) {
 		c.change(&ask)
 		if err := Check(ask); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want an error with %q", name, err, c.want)
+		}
+	}
+}
+
+// What is granted by place says which, for how long, and it is the place that the
+// action leads to; nothing else is granted so.
+func TestCheckPassage(t *testing.T) {
+	for _, name := range []string{"connect", "fetch"} {
+		for want, change := range map[string]func(*nucleus.AskRequest){
+			"without its passage":        func(q *nucleus.AskRequest) { q.Passage = nil },
+			"the passage leads to other": func(q *nucleus.AskRequest) { q.Passage.Host = "other.example" },
+			"port 8443":                  func(q *nucleus.AskRequest) { q.Passage.Port = 8443 },
+			"stands for 0 ms":            func(q *nucleus.AskRequest) { q.Passage.Millis = 0 },
+			"stands for -1 ms":           func(q *nucleus.AskRequest) { q.Passage.Millis = -1 },
+			"stands for 3600001 ms":      func(q *nucleus.AskRequest) { q.Passage.Millis = MaxPassage + 1 },
+			"exposure 0x81":              func(q *nucleus.AskRequest) { q.Passage.Exposure = 0x81 },
+		} {
+			ask := askFor(t, actions()[name])
+			if err := Check(ask); err != nil {
+				t.Fatalf("positive control: %v", err)
+			}
+			change(&ask)
+			if err := Check(ask); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %v, want an error with %q", name, err, want)
+			}
+		}
+	}
+	for _, name := range []string{"push", "pr", "files", "command", "commit", "job"} {
+		ask := askFor(t, actions()[name])
+		ask.Passage = &nucleus.Passage{Host: "example.com", Port: 443, Millis: 1}
+		if err := Check(ask); err == nil || !strings.Contains(err.Error(), "with a passage") {
+			t.Errorf("%s: %v, want it refused", name, err)
 		}
 	}
 }

@@ -26,6 +26,9 @@ const MaxAsk = 4 << 20
 // expiry.
 const MaxLife = 24 * 60 * 60 * 1000
 
+// MaxPassage is the longest life of a passage in milliseconds.
+const MaxPassage = 60 * 60 * 1000
+
 const maxName = 128
 
 // Digest returns the canonical bytes of an ask and their hex SHA-256. Text that
@@ -94,6 +97,9 @@ func Check(ask nucleus.AskRequest) error {
 	if err := checkParts(ask.Action); err != nil {
 		return fmt.Errorf("ask %q: %w", ask.ID, err)
 	}
+	if err := checkPassage(ask); err != nil {
+		return fmt.Errorf("ask %q: %w", ask.ID, err)
+	}
 	digest, err := ask.Action.Digest(nucleus.Salt(ask.Salt))
 	if err != nil {
 		return fmt.Errorf("ask %q: %w", ask.ID, err)
@@ -133,6 +139,28 @@ func checkParts(a nucleus.Action) error {
 		case part != want && present[part]:
 			return fmt.Errorf("%s with a %s that does not belong to it", a.Op, part)
 		}
+	}
+	return nil
+}
+
+// checkPassage refuses an ask that would open another place than its action leads
+// to, or open it without saying for how long.
+func checkPassage(ask nucleus.AskRequest) error {
+	host, port, placed := ask.Action.Place()
+	p := ask.Passage
+	switch {
+	case !placed && p == nil:
+		return nil
+	case !placed:
+		return fmt.Errorf("%s with a passage; it is granted for one use", ask.Action.Op)
+	case p == nil:
+		return fmt.Errorf("%s without its passage", ask.Action.Op)
+	case p.Host != host || p.Port != port:
+		return fmt.Errorf("the passage leads to %s port %d, %s to %s port %d", p.Host, p.Port, ask.Action.Op, host, port)
+	case p.Millis <= 0 || p.Millis > MaxPassage:
+		return fmt.Errorf("the passage stands for %d ms, want 1 to %d", p.Millis, MaxPassage)
+	case p.Exposure&^(nucleus.Private|nucleus.Untrusted|nucleus.WayOut) != 0:
+		return fmt.Errorf("the passage knows exposure 0x%x, which is none", uint8(p.Exposure))
 	}
 	return nil
 }

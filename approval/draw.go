@@ -38,8 +38,8 @@ const (
 	tailLines = 15
 )
 
-// Draw makes the screen of an ask from its canonical bytes: the action stands
-// last, next to the question. It fails where the ask has no digest.
+// Draw makes the screen of an ask from its canonical bytes: the action, and what a
+// grant opens beyond it, stand last, next to the question. It fails where the ask has no digest.
 func Draw(ask nucleus.AskRequest, view View) (Screen, error) {
 	digest, canonical, err := Digest(ask)
 	if err != nil {
@@ -63,6 +63,7 @@ func Draw(ask nucleus.AskRequest, view View) (Screen, error) {
 		d.end(detail)
 	}
 	d.action(signed)
+	d.passage(signed)
 	return Screen{digest, d.out.String(), d.cut}, nil
 }
 
@@ -234,14 +235,7 @@ func (d *drawing) why(ask nucleus.AskRequest) {
 	d.text("because", ask.Why)
 	d.field("policy", quote(ask.Policy))
 	d.field("decided", moment(ask.Context.UnixMilli))
-	exposure := strings.Join(ask.Context.Exposure.Names(), ", ")
-	if exposure == "" {
-		exposure = "none"
-	}
-	if unknown := ask.Context.Exposure &^ (nucleus.Private | nucleus.Untrusted | nucleus.WayOut); unknown != 0 {
-		exposure += fmt.Sprintf(", unknown 0x%x", uint8(unknown))
-	}
-	d.field("exposure", exposure)
+	d.field("exposure", legs(ask.Context.Exposure))
 	for _, flag := range []struct {
 		set  bool
 		says string
@@ -262,6 +256,17 @@ func (d *drawing) why(ask nucleus.AskRequest) {
 		Context   nucleus.Context
 		Evidence  []nucleus.Evidence
 	}{ask.Rule, ask.Why, ask.Context, ask.Evidence})
+}
+
+func legs(l nucleus.Legs) string {
+	text := strings.Join(l.Names(), ", ")
+	if text == "" {
+		text = "none"
+	}
+	if unknown := l &^ (nucleus.Private | nucleus.Untrusted | nucleus.WayOut); unknown != 0 {
+		text += fmt.Sprintf(", unknown 0x%x", uint8(unknown))
+	}
+	return text
 }
 
 func (d *drawing) action(ask nucleus.AskRequest) {
@@ -323,6 +328,24 @@ func (d *drawing) action(ask nucleus.AskRequest) {
 	d.field("arguments", quote(a.Args))
 	d.field("digest", quote(ask.Digest))
 	d.end(a)
+}
+
+// passage says what a grant opens beyond the request that it was asked for.
+func (d *drawing) passage(ask nucleus.AskRequest) {
+	p := ask.Passage
+	if p == nil {
+		return
+	}
+	d.begin("what a grant opens")
+	what := "every " + string(ask.Action.Op) + " of this session"
+	if ask.Action.Op == nucleus.WebFetch {
+		what += ", whatever its method, path and body"
+	}
+	d.field("passage", what)
+	d.field("to", quote(p.Host)+" port "+strconv.Itoa(p.Port))
+	d.field("for", (time.Duration(p.Millis)*time.Millisecond).String()+" from its first use")
+	d.field("while", "no other operation takes more than: "+legs(p.Exposure))
+	d.end(p)
 }
 
 func (d *drawing) command(c *nucleus.Command) {

@@ -157,7 +157,11 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identit
 		if err != nil {
 			return client.Status{}, err
 		}
-		return status, p.print("granted once, until %s\n", time.UnixMilli(ask.Expires).UTC().Format("2006-01-02 15:04:05 MST"))
+		until := time.UnixMilli(ask.Expires).UTC().Format("2006-01-02 15:04:05 MST")
+		if ask.Passage != nil {
+			return status, p.print("granted; it has to be used by %s, and stands from then on as shown\n", until)
+		}
+		return status, p.print("granted once, until %s\n", until)
 	}
 }
 
@@ -182,11 +186,14 @@ func (p *Prompt) consent(ask nucleus.AskRequest, digest string, identity Identit
 				return err
 			}
 		}
-		text := "grant this once? [y/N] "
-		if screen.Cut {
-			text = "parts are cut; v shows them whole. grant this once? [y/N/v] "
+		text, keys := "grant this once?", "[y/N]"
+		if ask.Passage != nil {
+			text = "open this passage?"
 		}
-		answer, err := p.question(text)
+		if screen.Cut {
+			text, keys = "parts are cut; v shows them whole. "+text, "[y/N/v]"
+		}
+		answer, err := p.question(text + " " + keys + " ")
 		if err != nil {
 			return err
 		}

@@ -24,9 +24,33 @@ type AskRequest struct {
 	Mode      string          `json:"mode"`
 	Detail    []Detail        `json:"detail,omitempty"` // shown below the action: diff stat, diff, addresses
 	Evidence  []Evidence      `json:"evidence,omitempty"`
+	Passage   *Passage        `json:"passage,omitempty"` // for net_connect and web_fetch, which are granted by place
 	Created   int64           `json:"created_ms"`
 	Expires   int64           `json:"expires_ms"`
 	Nonce     string          `json:"nonce"` // the proxy holds it in memory
+}
+
+// Passage is what a grant for net_connect or web_fetch opens: the operation, in
+// the ask's session, to one host and port. It opens when the grant is used, which
+// happens once, and it ends when the session takes private or untrusted beyond
+// Exposure by anything but a passage, and at the latest when Millis have passed.
+type Passage struct {
+	Host     string `json:"host"`
+	Port     int    `json:"port"`
+	Exposure Legs   `json:"exposure"`
+	Millis   int64  `json:"ms"`
+}
+
+// Place is where an action of net_connect or web_fetch leads; ok is false for
+// any other action.
+func (a Action) Place() (host string, port int, ok bool) {
+	switch {
+	case a.Op == NetConnect && a.Connect != nil:
+		return a.Connect.Host, a.Connect.Port, true
+	case a.Op == WebFetch && a.Fetch != nil:
+		return a.Fetch.Host, a.Fetch.Port, true
+	}
+	return "", 0, false
 }
 
 // Detail is one titled block of text for the approver.

@@ -129,6 +129,19 @@ func (s *Signer) NewSignedRequest(method, url, pod string, body []byte) (*http.R
 	return r, s.Sign(r, pod, body)
 }
 
+// Statement signs a request that is not sent: the word of the key's holder, for
+// somebody who verifies it elsewhere.
+func (s *Signer) Statement(method, url, pod string, body []byte) (SignedRequest, error) {
+	r, err := s.NewSignedRequest(method, url, pod, body)
+	if err != nil {
+		return SignedRequest{}, err
+	}
+	r.RequestURI = r.URL.RequestURI() // as a server would see it
+	signed, err := readSigned(r, r.Host)
+	signed.Body = body
+	return signed, err
+}
+
 // SignedRequest is a request with its signature, so that somebody who was not
 // there - the authority - can verify it later.
 type SignedRequest struct {

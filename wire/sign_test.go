@@ -934,3 +934,42 @@ func BenchmarkVerify(b *testing.B) {
 		})
 	}
 }
+
+// A statement is the request that its signer would have sent.
+func TestStatement(t *testing.T) {
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer := Signer{KeyID: "k", Ed25519: private}
+	const url, body = "http://nucleus/v1/pods/p-1/tools/net_connect", `{"host":"a.example","port":443}`
+	got, err := signer.Statement(http.MethodPost, url, "p-1", []byte(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := got.Verify(Key{ID: "k", Ed25519: public}); err != nil {
+		t.Error(err)
+	}
+	if got.Method != http.MethodPost || got.TargetURI != url || got.Pod != "p-1" || string(got.Body) != body || got.KeyID != "k" {
+		t.Errorf("got %+v", got)
+	}
+	again, err := signer.Statement(http.MethodPost, url, "p-1", []byte(body))
+	if err != nil || again.Signature == got.Signature {
+		t.Errorf("two statements are one: %v", err)
+	}
+	for name, change := range map[string]func(*SignedRequest){
+		"body":   func(s *SignedRequest) { s.Body = []byte(`{"host":"b.example","port":443}`) },
+		"target": func(s *SignedRequest) { s.TargetURI = strings.Replace(s.TargetURI, "net_connect", "git_push", 1) },
+		"pod":    func(s *SignedRequest) { s.Pod = "p-2" },
+		"method": func(s *SignedRequest) { s.Method = http.MethodPut },
+	} {
+		other := got
+		change(&other)
+		if err := other.Verify(Key{ID: "k", Ed25519: public}); err == nil {
+			t.Errorf("%s changed: the signature still fits", name)
+		}
+	}
+	if _, err := signer.Statement(http.MethodPost, "/v1/pods", "p-1", nil); err == nil {
+		t.Error("a statement about no place was signed")
+	}
+}

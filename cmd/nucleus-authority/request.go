@@ -39,5 +39,17 @@ func requested(ask nucleus.AskRequest, key ed25519.PublicKey) (authority.Request
 	if err != nil {
 		return fail(err)
 	}
-	return authority.Requested{Pod: part[3], Op: nucleus.Op(part[5]), Args: nucleus.SHA256(args)}, nil
+	op := nucleus.Op(part[5])
+	if op == nucleus.NetConnect {
+		// These arguments are what is shown, so that a node that shows another place than
+		// the machine asked for is found out here.
+		var asked nucleus.Connect
+		if err := nucleus.Strict(args, &asked); err != nil {
+			return fail(err)
+		}
+		if shown := ask.Action.Connect; shown == nil || *shown != asked {
+			return fail(fmt.Errorf("the machine asked for %s port %d, the ask shows %+v", asked.Host, asked.Port, shown))
+		}
+	}
+	return authority.Requested{Pod: part[3], Op: op, Args: nucleus.SHA256(args)}, nil
 }

@@ -91,3 +91,28 @@ func TestRequested(t *testing.T) {
 		t.Errorf("escaped slash: %+v", got)
 	}
 }
+
+// The place that is shown is the one that the machine signed.
+func TestRequestedConnection(t *testing.T) {
+	key := requester.Public().(ed25519.PublicKey)
+	ask := func(body string, shown *nucleus.Connect) nucleus.AskRequest {
+		request := signedRequest(t, http.MethodPost, "http://nucleus/v1/pods/p-1/tools/net_connect", "p-1", body)
+		return nucleus.AskRequest{Requester: "agent", Request: request, Action: nucleus.Action{Op: nucleus.NetConnect, Connect: shown}}
+	}
+	const body = `{"host":"a.example","port":443}`
+	got, err := requested(ask(body, &nucleus.Connect{Host: "a.example", Port: 443}), key)
+	if want := (authority.Requested{Pod: "p-1", Op: nucleus.NetConnect, Args: nucleus.SHA256([]byte(body))}); err != nil || got != want {
+		t.Fatalf("%+v, %v; want %+v", got, err, want)
+	}
+	for name, bad := range map[string]nucleus.AskRequest{
+		"another host":  ask(body, &nucleus.Connect{Host: "b.example", Port: 443}),
+		"another port":  ask(body, &nucleus.Connect{Host: "a.example", Port: 22}),
+		"nothing shown": ask(body, nil),
+		"more signed":   ask(`{"host":"a.example","port":443,"path":"/"}`, &nucleus.Connect{Host: "a.example", Port: 443}),
+		"other case":    ask(`{"Host":"a.example","Port":443}`, &nucleus.Connect{Host: "b.example", Port: 443}),
+	} {
+		if got, err := requested(bad, key); err == nil {
+			t.Errorf("%s: accepted as %+v", name, got)
+		}
+	}
+}
