@@ -37,6 +37,7 @@ import (
 type Peer struct {
 	Pod     string
 	Session string
+	Stream  string // the machine's name of the connection; for who asks it about that one
 }
 
 // Via is the way an attempt came.
@@ -62,7 +63,9 @@ type Attempt struct {
 	Port    int    `json:"port"`
 	Method  string `json:"method,omitempty"`
 	URL     string `json:"url,omitempty"`
-	Path    string `json:"path,omitempty"` // escaped
+	Path    string `json:"path,omitempty"`  // escaped
+	Stream  string `json:"-"`               // of Peer
+	Grant   string `json:"grant,omitempty"` // of the ruling that let it through
 }
 
 // Op is the operation that an attempt is judged as.
@@ -80,7 +83,8 @@ type Ruling struct {
 	Verdict  nucleus.Verdict
 	Rule     string
 	Message  string
-	Ask      string // id of the pending ask, where Verdict is Ask
+	Ask      string // id of the ask: pending where Verdict is Ask, refused by a person where it is Deny
+	Grant    string // id of the grant, where Verdict is Allow because of one
 	Literals []netip.Prefix
 }
 

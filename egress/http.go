@@ -96,7 +96,7 @@ func (guestAddr) String() string  { return "guest" }
 // statusOf is the HTTP status of a refusal.
 func statusOf(kind nucleus.Kind) int {
 	switch kind {
-	case nucleus.KindDenied, nucleus.KindApproval:
+	case nucleus.KindDenied, nucleus.KindApproval, nucleus.KindRefused:
 		return http.StatusForbidden
 	case nucleus.KindInvalid:
 		return http.StatusBadRequest

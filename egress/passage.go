@@ -108,6 +108,7 @@ func (p *passage) decide() (Ruling, *refusal) {
 		}
 		p.g.mu.Lock()
 		p.decided, p.stale = !p.stale, false
+		p.Grant = ruling.Grant
 		decided := p.decided
 		p.g.mu.Unlock()
 		if decided {
@@ -125,9 +126,13 @@ func refusalOf(r Ruling, place string) *refusal {
 		return nil
 	}
 	refused := refuse(nucleus.KindDenied, r.Rule, "%s", r.Message)
-	if r.Verdict == nucleus.Ask {
-		refused.Kind, refused.Ask = nucleus.KindApproval, r.Ask
+	switch {
+	case r.Verdict == nucleus.Ask:
+		refused.Kind = nucleus.KindApproval
+	case r.Ask != "":
+		refused.Kind = nucleus.KindRefused
 	}
+	refused.Ask = r.Ask
 	if refused.Message == "" {
 		refused.Message = fmt.Sprintf("%s is not allowed (rule %s)", place, r.Rule)
 	}
@@ -161,6 +166,18 @@ func (p *passage) connect(ruling Ruling) *refusal {
 		}
 	}
 	return failed(err, "connecting to "+p.place())
+}
+
+// Lookup returns the addresses that a connection to host would be tried at now, and
+// connects to none. It asks a resolver about the name: whoever lets a guest choose
+// names freely gives it a way out by that. An error that is a *nucleus.Error of
+// KindDenied says that host leads to a place which the gateway never dials.
+func (g *Gateway) Lookup(ctx context.Context, host string, literals []netip.Prefix) ([]netip.Addr, error) {
+	addrs, refused := g.addresses(ctx, host, literals)
+	if refused != nil {
+		return nil, refused.Error
+	}
+	return addrs, nil
 }
 
 // addresses returns what host stands for, each one checked: the host itself if

@@ -30,13 +30,12 @@ func (g *Gateway) refuseMalformed(w http.ResponseWriter, r *http.Request, peer P
 }
 
 func (g *Gateway) connect(w http.ResponseWriter, r *http.Request, peer Peer) {
-	// RequestURI is what was sent; r.URL has been decoded once.
-	host, port, err := ParseHostPort(r.RequestURI, 0)
+	host, port, err := connectTarget(r)
 	if err != nil {
 		g.refuseMalformed(w, r, peer, err)
 		return
 	}
-	p, refused := g.open(r.Context(), Attempt{Pod: peer.Pod, Session: peer.Session, Via: ViaHTTP, Host: host, Port: port})
+	p, refused := g.open(r.Context(), Attempt{Pod: peer.Pod, Session: peer.Session, Stream: peer.Stream, Via: ViaHTTP, Host: host, Port: port})
 	if refused != nil {
 		writeRefusal(w, refused)
 		return
@@ -57,20 +56,31 @@ func (g *Gateway) connect(w http.ResponseWriter, r *http.Request, peer Peer) {
 	p.tunnel(guest, buffered.Reader)
 }
 
-var errHTTPS = errors.New("https goes through CONNECT; this proxy does not see inside")
+// connectTarget reads what was sent; r.URL has been decoded once.
+func connectTarget(r *http.Request) (host string, port int, err error) {
+	return ParseHostPort(r.RequestURI, 0)
+}
 
-// forward sends one plain request and its response on.
-func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, peer Peer) {
+// forwardTarget reads the target of a plain request.
+func forwardTarget(r *http.Request) (target, error) {
 	t, err := parseTarget(r.RequestURI)
 	if err == nil && t.scheme != "http" {
 		err = errHTTPS
 	}
+	return t, err
+}
+
+var errHTTPS = errors.New("https goes through CONNECT; this proxy does not see inside")
+
+// forward sends one plain request and its response on.
+func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, peer Peer) {
+	t, err := forwardTarget(r)
 	if err != nil {
 		g.refuseMalformed(w, r, peer, err)
 		return
 	}
 	p, refused := g.open(r.Context(), Attempt{
-		Pod: peer.Pod, Session: peer.Session, Via: ViaHTTP,
+		Pod: peer.Pod, Session: peer.Session, Stream: peer.Stream, Via: ViaHTTP,
 		Host: t.host, Port: t.port, Method: r.Method, URL: t.String(), Path: t.path,
 	})
 	if refused != nil {

@@ -58,7 +58,7 @@ func (g *Gateway) ServeSOCKS(ctx context.Context, guest net.Conn, peer Peer) {
 		return
 	}
 	guest.SetDeadline(time.Time{})
-	p, refused := g.open(ctx, Attempt{Pod: peer.Pod, Session: peer.Session, Via: ViaSOCKS, Host: host, Port: port})
+	p, refused := g.open(ctx, Attempt{Pod: peer.Pod, Session: peer.Session, Stream: peer.Stream, Via: ViaSOCKS, Host: host, Port: port})
 	guest.SetWriteDeadline(time.Now().Add(g.limits.Handshake))
 	if refused != nil {
 		_ = writeReply(guest, replyOf(refused))
@@ -180,7 +180,7 @@ func writeReply(w io.Writer, reply byte) error {
 
 func replyOf(r *refusal) byte {
 	switch {
-	case r.Kind == nucleus.KindDenied, r.Kind == nucleus.KindApproval:
+	case r.Kind == nucleus.KindDenied, r.Kind == nucleus.KindApproval, r.Kind == nucleus.KindRefused:
 		return replyNotAllowed
 	case r.Kind == nucleus.KindUnavailable:
 		return replyFailure

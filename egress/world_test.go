@@ -136,12 +136,19 @@ func (w *world) Refused(_ context.Context, a Attempt, why *nucleus.Error) {
 }
 
 func (w *world) Opened(_ context.Context, a Attempt, addr netip.AddrPort) error {
-	w.note("opened %s", addr)
+	w.note("opened %s%s", addr, granted(a))
 	return w.openErr
 }
 
 func (w *world) Closed(a Attempt, sent, received int64, err error) {
-	w.note("closed %s sent=%d received=%d err=%v", joinHostPort(a.Host, a.Port), sent, received, err)
+	w.note("closed %s%s sent=%d received=%d err=%v", joinHostPort(a.Host, a.Port), granted(a), sent, received, err)
+}
+
+func granted(a Attempt) string {
+	if a.Grant == "" {
+		return ""
+	}
+	return " grant=" + a.Grant
 }
 
 func (w *world) ModelCall(_ context.Context, call ModelCall) error {
