@@ -110,7 +110,7 @@ func (p *Proxy) startAgent(start AgentStart, program AgentProgram) (*agentRun, e
 		return nil, err
 	}
 	go serveMCP(run.jail.listeners[0], p.mcpHandler())
-	go p.forward(run.jail.listeners[1], StreamModel)
+	go p.forward(run.jail.listeners[1], StreamModel, unwatched)
 	go answerNXDOMAIN(run.jail.dns)
 	go run.wait()
 	return run, nil

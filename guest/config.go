@@ -71,8 +71,9 @@ const (
 	StreamAgent  = "agent"  // node: header AgentStart; a terminal or pipes until FrameResult
 	StreamAttach = "attach" // node: header AgentAttach; joins the running agent
 	StreamAPI    = "api"    // proxy: one HTTP connection to the node's API
-	StreamSOCKS  = "socks"  // proxy: one SOCKS5 connection
-	StreamHTTP   = "http"   // proxy: one HTTP proxy connection
+	StreamSOCKS  = "socks"  // proxy: header Connection; one SOCKS5 connection
+	StreamHTTP   = "http"   // proxy: header Connection; one HTTP proxy connection
+	StreamSign   = "sign"   // node: header SignCall -> FrameResult SignReply; see witness.go
 	StreamModel  = "model"  // proxy: one connection to the model route
 	StreamProof  = "proof"  // proxy, first on a new wire: nonce -> node's signature
 )

@@ -27,6 +27,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cal/egress"
 	"cal/nucleus"
 	"cal/policy"
 	"cal/wire"
@@ -52,6 +53,7 @@ type Proxy struct {
 	clock  bootClock
 	worker *wire.Session
 	agent  agentHost
+	asked  witness
 
 	mu      sync.Mutex
 	session *wire.Session // the current wire
@@ -194,11 +196,11 @@ func (p *Proxy) start(ctx context.Context) error {
 		slog.Error("tools worker ended; the machine stops")
 		os.Exit(1)
 	}()
-	go p.forward(worker.listeners[0], StreamSOCKS)
-	go p.forward(worker.listeners[1], StreamHTTP)
+	go p.forward(worker.listeners[0], StreamSOCKS, p.asked.watch(egress.ViaSOCKS))
+	go p.forward(worker.listeners[1], StreamHTTP, p.asked.watch(egress.ViaHTTP))
 	if contained {
 		go serveMCP(worker.listeners[2], p.mcpHandler())
-		go p.forward(worker.listeners[3], StreamModel)
+		go p.forward(worker.listeners[3], StreamModel, unwatched)
 	}
 	p.agent.proxy = p
 	return p.listenAttach(ctx)
@@ -284,28 +286,32 @@ func (p *Proxy) handle(ctx context.Context, stream *wire.Stream) {
 		p.agent.start(stream)
 	case StreamAttach:
 		p.agent.attach(stream)
+	case StreamSign:
+		p.sign(ctx, stream)
 	default:
 		slog.Warn("stream of an unknown kind refused", "kind", stream.Kind)
 	}
 }
 
 // forward carries each connection that a listener accepts to the node.
-func (p *Proxy) forward(l net.Listener, kind string) {
+func (p *Proxy) forward(l net.Listener, kind string, watch watcher) {
 	for {
 		conn, err := l.Accept()
 		if err != nil {
 			return
 		}
 		go func() {
+			watched, header, end := watch(conn)
+			defer end()
 			defer conn.Close()
 			ctx, cancel := context.WithTimeout(context.Background(), orphanPatience)
-			stream, err := p.open(ctx, kind, nil)
+			stream, err := p.open(ctx, kind, header)
 			cancel()
 			if err != nil {
 				return
 			}
 			defer stream.Close()
-			relay(conn, stream)
+			relay(watched, stream)
 		}()
 	}
 }
