@@ -322,7 +322,7 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) 
 		if p.record.Untrusted {
 			takes |= nucleus.Untrusted
 		}
-		if err := n.expose(p, takes, "instruction files "+fmt.Sprint(names)); err != nil {
+		if err := n.expose(p, takes, false, "instruction files "+fmt.Sprint(names)); err != nil {
 			return logFailure(err)
 		}
 	}

@@ -28,17 +28,36 @@ type approved struct {
 const askLife = 15 * time.Minute
 
 // pendingAsk ties an ask to the prepared request it was made for: a retry
-// continues with exactly these values.
+// continues with exactly these values, unless the ask is for a passage.
 type pendingAsk struct {
-	ask nucleus.AskRequest
-	pre prepared
-	op  nucleus.Op
+	ask     nucleus.AskRequest
+	pre     prepared
+	op      nucleus.Op
+	refused *nucleus.Error // a person's no to a place, which stands for a while
+	until   int64          // unix milliseconds
 }
 
 // askBook holds the asks of one pod in memory: an ask dies with its boot.
 type askBook struct {
-	mu   sync.Mutex
-	asks map[string]pendingAsk
+	mu     sync.Mutex
+	asks   map[string]pendingAsk
+	making chan struct{} // holds whoever makes an ask
+}
+
+// alone waits for its turn to make an ask, so that many requests for one thing make one.
+func (b *askBook) alone(ctx context.Context) (leave func(), err error) {
+	b.mu.Lock()
+	if b.making == nil {
+		b.making = make(chan struct{}, 1)
+	}
+	making := b.making
+	b.mu.Unlock()
+	select {
+	case making <- struct{}{}:
+		return func() { <-making }, nil
+	case <-ctx.Done():
+		return nil, nucleus.Errorf(nucleus.KindTimeout, "another ask of this machine is still being made")
+	}
 }
 
 func (b *askBook) put(p pendingAsk) {
@@ -46,6 +65,9 @@ func (b *askBook) put(p pendingAsk) {
 	defer b.mu.Unlock()
 	if b.asks == nil {
 		b.asks = map[string]pendingAsk{}
+	}
+	if p.until == 0 {
+		p.until = p.ask.Expires
 	}
 	b.asks[p.ask.ID] = p
 }
@@ -57,17 +79,34 @@ func (b *askBook) get(id string) (pendingAsk, bool) {
 	return p, ok
 }
 
-// same finds a living ask for the same action, so that an agent
-// that repeats itself does not fill the person's queue.
-func (b *askBook) same(op nucleus.Op, action nucleus.Action, requester string, now int64) (pendingAsk, bool) {
+// same finds a living ask for the same action, or for the place that the action leads to,
+// so that an agent that repeats itself does not fill the person's queue. An ask for a
+// place that told the person less than the session has taken since is not the same. open
+// is how many asks for places wait for the person.
+func (b *askBook) same(r request, action nucleus.Action, beside nucleus.Legs, now int64) (known pendingAsk, ok bool, open int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, p := range b.asks {
-		if p.op == op && p.ask.Requester == requester && now < p.ask.Expires && sameAction(p.pre.action, action) {
-			return p, true
+	for id, p := range b.asks {
+		if now >= p.until {
+			delete(b.asks, id)
+			continue
+		}
+		if p.ask.Passage != nil && p.refused == nil {
+			open++
+		}
+		if p.op == r.op && p.sameAs(r, action, beside) {
+			known, ok = p, true
 		}
 	}
-	return pendingAsk{}, false
+	return known, ok, open
+}
+
+func (p pendingAsk) sameAs(r request, action nucleus.Action, beside nucleus.Legs) bool {
+	host, port, placed := action.Place()
+	if q := p.ask.Passage; placed && q != nil {
+		return q.Host == host && q.Port == port && (p.refused != nil || beside&bothLegs&^q.Exposure == 0)
+	}
+	return p.ask.Requester == r.caller.KeyID && sameAction(p.pre.action, action)
 }
 
 func (b *askBook) drop(id string) {
@@ -79,50 +118,96 @@ func (b *askBook) drop(id string) {
 // approve puts the request before a person, waits as long as the caller does, and
 // decides again when a grant arrives.
 func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (nucleus.Permit, prepared, error) {
-	if n.asks == nil || len(p.approvers) == 0 {
-		if err := n.recordUnapproved(p, r, pre, needed); err != nil {
-			return nucleus.Permit{}, pre, err
-		}
-		return nucleus.Permit{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
-			Message: needed.decision.Why + "; nobody could approve when this machine started (cal approve init makes the key)"}
-	}
-	pending, err := n.pendingAsk(ctx, p, r, pre, needed)
+	grant, approvedPre, err := n.obtain(ctx, p, r, pre, needed)
 	if err != nil {
-		return nucleus.Permit{}, pre, err
+		return nucleus.Permit{}, pre, n.recordUnapproved(p, r, pre, needed, err)
+	}
+	permit, err := n.decide(p, r, approvedPre, grant)
+	if grant != nil {
+		p.asks.drop(grant.ask.ID)
+	}
+	if needsOf(err) != nil { // the passage that was open has ended meanwhile
+		err = n.recordUnapproved(p, r, pre, needed, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Message: needed.decision.Why + "; call again to ask"})
+	}
+	return permit, approvedPre, err
+}
+
+// obtain gets a grant and the values that it was given for. A grant for a place lets the
+// request's own values through; no grant and no error mean that somebody else has opened
+// the passage meanwhile.
+func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (*approved, prepared, error) {
+	refuse := func(ask, message string) (*approved, prepared, error) {
+		return nil, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: ask, Message: needed.decision.Why + "; " + message}
+	}
+	if n.asks == nil || len(p.approvers) == 0 {
+		return refuse("", "nobody could approve when this machine started (cal approve init makes the key)")
+	}
+	pending, made, err := n.pendingAsk(ctx, p, r, pre, needed)
+	if err != nil || !made {
+		return nil, pre, err
+	}
+	if pending.refused != nil {
+		return nil, pre, pending.refused
 	}
 	answer, err := n.await(ctx, pending.ask.ID, r.wait)
 	if err != nil {
-		return nucleus.Permit{}, pre, authorityFailure(err)
+		return nil, pre, authorityFailure(err)
 	}
 	switch answer.State {
 	case approvals.Granted:
 	case approvals.Denied, approvals.Expired:
+		refused, err := n.recordRefusal(p, r, pending, answer.State, answer.Reason)
+		if err != nil {
+			return nil, pre, err
+		}
 		p.asks.drop(pending.ask.ID)
-		return nucleus.Permit{}, pre, n.recordRefusal(p, r, pending, answer.State, answer.Reason)
+		if pending.ask.Passage != nil && answer.State == approvals.Denied {
+			pending.refused, pending.until = refused, n.config.Now().Add(askLife).UnixMilli()
+			p.asks.put(pending)
+		}
+		return nil, pre, refused
 	default:
-		return nucleus.Permit{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
-			Message: needed.decision.Why + "; a person has been asked and has not answered yet; call again to wait on"}
+		return refuse(pending.ask.ID, "a person has been asked and has not answered yet; call again to wait on")
 	}
 	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(p.approvers), n.config.Now().UnixMilli())
 	if err != nil {
-		return nucleus.Permit{}, pre, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
+		return nil, pre, &nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Ask: pending.ask.ID, Message: fmt.Sprintf("the authority's grant for %s: %v", pending.ask.ID, err)}
 	}
-	p.asks.drop(pending.ask.ID)
-	// The values that were approved, not those that were resolved anew for a retry.
-	permit, err := n.decide(p, r, pending.pre, &approved{pending.ask, grant, answer.Token})
-	return permit, pending.pre, err
+	if pending.ask.Passage == nil {
+		p.asks.drop(pending.ask.ID)
+		pre = pending.pre // what was approved, not what was resolved anew for a retry
+	}
+	return &approved{pending.ask, grant, answer.Token}, pre, nil
 }
 
-// recordUnapproved records a request that needed an approval nobody could give.
-func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsApproval) error {
+// recordUnapproved records a request that needed an approval and has none, unless the
+// ask and what came of it are the record. What a program in the machine is told leaves
+// out the host's own affairs.
+func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsApproval, cause error) error {
+	e := nucleus.AsError(cause)
+	if r.attempt == nil && e.Ask != "" {
+		return cause
+	}
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	entry := n.intent(p, r, pre, "", needed.decision)
-	entry.Status = nucleus.OutcomeRefused
+	entry.Status, entry.Ask = nucleus.OutcomeRefused, e.Ask
+	values := map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}
+	if r.attempt != nil {
+		values["attempt"] = r.attempt.ID
+	}
+	entry.Data = data(values)
 	if _, err := n.append(entry); err != nil {
 		return logFailure(err)
 	}
-	return nil
+	switch e.Kind {
+	case nucleus.KindApproval, nucleus.KindRefused, nucleus.KindDenied:
+		return cause
+	}
+	if r.attempt != nil {
+		return &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Message: needed.decision.Why + "; a person could not be asked"}
+	}
+	return cause
 }
 
 // await waits for a person, but not longer than the caller does: an answer that is
@@ -139,34 +224,80 @@ func (n *Node) await(ctx context.Context, ask string, wait time.Duration) (appro
 	return n.asks.Status(ctx, ask)
 }
 
-func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (pendingAsk, error) {
-	now := n.config.Now()
-	if known, ok := p.asks.same(r.op, pre.action, r.caller.KeyID, now.UnixMilli()); ok {
-		return known, nil
-	}
-	signed, err := json.Marshal(r.signed)
+// pendingAsk is the ask that this request waits for: one that is open, or a new one.
+// False means that a passage is open by now.
+func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (pendingAsk, bool, error) {
+	leave, err := p.asks.alone(ctx)
 	if err != nil {
-		return pendingAsk{}, err
+		return pendingAsk{}, false, err
 	}
-	ask := nucleus.AskRequest{
-		ID: nucleus.NewID("a-"), Pod: p.record.ID, Workspace: p.record.Spec.Workspace, Session: p.record.Session, Boot: p.record.Boot,
-		Requester: r.caller.KeyID, Request: signed, Action: pre.action, Digest: pre.digest, Salt: pre.salt[:],
-		Policy: p.digest, Rule: needed.decision.Rule, Why: needed.decision.Why, Context: needed.context,
-		Tier: string(p.record.Tier), Mode: string(p.record.Spec.Mode), Detail: pre.detail, Evidence: p.root.shown(),
-		Created: now.UnixMilli(), Expires: now.Add(askLife).UnixMilli(), Nonce: nucleus.NewID("n-"),
+	defer leave()
+	now := n.config.Now()
+	known, ok, open := p.asks.same(r, pre.action, needed.beside, now.UnixMilli())
+	if ok {
+		return known, true, nil
+	}
+	if p.root.open(pre.action, now) {
+		return pendingAsk{}, false, nil
+	}
+	ask, err := n.newAsk(ctx, p, r, pre, needed, open)
+	if err != nil {
+		return pendingAsk{}, false, err
 	}
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalAsk, Op: r.op,
-		Digest: pre.digest, Args: data(pre.action), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
+		Digest: ask.Digest, Args: data(ask.Action), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
 	}); err != nil {
-		return pendingAsk{}, logFailure(err)
+		return pendingAsk{}, false, logFailure(err)
 	}
 	if _, err := n.asks.Submit(ctx, ask); err != nil {
-		return pendingAsk{}, authorityFailure(err)
+		return pendingAsk{}, false, authorityFailure(err)
 	}
 	pending := pendingAsk{ask: ask, pre: pre, op: r.op}
 	p.asks.put(pending)
-	return pending, nil
+	return pending, true, nil
+}
+
+// newAsk makes the ask for a request; open is how many asks for places wait.
+func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval, open int) (nucleus.AskRequest, error) {
+	ask := nucleus.AskRequest{
+		ID: nucleus.NewID("a-"), Pod: p.record.ID, Workspace: p.record.Spec.Workspace, Session: p.record.Session, Boot: p.record.Boot,
+		Requester: r.caller.KeyID, Action: pre.action, Digest: pre.digest, Salt: pre.salt[:],
+		Policy: p.digest, Rule: needed.decision.Rule, Why: needed.decision.Why, Context: needed.context,
+		Tier: string(p.record.Tier), Mode: string(p.record.Spec.Mode), Detail: pre.detail, Evidence: p.root.shown(), Nonce: nucleus.NewID("n-"),
+	}
+	signed := r.signed
+	if host, port, placed := pre.action.Place(); placed {
+		if open >= maxOpenAsks {
+			return ask, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
+				Message: fmt.Sprintf("%s; %d asks of this session wait for a person, no more at once", needed.decision.Why, open)}
+		}
+		detail, err := n.placeDetail(ctx, p, r, pre.action)
+		if err != nil {
+			return ask, err
+		}
+		ask.Detail = append(detail, pre.detail...)
+		ask.Passage = &nucleus.Passage{Host: host, Port: port, Exposure: needed.beside | nucleus.WayOut, Millis: passageLife.Milliseconds()}
+	}
+	if r.attempt != nil {
+		// What is granted is the place: what the gateway saw of the first request is told in
+		// the detail.
+		ask.Action.Fetch = nil
+		var err error
+		if ask.Digest, err = ask.Action.Digest(pre.salt); err != nil {
+			return ask, err
+		}
+		if signed, err = p.signature(ctx, *r.attempt); err != nil {
+			return ask, err
+		}
+	}
+	var err error
+	if ask.Request, err = json.Marshal(signed); err != nil {
+		return ask, err
+	}
+	now := n.config.Now()
+	ask.Created, ask.Expires = now.UnixMilli(), now.Add(askLife).UnixMilli()
+	return ask, nil
 }
 
 func sameAction(a, b nucleus.Action) bool {
@@ -185,13 +316,13 @@ func authorityFailure(err error) error {
 	return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority cannot be reached: %v (start it with: nucleus-authority serve)", err)
 }
 
-func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reason string) error {
+func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reason string) (*nucleus.Error, error) {
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalDeny, Op: r.op,
 		Digest: pending.ask.Digest, Verdict: nucleus.Deny, Rule: pending.ask.Rule, Ask: pending.ask.ID, Status: state,
 		Data: data(map[string]any{"reason": cut(reason, 1000)}),
 	}); err != nil {
-		return logFailure(err)
+		return nil, logFailure(err)
 	}
 	message := "the person said no"
 	if state == approvals.Expired {
@@ -200,29 +331,44 @@ func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reaso
 	if reason != "" {
 		message += ": " + reason
 	}
-	return &nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Rule: pending.ask.Rule, Ask: pending.ask.ID, Message: message}
+	return &nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Rule: pending.ask.Rule, Ask: pending.ask.ID, Message: message}, nil
 }
 
-// useGrant uses a grant up durably, before the effect, once. The caller holds the
-// session's mutex.
-func (n *Node) useGrant(p *Pod, a *approved, permit string) error {
+// useGrant uses a grant up durably, before the effect, once. One for a place opens its
+// passage, which lets a through; another is good for this effect alone. The caller
+// holds the session's mutex.
+func (n *Node) useGrant(p *Pod, a *approved, action nucleus.Action, permit string, now time.Time) (*passage, error) {
+	if err := p.root.admits(a.ask, action); err != nil {
+		return nil, err
+	}
 	err := n.spent.Use(a.grant)
 	if errors.Is(err, spent.ErrUsed) {
-		return nucleus.Errorf(nucleus.KindRefused, "grant %s was used before", a.grant.ID)
+		return nil, nucleus.Errorf(nucleus.KindRefused, "grant %s was used before", a.grant.ID)
 	}
 	if err != nil {
-		return nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: grant %s cannot be used up: %v", a.grant.ID, err)
+		return nil, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: grant %s cannot be used up: %v", a.grant.ID, err)
+	}
+	opened := passage{used: used{a.ask.ID, a.grant.ID, a.token}}
+	values := map[string]any{"token": a.token}
+	if q := a.ask.Passage; q != nil {
+		opened.op, opened.host, opened.port, opened.exposure = action.Op, q.Host, q.Port, q.Exposure
+		opened.until = now.UnixMilli() + min(q.Millis, passageLife.Milliseconds())
+		values["passage"] = map[string]any{"host": q.Host, "port": q.Port, "exposure": q.Exposure.Names(), "until_ms": opened.until}
 	}
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: a.grant.Approver, Kind: nucleus.KindApprovalUse, Op: a.grant.Op,
-		Digest: a.grant.Digest, Ask: a.ask.ID, Grants: []string{a.grant.ID}, Permit: permit, Data: data(map[string]any{"token": a.token}),
+		Digest: a.grant.Digest, Ask: a.ask.ID, Grants: []string{a.grant.ID}, Permit: permit, Data: data(values),
 	}); err != nil {
-		return logFailure(err)
+		return nil, logFailure(err)
 	}
-	p.used.Store(permit, &a.ask)
+	if a.ask.Passage != nil {
+		p.root.passages = append(p.root.passages, opened)
+	} else {
+		p.used.Store(permit, &a.ask)
+	}
 	// For the authority's record; the grant is used up whether it hears of it or not.
 	go n.reportUse(a.grant.ID)
-	return nil
+	return &opened, nil
 }
 
 func (n *Node) reportUse(grant string) {

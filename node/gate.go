@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 
+	"cal/approval"
 	"cal/egress"
 	"cal/nucleus"
 )
@@ -15,13 +16,14 @@ type gate Node
 // fetchPermit marks the context of a web_fetch that has been decided: its first
 // request is this one, and only this one.
 type fetchPermit struct {
-	url string
+	url   string
+	grant string
 }
 
 type fetchKey struct{}
 
-func withFetch(ctx context.Context, url string) context.Context {
-	return context.WithValue(ctx, fetchKey{}, fetchPermit{url})
+func withFetch(ctx context.Context, url, grant string) context.Context {
+	return context.WithValue(ctx, fetchKey{}, fetchPermit{url, grant})
 }
 
 func (g *gate) Decide(ctx context.Context, a egress.Attempt) (egress.Ruling, error) {
@@ -30,62 +32,38 @@ func (g *gate) Decide(ctx context.Context, a egress.Attempt) (egress.Ruling, err
 	if err != nil {
 		return egress.Ruling{}, err
 	}
-	literals := p.policy.Literals(a.Host, a.Port)
+	ruling := egress.Ruling{Verdict: nucleus.Allow, Literals: p.policy.Literals(a.Host, a.Port)}
 	if permitted, ok := ctx.Value(fetchKey{}).(fetchPermit); ok && permitted.url == a.URL {
-		return egress.Ruling{Verdict: nucleus.Allow, Rule: "web_fetch", Literals: literals}, nil
+		ruling.Rule, ruling.Grant = "web_fetch", permitted.grant
+		return ruling, nil
 	}
-	decision, err := n.decideConnect(p, a)
-	if err != nil {
-		return egress.Ruling{}, err
+	permit, err := n.connect(ctx, p, a)
+	if err == nil {
+		ruling.Rule, ruling.Grant = permit.Rule, grantOf(permit)
+		return ruling, nil
 	}
-	return egress.Ruling{Verdict: decision.Verdict, Rule: decision.Rule, Message: decision.Why, Literals: literals}, nil
+	e := nucleus.AsError(err)
+	refused := egress.Ruling{Verdict: nucleus.Deny, Rule: e.Rule, Message: e.Message, Ask: e.Ask}
+	switch e.Kind {
+	case nucleus.KindDenied, nucleus.KindRefused:
+		return refused, nil
+	case nucleus.KindApproval:
+		refused.Verdict = nucleus.Ask
+		return refused, nil
+	}
+	return egress.Ruling{}, err
 }
 
-// decideConnect judges a connection, takes its legs and records it, in the
-// critical section of the session.
-func (n *Node) decideConnect(p *Pod, a egress.Attempt) (nucleus.Decision, error) {
-	action := connectAction(a)
-	salt := nucleus.NewSalt()
-	digest, err := action.Digest(salt)
+// grantOf names the grant that a permit stands on, for the record.
+func grantOf(permit nucleus.Permit) string {
+	if len(permit.Grants) == 0 {
+		return ""
+	}
+	grant, err := approval.Claims(permit.Grants[0])
 	if err != nil {
-		return nucleus.Decision{}, err
+		return "" // it was verified when it was used
 	}
-	p.root.mu.Lock()
-	defer p.root.mu.Unlock()
-	decision := p.policy.Decide(action, nucleus.Context{
-		Exposure: p.root.exposure, UntrustedRepo: p.record.Untrusted,
-		Contained: p.record.Spec.Mode == nucleus.Contained, UnixMilli: n.config.Now().UnixMilli(),
-	})
-	entry := nucleus.Entry{
-		Pod: p.record.ID, Session: p.record.Session, Actor: "machine", Kind: nucleus.KindIntent, Op: action.Op, Digest: digest,
-		Args: data(action), Verdict: decision.Verdict, Rule: decision.Rule, Data: data(map[string]any{"attempt": a.ID}),
-	}
-	if decision.Verdict == nucleus.Allow {
-		if err := n.expose(p, decision.Takes, string(action.Op)+" "+a.Host); err != nil {
-			return decision, err
-		}
-		if err := n.salts.Put(a.ID, salt); err != nil {
-			return decision, err
-		}
-	} else {
-		entry.Status = nucleus.OutcomeRefused
-	}
-	entry.Exposure = p.root.exposure.Names()
-	_, err = n.append(entry)
-	return decision, err
-}
-
-func connectAction(a egress.Attempt) nucleus.Action {
-	if a.Via == egress.ViaFetch { // a further hop of a fetch
-		return nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Method: a.Method, URL: a.URL, Host: a.Host, Port: a.Port, Path: a.Path}}
-	}
-	if a.Method != "" && a.Method != "CONNECT" { // plain HTTP: the gateway sees inside
-		return nucleus.Action{
-			Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: a.Host, Port: a.Port},
-			Fetch: &nucleus.Fetch{Method: a.Method, URL: a.URL, Host: a.Host, Port: a.Port, Path: a.Path},
-		}
-	}
-	return nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: a.Host, Port: a.Port}}
+	return grant.ID
 }
 
 func (g *gate) Refused(_ context.Context, a egress.Attempt, why *nucleus.Error) {
@@ -98,7 +76,7 @@ func (g *gate) Refused(_ context.Context, a egress.Attempt, why *nucleus.Error) 
 
 func (g *gate) Opened(_ context.Context, a egress.Attempt, addr netip.AddrPort) error {
 	_, err := (*Node)(g).log.Append(nucleus.Entry{
-		Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressOpen, Op: a.Op(),
+		Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressOpen, Op: a.Op(), Grants: grants(a),
 		Data: data(map[string]any{"attempt": a.ID, "via": a.Via, "host": a.Host, "port": a.Port, "address": addr.String()}),
 	})
 	return err
@@ -110,7 +88,14 @@ func (g *gate) Closed(a egress.Attempt, sent, received int64, cause error) {
 		values["error"] = cut(cause.Error(), 500)
 	}
 	n := (*Node)(g)
-	n.note(nucleus.Entry{Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressClose, Op: a.Op(), Data: data(values)})
+	n.note(nucleus.Entry{Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressClose, Op: a.Op(), Grants: grants(a), Data: data(values)})
+}
+
+func grants(a egress.Attempt) []string {
+	if a.Grant == "" {
+		return nil
+	}
+	return []string{a.Grant}
 }
 
 func (g *gate) ModelCall(_ context.Context, call egress.ModelCall) error {

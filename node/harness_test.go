@@ -58,6 +58,7 @@ type host struct {
 	repo     func(*inside, *wire.Stream, guest.RepoCall) bool // true: answered
 	boot     func(*inside, *nucleus.BootReply) bool           // false: no answer
 	attach   func() error
+	sign     func(*inside, guest.SignCall) guest.SignReply // nil: as guest.Proxy does
 }
 
 type clock struct {
@@ -362,7 +363,8 @@ type inside struct {
 	mu      sync.Mutex
 	session *wire.Session
 	seqs    map[uint64]bool
-	acted   []nucleus.Permit // in order
+	acted   []nucleus.Permit          // in order
+	asked   map[string]guest.SignCall // by connection: what its program asks for
 }
 
 // callInside is one call that reached the machine.
@@ -536,9 +538,70 @@ func (m *inside) serve(session *wire.Session) {
 				m.call(stream)
 			case guest.StreamRepo:
 				m.repo(stream)
+			case guest.StreamSign:
+				m.signConnection(stream)
 			}
 		})
 	}
+}
+
+// program opens one connection of a program in the machine that asks for host and port.
+func (m *inside) program(kind, host string, port int) *wire.Stream {
+	m.host.t.Helper()
+	id := rand.Text()
+	m.mu.Lock()
+	if m.asked == nil {
+		m.asked = map[string]guest.SignCall{}
+	}
+	m.asked[id] = guest.SignCall{Connection: id, Host: host, Port: port}
+	m.mu.Unlock()
+	var stream *wire.Stream
+	eventually(m.host.t, "a node takes the stream", func() (ok bool) {
+		m.mu.Lock()
+		session := m.session
+		m.mu.Unlock()
+		var err error
+		stream, err = session.Open(m.host.context(), kind, guest.Connection{ID: id})
+		return err == nil
+	})
+	m.host.t.Cleanup(func() { stream.Close() })
+	stream.SetDeadline(time.Now().Add(patience))
+	return stream
+}
+
+func (m *inside) signConnection(stream *wire.Stream) {
+	var call guest.SignCall
+	if err := nucleus.Strict(stream.Header, &call); err != nil {
+		return
+	}
+	m.host.mu.Lock()
+	own := m.host.sign
+	m.host.mu.Unlock()
+	if own != nil {
+		stream.SendJSON(wire.FrameResult, own(m, call))
+		return
+	}
+	m.mu.Lock()
+	asked := m.asked[call.Connection] == call
+	delete(m.asked, call.Connection)
+	m.mu.Unlock()
+	if !asked {
+		stream.SendJSON(wire.FrameResult, guest.SignReply{Error: nucleus.Errorf(nucleus.KindForbidden, "nobody asked for %+v", call)})
+		return
+	}
+	stream.SendJSON(wire.FrameResult, m.statement(m.key, m.boot.Pod, nucleus.NetConnect, call.Host, call.Port))
+}
+
+func (m *inside) statement(key ed25519.PrivateKey, pod string, op nucleus.Op, host string, port int) guest.SignReply {
+	signer := wire.Signer{KeyID: m.boot.Boot, Ed25519: key, Now: m.host.clock.now}
+	body, err := nucleus.Canonical(nucleus.Connect{Host: host, Port: port})
+	if err == nil {
+		var signed wire.SignedRequest
+		if signed, err = signer.Statement(http.MethodPost, "http://nucleus/v1/pods/"+pod+"/tools/"+string(op), pod, body); err == nil {
+			return guest.SignReply{Request: &signed}
+		}
+	}
+	return guest.SignReply{Error: nucleus.AsError(err)}
 }
 
 func (m *inside) call(stream *wire.Stream) {

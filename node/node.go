@@ -123,7 +123,7 @@ func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
 }
 
 // keepLog publishes the log for other programs once a second, and takes it up again
-// when it had to refuse entries and can be written once more.
+// when it had to refuse entries and can be written once more. It ends passages too.
 func (n *Node) keepLog(ctx context.Context) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -133,6 +133,7 @@ func (n *Node) keepLog(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
+		n.endPassages()
 		err := n.log.Publish()
 		if errors.Is(err, audit.ErrFailed) {
 			if err = n.log.Reopen(); err == nil {

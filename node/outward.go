@@ -51,7 +51,7 @@ func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepare
 	}
 	pre.action.Push = &nucleus.Push{Repo: repo.Name, Remote: git.WithoutCredentials(url), Ref: ref, Old: old, New: commit}
 	pre.detail = pushDetail(ctx, q, repo.Base, old, commit)
-	pre.effect = func(ctx context.Context) (json.RawMessage, error) {
+	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
 		if err := q.Push(ctx, url, commit, ref, old); err != nil {
 			return nil, nucleus.Errorf(nucleus.KindFailed, "%v", err)
 		}
@@ -120,7 +120,7 @@ func (n *Node) preparePR(ctx context.Context, p *Pod, raw []byte, pre *prepared)
 		return nucleus.Errorf(nucleus.KindInvalid, "create_pr: %s was handed over from a detached HEAD: name the base", repo.Name)
 	}
 	pre.action.PR = &nucleus.PR{Repository: owner, API: n.config.GitHub.api(), Base: base, Head: repo.Branch, HeadID: commit, Title: args.Title, Body: args.Body}
-	pre.effect = func(ctx context.Context) (json.RawMessage, error) {
+	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
 		current, err := p.readRepo(repo.Name)
 		if err != nil {
 			return nil, err
@@ -142,9 +142,9 @@ func (n *Node) prepareFetch(p *Pod, raw []byte, pre *prepared) error {
 		return nucleus.Errorf(nucleus.KindInvalid, "web_fetch: %v", err)
 	}
 	pre.action.Fetch = &fetch
-	pre.effect = func(ctx context.Context) (json.RawMessage, error) {
+	pre.effect = func(ctx context.Context, permit nucleus.Permit) (json.RawMessage, error) {
 		peer := egress.Peer{Pod: p.record.ID, Session: p.record.Session}
-		result, err := n.gateway.Fetch(withFetch(ctx, fetch.URL), peer, fetch, []byte(args.Body))
+		result, err := n.gateway.Fetch(withFetch(ctx, fetch.URL, grantOf(permit)), peer, fetch, []byte(args.Body))
 		if err != nil {
 			var refused *nucleus.Error
 			if errors.As(err, &refused) {

@@ -260,7 +260,7 @@ func (p *Pod) open() error {
 	p.root = root
 	p.mu.Unlock()
 	start := policy.Start(nucleus.Context{Contained: p.record.Spec.Mode == nucleus.Contained, UntrustedRepo: p.record.Untrusted})
-	if err := p.root.grow(start, func(leg string) nucleus.Evidence {
+	if err := p.root.grow(start, false, func(leg string) nucleus.Evidence {
 		return nucleus.Evidence{Seq: p.node.log.Size(), Leg: leg, What: "contained mode: the agent reads without asking"}
 	}); err != nil {
 		return err
@@ -590,9 +590,9 @@ func (p *Pod) acceptStreams(session *wire.Session) {
 		case guest.StreamAPI:
 			api.serve(stream)
 		case guest.StreamSOCKS:
-			go p.node.gateway.ServeSOCKS(ctx, stream, peer)
+			go p.node.gateway.ServeSOCKS(ctx, stream, peerOf(peer, stream))
 		case guest.StreamHTTP:
-			go p.node.gateway.ServeProxy(ctx, stream, peer)
+			go p.node.gateway.ServeProxy(ctx, stream, peerOf(peer, stream))
 		case guest.StreamModel:
 			go p.serveModel(ctx, stream, peer)
 		default:
@@ -600,6 +600,16 @@ func (p *Pod) acceptStreams(session *wire.Session) {
 			stream.Close()
 		}
 	}
+}
+
+// peerOf is peer with the machine's own name of a connection; one that has none can be
+// refused, and not asked for.
+func peerOf(peer egress.Peer, stream *wire.Stream) egress.Peer {
+	var header guest.Connection
+	if err := nucleus.Strict(stream.Header, &header); err == nil {
+		peer.Stream = header.ID
+	}
+	return peer
 }
 
 func (p *Pod) serveModel(ctx context.Context, conn net.Conn, peer egress.Peer) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"time"
 
+	"cal/egress"
 	"cal/guest"
 	"cal/guest/tools"
 	"cal/nucleus"
@@ -22,6 +23,8 @@ type request struct {
 	call   guest.Call    // terminal and streaming; Op and Permit are filled in here
 	stream *wire.Stream  // where frames of a running command go and come from; nil: none
 	laps   *laps
+
+	attempt *egress.Attempt // a connection of a program: nobody signed for it yet, and nobody waits
 }
 
 // prepared is a request with its arguments resolved and, for an effect on the host,
@@ -31,7 +34,7 @@ type prepared struct {
 	salt   nucleus.Salt
 	digest string
 	detail []nucleus.Detail
-	effect func(context.Context) (json.RawMessage, error) // on the host; nil: in the machine
+	effect func(context.Context, nucleus.Permit) (json.RawMessage, error) // on the host; nil: in the machine
 }
 
 // The one path that a request takes:
@@ -44,8 +47,7 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 	}
 	r.laps.lap("resolve")
 	permit, err := n.decide(p, r, pre, nil)
-	var needed *needsApproval
-	if errors.As(err, &needed) {
+	if needed := needsOf(err); needed != nil {
 		permit, pre, err = n.approve(ctx, p, r, pre, needed)
 	}
 	if err != nil {
@@ -116,38 +118,61 @@ func (n *Node) prepareInGuest(ctx context.Context, p *Pod, r request, args []byt
 type needsApproval struct {
 	decision nucleus.Decision
 	context  nucleus.Context
+	beside   nucleus.Legs // what the session had taken by anything but passages
 }
 
 func (*needsApproval) Error() string { return "an approval is needed" }
 
+// needsOf is err as an approval that is needed, or nil.
+func needsOf(err error) *needsApproval {
+	var needed *needsApproval
+	errors.As(err, &needed)
+	return needed
+}
+
+// context is what a decision about the pod depends on now. The caller holds the
+// session's mutex.
+func (p *Pod) context(now time.Time) nucleus.Context {
+	return nucleus.Context{
+		Exposure: p.root.exposure, UntrustedRepo: p.record.Untrusted, Contained: p.record.Spec.Mode == nucleus.Contained, UnixMilli: now.UnixMilli(),
+	}
+}
+
 // decide is the critical section of a root session: decide, use up the grant, add
-// the legs, append the intent. approval is nil on the first pass; an ask then comes
-// back as *needsApproval. A grant that was given is judged against what holds now.
+// the legs, append the intent. approval is nil on the first pass; an ask for which no
+// passage is open then comes back as *needsApproval. A grant that was given is judged
+// against what holds now.
 func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucleus.Permit, error) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	now := n.config.Now()
-	state := nucleus.Context{
-		Exposure: p.root.exposure, UntrustedRepo: p.record.Untrusted, Contained: p.record.Spec.Mode == nucleus.Contained, UnixMilli: now.UnixMilli(),
-	}
+	state := p.context(now)
 	decision := p.policy.Decide(pre.action, state)
-	if decision.Verdict == nucleus.Ask && approval == nil {
-		return nucleus.Permit{}, &needsApproval{decision, state}
+	open := p.root.passage(pre.action, now)
+	if decision.Verdict == nucleus.Ask && open == nil && approval == nil {
+		return nucleus.Permit{}, &needsApproval{decision, state, p.root.beside()}
 	}
 	permit := nucleus.Permit{
 		ID: nucleus.NewID("r-"), Pod: p.record.ID, Boot: p.record.Boot, Session: p.record.Session,
 		Op: r.op, Digest: pre.digest, Salt: pre.salt[:], Verdict: decision.Verdict, Rule: decision.Rule, Context: state,
 		Issued: now.UnixMilli(), Expires: now.Add(permitLife).UnixMilli(), Requester: r.caller.KeyID,
 	}
+	if r.attempt != nil {
+		permit.ID = r.attempt.ID
+	}
 	r.laps.lap("decide")
 	entry := n.intent(p, r, pre, permit.ID, decision)
+	_, _, placed := pre.action.Place()
 	switch decision.Verdict {
 	case nucleus.Allow:
 	case nucleus.Ask:
-		if err := n.useGrant(p, approval, permit.ID); err != nil {
-			return permit, err
+		if open == nil {
+			var err error
+			if open, err = n.useGrant(p, approval, pre.action, permit.ID, now); err != nil {
+				return permit, err
+			}
 		}
-		permit.Grants, entry.Grants, entry.Ask = []string{approval.token}, []string{approval.grant.ID}, approval.ask.ID
+		permit.Grants, entry.Grants, entry.Ask = []string{open.used.token}, []string{open.used.grant}, open.used.ask
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
 		if _, err := n.append(entry); err != nil {
@@ -155,7 +180,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 		}
 		return permit, &nucleus.Error{Kind: nucleus.KindDenied, Operation: r.op, Rule: decision.Rule, Message: decision.Why}
 	}
-	if err := n.expose(p, decision.Takes, string(r.op)+" "+describe(pre.action)); err != nil {
+	if err := n.expose(p, decision.Takes, placed && decision.Verdict == nucleus.Ask, string(r.op)+" "+describe(pre.action)); err != nil {
 		return permit, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()
@@ -165,7 +190,9 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 	if _, err := n.append(entry); err != nil {
 		return permit, logFailure(err)
 	}
-	permit.Seq = p.nextSeq()
+	if r.attempt == nil {
+		permit.Seq = p.nextSeq()
+	}
 	return permit, nil
 }
 
@@ -173,10 +200,14 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 const permitLife = 30 * time.Second
 
 func (n *Node) intent(p *Pod, r request, pre prepared, permit string, d nucleus.Decision) nucleus.Entry {
-	return nucleus.Entry{
+	e := nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
 		Digest: pre.digest, Args: data(pre.action), Verdict: d.Verdict, Rule: d.Rule, Permit: permit, Exposure: p.root.exposure.Names(),
 	}
+	if r.attempt != nil { // its outcome is the opening and closing of connections
+		e.Actor, e.Permit, e.Data = "machine", "", data(map[string]any{"attempt": r.attempt.ID})
+	}
+	return e
 }
 
 // refuseUnresolved records a request whose arguments stand for nothing.
@@ -210,7 +241,7 @@ func shownArgs(raw json.RawMessage) json.RawMessage {
 func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit nucleus.Permit) (json.RawMessage, *nucleus.Signed, error) {
 	if pre.effect != nil {
 		started := n.config.Now()
-		value, err := pre.effect(ctx)
+		value, err := pre.effect(ctx, permit)
 		return value, n.hostOutcome(p, permit, value, err, started), err
 	}
 	signed, err := nucleus.Sign(n.key, nucleus.DomainPermit, permit)

@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"sync"
 
-	"cal/egress"
 	"cal/internal/durable"
 	"cal/nucleus"
 )
@@ -19,11 +18,14 @@ type rootSession struct {
 	mu       sync.Mutex
 	file     string
 	exposure nucleus.Legs
+	through  nucleus.Legs       // of the exposure: what passages alone have taken
 	evidence []nucleus.Evidence // which entry took each leg
+	passages []passage          // see passage.go
 }
 
 type exposureFile struct {
 	Legs     []string           `json:"legs"`
+	Through  []string           `json:"through,omitempty"`
 	Evidence []nucleus.Evidence `json:"evidence,omitempty"`
 }
 
@@ -42,44 +44,60 @@ func openSession(workspaceDir string) (*rootSession, error) {
 	if s.exposure, err = nucleus.LegsOf(stored.Legs); err != nil {
 		return nil, fmt.Errorf("%s: %w", s.file, err)
 	}
+	if s.through, err = nucleus.LegsOf(stored.Through); err != nil {
+		return nil, fmt.Errorf("%s: %w", s.file, err)
+	}
 	s.evidence = stored.Evidence
 	return s, nil
 }
 
-// grow adds legs durably. The caller holds the mutex and has not acted yet.
-func (s *rootSession) grow(takes nucleus.Legs, evidence func(leg string) nucleus.Evidence) error {
-	fresh := takes &^ s.exposure
+// beside is what the session has taken by anything but passages.
+func (s *rootSession) beside() nucleus.Legs { return s.exposure &^ s.through }
+
+// grow adds legs durably, through a passage or not. The caller holds the mutex and has
+// not acted yet.
+func (s *rootSession) grow(takes nucleus.Legs, passage bool, evidence func(leg string) nucleus.Evidence) error {
+	known := s.beside()
+	if passage {
+		known = s.exposure
+	}
+	fresh := takes &^ known
 	if fresh == 0 {
 		return nil
+	}
+	through := s.through &^ fresh
+	if passage {
+		through = s.through | fresh
 	}
 	grown := append([]nucleus.Evidence(nil), s.evidence...)
 	for _, leg := range fresh.Names() {
 		grown = append(grown, evidence(leg))
 	}
-	stored := exposureFile{Legs: (s.exposure | fresh).Names(), Evidence: grown}
+	stored := exposureFile{Legs: (s.exposure | fresh).Names(), Through: through.Names(), Evidence: grown}
 	if err := durable.Store(s.file, stored); err != nil {
 		return fmt.Errorf("recording the exposure: %w", err)
 	}
 	s.exposure |= fresh
+	s.through = through
 	s.evidence = grown
 	return nil
 }
 
+// bothLegs are what must not meet without a person.
+const bothLegs = nucleus.Private | nucleus.Untrusted
+
 // expose adds legs to the session of a pod. Once private data and untrusted content
-// have met, connections that were opened before lose their right and are closed. The
-// caller holds the session's mutex.
-func (n *Node) expose(p *Pod, takes nucleus.Legs, what string) error {
-	const both = nucleus.Private | nucleus.Untrusted
-	met := p.root.exposure.Has(both)
-	if err := p.root.grow(takes, func(leg string) nucleus.Evidence {
+// have met, and when passages end by it, connections that were let in before lose their
+// right and are closed. The caller holds the session's mutex.
+func (n *Node) expose(p *Pod, takes nucleus.Legs, passage bool, what string) error {
+	met, beside := p.root.exposure.Has(bothLegs), p.root.beside()
+	if err := p.root.grow(takes, passage, func(leg string) nucleus.Evidence {
 		return nucleus.Evidence{Seq: n.log.Size(), Leg: leg, What: what}
 	}); err != nil {
 		return err
 	}
-	if !met && p.root.exposure.Has(both) {
-		n.gateway.CloseAll(egress.Peer{Pod: p.record.ID, Session: p.record.Session}, func(a egress.Attempt) bool {
-			return a.Via == egress.ViaModel // named by the person at launch
-		})
+	if !met && p.root.exposure.Has(bothLegs) || p.root.beside() != beside {
+		n.closeUncovered(p)
 	}
 	return nil
 }

@@ -416,3 +416,40 @@ func TestGlobIsLinear(t *testing.T) {
 		t.Error("blocked without reason")
 	}
 }
+
+// A name that a pattern lets through is not one that the policy's writer wrote.
+func TestNamesHost(t *testing.T) {
+	t.Parallel()
+	load := func(hosts string) *Policy {
+		t.Helper()
+		p, err := Load("p", []byte(`{"operations":{"net_connect":"always"},"hosts":`+hosts+`}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	named := load(`{"only":[{"host":"*.example.org","port":443},{"host":"example.com","port":443},{"host":"10.0.0.0/8","port":443},{"host":"api.example.com","port":443,"methods":["GET"],"path":"/a"}]}`)
+	for _, c := range []struct {
+		p    *Policy
+		host string
+		port int
+		want bool
+	}{
+		{named, "example.com", 443, true},
+		{named, "api.example.com", 443, true},
+		{named, "example.com", 80, false},
+		{named, "secret.example.org", 443, false},
+		{named, "example.org", 443, false},
+		{named, "x.example.com", 443, false},
+		{named, "Example.com", 443, false},
+		{named, "example.com.", 443, false},
+		{named, "10.0.0.1", 443, false}, // an address is not looked up anyway
+		{named, "", 443, false},
+		{load(`"any"`), "example.com", 443, false},
+		{load(`{"only":[]}`), "example.com", 443, false},
+	} {
+		if got := c.p.NamesHost(c.host, c.port); got != c.want {
+			t.Errorf("%q port %d: %v, want %v", c.host, c.port, got, c.want)
+		}
+	}
+}

@@ -335,6 +335,21 @@ func (p *Policy) Literals(host string, port int) []netip.Prefix {
 	return literals
 }
 
+// NamesHost reports whether a rule opens port of this very name, not by a pattern: to
+// ask a resolver for it tells nobody anything that the policy's writer did not write.
+func (p *Policy) NamesHost(host string, port int) bool {
+	asked, ok := readPeer(host)
+	if !ok || asked.addr.IsValid() {
+		return false
+	}
+	for i := range p.hosts.only {
+		if r := &p.hosts.only[i]; !r.wild && r.opens(asked, port) {
+			return true
+		}
+	}
+	return false
+}
+
 // TrustedRules lists the host rules that count on no leg, one line each: they
 // are assumptions of whoever wrote the policy, and are shown as such.
 func (p *Policy) TrustedRules() []string {

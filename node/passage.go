@@ -1,0 +1,268 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+
+	"cal/egress"
+	"cal/guest"
+	"cal/nucleus"
+	"cal/wire"
+)
+
+// A grant for net_connect or web_fetch is for a place: an operation, a host and a port.
+// It is used up like every other, once and durably, before anything happens; what its use
+// opens is a passage, which the session's further requests to that place go through. A
+// passage is in this node's memory alone. It ends with the node, so that a restart, or a
+// crash, asks anew; when the session takes private data or untrusted content by anything but
+// a passage that the person was not told of; and when its time has passed. Connections that
+// went through it end with it.
+
+// passage is one open passage of a session.
+type passage struct {
+	op       nucleus.Op
+	host     string
+	port     int
+	exposure nucleus.Legs // as far as the session may have gone beside its passages
+	until    int64        // unix milliseconds
+	used     used
+}
+
+// used is a grant that was used up, and for what.
+type used struct{ ask, grant, token string }
+
+// passageLife is how long a passage stands at most.
+const passageLife = time.Hour
+
+// passage returns the open passage that a goes through, nil for none. The caller holds
+// the session's mutex.
+func (s *rootSession) passage(a nucleus.Action, now time.Time) *passage {
+	host, port, placed := a.Place()
+	for i := range s.passages {
+		p := &s.passages[i]
+		if placed && p.op == a.Op && p.host == host && p.port == port && s.stands(p, now) {
+			return p
+		}
+	}
+	return nil
+}
+
+// open reports whether a passage lets a through now.
+func (s *rootSession) open(a nucleus.Action, now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.passage(a, now) != nil
+}
+
+func (s *rootSession) stands(p *passage, now time.Time) bool {
+	return now.UnixMilli() < p.until && !s.beyond(p.exposure)
+}
+
+// beyond reports whether the session has taken more, beside its passages, than a person
+// was told.
+func (s *rootSession) beyond(told nucleus.Legs) bool { return s.beside()&bothLegs&^told != 0 }
+
+// admits says why a passage asked for by ask does not let a through. The caller holds the
+// session's mutex.
+func (s *rootSession) admits(ask nucleus.AskRequest, a nucleus.Action) error {
+	host, port, placed := a.Place()
+	q := ask.Passage
+	switch {
+	case !placed && q == nil:
+		return nil
+	case !placed || q == nil || ask.Action.Op != a.Op || q.Host != host || q.Port != port:
+		return &nucleus.Error{Kind: nucleus.KindRefused, Operation: a.Op, Ask: ask.ID, Message: fmt.Sprintf("the grant for %s is not for %s to %s port %d", ask.ID, a.Op, host, port)}
+	case s.beyond(q.Exposure):
+		return &nucleus.Error{Kind: nucleus.KindRefused, Operation: a.Op, Ask: ask.ID, Message: "the session has taken more than the person was told: ask again"}
+	}
+	return nil
+}
+
+// closeUncovered forgets the passages that have ended and closes every connection which
+// would not be let in now. The caller holds the session's mutex.
+func (n *Node) closeUncovered(p *Pod) {
+	now := n.config.Now()
+	var standing []passage
+	for i := range p.root.passages {
+		if p.root.stands(&p.root.passages[i], now) {
+			standing = append(standing, p.root.passages[i])
+		}
+	}
+	p.root.passages = standing
+	state := p.context(now)
+	n.gateway.CloseAll(egress.Peer{Pod: p.record.ID, Session: p.record.Session}, func(a egress.Attempt) bool {
+		if a.Via == egress.ViaModel {
+			return true // named by the person at launch
+		}
+		action := connectAction(a)
+		switch p.policy.Decide(action, state).Verdict {
+		case nucleus.Allow:
+			return true
+		case nucleus.Ask:
+			return p.root.passage(action, now) != nil
+		}
+		return false
+	})
+}
+
+// endPassages closes what went through passages whose time has passed.
+func (n *Node) endPassages() {
+	n.mu.Lock()
+	pods := n.podList()
+	n.mu.Unlock()
+	for _, p := range pods {
+		p.mu.Lock()
+		root := p.root
+		p.mu.Unlock()
+		if root == nil {
+			continue
+		}
+		root.mu.Lock()
+		for i := range root.passages {
+			if !root.stands(&root.passages[i], n.config.Now()) {
+				n.closeUncovered(p)
+				break
+			}
+		}
+		root.mu.Unlock()
+	}
+}
+
+// maxOpenAsks is how many places a session asks for at once: a program that tries one
+// name after the other does not fill the person's queue.
+const maxOpenAsks = 16
+
+// askPatience is how long a connection waits for the asking: a refusal is no hang.
+const askPatience = 3 * time.Second
+
+// connect is the path of a connection that a program in the machine opens: the same as
+// of every request, but nobody waits for the person.
+func (n *Node) connect(ctx context.Context, p *Pod, a egress.Attempt) (nucleus.Permit, error) {
+	r := request{caller: wire.Caller{KeyID: p.record.Boot, Role: wire.AgentRole, Pod: p.record.ID}, attempt: &a}
+	pre := prepared{action: connectAction(a), salt: nucleus.NewSalt()}
+	r.op = pre.action.Op
+	var err error
+	if pre.digest, err = pre.action.Digest(pre.salt); err != nil {
+		return nucleus.Permit{}, err
+	}
+	permit, err := n.decide(p, r, pre, nil)
+	if needed := needsOf(err); needed != nil {
+		ctx, cancel := context.WithTimeout(ctx, askPatience)
+		defer cancel()
+		permit, _, err = n.approve(ctx, p, r, pre, needed)
+	}
+	return permit, err
+}
+
+// connectArgs are the arguments of a net_connect: what the machine signs for.
+func connectArgs(host string, port int) []byte {
+	raw, err := nucleus.Canonical(nucleus.Connect{Host: host, Port: port})
+	if err != nil {
+		panic(err) // a host in the gateway's spelling and a number
+	}
+	return raw
+}
+
+func connectAction(a egress.Attempt) nucleus.Action {
+	fetch := &nucleus.Fetch{Method: a.Method, URL: a.URL, Host: a.Host, Port: a.Port, Path: a.Path}
+	if a.Via == egress.ViaFetch {
+		return nucleus.Action{Op: nucleus.WebFetch, Fetch: fetch}
+	}
+	action := nucleus.Action{Op: nucleus.NetConnect, Args: nucleus.SHA256(connectArgs(a.Host, a.Port)), Connect: &nucleus.Connect{Host: a.Host, Port: a.Port}}
+	if a.Method != "" { // plain HTTP: the gateway sees inside
+		action.Fetch = fetch
+	}
+	return action
+}
+
+// signature is the machine's word that a program in it asked for what the gateway
+// understood on a connection.
+func (p *Pod) signature(ctx context.Context, a egress.Attempt) (*wire.SignedRequest, error) {
+	session, err := p.wire()
+	if err != nil {
+		return nil, err
+	}
+	stream, err := session.Open(ctx, guest.StreamSign, guest.SignCall{Connection: a.Stream, Host: a.Host, Port: a.Port})
+	if err != nil {
+		return nil, p.lost(err)
+	}
+	defer stream.Close()
+	stop := context.AfterFunc(ctx, func() { stream.Close() })
+	defer stop()
+	var reply guest.SignReply
+	if err := stream.RecvJSON(wire.FrameResult, 64<<10, &reply); err != nil {
+		return nil, p.lost(err)
+	}
+	if reply.Error != nil {
+		return nil, reply.Error
+	}
+	if err := p.checkSignature(reply.Request, a); err != nil {
+		return nil, nucleus.Errorf(nucleus.KindForbidden, "what the machine signed for a connection: %v", err)
+	}
+	return reply.Request, nil
+}
+
+func (p *Pod) checkSignature(signed *wire.SignedRequest, a egress.Attempt) error {
+	if signed == nil {
+		return fmt.Errorf("nothing")
+	}
+	if err := signed.Verify(wire.Key{ID: p.record.Boot, Ed25519: p.record.OutcomeKey}); err != nil {
+		return err
+	}
+	target := fmt.Sprintf("http://%s/v1/pods/%s/tools/%s", authority, p.record.ID, nucleus.NetConnect)
+	if signed.Method != http.MethodPost || signed.TargetURI != target || signed.Pod != p.record.ID || string(signed.Body) != string(connectArgs(a.Host, a.Port)) {
+		return fmt.Errorf("it is %s %s for pod %s", signed.Method, signed.TargetURI, signed.Pod)
+	}
+	return nil
+}
+
+// placeDetail is what is known of a place before anything is sent there.
+func (n *Node) placeDetail(ctx context.Context, p *Pod, r request, a nucleus.Action) ([]nucleus.Detail, error) {
+	host, port, _ := a.Place()
+	addresses, err := n.addressesOf(ctx, p, host, port)
+	if err != nil {
+		return nil, err
+	}
+	details := []nucleus.Detail{{Title: "addresses of " + host, Text: addresses}}
+	if r.attempt == nil {
+		return details, nil
+	}
+	text := "a program in the machine opens a connection, by " + string(r.attempt.Via)
+	if r.attempt.Method != "" {
+		text = "a program in the machine asks, in plain HTTP:\n" + r.attempt.Method + " " + cut(r.attempt.URL, 2000)
+	}
+	return append(details, nucleus.Detail{Title: "first request", Text: text}), nil
+}
+
+const lookupPatience = time.Second
+
+// addressesOf says where host leads. A name that the policy does not name is not looked
+// up: what a guest chose freely, a name server of the guest's would hear. A place that the
+// gateway never dials is an error: there is nothing to ask for.
+func (n *Node) addressesOf(ctx context.Context, p *Pod, host string, port int) (string, error) {
+	if _, err := netip.ParseAddr(host); err != nil && !p.policy.NamesHost(host, port) {
+		return "not looked up before it is granted: the policy does not name this host, and the question to a name server would carry the name out", nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookupPatience)
+	defer cancel()
+	addrs, err := n.gateway.Lookup(ctx, host, p.policy.Literals(host, port))
+	if err != nil {
+		e := nucleus.AsError(err)
+		if e.Kind == nucleus.KindDenied {
+			return "", e
+		}
+		return "not known now: " + cut(e.Message, 300), nil
+	}
+	var lines []string
+	for _, a := range addrs {
+		lines = append(lines, a.String())
+	}
+	if len(addrs) == 1 && addrs[0].String() == host {
+		return host + ", as asked for", nil
+	}
+	return strings.Join(lines, "\n") + "\n(now; each connection looks it up anew)", nil
+}
