@@ -115,7 +115,7 @@ func (g *Gateway) fetch(ctx context.Context, peer Peer, f nucleus.Fetch, body []
 	return result, nil
 }
 
-func (g *Gateway) exchange(p *passage, f nucleus.Fetch, body []byte) (*FetchResult, error) {
+func (g *Gateway) exchange(p *crossing, f nucleus.Fetch, body []byte) (*FetchResult, error) {
 	req, err := http.NewRequestWithContext(p.ctx, f.Method, f.URL, bytes.NewReader(body))
 	if err != nil {
 		return nil, err

@@ -185,22 +185,22 @@ type Gateway struct {
 	now      func() time.Time
 	limits   Limits
 
-	mu       sync.Mutex
-	passages map[*passage]struct{}
-	streams  map[string]int // open streams by pod
+	mu        sync.Mutex
+	crossings map[*crossing]struct{}
+	streams   map[string]int // open streams by pod
 }
 
 // New returns a gateway.
 func New(c Config) *Gateway {
 	g := &Gateway{
-		gate:     c.Gate,
-		resolver: c.Resolver,
-		dialer:   c.Dialer,
-		roots:    c.Roots,
-		now:      c.Now,
-		limits:   c.Limits.withDefaults(),
-		passages: map[*passage]struct{}{},
-		streams:  map[string]int{},
+		gate:      c.Gate,
+		resolver:  c.Resolver,
+		dialer:    c.Dialer,
+		roots:     c.Roots,
+		now:       c.Now,
+		limits:    c.Limits.withDefaults(),
+		crossings: map[*crossing]struct{}{},
+		streams:   map[string]int{},
 	}
 	if g.gate == nil {
 		g.gate = closedGate{}
@@ -236,7 +236,7 @@ func (closedGate) Opened(context.Context, Attempt, netip.AddrPort) error { retur
 func (closedGate) Closed(a Attempt, sent, received int64, err error)     {}
 func (closedGate) ModelCall(ctx context.Context, call ModelCall) error   { return errNoGate }
 
-// CloseAll ends the peer's passages for which keep returns false (all, if keep
+// CloseAll ends the peer's crossings for which keep returns false (all, if keep
 // is nil) and returns their number; a Peer without Session means every session
 // of the pod. An attempt that is being decided meanwhile is decided again, so
 // that no ruling from before the call lives on after it. It waits for nothing
@@ -245,7 +245,7 @@ func (g *Gateway) CloseAll(peer Peer, keep func(Attempt) bool) int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	n := 0
-	for p := range g.passages {
+	for p := range g.crossings {
 		if p.Pod != peer.Pod || peer.Session != "" && p.Session != peer.Session {
 			continue
 		}

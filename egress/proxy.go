@@ -97,7 +97,7 @@ func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, peer Peer) {
 	p.end(err)
 }
 
-func (g *Gateway) roundTrip(w http.ResponseWriter, r *http.Request, t target, p *passage, control *http.ResponseController) error {
+func (g *Gateway) roundTrip(w http.ResponseWriter, r *http.Request, t target, p *crossing, control *http.ResponseController) error {
 	out, err := http.NewRequestWithContext(p.ctx, r.Method, t.String(), nil)
 	if err != nil {
 		writeRefusal(w, refuse(nucleus.KindInvalid, ruleName, "%v", err))

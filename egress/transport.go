@@ -11,8 +11,8 @@ import (
 // maxAnswerHead bounds the head of a response, in bytes.
 const maxAnswerHead = 256 << 10
 
-// transport sends one request over the passage's connection and over no other.
-func (p *passage) transport(g *Gateway) *http.Transport {
+// transport sends one request over the crossing's connection and over no other.
+func (p *crossing) transport(g *Gateway) *http.Transport {
 	conn := make(chan net.Conn, 1)
 	conn <- p.conn
 	return &http.Transport{
@@ -26,7 +26,7 @@ func (p *passage) transport(g *Gateway) *http.Transport {
 			case c := <-conn:
 				return c, nil
 			default:
-				return nil, errors.New("a passage has one connection")
+				return nil, errors.New("a crossing has one connection")
 			}
 		},
 	}

@@ -22,7 +22,7 @@ var past = time.Unix(1, 0)
 // ended, then closes guest and ends p. from holds what was already read from
 // guest. Whatever ends p early ends the reads and writes on guest by their
 // deadline; it is closed when nobody uses it any more.
-func (p *passage) tunnel(guest net.Conn, from *bufio.Reader) {
+func (p *crossing) tunnel(guest net.Conn, from *bufio.Reader) {
 	defer guest.Close()
 	detach := context.AfterFunc(p.ctx, func() { guest.SetDeadline(past) })
 	defer detach()
@@ -52,7 +52,7 @@ func (p *passage) tunnel(guest net.Conn, from *bufio.Reader) {
 }
 
 // outward checks the first bytes and forwards them and all that follows.
-func (p *passage) outward(guest net.Conn, from *bufio.Reader) error {
+func (p *crossing) outward(guest net.Conn, from *bufio.Reader) error {
 	if p.Port == httpsPort {
 		if err := p.readUntil(guest, time.Now().Add(p.g.limits.Handshake)); err != nil {
 			return err
@@ -74,7 +74,7 @@ func (p *passage) outward(guest net.Conn, from *bufio.Reader) error {
 	return err
 }
 
-func (p *passage) forwardHello(guest net.Conn, from io.Reader) error {
+func (p *crossing) forwardHello(guest net.Conn, from io.Reader) error {
 	if err := p.readUntil(guest, time.Now().Add(p.g.limits.Handshake)); err != nil {
 		return err
 	}
@@ -93,7 +93,7 @@ func (p *passage) forwardHello(guest net.Conn, from io.Reader) error {
 }
 
 // readUntil sets a deadline without undoing the one that ends p.
-func (p *passage) readUntil(guest net.Conn, deadline time.Time) error {
+func (p *crossing) readUntil(guest net.Conn, deadline time.Time) error {
 	guest.SetReadDeadline(deadline)
 	return context.Cause(p.ctx)
 }

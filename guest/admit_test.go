@@ -435,3 +435,93 @@ func TestOutcomeIsSignedInAnyLanguage(t *testing.T) {
 		}
 	}
 }
+
+const placePolicy = `{"operations":{"read_files":"always","web_fetch":"ask"},"paths":{"roots":"any"},"hosts":{"only":[{"host":"example.org","port":443},{"host":"example.org","port":8443},{"host":"other.example","port":443}]}}`
+
+// A grant for a place opens it here too: for every request there, for its time, and while
+// this proxy has served no more than the person was told.
+func TestPassage(t *testing.T) {
+	fetch := func(host string, port int, path string) nucleus.Action {
+		return nucleus.Action{Op: nucleus.WebFetch, Args: nucleus.SHA256([]byte(path)), Fetch: &nucleus.Fetch{Method: "GET", URL: "https://" + host + path, Host: host, Port: port, Path: path}}
+	}
+	type state struct {
+		*lock
+		ask   nucleus.AskRequest
+		token string
+	}
+	open := func() *state {
+		t.Helper()
+		l := newLock(t)
+		l.p.boot.Policy = json.RawMessage(placePolicy)
+		if err := l.p.adopt(); err != nil {
+			t.Fatal(err)
+		}
+		action := fetch("example.org", 443, "/a")
+		permit := l.permit(action)
+		ask := l.ask(permit, action)
+		ask.Passage = &nucleus.Passage{Host: "example.org", Port: 443, Exposure: nucleus.WayOut, Millis: approval.MaxPassage}
+		return &state{l, ask, l.token(ask)}
+	}
+	call := func(s *state, action nucleus.Action) Call {
+		permit := s.permit(action)
+		permit.Verdict, permit.Grants = nucleus.Ask, []string{s.token}
+		permit.Issued = s.p.clock.now()
+		permit.Expires = permit.Issued + 30_000
+		return Call{Op: action.Op, Permit: s.sign(permit), Ask: &s.ask}
+	}
+	admitted := func(what string, s *state, action nucleus.Action) {
+		t.Helper()
+		if _, e := s.p.admit(call(s, action), &action); e != nil {
+			t.Errorf("%s: %+v", what, e)
+		}
+	}
+	refused := func(what string, s *state, action nucleus.Action, text string) {
+		t.Helper()
+		s.refused(what, call(s, action), &action, text)
+	}
+
+	s := open()
+	for _, path := range []string{"/a", "/b", "/c?d=e"} {
+		admitted(path, s, fetch("example.org", 443, path))
+	}
+	refused("another port", s, fetch("example.org", 8443, "/a"), "leads to")
+	refused("another host", s, fetch("other.example", 443, "/a"), "leads to")
+	if got := s.p.served.exposure; got != nucleus.Untrusted|nucleus.WayOut || s.p.served.through != got {
+		t.Errorf("exposure %v, through passages %v", got.Names(), s.p.served.through.Names())
+	}
+	// What was fetched through it does not end it; a private file does.
+	admitted("before the file", s, fetch("example.org", 443, "/a"))
+	read := readAction("a")
+	if _, e := s.p.admit(Call{Op: read.Op, Permit: s.sign(s.permit(read))}, &read); e != nil {
+		t.Fatal(e)
+	}
+	refused("after a private file", s, fetch("example.org", 443, "/a"), "taken less")
+
+	s = open()
+	admitted("at first", s, fetch("example.org", 443, "/a"))
+	s.p.clock.observe(s.p.clock.now() + approval.MaxPassage - 60_000)
+	admitted("after 59 minutes", s, fetch("example.org", 443, "/a"))
+	s.p.clock.observe(s.p.clock.now() + 60_000)
+	refused("after an hour", s, fetch("example.org", 443, "/a"), "ended")
+
+	// The first use wants a grant that holds, for a passage that makes sense, to where
+	// the request goes.
+	refused("first to another host", open(), fetch("other.example", 443, "/a"), "leads to")
+	for what, change := range map[string]func(*nucleus.AskRequest){
+		"for ever":       func(a *nucleus.AskRequest) { a.Passage.Millis = approval.MaxPassage + 1 },
+		"to another":     func(a *nucleus.AskRequest) { a.Passage.Host = "other.example" },
+		"of another pod": func(a *nucleus.AskRequest) { a.Pod = "p-2" },
+		"of a boot":      func(a *nucleus.AskRequest) { a.Boot = "b-2" },
+	} {
+		s := open()
+		passage := *s.ask.Passage
+		s.ask.Passage = &passage
+		change(&s.ask)
+		refused(what+", changed by the node", s, fetch("example.org", 443, "/a"), "the machine refuses")
+		s.token = s.lock.token(s.ask)
+		refused(what+", granted so", s, fetch("example.org", 443, "/a"), "the machine refuses")
+	}
+	s = open()
+	s.p.clock.observe(s.ask.Expires)
+	refused("used too late", s, fetch("example.org", 443, "/a"), "grant")
+}

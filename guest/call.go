@@ -123,33 +123,91 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, call Call, action nucleus.Act
 		e.Operation, e.Rule = action.Op, own.Rule
 		return e
 	}
+	passage := false
 	if permit.Verdict == nucleus.Ask {
-		if e := p.checkGrants(permit, call); e != nil {
+		if e := p.checkGrants(permit, call, action); e != nil {
 			return e
 		}
+		passage = call.Ask.Passage != nil
 	}
-	p.served.exposure |= own.Takes
+	p.served.take(own.Takes, passage)
 	return nil
 }
 
 // checkGrants verifies the approvers' own signatures: the node cannot make one.
-func (p *Proxy) checkGrants(permit nucleus.Permit, call Call) *nucleus.Error {
+func (p *Proxy) checkGrants(permit nucleus.Permit, call Call, action nucleus.Action) *nucleus.Error {
+	refuse := func(format string, args ...any) *nucleus.Error {
+		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: "+format, args...)
+	}
 	if call.Ask == nil || len(permit.Grants) == 0 {
-		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: an approval is needed and the permit holds none")
+		return refuse("an approval is needed and the permit holds none")
 	}
-	ask := *call.Ask
-	if ask.Digest != permit.Digest || ask.Boot != p.boot.Boot || ask.Pod != p.boot.Pod || ask.Action.Op != permit.Op {
-		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: the approval is for something else")
+	ask, token := *call.Ask, permit.Grants[0]
+	if ask.Boot != p.boot.Boot || ask.Pod != p.boot.Pod || ask.Action.Op != permit.Op {
+		return refuse("the approval is for something else")
 	}
-	grant, err := approval.Verify(permit.Grants[0], ask, approverKeys(p.boot.Approvers), p.clock.now())
+	if ask.Passage != nil {
+		if open, ok := p.served.passages[token]; ok {
+			return p.served.passes(open, action, p.clock.now())
+		}
+	} else if ask.Digest != permit.Digest {
+		return refuse("the approval is for something else")
+	}
+	grant, err := approval.Verify(token, ask, approverKeys(p.boot.Approvers), p.clock.now())
 	if err != nil {
-		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: grant: %v", err)
+		return refuse("grant: %v", err)
 	}
 	if p.served.grants[grant.ID] {
-		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: grant %s was used before", grant.ID)
+		return refuse("grant %s was used before", grant.ID)
+	}
+	if ask.Passage != nil {
+		if err := approval.Check(ask); err != nil {
+			return refuse("%v", err)
+		}
+		open := opened{permit.Op, *ask.Passage, p.clock.now() + ask.Passage.Millis}
+		if e := p.served.passes(open, action, p.clock.now()); e != nil {
+			return e
+		}
+		p.served.passages[token] = open
 	}
 	p.served.grants[grant.ID] = true
 	return nil
+}
+
+// opened is a passage that a grant opened here.
+type opened struct {
+	op      nucleus.Op
+	passage nucleus.Passage
+	until   int64 // of the boot's clock
+}
+
+// passes says why a passage does not let action through: it leads elsewhere, its time
+// has passed, or this proxy itself has served more, beside passages, than the person was told.
+func (s *servedState) passes(o opened, action nucleus.Action, now int64) *nucleus.Error {
+	const both = nucleus.Private | nucleus.Untrusted
+	refuse := func(format string, args ...any) *nucleus.Error {
+		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: "+format, args...)
+	}
+	host, port, placed := action.Place()
+	switch {
+	case !placed || action.Op != o.op || host != o.passage.Host || port != o.passage.Port:
+		return refuse("the passage leads to %s port %d by %s", o.passage.Host, o.passage.Port, o.op)
+	case now >= o.until:
+		return refuse("the passage ended %d ms ago", now-o.until)
+	case s.exposure&^s.through&both&^o.passage.Exposure != 0:
+		return refuse("the passage is for a session that has taken less")
+	}
+	return nil
+}
+
+// take adds legs, through a passage or not.
+func (s *servedState) take(takes nucleus.Legs, passage bool) {
+	if passage {
+		s.through |= takes &^ s.exposure
+	} else {
+		s.through &^= takes
+	}
+	s.exposure |= takes
 }
 
 // fresh reports whether seq was never seen, and remembers it. Numbers arrive

@@ -67,7 +67,9 @@ type servedState struct {
 	seqs     map[uint64]bool
 	floor    uint64 // every sequence at or below it was seen
 	exposure nucleus.Legs
-	grants   map[string]bool // used
+	through  nucleus.Legs      // of the exposure: what passages alone have taken
+	grants   map[string]bool   // used
+	passages map[string]opened // by the token that opened each
 }
 
 // Run serves the machine over conn until its node has been gone for a minute.
@@ -152,7 +154,7 @@ func (p *Proxy) adopt() error {
 	}
 	p.clock.observe(p.boot.UnixMilli)
 	_, p.key, err = ed25519.GenerateKey(rand.Reader)
-	p.served = servedState{seqs: map[uint64]bool{}, grants: map[string]bool{}}
+	p.served = servedState{seqs: map[uint64]bool{}, grants: map[string]bool{}, passages: map[string]opened{}}
 	return err
 }
 

@@ -348,7 +348,7 @@ func (n *Node) useGrant(p *Pod, a *approved, action nucleus.Action, permit strin
 	if err != nil {
 		return nil, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: grant %s cannot be used up: %v", a.grant.ID, err)
 	}
-	opened := passage{used: used{a.ask.ID, a.grant.ID, a.token}}
+	opened := passage{used: used{&a.ask, a.grant.ID, a.token}}
 	values := map[string]any{"token": a.token}
 	if q := a.ask.Passage; q != nil {
 		opened.op, opened.host, opened.port, opened.exposure = action.Op, q.Host, q.Port, q.Exposure
@@ -363,8 +363,6 @@ func (n *Node) useGrant(p *Pod, a *approved, action nucleus.Action, permit strin
 	}
 	if a.ask.Passage != nil {
 		p.root.passages = append(p.root.passages, opened)
-	} else {
-		p.used.Store(permit, &a.ask)
 	}
 	// For the authority's record; the grant is used up whether it hears of it or not.
 	go n.reportUse(a.grant.ID)

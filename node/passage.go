@@ -33,7 +33,10 @@ type passage struct {
 }
 
 // used is a grant that was used up, and for what.
-type used struct{ ask, grant, token string }
+type used struct {
+	ask          *nucleus.AskRequest
+	grant, token string
+}
 
 // passageLife is how long a passage stands at most.
 const passageLife = time.Hour

@@ -409,6 +409,8 @@ func (c *tunnel) lives(t testing.TB, when string) {
 func TestPassageEndsWithExposure(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, withAuthority)
+	h.node.stopKeeping() // at once, not with the next look at the clock
+	h.node.serving.Wait()
 	site, other := newWeb(t, "127.0.0.1"), newWeb(t, "127.0.0.1")
 	p := h.private("", connects(ordinary, site, other))
 	first := h.asks(h.get(p, site)).Ask

@@ -53,6 +53,7 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 	if err != nil {
 		return nil, err
 	}
+	defer p.used.Delete(permit.ID)
 	r.laps.lap("log")
 	value, outcome, err := n.act(ctx, p, r, pre, permit)
 	r.laps.lap("act")
@@ -172,7 +173,10 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 				return permit, err
 			}
 		}
-		permit.Grants, entry.Grants, entry.Ask = []string{open.used.token}, []string{open.used.grant}, open.used.ask
+		permit.Grants, entry.Grants, entry.Ask = []string{open.used.token}, []string{open.used.grant}, open.used.ask.ID
+		if r.attempt == nil {
+			p.used.Store(permit.ID, open.used.ask)
+		}
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
 		if _, err := n.append(entry); err != nil {

@@ -33,10 +33,10 @@ const (
 	maxDecisions = 4 // of one attempt, when rulings are withdrawn meanwhile
 )
 
-// passage is one attempt on its way from decision to end. Closing is by its
+// crossing is one attempt on its way from decision to end. Closing is by its
 // context alone: whoever cancels it ends the connection, and its owner, the
 // goroutine that opened it, then calls end.
-type passage struct {
+type crossing struct {
 	Attempt
 	g      *Gateway
 	outer  context.Context // of the stream
@@ -48,13 +48,13 @@ type passage struct {
 }
 
 // open is the one way out: decide, resolve, check, record, dial. The caller
-// ends the passage. The error says what the guest is told.
-func (g *Gateway) open(ctx context.Context, a Attempt) (*passage, *refusal) {
+// ends the crossing. The error says what the guest is told.
+func (g *Gateway) open(ctx context.Context, a Attempt) (*crossing, *refusal) {
 	a.ID = nucleus.NewID("eg-")
 	inner, cancel := context.WithCancelCause(ctx)
-	p := &passage{Attempt: a, g: g, outer: ctx, ctx: inner, cancel: cancel}
+	p := &crossing{Attempt: a, g: g, outer: ctx, ctx: inner, cancel: cancel}
 	g.mu.Lock()
-	g.passages[p] = struct{}{}
+	g.crossings[p] = struct{}{}
 	g.mu.Unlock()
 
 	ruling, refused := p.decide()
@@ -88,14 +88,14 @@ func unavailable(cause error, format string, args ...any) *refusal {
 }
 
 // forget ends what never had a connection.
-func (p *passage) forget() {
+func (p *crossing) forget() {
 	p.cancel(nil)
 	p.g.mu.Lock()
-	delete(p.g.passages, p)
+	delete(p.g.crossings, p)
 	p.g.mu.Unlock()
 }
 
-func (p *passage) decide() (Ruling, *refusal) {
+func (p *crossing) decide() (Ruling, *refusal) {
 	ctx, cancel := context.WithTimeout(p.ctx, p.g.limits.Decide)
 	defer cancel()
 	for range maxDecisions {
@@ -118,7 +118,7 @@ func (p *passage) decide() (Ruling, *refusal) {
 	return Ruling{}, unavailable(nil, "%s could not be decided: the ruling was withdrawn %d times", p.place(), maxDecisions)
 }
 
-func (p *passage) place() string { return joinHostPort(p.Host, p.Port) }
+func (p *crossing) place() string { return joinHostPort(p.Host, p.Port) }
 
 // refusalOf returns nil for a ruling that allows, and for nothing else.
 func refusalOf(r Ruling, place string) *refusal {
@@ -140,7 +140,7 @@ func refusalOf(r Ruling, place string) *refusal {
 }
 
 // connect resolves, checks, and dials what was checked.
-func (p *passage) connect(ruling Ruling) *refusal {
+func (p *crossing) connect(ruling Ruling) *refusal {
 	ctx, cancel := context.WithTimeout(p.ctx, p.g.limits.Dial)
 	defer cancel()
 	addrs, refused := p.g.addresses(ctx, p.Host, ruling.Literals)
@@ -238,9 +238,9 @@ func failed(cause error, doing string) *refusal {
 	return &refusal{nucleus.Errorf(kind, "%s: %v", doing, reason), cause}
 }
 
-// reason is why the passage ended: the word of whoever closed it goes before
+// reason is why the crossing ended: the word of whoever closed it goes before
 // the error that its owner saw from that.
-func (p *passage) reason(err error) error {
+func (p *crossing) reason(err error) error {
 	cause := context.Cause(p.ctx)
 	if errors.Is(cause, os.ErrDeadlineExceeded) && p.outer.Err() != nil {
 		return context.Cause(p.outer) // which set the deadline
@@ -251,16 +251,16 @@ func (p *passage) reason(err error) error {
 	return err
 }
 
-// end closes the passage's connection and reports it; err is what its owner saw.
-func (p *passage) end(err error) {
+// end closes the crossing's connection and reports it; err is what its owner saw.
+func (p *crossing) end(err error) {
 	err = p.reason(err)
 	p.conn.stop()
 	p.forget()
 	p.g.gate.Closed(p.Attempt, p.conn.sent.Load(), p.conn.received.Load(), err)
 }
 
-// meteredConn is the outer side of a passage. It counts bytes, and ends the
-// passage when none has moved for the idle limit.
+// meteredConn is the outer side of a crossing. It counts bytes, and ends the
+// crossing when none has moved for the idle limit.
 type meteredConn struct {
 	net.Conn
 	sent, received atomic.Int64
@@ -269,7 +269,7 @@ type meteredConn struct {
 	detach         func() bool
 }
 
-func newMeteredConn(conn net.Conn, p *passage) *meteredConn {
+func newMeteredConn(conn net.Conn, p *crossing) *meteredConn {
 	m := &meteredConn{Conn: conn, limit: p.g.limits.Idle}
 	m.idle = time.AfterFunc(m.limit, func() { p.cancel(errIdle) })
 	m.detach = context.AfterFunc(p.ctx, func() { conn.Close() })
