@@ -153,7 +153,7 @@ func TestSignsForConnection(t *testing.T) {
 func TestSignsNothingElse(t *testing.T) {
 	t.Parallel() // mostly waits
 	f := newForwarder(t)
-	program, _, id := f.program(f.http, plainGet)
+	_, _, id := f.program(f.http, plainGet)
 	asked := SignCall{Connection: id, Host: "example.org", Port: 80}
 	other := asked
 	other.Host = "evil.example"
@@ -187,12 +187,12 @@ func TestSignsNothingElse(t *testing.T) {
 	f.refuses("a second time", asked, "does not ask for")
 
 	// No longer than the connection is open.
-	program, _, id = f.program(f.http, plainGet)
+	program, _, closing := f.program(f.http, plainGet)
 	program.Close()
 	closed := func() bool {
 		f.l.p.asked.mu.Lock()
 		defer f.l.p.asked.mu.Unlock()
-		return f.l.p.asked.conns[id] == nil
+		return f.l.p.asked.conns[closing] == nil
 	}
 	for end := time.Now().Add(patience); !closed(); {
 		if time.Now().After(end) {
@@ -200,7 +200,7 @@ func TestSignsNothingElse(t *testing.T) {
 		}
 		f.refuses("meanwhile, of another", SignCall{Connection: "no-such"}, "no connection")
 	}
-	f.refuses("a closed connection", SignCall{Connection: id, Host: "example.org", Port: 80}, "no connection")
+	f.refuses("a closed connection", SignCall{Connection: closing, Host: "example.org", Port: 80}, "no connection")
 }
 
 // Who sends nothing that the gateway would understand gets nothing signed, and its bytes
