@@ -6,12 +6,14 @@ import (
 	"crypto/ed25519"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -384,7 +386,7 @@ func TestGrantOfAnotherPassage(t *testing.T) {
 // closes fails unless the tunnel ends.
 func (c *tunnel) closes(t testing.TB, when string) {
 	t.Helper()
-	if _, err := io.Copy(io.Discard, c.from); err != nil && strings.Contains(err.Error(), "deadline") {
+	if _, err := io.Copy(io.Discard, c.from); errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("%s: the connection stands", when)
 	}
 }
