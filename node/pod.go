@@ -56,6 +56,8 @@ type Pod struct {
 	approvers map[string][]byte
 	used      sync.Map // permit id -> *nucleus.AskRequest whose grant it used
 
+	fetching sync.Mutex // held while what the workspace keeps of a repository is replaced
+
 	mu      sync.Mutex // of the fields below, and of root and machine while the pod starts
 	session *wire.Session
 	state   string
@@ -374,7 +376,7 @@ func (p *Pod) agentLayers() []guest.AgentLayer {
 	}
 	var layers []guest.AgentLayer
 	for _, l := range p.record.Spec.Agent.Root {
-		layers = append(layers, guest.AgentLayer{Source: guest.AgentDir + l.Guest, Path: l.Guest})
+		layers = append(layers, guest.AgentLayer{Source: nucleus.MachineAgent + l.Guest, Path: l.Guest})
 	}
 	return layers
 }
@@ -411,7 +413,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	stream.SetDeadline(deadline)
 	err = stream.SendJSON(wire.FrameJSON, nucleus.Boot{
 		Pod: p.record.ID, Boot: p.record.Boot, NodeKey: p.node.key.Public().(ed25519.PublicKey),
-		Approvers: p.approvers, Policy: p.record.Policy, UnixMilli: p.node.config.Now().UnixMilli(), Guest: config,
+		Approvers: p.approvers, Policy: p.record.Policy, Time: p.time(), Guest: config,
 	})
 	if err == nil {
 		err = stream.RecvJSON(wire.FrameJSON, 64<<10, &reply)
@@ -427,6 +429,13 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 		return reply, errors.New("the machine sent no outcome key")
 	}
 	return reply, nil
+}
+
+// time is what this node's clocks say, for the machine.
+func (p *Pod) time() nucleus.NodeTime {
+	return nucleus.NodeTime{
+		Epoch: p.record.Epoch, Tick: time.Since(p.node.born).Milliseconds(), UnixMilli: p.node.config.Now().UnixMilli(),
+	}
 }
 
 // waitAsk is how long, in seconds, an agent's call waits for a person.
@@ -674,10 +683,9 @@ func (n *Node) DeletePod(ctx context.Context, actor, id string) error {
 		p.mu.Unlock()
 	}
 	if live {
-		if _, err := n.append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.legs().Names()}); err != nil {
-			return logFailure(err)
+		if err := n.stopDeciding(p, actor); err != nil {
+			return err
 		}
-		p.setState(stateStopped, "")
 	}
 	if !removed { // also what an earlier attempt could not remove
 		if err := n.teardown(p); err != nil {
@@ -693,6 +701,31 @@ func (n *Node) DeletePod(ctx context.Context, actor, id string) error {
 	return nil
 }
 
+// stopDeciding ends what may be decided for a pod, in the critical section in which
+// it is decided: an intent that was allowed stands before pod.stop in the log, or is none.
+func (n *Node) stopDeciding(p *Pod, actor string) error {
+	p.root.mu.Lock()
+	defer p.root.mu.Unlock()
+	if _, err := n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()}); err != nil {
+		return logFailure(err)
+	}
+	p.setState(stateStopped, "")
+	return nil
+}
+
+// ended says why nothing is done any longer for a pod; "" while it lives.
+func (p *Pod) ended() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.state != stateStopped && p.state != stateFailed:
+		return ""
+	case p.reason == "":
+		return fmt.Sprintf("pod %s is %s", p.record.ID, p.state)
+	}
+	return fmt.Sprintf("pod %s is %s: %s", p.record.ID, p.state, p.reason)
+}
+
 // teardown removes the machine and all that was made for it.
 func (n *Node) teardown(p *Pod) error {
 	n.mu.Lock()
@@ -705,6 +738,7 @@ func (n *Node) teardown(p *Pod) error {
 		p.route.Close()
 	}
 	p.disconnect()
+	p.asks.clear()
 	var err error
 	if p.machine != nil {
 		err = p.machine.Destroy(ctx)
