@@ -184,6 +184,9 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if known, ok := p.asks.same(r.op, pre.action, r.caller.KeyID, now.UnixMilli()); ok {
 		return known, nil
 	}
+	if err := pre.sent.await(); err != nil {
+		return pendingAsk{}, n.refuseUnresolved(p, r, err)
+	}
 	signed, err := json.Marshal(r.signed)
 	if err != nil {
 		return pendingAsk{}, err

@@ -47,6 +47,7 @@ type host struct {
 	driver    *fake.Driver
 	authority *authorityStub // nil: none is configured
 	forge     Forge
+	storage   Limits
 	clock     *clock
 	spare     time.Duration // Config.SpareLife
 	node      *Node
@@ -58,6 +59,7 @@ type host struct {
 	repo     func(*inside, *wire.Stream, guest.RepoCall) bool // true: answered
 	boot     func(*inside, *nucleus.BootReply) bool           // false: no answer
 	attach   func() error
+	agent    func(*wire.Stream)
 }
 
 type clock struct {
@@ -124,7 +126,7 @@ func (h *host) open() (*Node, error) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Now: h.clock.now, SpareLife: h.spare}
+	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare}
 	if h.authority != nil {
 		c.Authority = h.authority.socket
 	}
@@ -536,6 +538,11 @@ func (m *inside) serve(session *wire.Session) {
 				m.call(stream)
 			case guest.StreamRepo:
 				m.repo(stream)
+			case guest.StreamAgent:
+				var program guest.AgentProgram
+				if m.host.agent != nil && stream.RecvJSON(wire.FrameJSON, 1<<20, &program) == nil {
+					m.host.agent(stream)
+				}
 			}
 		})
 	}
@@ -1012,6 +1019,14 @@ func (r *personRepo) spec(workspace string, policy json.RawMessage) nucleus.PodS
 	spec := specOf(workspace, policy)
 	spec.Repos = []nucleus.Repo{{Name: "app", Path: r.Dir, Branch: "agent/work"}}
 	return spec
+}
+
+// pipe is both ends of a stream of frames.
+func pipe(t testing.TB) (a, b *wire.Stream) {
+	t.Helper()
+	x, y := net.Pipe()
+	t.Cleanup(func() { x.Close(); y.Close() })
+	return wire.NewStream(x), wire.NewStream(y)
 }
 
 // memoryFS is a disk for a log that fails where it is told to.

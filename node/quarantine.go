@@ -27,12 +27,12 @@ import (
 // Limits bound what machines can make the host store, in bytes. 0 is the default.
 type Limits struct {
 	Transfer int64 // one branch on its way
-	Pod      int64 // of one pod: on their way, and kept for pushes that wait for a person
+	Pod      int64 // of one pod: branches on their way, and kept for pushes that wait for a person
 	Node     int64 // of all pods
 }
 
 // The defaults. A branch holds what is new since the commit that was handed over: more
-// than 4 GiB of it is no work of a session. A pod may have one push that waits for a
+// than 4 GiB of it is no work of a session. A pod may have pushes of that size that wait for a
 // person while another branch is taken; several pods share what one disk can spare.
 const (
 	maxTransfer = 4 << 30
@@ -48,30 +48,69 @@ func (l Limits) withDefaults() Limits {
 type storage struct {
 	limits Limits
 
-	mu   sync.Mutex
+	mu      sync.Mutex
+	stored  tally // on its way or waiting
+	waiting tally // for a person
+}
+
+// tally is bytes by pod.
+type tally struct {
 	all  int64
 	pods map[string]int64
 }
 
-// charge adds bytes to a pod, or takes them away. What would exceed a limit is refused.
-func (s *storage) charge(pod string, bytes int64) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+func (t *tally) add(pod string, bytes int64) {
+	if t.pods == nil {
+		t.pods = map[string]int64{}
+	}
+	t.all += bytes
+	if t.pods[pod] += bytes; t.pods[pod] == 0 {
+		delete(t.pods, pod)
+	}
+}
+
+// within refuses bytes that would make a pod, or all of them, exceed their limit.
+func (t *tally) within(pod string, bytes int64, l Limits) error {
+	const what = "would keep more than %d bytes in quarantine; pushes that wait for an answer count (cal approve)"
 	switch {
 	case bytes <= 0:
-	case s.pods[pod]+bytes > s.limits.Pod:
-		return nucleus.Errorf(nucleus.KindTooLarge, "pod %s would keep more than %d bytes in quarantine: pushes that wait for an answer count (cal approve)", pod, s.limits.Pod)
-	case s.all+bytes > s.limits.Node:
-		return nucleus.Errorf(nucleus.KindTooLarge, "all pods together would keep more than %d bytes in quarantine: pushes that wait for an answer count (cal approve)", s.limits.Node)
-	}
-	if s.pods == nil {
-		s.pods = map[string]int64{}
-	}
-	s.all += bytes
-	if s.pods[pod] += bytes; s.pods[pod] == 0 {
-		delete(s.pods, pod)
+	case t.pods[pod]+bytes > l.Pod:
+		return nucleus.Errorf(nucleus.KindTooLarge, "pod %s "+what, pod, l.Pod)
+	case t.all+bytes > l.Node:
+		return nucleus.Errorf(nucleus.KindTooLarge, "all pods together "+what, l.Node)
 	}
 	return nil
+}
+
+func (s *storage) add(pod string, bytes int64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.stored.within(pod, bytes, s.limits); err != nil {
+		return err
+	}
+	s.stored.add(pod, bytes)
+	return nil
+}
+
+// wait counts bytes as kept for an answer. They leave room for one branch on its way: who
+// comes back for the answer sends its branch again.
+func (s *storage) wait(pod string, bytes int64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	room := s.limits
+	room.Pod, room.Node = room.Pod-room.Transfer, room.Node-room.Transfer
+	if err := s.waiting.within(pod, bytes, room); err != nil {
+		return err
+	}
+	s.waiting.add(pod, bytes)
+	return nil
+}
+
+func (s *storage) remove(pod string, stored, waiting int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stored.add(pod, -stored)
+	s.waiting.add(pod, -waiting)
 }
 
 // transfer is what a machine sent for one request: a bare repository of its own, which
@@ -85,6 +124,7 @@ type transfer struct {
 
 	mu      sync.Mutex
 	holders int
+	waiting int64
 	kept    bool
 }
 
@@ -141,8 +181,25 @@ func (t *transfer) drop() {
 			slog.Error("a quarantine could not be removed; it goes with its pod", "dir", t.Dir, "error", err)
 		}
 	}
-	_ = t.pod.node.storage.charge(t.pod.record.ID, -t.charged) // giving back is never refused
-	t.charged = 0
+	t.pod.node.storage.remove(t.pod.record.ID, t.charged, t.waiting)
+	t.charged, t.waiting = 0, 0
+}
+
+// await counts what was sent as kept for an answer, up to the last drop.
+func (t *transfer) await() error {
+	if t == nil {
+		return nil
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.waiting > 0 {
+		return nil
+	}
+	if err := t.pod.node.storage.wait(t.pod.record.ID, t.charged); err != nil {
+		return err
+	}
+	t.waiting = t.charged
+	return nil
 }
 
 // charge counts bytes that arrive.
@@ -150,7 +207,7 @@ func (t *transfer) charge(bytes int64) error {
 	if t.charged+bytes > t.pod.node.storage.limits.Transfer {
 		return nucleus.Errorf(nucleus.KindTooLarge, "the machine's branch is larger than %d bytes", t.pod.node.storage.limits.Transfer)
 	}
-	if err := t.pod.node.storage.charge(t.pod.record.ID, bytes); err != nil {
+	if err := t.pod.node.storage.add(t.pod.record.ID, bytes); err != nil {
 		return err
 	}
 	t.charged += bytes
