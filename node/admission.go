@@ -20,8 +20,11 @@ func (n *Node) actOnHost(ctx context.Context, p *Pod, r request, pre prepared, p
 	var err error
 	if outcome.Admission, err = n.admission(ctx, p, pre, permit); err != nil {
 		outcome.Status = nucleus.OutcomeRefused
-	} else if value, err = pre.effect(ctx); err != nil {
-		outcome.Status = nucleus.OutcomeFailed
+	} else {
+		if value, err = pre.effect(ctx); err != nil {
+			outcome.Status = nucleus.OutcomeFailed
+		}
+		p.acting.Done()
 	}
 	if err != nil {
 		outcome.Message = cut(err.Error(), 512)
@@ -44,7 +47,7 @@ func (e *notDone) Error() string { return e.why.Error() }
 func (e *notDone) Unwrap() error { return e.why }
 
 // admission is the machine's own word on an effect of the host, whatever it is. The
-// effect may happen where the error is nil.
+// effect has begun where the error is nil: p.acting waits for it.
 func (n *Node) admission(ctx context.Context, p *Pod, pre prepared, permit nucleus.Permit) (*nucleus.Signed, error) {
 	refuse := func(format string, args ...any) *notDone {
 		e := nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: "+format, args...)
@@ -67,7 +70,7 @@ func (n *Node) admission(ctx context.Context, p *Pod, pre prepared, permit nucle
 	if err := result.Outcome.Open(p.record.OutcomeKey, nucleus.DomainOutcome, &said); err != nil || said.Status != nucleus.OutcomeAdmitted {
 		return result.Outcome, refuse("the machine says %q of the permit, want %q", cut(said.Status, 80), nucleus.OutcomeAdmitted)
 	}
-	if why := p.ended(); why != "" {
+	if why := p.beginEffect(); why != "" {
 		return result.Outcome, refuse("%s", why)
 	}
 	return result.Outcome, nil

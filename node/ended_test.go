@@ -3,6 +3,8 @@ package node
 import (
 	"context"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -199,5 +201,50 @@ func TestSessionStartRefused(t *testing.T) {
 				t.Errorf("refusal %+v of %d", refusals[0], starts[0].Seq)
 			}
 		})
+	}
+}
+
+// A push that has begun is not cut off by the end of its pod, which waits for it.
+func TestPodEndWaitsForPush(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("w", pushes), nil)
+	want := h.inside(p).commit("new.txt", "x\n")
+	began, goOn := filepath.Join(person.Remote, "began"), filepath.Join(person.Remote, "go-on")
+	hook := filepath.Join(person.Remote, "hooks", "pre-receive")
+	if err := os.MkdirAll(filepath.Dir(hook), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(hook, []byte("#!/bin/sh\n: >"+began+"\nwhile [ ! -e "+goOn+" ]; do sleep 0.01; done\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	got, ended := make(chan answer, 1), make(chan error, 1)
+	go func() { got <- h.tool(p, nucleus.GitPush, pushTo("agent/work")) }()
+	exists := func(name string) func() bool {
+		return func() bool { _, err := os.Stat(name); return err == nil }
+	}
+	eventually(t, "the push has begun", exists(began))
+	go func() { ended <- h.node.DeletePod(h.context(), "operator", p.record.ID) }()
+	eventually(t, "the pod's end has begun", func() bool { return p.ended() != "" })
+	select {
+	case err := <-ended:
+		t.Fatalf("the pod has ended before its push: %v", err)
+	case a := <-got:
+		t.Fatalf("the push has ended: %v", a)
+	default:
+	}
+	if err := os.WriteFile(goOn, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	(<-got).want(t, "")
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if at := person.at("agent/work"); at != want {
+		t.Errorf("the remote has %q, want %s", at, want)
+	}
+	if outcomes := h.entries(nucleus.KindOutcome, nucleus.GitPush); len(outcomes) != 1 || outcomes[0].Status != nucleus.OutcomeDone {
+		t.Errorf("outcomes %+v", outcomes)
 	}
 }

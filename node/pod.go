@@ -56,7 +56,8 @@ type Pod struct {
 	approvers map[string][]byte
 	used      sync.Map // permit id -> *nucleus.AskRequest whose grant it used
 
-	fetching sync.Mutex // held while what the workspace keeps of a repository is replaced
+	acting   sync.WaitGroup // effects on the host that have begun
+	fetching sync.Mutex     // held while what the workspace keeps of a repository is replaced
 
 	mu      sync.Mutex // of the fields below, and of root and machine while the pod starts
 	session *wire.Session
@@ -713,10 +714,42 @@ func (n *Node) stopDeciding(p *Pod, actor string) error {
 	return nil
 }
 
+// beginEffect lets an effect on the host begin, unless the pod has ended; p.acting is
+// told when it is over. From then on the pod's end waits for it.
+func (p *Pod) beginEffect() (ended string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if ended = p.endedLocked(); ended == "" {
+		p.acting.Add(1)
+	}
+	return ended
+}
+
+// effectPatience is how long the end of a pod waits for an effect that has begun: cut off,
+// nobody could say what came of it.
+const effectPatience = 20 * time.Second
+
+func (p *Pod) awaitEffects() {
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		p.acting.Wait()
+	}()
+	select {
+	case <-over:
+	case <-time.After(effectPatience):
+		slog.Warn("a pod ends before its effects on the host", "pod", p.record.ID)
+	}
+}
+
 // ended says why nothing is done any longer for a pod; "" while it lives.
 func (p *Pod) ended() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	return p.endedLocked()
+}
+
+func (p *Pod) endedLocked() string {
 	switch {
 	case p.state != stateStopped && p.state != stateFailed:
 		return ""
@@ -731,6 +764,7 @@ func (n *Node) teardown(p *Pod) error {
 	n.mu.Lock()
 	delete(n.agents, p.record.Boot)
 	n.mu.Unlock()
+	p.awaitEffects()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	n.gateway.CloseAll(egress.Peer{Pod: p.record.ID, Session: p.record.Session}, nil)
