@@ -776,7 +776,7 @@ func (m *inside) bundle(stream *wire.Stream, b tools.Bundle) (any, error) {
 	result := tools.BundleResult{Ref: ref, Commit: commit}
 	if commit == b.Base {
 		result.Empty = true
-		return result, nil
+		return result, stream.Send(wire.FrameData, nil)
 	}
 	file := m.dir(b.Repo) + ".out"
 	defer os.Remove(file)

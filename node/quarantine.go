@@ -254,6 +254,11 @@ func (t *transfer) take(ctx context.Context, ref string) (commit string, err err
 	if err := in.next(); err != nil {
 		return "", in.explain(err)
 	}
+	if in.ended && in.result == nil { // no piece at all
+		if err := in.next(); err != nil {
+			return "", in.explain(err)
+		}
+	}
 	if in.result == nil {
 		commit, err = t.Take(ctx, in, ref)
 		if err = cmp.Or(in.err, err); err == nil {
