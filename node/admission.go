@@ -66,8 +66,8 @@ func (n *Node) admission(ctx context.Context, p *Pod, pre prepared, permit nucle
 		refused.why.Kind, refused.why.Rule = nucleus.KindForbidden, "second-lock"
 		return result.Outcome, refused
 	}
-	var said nucleus.Outcome
-	if err := result.Outcome.Open(p.record.OutcomeKey, nucleus.DomainOutcome, &said); err != nil || said.Status != nucleus.OutcomeAdmitted {
+	said, err := openOutcome(result.Outcome, p.record.OutcomeKey, permit)
+	if err != nil || said.Status != nucleus.OutcomeAdmitted {
 		return result.Outcome, refuse("the machine says %q of the permit, want %q", cut(said.Status, 80), nucleus.OutcomeAdmitted)
 	}
 	if why := p.beginEffect(); why != "" {

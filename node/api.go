@@ -346,8 +346,7 @@ func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, mac
 			return
 		}
 		if kind == wire.FrameResult {
-			var exit guest.AgentExit
-			switch err := json.Unmarshal(payload, &exit); {
+			switch exit, err := readExit(payload); {
 			case err != nil || tookOver(exit):
 			case exit.Refused && start.Kind != "":
 				n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, exit.Error)

@@ -419,17 +419,10 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	if err == nil {
 		err = stream.RecvJSON(wire.FrameJSON, 64<<10, &reply)
 	}
-	switch {
-	case err != nil:
+	if err != nil {
 		return reply, fmt.Errorf("the machine did not answer its boot frame: %w", err)
-	case reply.Error != "":
-		return reply, fmt.Errorf("the machine refuses to serve: %s", reply.Error)
-	case reply.Version != nucleus.Version:
-		return reply, fmt.Errorf("nucleus-tool-proxy is of version %s, the node of %s", reply.Version, nucleus.Version)
-	case len(reply.OutcomeKey) != ed25519.PublicKeySize:
-		return reply, errors.New("the machine sent no outcome key")
 	}
-	return reply, nil
+	return reply, checkBootReply(reply, p.record.Boot)
 }
 
 // time is what this node's clocks say, for the machine.

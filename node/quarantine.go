@@ -312,6 +312,7 @@ func (r *bundleReader) next() error {
 		if err := json.Unmarshal(payload, r.result); err != nil {
 			r.err = fmt.Errorf("the machine's bundle: its result: %w", err)
 		}
+		r.result.Error = boundedError(r.result.Error)
 	default:
 		r.err = fmt.Errorf("the machine's bundle: frame %q", kind)
 	}

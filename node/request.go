@@ -264,25 +264,8 @@ func (n *Node) permitted(ctx context.Context, p *Pod, header guest.Call, permit 
 	if err != nil {
 		return result, err
 	}
-	return result, p.checkOutcome(result, permit)
-}
-
-// checkOutcome verifies that the machine signed what it says, for this permit.
-func (p *Pod) checkOutcome(result guest.CallResult, permit nucleus.Permit) error {
-	var outcome nucleus.Outcome
-	if result.Outcome == nil {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine signed no outcome")
-	}
-	if err := result.Outcome.Open(p.record.OutcomeKey, nucleus.DomainOutcome, &outcome); err != nil {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome: %v", err)
-	}
-	if outcome.Permit != permit.ID || outcome.Boot != permit.Boot || outcome.Seq != permit.Seq {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome is for another permit")
-	}
-	if len(result.Value) > 0 && outcome.Result != nucleus.SHA256(result.Value) {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome is for another result")
-	}
-	return nil
+	_, err = checkResult(result, p.record.OutcomeKey, permit)
+	return result, err
 }
 
 // recordOutcome is the last step. When it fails the effect has happened and the
@@ -343,7 +326,7 @@ func (p *Pod) call(ctx context.Context, header guest.Call, args guest.CallArgs, 
 			return result, p.lost(err)
 		}
 		if frame == wire.FrameResult {
-			return result, json.Unmarshal(payload, &result)
+			return readResult(payload)
 		}
 		if stream != nil {
 			if err := stream.Send(frame, payload); err != nil {
