@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
@@ -93,5 +94,30 @@ func TestPermitIsFresh(t *testing.T) {
 	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, "")
 	if got := <-heard; got.Tick < before.Tick || got.Epoch != before.Epoch || got.Tick > p.time().Tick {
 		t.Errorf("issued at %+v, between %+v and %+v", got, before, p.time())
+	}
+}
+
+// The person's client follows a node whose clock was set back while both ran.
+func TestClientFollowsEra(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	ctx, stop := context.WithCancel(h.context())
+	served := make(chan error, 1)
+	go func() { served <- h.node.Serve(ctx) }()
+	defer func() { stop(); <-served }()
+	c := client.New(h.node.dirs.Socket(), OperatorKey, h.operator)
+	h.clock.pass(20 * time.Second) // still within the life of a signature
+	eventually(t, "the node serves", func() bool { _, err := c.Pods(ctx); return err == nil })
+	h.clock.pass(-20 * time.Second)
+	if _, err := c.Pods(ctx); err != nil {
+		t.Errorf("after the clock was set back: %v", err)
+	}
+	h.clock.pass(-10 * time.Second)
+	stream, err := c.Agent(ctx, "p-none", client.AgentRequest{})
+	if err == nil {
+		stream.Close()
+	}
+	if err == nil || nucleus.AsError(err).Kind != nucleus.KindNotFound {
+		t.Errorf("a stream after it was set back again: %v, want no such pod", err)
 	}
 }
