@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"cal/guest"
 	"cal/guest/tools"
@@ -297,8 +298,13 @@ type bundleReader struct {
 	err    error         // of the wire or of a limit, not of what was sent
 }
 
+// piecePatience is how long a machine may take for one piece: as long as git may run, here or
+// there.
+const piecePatience = 10 * time.Minute
+
 // next takes one frame.
 func (r *bundleReader) next() error {
+	r.stream.SetReadDeadline(time.Now().Add(piecePatience))
 	kind, payload, err := r.stream.Recv(1 << 20)
 	switch {
 	case err != nil:
