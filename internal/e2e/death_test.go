@@ -278,7 +278,7 @@ func TestAllDieAfterAWrite(t *testing.T) {
 		}
 		victims := append(e.Sandboxes(), run.Cmd.Process.Pid)
 		pid, err := e.NodePID()
-		if err != nil || len(victims) != 2 {
+		if err != nil || len(victims) < 2 {
 			t.Fatalf("round %d: node %v, victims %v", i, err, victims)
 		}
 		name, content := fmt.Sprintf("greeter/written-%d", i), strings.Repeat(random()+"\n", 1+i*400)
