@@ -16,21 +16,31 @@ import (
 	"cal/wire"
 )
 
-// Call is the header of a "call" stream. The arguments follow as FrameJSON; what
+// Call is the header of a "call" stream. CallArgs follow as FrameJSON; what
 // a running command is sent or says passes as frames; FrameResult holds a
 // CallResult. With Resolve there is no permit and nothing is done: the result is
-// the resolved action.
+// the resolved action. An operation that takes effect on the host is judged like any
+// other and not done: the outcome says that it is admitted.
 type Call struct {
-	Resolve  bool                `json:"resolve,omitempty"`
-	Op       nucleus.Op          `json:"op"`
-	Permit   *nucleus.Signed     `json:"permit,omitempty"`
-	Ask      *nucleus.AskRequest `json:"ask,omitempty"` // what the permit's grants were given for
-	Terminal bool                `json:"terminal,omitempty"`
-	Rows     uint16              `json:"rows,omitempty"`
-	Cols     uint16              `json:"cols,omitempty"`
-	Stream   bool                `json:"stream,omitempty"`
-	Stdin    bool                `json:"stdin,omitempty"`
+	Resolve  bool            `json:"resolve,omitempty"`
+	Op       nucleus.Op      `json:"op"`
+	Permit   *nucleus.Signed `json:"permit,omitempty"`
+	Terminal bool            `json:"terminal,omitempty"`
+	Rows     uint16          `json:"rows,omitempty"`
+	Cols     uint16          `json:"cols,omitempty"`
+	Stream   bool            `json:"stream,omitempty"`
+	Stdin    bool            `json:"stdin,omitempty"`
 }
+
+// CallArgs are what a call is made with.
+type CallArgs struct {
+	tools.Args
+	Ask *nucleus.AskRequest `json:"ask,omitempty"` // what the permit's grants were given for
+}
+
+// An action holds what the arguments hold once more, an ask both of them and the
+// request that they came in.
+const maxCallArgs = 6 * tools.MaxArgs
 
 // CallResult ends a call.
 type CallResult struct {
@@ -49,22 +59,26 @@ func (p *Proxy) call(ctx context.Context, stream *wire.Stream) {
 		return
 	}
 	stream.SetReadDeadline(time.Now().Add(bootDeadline))
-	var args tools.Args
-	if err := stream.RecvJSON(wire.FrameJSON, 2*tools.MaxArgs, &args); err != nil {
+	var args CallArgs
+	if err := stream.RecvJSON(wire.FrameJSON, maxCallArgs, &args); err != nil {
 		finish(stream, CallResult{Error: nucleus.Errorf(nucleus.KindInvalid, "arguments: %v", err)})
 		return
 	}
 	stream.SetReadDeadline(time.Time{})
 	if call.Resolve {
-		p.resolve(ctx, stream, call, args)
+		p.resolve(ctx, stream, call, args.Args)
 		return
 	}
-	permit, refusal := p.admit(call, args.Action)
+	permit, refusal := p.admit(call, args.Action, args.Ask)
 	if refusal != nil {
 		finish(stream, p.outcome(permit, CallResult{Error: refusal}, nucleus.OutcomeRefused, 0, time.Now()))
 		return
 	}
-	p.act(ctx, stream, call, args, permit)
+	if call.Op.OnHost() {
+		finish(stream, p.outcome(permit, CallResult{}, nucleus.OutcomeAdmitted, 0, time.Now()))
+		return
+	}
+	p.act(ctx, stream, call, args.Args, permit)
 }
 
 func finish(stream *wire.Stream, result CallResult) {
@@ -75,7 +89,7 @@ func finish(stream *wire.Stream, result CallResult) {
 // admit is the second lock: the permit is the node's, for this boot, unused and
 // in time, for exactly this action; and the policy of the boot, with the legs that
 // this proxy has served itself, allows what the permit says.
-func (p *Proxy) admit(call Call, action *nucleus.Action) (nucleus.Permit, *nucleus.Error) {
+func (p *Proxy) admit(call Call, action *nucleus.Action, ask *nucleus.AskRequest) (nucleus.Permit, *nucleus.Error) {
 	var permit nucleus.Permit
 	refuse := func(format string, args ...any) (nucleus.Permit, *nucleus.Error) {
 		e := nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: "+format, args...)
@@ -89,14 +103,18 @@ func (p *Proxy) admit(call Call, action *nucleus.Action) (nucleus.Permit, *nucle
 		permit = nucleus.Permit{} // nothing in it is known
 		return refuse("permit: %v", err)
 	}
-	p.clock.observe(permit.Issued)
+	age, present := p.clock.age(permit.Issued)
 	switch {
 	case permit.Pod != p.boot.Pod || permit.Boot != p.boot.Boot:
 		return refuse("permit is for pod %s boot %s, this is pod %s boot %s", permit.Pod, permit.Boot, p.boot.Pod, p.boot.Boot)
 	case permit.Op != call.Op || action.Op != call.Op:
 		return refuse("permit is for %s, the call is %s", permit.Op, call.Op)
-	case p.clock.now() > permit.Expires:
-		return refuse("permit expired %d ms ago", p.clock.now()-permit.Expires)
+	case !present:
+		return refuse("permit is of a node of epoch %d, which is not the present one", permit.Issued.Epoch)
+	case permit.Seq>>nucleus.EpochBits != permit.Issued.Epoch:
+		return refuse("permit %d is not of epoch %d", permit.Seq, permit.Issued.Epoch)
+	case age > permit.Life:
+		return refuse("permit is %d ms old, at most %d", age, permit.Life)
 	case len(permit.Salt) != len(nucleus.Salt{}):
 		return refuse("salt of %d bytes", len(permit.Salt))
 	}
@@ -104,10 +122,11 @@ func (p *Proxy) admit(call Call, action *nucleus.Action) (nucleus.Permit, *nucle
 	if err != nil || digest != permit.Digest {
 		return refuse("the permit binds another action")
 	}
-	return permit, p.decideAgain(permit, call, *action)
+	return permit, p.decideAgain(permit, *action, ask, permit.Issued.UnixMilli+age)
 }
 
-func (p *Proxy) decideAgain(permit nucleus.Permit, call Call, action nucleus.Action) *nucleus.Error {
+// decideAgain judges what a permit allows. now is the node's wall clock, as the permit has it.
+func (p *Proxy) decideAgain(permit nucleus.Permit, action nucleus.Action, ask *nucleus.AskRequest, now int64) *nucleus.Error {
 	p.served.mu.Lock()
 	defer p.served.mu.Unlock()
 	if !p.served.fresh(permit.Seq) {
@@ -124,7 +143,7 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, call Call, action nucleus.Act
 		return e
 	}
 	if permit.Verdict == nucleus.Ask {
-		if e := p.checkGrants(permit, call); e != nil {
+		if e := p.checkGrants(permit, ask, now); e != nil {
 			return e
 		}
 	}
@@ -133,15 +152,15 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, call Call, action nucleus.Act
 }
 
 // checkGrants verifies the approvers' own signatures: the node cannot make one.
-func (p *Proxy) checkGrants(permit nucleus.Permit, call Call) *nucleus.Error {
-	if call.Ask == nil || len(permit.Grants) == 0 {
+func (p *Proxy) checkGrants(permit nucleus.Permit, shown *nucleus.AskRequest, now int64) *nucleus.Error {
+	if shown == nil || len(permit.Grants) == 0 {
 		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: an approval is needed and the permit holds none")
 	}
-	ask := *call.Ask
+	ask := *shown
 	if ask.Digest != permit.Digest || ask.Boot != p.boot.Boot || ask.Pod != p.boot.Pod || ask.Action.Op != permit.Op {
 		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: the approval is for something else")
 	}
-	grant, err := approval.Verify(permit.Grants[0], ask, approverKeys(p.boot.Approvers), p.clock.now())
+	grant, err := approval.Verify(permit.Grants[0], ask, approverKeys(p.boot.Approvers), now)
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: grant: %v", err)
 	}

@@ -37,17 +37,45 @@ type pendingAsk struct {
 
 // askBook holds the asks of one pod in memory: an ask dies with its boot.
 type askBook struct {
-	mu   sync.Mutex
-	asks map[string]pendingAsk
+	mu     sync.Mutex
+	asks   map[string]pendingAsk
+	closed bool // the pod has ended
 }
 
 func (b *askBook) put(p pendingAsk) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.closed {
+		return
+	}
 	if b.asks == nil {
 		b.asks = map[string]pendingAsk{}
 	}
+	for id, old := range b.asks { // nobody came back for them
+		if old.ask.Expires <= p.ask.Created {
+			b.remove(id)
+		}
+	}
+	p.pre.sent.hold()
 	b.asks[p.ask.ID] = p
+}
+
+// remove forgets an ask and what was kept for it. The caller holds the mutex.
+func (b *askBook) remove(id string) {
+	if p, ok := b.asks[id]; ok {
+		delete(b.asks, id)
+		p.pre.sent.drop()
+	}
+}
+
+// clear forgets all asks of a pod that has ended.
+func (b *askBook) clear() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	for id := range b.asks {
+		b.remove(id)
+	}
 }
 
 func (b *askBook) get(id string) (pendingAsk, bool) {
@@ -58,12 +86,13 @@ func (b *askBook) get(id string) (pendingAsk, bool) {
 }
 
 // same finds a living ask for the same action, so that an agent
-// that repeats itself does not fill the person's queue.
+// that repeats itself does not fill the person's queue. The caller holds what it keeps.
 func (b *askBook) same(op nucleus.Op, action nucleus.Action, requester string, now int64) (pendingAsk, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, p := range b.asks {
 		if p.op == op && p.ask.Requester == requester && now < p.ask.Expires && sameAction(p.pre.action, action) {
+			p.pre.sent.hold()
 			return p, true
 		}
 	}
@@ -73,45 +102,56 @@ func (b *askBook) same(op nucleus.Op, action nucleus.Action, requester string, n
 func (b *askBook) drop(id string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.asks, id)
+	b.remove(id)
 }
 
 // approve puts the request before a person, waits as long as the caller does, and
-// decides again when a grant arrives.
+// decides again when a grant arrives. What was prepared for the ask comes back with a
+// hold, or nothing.
 func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (nucleus.Permit, prepared, error) {
-	if n.asks == nil || len(p.approvers) == 0 {
+	if !n.canApprove(p) {
 		if err := n.recordUnapproved(p, r, pre, needed); err != nil {
-			return nucleus.Permit{}, pre, err
+			return nucleus.Permit{}, prepared{}, err
 		}
-		return nucleus.Permit{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
+		return nucleus.Permit{}, prepared{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
 			Message: needed.decision.Why + "; nobody could approve when this machine started (cal approve init makes the key)"}
 	}
 	pending, err := n.pendingAsk(ctx, p, r, pre, needed)
 	if err != nil {
-		return nucleus.Permit{}, pre, err
+		return nucleus.Permit{}, prepared{}, err
 	}
+	granted := false
+	defer func() {
+		if !granted {
+			pending.pre.sent.drop()
+		}
+	}()
 	answer, err := n.await(ctx, pending.ask.ID, r.wait)
 	if err != nil {
-		return nucleus.Permit{}, pre, authorityFailure(err)
+		return nucleus.Permit{}, prepared{}, authorityFailure(err)
 	}
 	switch answer.State {
 	case approvals.Granted:
 	case approvals.Denied, approvals.Expired:
 		p.asks.drop(pending.ask.ID)
-		return nucleus.Permit{}, pre, n.recordRefusal(p, r, pending, answer.State, answer.Reason)
+		return nucleus.Permit{}, prepared{}, n.recordRefusal(p, r, pending, answer.State, answer.Reason)
 	default:
-		return nucleus.Permit{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
+		return nucleus.Permit{}, prepared{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
 			Message: needed.decision.Why + "; a person has been asked and has not answered yet; call again to wait on"}
 	}
 	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(p.approvers), n.config.Now().UnixMilli())
 	if err != nil {
-		return nucleus.Permit{}, pre, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
+		return nucleus.Permit{}, prepared{}, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
 	}
 	p.asks.drop(pending.ask.ID)
 	// The values that were approved, not those that were resolved anew for a retry.
+	granted = true
 	permit, err := n.decide(p, r, pending.pre, &approved{pending.ask, grant, answer.Token})
 	return permit, pending.pre, err
 }
+
+// canApprove reports whether anybody could grant anything to this pod.
+func (n *Node) canApprove(p *Pod) bool { return n.asks != nil && len(p.approvers) > 0 }
 
 // recordUnapproved records a request that needed an approval nobody could give.
 func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsApproval) error {
@@ -144,6 +184,9 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if known, ok := p.asks.same(r.op, pre.action, r.caller.KeyID, now.UnixMilli()); ok {
 		return known, nil
 	}
+	if err := pre.sent.await(); err != nil {
+		return pendingAsk{}, n.refuseUnresolved(p, r, err)
+	}
 	signed, err := json.Marshal(r.signed)
 	if err != nil {
 		return pendingAsk{}, err
@@ -165,6 +208,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 		return pendingAsk{}, authorityFailure(err)
 	}
 	pending := pendingAsk{ask: ask, pre: pre, op: r.op}
+	pre.sent.hold()
 	p.asks.put(pending)
 	return pending, nil
 }

@@ -47,6 +47,7 @@ type host struct {
 	driver    *fake.Driver
 	authority *authorityStub // nil: none is configured
 	forge     Forge
+	storage   Limits
 	clock     *clock
 	spare     time.Duration // Config.SpareLife
 	node      *Node
@@ -58,6 +59,7 @@ type host struct {
 	repo     func(*inside, *wire.Stream, guest.RepoCall) bool // true: answered
 	boot     func(*inside, *nucleus.BootReply) bool           // false: no answer
 	attach   func() error
+	agent    func(*wire.Stream)
 }
 
 type clock struct {
@@ -124,7 +126,7 @@ func (h *host) open() (*Node, error) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Now: h.clock.now, SpareLife: h.spare}
+	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare}
 	if h.authority != nil {
 		c.Authority = h.authority.socket
 	}
@@ -368,7 +370,7 @@ type inside struct {
 // callInside is one call that reached the machine.
 type callInside struct {
 	call   guest.Call
-	args   tools.Args
+	args   guest.CallArgs
 	stream *wire.Stream
 	permit nucleus.Permit
 	honest func() guest.CallResult
@@ -515,7 +517,7 @@ func (m *inside) prove(ctx context.Context, session *wire.Session) error {
 	if err := signed.Open(m.boot.NodeKey, nucleus.DomainAttach, &got); err != nil {
 		return err
 	}
-	if got != want {
+	if got.Boot != want.Boot || got.Nonce != want.Nonce {
 		return errors.New("proof for something else")
 	}
 	return nil
@@ -536,6 +538,11 @@ func (m *inside) serve(session *wire.Session) {
 				m.call(stream)
 			case guest.StreamRepo:
 				m.repo(stream)
+			case guest.StreamAgent:
+				var program guest.AgentProgram
+				if m.host.agent != nil && stream.RecvJSON(wire.FrameJSON, 1<<20, &program) == nil {
+					m.host.agent(stream)
+				}
 			}
 		})
 	}
@@ -552,7 +559,7 @@ func (m *inside) call(stream *wire.Stream) {
 	header := tools.Call{Op: c.call.Op, Identity: nucleus.Identity{Name: "Test Person", Email: "person@example.org"}}
 	if c.call.Resolve {
 		var resolved tools.Resolved
-		if err := m.work(tools.StreamResolve, header, c.args, &resolved); err != nil {
+		if err := m.work(tools.StreamResolve, header, c.args.Args, &resolved); err != nil {
 			resolved.Error = nucleus.AsError(err)
 		}
 		stream.SendJSON(wire.FrameResult, guest.CallResult{Action: resolved.Action, Error: resolved.Error})
@@ -563,8 +570,11 @@ func (m *inside) call(stream *wire.Stream) {
 		return
 	}
 	c.honest = func() guest.CallResult {
+		if c.call.Op.OnHost() {
+			return m.sign(c.permit, guest.CallResult{}, nucleus.OutcomeAdmitted)
+		}
 		var result tools.Result
-		if err := m.work(tools.StreamDo, header, c.args, &result); err != nil {
+		if err := m.work(tools.StreamDo, header, c.args.Args, &result); err != nil {
 			result.Error = nucleus.AsError(err)
 		}
 		status := nucleus.OutcomeDone
@@ -617,10 +627,10 @@ func (m *inside) admit(c *callInside) error {
 	if c.permit.Verdict != nucleus.Ask {
 		return nil
 	}
-	if c.call.Ask == nil || len(c.permit.Grants) != 1 || c.call.Ask.Digest != c.permit.Digest {
+	if c.args.Ask == nil || len(c.permit.Grants) != 1 || c.args.Ask.Digest != c.permit.Digest {
 		return errors.New("no grant")
 	}
-	_, err = approval.Verify(c.permit.Grants[0], *c.call.Ask, approverMap(m.boot.Approvers), c.permit.Issued)
+	_, err = approval.Verify(c.permit.Grants[0], *c.args.Ask, approverMap(m.boot.Approvers), c.permit.Issued.UnixMilli)
 	return err
 }
 
@@ -766,7 +776,7 @@ func (m *inside) bundle(stream *wire.Stream, b tools.Bundle) (any, error) {
 	result := tools.BundleResult{Ref: ref, Commit: commit}
 	if commit == b.Base {
 		result.Empty = true
-		return result, nil
+		return result, stream.Send(wire.FrameData, nil)
 	}
 	file := m.dir(b.Repo) + ".out"
 	defer os.Remove(file)
@@ -1009,6 +1019,14 @@ func (r *personRepo) spec(workspace string, policy json.RawMessage) nucleus.PodS
 	spec := specOf(workspace, policy)
 	spec.Repos = []nucleus.Repo{{Name: "app", Path: r.Dir, Branch: "agent/work"}}
 	return spec
+}
+
+// pipe is both ends of a stream of frames.
+func pipe(t testing.TB) (a, b *wire.Stream) {
+	t.Helper()
+	x, y := net.Pipe()
+	t.Cleanup(func() { x.Close(); y.Close() })
+	return wire.NewStream(x), wire.NewStream(y)
 }
 
 // memoryFS is a disk for a log that fails where it is told to.

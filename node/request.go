@@ -32,6 +32,7 @@ type prepared struct {
 	digest string
 	detail []nucleus.Detail
 	effect func(context.Context) (json.RawMessage, error) // on the host; nil: in the machine
+	sent   *transfer                                      // what was taken from the machine for it
 }
 
 // The one path that a request takes:
@@ -40,13 +41,16 @@ type prepared struct {
 func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage, error) {
 	pre, err := n.prepare(ctx, p, r)
 	if err != nil {
+		pre.sent.drop()
 		return nil, n.refuseUnresolved(p, r, err)
 	}
+	defer pre.sent.drop()
 	r.laps.lap("resolve")
 	permit, err := n.decide(p, r, pre, nil)
 	var needed *needsApproval
 	if errors.As(err, &needed) {
 		permit, pre, err = n.approve(ctx, p, r, pre, needed)
+		defer pre.sent.drop()
 	}
 	if err != nil {
 		return nil, err
@@ -98,7 +102,7 @@ func (n *Node) prepareInGuest(ctx context.Context, p *Pod, r request, args []byt
 	}
 	header := r.call
 	header.Op, header.Resolve = r.op, true
-	result, err := p.call(ctx, header, tools.Args{Args: args}, nil)
+	result, err := p.call(ctx, header, guest.CallArgs{Args: tools.Args{Args: args}}, nil)
 	if err != nil {
 		return err
 	}
@@ -127,33 +131,37 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	now := n.config.Now()
-	state := nucleus.Context{
-		Exposure: p.root.exposure, UntrustedRepo: p.record.Untrusted, Contained: p.record.Spec.Mode == nucleus.Contained, UnixMilli: now.UnixMilli(),
-	}
+	state := p.context(now)
 	decision := p.policy.Decide(pre.action, state)
+	if why := p.ended(); why != "" {
+		decision = nucleus.Decision{Verdict: nucleus.Deny, Rule: rulePod, Why: why}
+	}
 	if decision.Verdict == nucleus.Ask && approval == nil {
 		return nucleus.Permit{}, &needsApproval{decision, state}
 	}
 	permit := nucleus.Permit{
 		ID: nucleus.NewID("r-"), Pod: p.record.ID, Boot: p.record.Boot, Session: p.record.Session,
 		Op: r.op, Digest: pre.digest, Salt: pre.salt[:], Verdict: decision.Verdict, Rule: decision.Rule, Context: state,
-		Issued: now.UnixMilli(), Expires: now.Add(permitLife).UnixMilli(), Requester: r.caller.KeyID,
+		Life: permitLife.Milliseconds(), Requester: r.caller.KeyID,
 	}
 	r.laps.lap("decide")
 	entry := n.intent(p, r, pre, permit.ID, decision)
+	if approval != nil {
+		entry.Ask = approval.ask.ID
+	}
 	switch decision.Verdict {
 	case nucleus.Allow:
 	case nucleus.Ask:
 		if err := n.useGrant(p, approval, permit.ID); err != nil {
 			return permit, err
 		}
-		permit.Grants, entry.Grants, entry.Ask = []string{approval.token}, []string{approval.grant.ID}, approval.ask.ID
+		permit.Grants, entry.Grants = []string{approval.token}, []string{approval.grant.ID}
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
 		if _, err := n.append(entry); err != nil {
 			return permit, logFailure(err)
 		}
-		return permit, &nucleus.Error{Kind: nucleus.KindDenied, Operation: r.op, Rule: decision.Rule, Message: decision.Why}
+		return permit, denial(r.op, decision)
 	}
 	if err := n.expose(p, decision.Takes, string(r.op)+" "+describe(pre.action)); err != nil {
 		return permit, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
@@ -165,8 +173,27 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 	if _, err := n.append(entry); err != nil {
 		return permit, logFailure(err)
 	}
-	permit.Seq = p.nextSeq()
+	// The permit's time begins when its intent is durable.
+	permit.Seq, permit.Issued = p.nextSeq(), p.time()
 	return permit, nil
+}
+
+// rulePod is the rule by which nothing is done for a pod that has ended.
+const rulePod = "pod"
+
+func denial(op nucleus.Op, d nucleus.Decision) error {
+	kind := nucleus.KindDenied
+	if d.Rule == rulePod {
+		kind = nucleus.KindUnavailable
+	}
+	return &nucleus.Error{Kind: kind, Operation: op, Rule: d.Rule, Message: d.Why}
+}
+
+// context is what a decision of now depends on. The caller holds the session's mutex.
+func (p *Pod) context(now time.Time) nucleus.Context {
+	return nucleus.Context{
+		Exposure: p.root.exposure, UntrustedRepo: p.record.Untrusted, Contained: p.record.Spec.Mode == nucleus.Contained, UnixMilli: now.UnixMilli(),
+	}
 }
 
 // permitLife is how long a permit may wait for its effect to start.
@@ -209,28 +236,10 @@ func shownArgs(raw json.RawMessage) json.RawMessage {
 // act does it: in the machine under a signed permit, or on the host.
 func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit nucleus.Permit) (json.RawMessage, *nucleus.Signed, error) {
 	if pre.effect != nil {
-		started := n.config.Now()
-		value, err := pre.effect(ctx)
-		return value, n.hostOutcome(p, permit, value, err, started), err
+		return n.actOnHost(ctx, p, r, pre, permit)
 	}
-	signed, err := nucleus.Sign(n.key, nucleus.DomainPermit, permit)
+	result, err := n.permitted(ctx, p, r.call, permit, guest.CallArgs{Args: tools.Args{Args: r.args, Action: &pre.action}}, r.stream)
 	if err != nil {
-		return nil, nil, err
-	}
-	header := r.call
-	header.Op, header.Permit = r.op, &signed
-	if len(permit.Grants) > 0 {
-		ask, err := p.askOf(permit)
-		if err != nil {
-			return nil, nil, err
-		}
-		header.Ask = ask
-	}
-	result, err := p.call(ctx, header, tools.Args{Args: r.args, Action: &pre.action}, r.stream)
-	if err != nil {
-		return nil, nil, err
-	}
-	if err := p.checkOutcome(result, permit); err != nil {
 		return nil, nil, err
 	}
 	if result.Error != nil {
@@ -239,40 +248,24 @@ func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit 
 	return result.Value, result.Outcome, nil
 }
 
-// checkOutcome verifies that the machine signed what it says, for this permit.
-func (p *Pod) checkOutcome(result guest.CallResult, permit nucleus.Permit) error {
-	var outcome nucleus.Outcome
-	if result.Outcome == nil {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine signed no outcome")
-	}
-	if err := result.Outcome.Open(p.record.OutcomeKey, nucleus.DomainOutcome, &outcome); err != nil {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome: %v", err)
-	}
-	if outcome.Permit != permit.ID || outcome.Boot != permit.Boot || outcome.Seq != permit.Seq {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome is for another permit")
-	}
-	if len(result.Value) > 0 && outcome.Result != nucleus.SHA256(result.Value) {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome is for another result")
-	}
-	return nil
-}
-
-func (n *Node) hostOutcome(p *Pod, permit nucleus.Permit, value json.RawMessage, err error, started time.Time) *nucleus.Signed {
-	outcome := nucleus.Outcome{
-		Permit: permit.ID, Pod: p.record.ID, Boot: p.record.Boot, Seq: permit.Seq, Status: nucleus.OutcomeDone,
-		Bytes: int64(len(value)), Millis: n.config.Now().Sub(started).Milliseconds(),
-	}
+// permitted opens a call under a permit and returns what the machine signed for it.
+func (n *Node) permitted(ctx context.Context, p *Pod, header guest.Call, permit nucleus.Permit, args guest.CallArgs, stream *wire.Stream) (guest.CallResult, error) {
+	signed, err := nucleus.Sign(n.key, nucleus.DomainPermit, permit)
 	if err != nil {
-		outcome.Status, outcome.Message = nucleus.OutcomeFailed, cut(err.Error(), 512)
+		return guest.CallResult{}, err
 	}
-	if len(value) > 0 {
-		outcome.Result = nucleus.SHA256(value)
+	header.Op, header.Permit = permit.Op, &signed
+	if len(permit.Grants) > 0 {
+		if args.Ask, err = p.askOf(permit); err != nil {
+			return guest.CallResult{}, err
+		}
 	}
-	signed, err := nucleus.Sign(n.key, nucleus.DomainOutcome, outcome)
+	result, err := p.call(ctx, header, args, stream)
 	if err != nil {
-		return nil
+		return result, err
 	}
-	return &signed
+	_, err = checkResult(result, p.record.OutcomeKey, permit)
+	return result, err
 }
 
 // recordOutcome is the last step. When it fails the effect has happened and the
@@ -285,11 +278,12 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 	if cause != nil {
 		entry.Status = nucleus.OutcomeFailed
 		e := nucleus.AsError(cause)
-		if e.Kind == nucleus.KindForbidden {
-			entry.Status = nucleus.OutcomeRefused
-		}
-		if outcome == nil {
+		var none *notDone
+		switch {
+		case outcome == nil:
 			entry.Status = nucleus.OutcomeUnknown
+		case errors.As(cause, &none), e.Kind == nucleus.KindForbidden:
+			entry.Status = nucleus.OutcomeRefused
 		}
 		entry.Data = data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)})
 	}
@@ -301,7 +295,7 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 
 // call opens one call to the machine. Frames of the command go to stream and
 // frames of stream go to the command.
-func (p *Pod) call(ctx context.Context, header guest.Call, args tools.Args, stream *wire.Stream) (guest.CallResult, error) {
+func (p *Pod) call(ctx context.Context, header guest.Call, args guest.CallArgs, stream *wire.Stream) (guest.CallResult, error) {
 	var result guest.CallResult
 	session, err := p.wire()
 	if err != nil {
@@ -332,7 +326,7 @@ func (p *Pod) call(ctx context.Context, header guest.Call, args tools.Args, stre
 			return result, p.lost(err)
 		}
 		if frame == wire.FrameResult {
-			return result, json.Unmarshal(payload, &result)
+			return readResult(payload)
 		}
 		if stream != nil {
 			if err := stream.Send(frame, payload); err != nil {
@@ -355,7 +349,7 @@ func copyFrames(to, from *wire.Stream) {
 	}
 }
 
-func (p *Pod) nextSeq() uint64 { return p.record.Epoch<<40 | p.seq.Add(1) }
+func (p *Pod) nextSeq() uint64 { return p.record.Epoch<<nucleus.EpochBits | p.seq.Add(1) }
 
 // describe names an action in a few words.
 func describe(a nucleus.Action) string {

@@ -45,7 +45,11 @@ func runTestWorker(workspace string) {
 		os.Exit(1)
 	}
 	c := Config{Workspace: workspace, Home: workspace, Env: map[string]string{"PATH": os.Getenv("PATH")}, MaxProcesses: 200}
-	if err := RunWorker(context.Background(), 3, c); err != nil {
+	session, err := Inherit(3)
+	if err == nil {
+		err = Serve(context.Background(), session, c)
+	}
+	if err != nil {
 		os.Stderr.WriteString(err.Error() + "\n")
 		os.Exit(1)
 	}

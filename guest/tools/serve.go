@@ -330,30 +330,26 @@ func NotDumpable() error {
 	return nil
 }
 
-// RunWorker is the tools role of the proxy's binary: it serves the proxy, which
-// holds the other end of the socket pair that fd is one of and speaks as wire.Host,
-// until it closes. No other descriptor above 2 is passed on to a command.
-func RunWorker(ctx context.Context, fd int, c Config) error {
+// Inherit begins the tools role of the proxy's binary: it returns the worker's end of
+// the session whose socket is fd. The proxy holds the other end and speaks as wire.Host.
+// Neither the memory of this process nor a descriptor above 2 passes to a command.
+func Inherit(fd int) (*wire.Session, error) {
 	if err := NotDumpable(); err != nil {
-		return err
+		return nil, err
 	}
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		closeOnExec()
 	}
 	file := os.NewFile(uintptr(fd), "wire")
 	if file == nil {
-		return fmt.Errorf("descriptor %d is not valid", fd)
+		return nil, fmt.Errorf("descriptor %d is not valid", fd)
 	}
 	conn, err := net.FileConn(file)
 	file.Close()
 	if err != nil {
-		return fmt.Errorf("descriptor %d: %w", fd, err)
+		return nil, fmt.Errorf("descriptor %d: %w", fd, err)
 	}
-	session, err := wire.Guest(conn)
-	if err != nil {
-		return err
-	}
-	return Serve(ctx, session, c)
+	return wire.Guest(conn)
 }
 
 // closeOnExec marks every descriptor one by one, for kernels without
