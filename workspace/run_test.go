@@ -147,7 +147,7 @@ func TestPlanGoesOn(t *testing.T) {
 		}
 	}
 	record := filepath.Join(h.Workspace("app"), "repos", "app.json")
-	store(record, nucleus.RepoRecord{Path: dir, Branch: "agent/first", Base: commit, Head: commit})
+	store(record, nucleus.RepoRecord{Path: dir, Branch: "agent/first", Base: commit, Head: commit, Quarantine: "app.work/1.git"})
 	gitIn(t, dir, "commit", "--quiet", "--allow-empty", "-m", "more")
 	p, err := h.Plan(t.Context(), RunOptions{Repo: dir})
 	if err != nil || p.Spec.Repos[0].Branch != "agent/first" || len(p.Notes) != 1 || !strings.Contains(p.Notes[0], "goes on from "+commit[:12]) {
@@ -177,7 +177,7 @@ func TestPlanGoesOn(t *testing.T) {
 	if _, err := h.Work(t.Context(), dir, ""); err == nil || !strings.Contains(err.Error(), "nothing has come back") {
 		t.Errorf("before anything came back: %v", err)
 	}
-	store(filepath.Join(h.Workspace("second"), "repos", "app.json"), nucleus.RepoRecord{Path: dir, Head: commit})
+	store(filepath.Join(h.Workspace("second"), "repos", "app.json"), nucleus.RepoRecord{Path: dir, Head: commit, Quarantine: "app.work/1.git"})
 	if _, err := h.Work(t.Context(), dir, ""); err == nil || !strings.Contains(err.Error(), "--workspace") {
 		t.Errorf("two workspaces: %v", err)
 	}
