@@ -88,6 +88,7 @@ func Run(ctx context.Context, conn net.Conn) error {
 		session.Close()
 		return err
 	}
+	session.Handle(p.brief)
 	reply := nucleus.BootReply{Boot: p.boot.Boot, OutcomeKey: p.key.Public().(ed25519.PublicKey), Version: Version}
 	if err := stream.SendJSON(wire.FrameJSON, reply); err != nil {
 		return err
@@ -375,6 +376,7 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 		session.Close()
 		return err
 	}
+	session.Handle(p.brief)
 	p.mu.Lock()
 	old := p.session
 	p.session = session

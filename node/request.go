@@ -28,6 +28,7 @@ type request struct {
 // the values that the effect will use.
 type prepared struct {
 	action nucleus.Action
+	bytes  []byte // of action, canonical
 	salt   nucleus.Salt
 	digest string
 	detail []nucleus.Detail
@@ -83,8 +84,11 @@ func (n *Node) prepare(ctx context.Context, p *Pod, r request) (prepared, error)
 	}
 	pre.action.Op = r.op
 	pre.action.Args = nucleus.SHA256(canonical)
-	pre.digest, err = pre.action.Digest(pre.salt)
-	return pre, err
+	if pre.bytes, err = nucleus.Canonical(pre.action); err != nil {
+		return pre, err
+	}
+	pre.digest = nucleus.ActionDigest(pre.bytes, pre.salt)
+	return pre, nil
 }
 
 func (n *Node) prepareInGuest(ctx context.Context, p *Pod, r request, args []byte, pre *prepared) error {
@@ -98,7 +102,7 @@ func (n *Node) prepareInGuest(ctx context.Context, p *Pod, r request, args []byt
 	}
 	header := r.call
 	header.Op, header.Resolve = r.op, true
-	result, err := p.call(ctx, header, tools.Args{Args: args}, nil)
+	result, err := p.call(ctx, header, nil, args, nil)
 	if err != nil {
 		return err
 	}
@@ -226,7 +230,7 @@ func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit 
 		}
 		header.Ask = ask
 	}
-	result, err := p.call(ctx, header, tools.Args{Args: r.args, Action: &pre.action}, r.stream)
+	result, err := p.call(ctx, header, &pre, r.args, r.stream)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -299,14 +303,58 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 	return nil
 }
 
-// call opens one call to the machine. Frames of the command go to stream and
-// frames of stream go to the command.
-func (p *Pod) call(ctx context.Context, header guest.Call, args tools.Args, stream *wire.Stream) (guest.CallResult, error) {
-	var result guest.CallResult
+// call makes one call to the machine: what is brief in one frame, the rest on a
+// stream. pre is nil where the arguments are only to be resolved. Frames of the
+// command go to stream and frames of stream go to the command.
+func (p *Pod) call(ctx context.Context, header guest.Call, pre *prepared, args json.RawMessage, stream *wire.Stream) (guest.CallResult, error) {
 	session, err := p.wire()
 	if err != nil {
-		return result, err
+		return guest.CallResult{}, err
 	}
+	if stream == nil && (pre == nil || tools.Brief(header.Op)) {
+		head, err := json.Marshal(header)
+		if err != nil {
+			return guest.CallResult{}, err
+		}
+		var action []byte
+		if pre != nil {
+			action = pre.bytes
+		}
+		if request := tools.Join(head, action, args); len(request) <= wire.MaxCall {
+			return p.callBriefly(ctx, session, request)
+		}
+	}
+	sent := tools.Args{Args: args}
+	if pre != nil {
+		sent.Action = &pre.action
+	}
+	return p.callOnStream(ctx, session, header, sent, stream)
+}
+
+// maxReply is the longest reply of a machine.
+const maxReply = 64 << 20
+
+func (p *Pod) callBriefly(ctx context.Context, session *wire.Session, request []byte) (guest.CallResult, error) {
+	var result guest.CallResult
+	reply, err := session.Call(ctx, request, maxReply)
+	if err != nil {
+		return result, p.unanswered(ctx, err)
+	}
+	parts, err := tools.Split(reply, 2)
+	if err == nil {
+		err = json.Unmarshal(parts[0], &result)
+	}
+	if err == nil && len(parts[1]) > 0 {
+		// What comes from a machine is JSON only when somebody has looked.
+		if result.Value = parts[1]; !json.Valid(result.Value) {
+			err = errors.New("a value that is not JSON")
+		}
+	}
+	return result, err
+}
+
+func (p *Pod) callOnStream(ctx context.Context, session *wire.Session, header guest.Call, args tools.Args, stream *wire.Stream) (guest.CallResult, error) {
+	var result guest.CallResult
 	guestStream, err := session.Open(ctx, guest.StreamCall, header)
 	if err != nil {
 		return result, p.lost(err)
@@ -324,12 +372,9 @@ func (p *Pod) call(ctx context.Context, header guest.Call, args tools.Args, stre
 		}()
 	}
 	for {
-		frame, payload, err := guestStream.Recv(64 << 20)
+		frame, payload, err := guestStream.Recv(maxReply)
 		if err != nil {
-			if ctx.Err() != nil {
-				return result, nucleus.Errorf(nucleus.KindTimeout, "the caller went away before the machine answered")
-			}
-			return result, p.lost(err)
+			return result, p.unanswered(ctx, err)
 		}
 		if frame == wire.FrameResult {
 			return result, json.Unmarshal(payload, &result)
@@ -340,6 +385,13 @@ func (p *Pod) call(ctx context.Context, header guest.Call, args tools.Args, stre
 			}
 		}
 	}
+}
+
+func (p *Pod) unanswered(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nucleus.Errorf(nucleus.KindTimeout, "the caller went away before the machine answered")
+	}
+	return p.lost(err)
 }
 
 func (p *Pod) lost(err error) error {
