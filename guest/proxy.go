@@ -182,7 +182,11 @@ func (p *Proxy) start(ctx context.Context) error {
 		ours.Close()
 		return err
 	}
-	if p.worker, err = wire.Host(ours); err != nil {
+	quick, err := newQuickConn(ours)
+	if err == nil {
+		p.worker, err = wire.Host(quick)
+	}
+	if err != nil {
 		worker.kill()
 		return err
 	}
@@ -368,7 +372,13 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 	if err != nil {
 		return err
 	}
-	session, err := wire.Guest(wireConn)
+	var quick net.Conn = wireConn
+	if unixConn, ok := wireConn.(*net.UnixConn); ok {
+		if quick, err = newQuickConn(unixConn); err != nil {
+			return err
+		}
+	}
+	session, err := wire.Guest(quick)
 	if err != nil {
 		return err
 	}

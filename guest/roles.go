@@ -23,7 +23,11 @@ func Init(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return Run(ctx, conn)
+	quick, err := newQuickConn(conn)
+	if err != nil {
+		return err
+	}
+	return Run(ctx, quick)
 }
 
 // RunTools is the tools worker: files and commands as the tools' user.
@@ -35,7 +39,11 @@ func RunTools(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	session, err := wire.Guest(conn)
+	quick, err := newQuickConn(conn)
+	if err != nil {
+		return err
+	}
+	session, err := wire.Guest(quick)
 	if err != nil {
 		return err
 	}

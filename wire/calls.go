@@ -33,6 +33,8 @@ type calls struct {
 	serving map[uint32]context.CancelFunc
 	handler func(ctx context.Context, request []byte) []byte
 	handled chan struct{}   // closed when there is a handler
+	idle    chan incoming   // to a goroutine that waits for its next call
+	idling  int             // how many do, or will soon
 	ctx     context.Context // of all that is served; ends with the session
 	stop    context.CancelFunc
 }
@@ -46,7 +48,7 @@ type waiting struct {
 }
 
 func newCalls() *calls {
-	c := &calls{waiting: map[uint32]*waiting{}, serving: map[uint32]context.CancelFunc{}, handled: make(chan struct{})}
+	c := &calls{waiting: map[uint32]*waiting{}, serving: map[uint32]context.CancelFunc{}, handled: make(chan struct{}), idle: make(chan incoming)}
 	c.ctx, c.stop = context.WithCancel(context.Background())
 	return c
 }
@@ -139,20 +141,59 @@ func (s *Session) called(id uint32, request []byte) error {
 	}
 	ctx, cancel := context.WithCancel(c.ctx)
 	c.serving[id] = cancel
-	s.spawn(func() {
-		defer cancel()
+	call := incoming{ctx, cancel, id, request}
+	select {
+	case c.idle <- call:
+	default:
+		s.spawn(func() { s.serve(call) })
+	}
+	return nil
+}
+
+// incoming is a call to be served.
+type incoming struct {
+	ctx     context.Context
+	cancel  context.CancelFunc
+	id      uint32
+	request []byte
+}
+
+// maxIdle is how many goroutines wait for their next call, with the stack that the last one
+// made them grow.
+const maxIdle = 4
+
+// serve serves a call and then those that come while it is idle.
+func (s *Session) serve(call incoming) {
+	c := s.calls
+	select {
+	case <-c.handled:
+	case <-s.Done():
+		call.cancel()
+		return
+	}
+	for {
+		reply := c.handler(call.ctx, call.request)
+		c.mu.Lock()
+		delete(c.serving, call.id)
+		stay := c.idling < maxIdle
+		if stay {
+			c.idling++
+		}
+		c.mu.Unlock()
+		call.cancel()
+		s.reply(call.id, reply)
+		if !stay {
+			return
+		}
 		select {
-		case <-c.handled:
+		case call = <-c.idle:
+			c.mu.Lock()
+			c.idling--
+			c.mu.Unlock()
 		case <-s.Done():
 			return
 		}
-		reply := c.handler(ctx, request)
-		c.mu.Lock()
-		delete(c.serving, id)
-		c.mu.Unlock()
-		s.reply(id, reply)
-	})
-	return nil
+	}
 }
 
 // reply sends a reply in pieces. What goes wrong with the connection ends the
