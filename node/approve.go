@@ -78,39 +78,39 @@ func (b *askBook) drop(id string) {
 
 // approve puts the request before a person, waits as long as the caller does, and
 // decides again when a grant arrives.
-func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (nucleus.Permit, prepared, error) {
+func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (ruling, prepared, error) {
 	if n.asks == nil || len(p.approvers) == 0 {
 		if err := n.recordUnapproved(p, r, pre, needed); err != nil {
-			return nucleus.Permit{}, pre, err
+			return ruling{}, pre, err
 		}
-		return nucleus.Permit{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
+		return ruling{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
 			Message: needed.decision.Why + "; nobody could approve when this machine started (cal approve init makes the key)"}
 	}
 	pending, err := n.pendingAsk(ctx, p, r, pre, needed)
 	if err != nil {
-		return nucleus.Permit{}, pre, err
+		return ruling{}, pre, err
 	}
 	answer, err := n.await(ctx, pending.ask.ID, r.wait)
 	if err != nil {
-		return nucleus.Permit{}, pre, authorityFailure(err)
+		return ruling{}, pre, authorityFailure(err)
 	}
 	switch answer.State {
 	case approvals.Granted:
 	case approvals.Denied, approvals.Expired:
 		p.asks.drop(pending.ask.ID)
-		return nucleus.Permit{}, pre, n.recordRefusal(p, r, pending, answer.State, answer.Reason)
+		return ruling{}, pre, n.recordRefusal(p, r, pending, answer.State, answer.Reason)
 	default:
-		return nucleus.Permit{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
+		return ruling{}, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
 			Message: needed.decision.Why + "; a person has been asked and has not answered yet; call again to wait on"}
 	}
 	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(p.approvers), n.config.Now().UnixMilli())
 	if err != nil {
-		return nucleus.Permit{}, pre, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
+		return ruling{}, pre, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
 	}
 	p.asks.drop(pending.ask.ID)
 	// The values that were approved, not those that were resolved anew for a retry.
-	permit, err := n.decide(p, r, pending.pre, &approved{pending.ask, grant, answer.Token})
-	return permit, pending.pre, err
+	ruled, err := n.decide(p, r, pending.pre, &approved{pending.ask, grant, answer.Token})
+	return ruled, pending.pre, err
 }
 
 // recordUnapproved records a request that needed an approval nobody could give.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"time"
 
+	"cal/audit"
 	"cal/guest"
 	"cal/guest/tools"
 	"cal/nucleus"
@@ -44,16 +45,21 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 		return nil, n.refuseUnresolved(p, r, err)
 	}
 	r.laps.lap("resolve")
-	permit, err := n.decide(p, r, pre, nil)
+	ruled, err := n.decide(p, r, pre, nil)
 	var needed *needsApproval
 	if errors.As(err, &needed) {
-		permit, pre, err = n.approve(ctx, p, r, pre, needed)
+		ruled, pre, err = n.approve(ctx, p, r, pre, needed)
 	}
 	if err != nil {
 		return nil, err
 	}
+	permit := ruled.permit
+	signed, err := n.recorded(ruled)
+	if err != nil {
+		return nil, err
+	}
 	r.laps.lap("log")
-	value, outcome, err := n.act(ctx, p, r, pre, permit)
+	value, outcome, err := n.act(ctx, p, r, pre, permit, signed)
 	r.laps.lap("act")
 	if recordErr := n.recordOutcome(p, r, pre, permit, outcome, err); recordErr != nil {
 		return nil, recordErr
@@ -125,9 +131,11 @@ type needsApproval struct {
 func (*needsApproval) Error() string { return "an approval is needed" }
 
 // decide is the critical section of a root session: decide, use up the grant, add
-// the legs, append the intent. approval is nil on the first pass; an ask then comes
-// back as *needsApproval. A grant that was given is judged against what holds now.
-func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucleus.Permit, error) {
+// the legs, append the intent. The intent has its place in the log then; that it is
+// on the disk is waited for outside, so that requests of one session share a sync.
+// approval is nil on the first pass; an ask then comes back as *needsApproval. A grant
+// that was given is judged against what holds now.
+func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (ruling, error) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	now := n.config.Now()
@@ -136,7 +144,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 	}
 	decision := p.policy.Decide(pre.action, state)
 	if decision.Verdict == nucleus.Ask && approval == nil {
-		return nucleus.Permit{}, &needsApproval{decision, state}
+		return ruling{}, &needsApproval{decision, state}
 	}
 	permit := nucleus.Permit{
 		ID: nucleus.NewID("r-"), Pod: p.record.ID, Boot: p.record.Boot, Session: p.record.Session,
@@ -149,28 +157,53 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 	case nucleus.Allow:
 	case nucleus.Ask:
 		if err := n.useGrant(p, approval, permit.ID); err != nil {
-			return permit, err
+			return ruling{}, err
 		}
 		permit.Grants, entry.Grants, entry.Ask = []string{approval.token}, []string{approval.grant.ID}, approval.ask.ID
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
 		if _, err := n.append(entry); err != nil {
-			return permit, logFailure(err)
+			return ruling{}, logFailure(err)
 		}
-		return permit, &nucleus.Error{Kind: nucleus.KindDenied, Operation: r.op, Rule: decision.Rule, Message: decision.Why}
+		return ruling{}, &nucleus.Error{Kind: nucleus.KindDenied, Operation: r.op, Rule: decision.Rule, Message: decision.Why}
 	}
 	if err := n.expose(p, decision.Takes, string(r.op)+" "+describe(pre.action)); err != nil {
-		return permit, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
+		return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()
 	if err := n.salts.Put(permit.ID, pre.salt); err != nil {
-		return permit, logFailure(err)
+		return ruling{}, logFailure(err)
 	}
-	if _, err := n.append(entry); err != nil {
-		return permit, logFailure(err)
+	intent, err := n.begin(entry)
+	if err != nil {
+		return ruling{}, logFailure(err)
 	}
 	permit.Seq = p.nextSeq()
-	return permit, nil
+	return ruling{permit, intent}, nil
+}
+
+// ruling is a decision to go ahead. It counts when its intent is on the disk.
+type ruling struct {
+	permit nucleus.Permit
+	intent *audit.Pending
+}
+
+// recorded waits until the intent is on the disk, and signs the permit meanwhile.
+// Without the intent there is no permit.
+func (n *Node) recorded(r ruling) (nucleus.Signed, error) {
+	var signed nucleus.Signed
+	var signErr error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		signed, signErr = nucleus.Sign(n.key, nucleus.DomainPermit, r.permit)
+	}()
+	_, err := r.intent.Wait()
+	<-done
+	if err != nil {
+		return nucleus.Signed{}, logFailure(err)
+	}
+	return signed, signErr
 }
 
 // permitLife is how long a permit may wait for its effect to start.
@@ -211,15 +244,11 @@ func shownArgs(raw json.RawMessage) json.RawMessage {
 }
 
 // act does it: in the machine under a signed permit, or on the host.
-func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit nucleus.Permit) (json.RawMessage, *nucleus.Signed, error) {
+func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit nucleus.Permit, signed nucleus.Signed) (json.RawMessage, *nucleus.Signed, error) {
 	if pre.effect != nil {
 		started := n.config.Now()
 		value, err := pre.effect(ctx)
 		return value, n.hostOutcome(p, permit, value, err, started), err
-	}
-	signed, err := nucleus.Sign(n.key, nucleus.DomainPermit, permit)
-	if err != nil {
-		return nil, nil, err
 	}
 	header := r.call
 	header.Op, header.Permit = r.op, &signed
