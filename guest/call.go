@@ -43,7 +43,7 @@ type CallResult struct {
 const maxResult = 32 << 20
 
 // brief is a call in the form of tools.Brief: it says the same as a "call" stream,
-// with Call and BriefReply as headers.
+// with Call as the request's header and CallResult, without its value, as the reply's.
 func (p *Proxy) brief(ctx context.Context, request []byte) []byte {
 	parts, err := tools.Split(request, 3)
 	var call Call

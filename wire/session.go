@@ -28,7 +28,9 @@ import (
 
 // limits of a session. One hostile end makes the other hold at most
 // (incoming + backlog + outgoing) * window bytes, about 208 MiB, twice that while
-// buffers grow; an ordinary session holds some hundred KiB.
+// buffers grow, beside calls * MaxCall, 32 MiB, where calls are served, and the
+// replies that were asked for, each up to the limit that its caller names; an
+// ordinary session holds some hundred KiB.
 type limits struct {
 	incoming int           // streams opened by the other end and not yet ended by both
 	outgoing int           // streams opened by this end and not yet ended by both
