@@ -164,7 +164,9 @@ func TestHostileMachine(t *testing.T) {
 			return m.sign(c.permit, guest.CallResult{Value: []byte(`{"content":`)}, nucleus.OutcomeDone), true
 		}, nucleus.KindInternal, ""},
 		"the machine dies": {func(m *inside, _ *callInside) (guest.CallResult, bool) {
-			m.session.Close()
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			go m.session.Close() // which waits for this call
 			return guest.CallResult{}, false
 		}, nucleus.KindUnavailable, "wire"},
 	}
@@ -305,18 +307,17 @@ func TestExposureIsDurable(t *testing.T) {
 	p := h.pod(specOf("w", policyOf(all)), map[string]string{"a": "secret"})
 	stored := make(chan nucleus.Legs, 1)
 	h.mu.Lock()
-	h.behave = func(m *inside, _ *callInside) (guest.CallResult, bool) {
+	h.behave = func(_ *inside, c *callInside) (guest.CallResult, bool) {
 		s, err := openSession(p.record.Workspace)
 		if err == nil {
 			stored <- s.exposure
 		} else {
 			stored <- 0
 		}
-		m.session.Close() // the machine dies with it, so to say
-		return guest.CallResult{}, false
+		return guest.CallResult{}, false // the machine dies with it, so to say
 	}
 	h.mu.Unlock()
-	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, nucleus.KindUnavailable)
+	h.tool(p, nucleus.RunBash, map[string]any{"argv": []string{"cat", "a"}}).want(t, nucleus.KindUnavailable)
 	if legs := <-stored; legs != nucleus.Private {
 		t.Errorf("on the disk when the machine acted: %v", legs.Names())
 	}

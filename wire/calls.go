@@ -56,7 +56,8 @@ func newCalls() *calls {
 // Handle has f answer the calls of the other end, each in a goroutine of its own.
 // The context of one ends when nobody waits for its reply any more. It is called once,
 // at the end that Guest made; calls that come before wait for it. The end that Host
-// made takes no calls: one ends the session.
+// made takes no calls: one ends the session. f must not close the session, which waits
+// for it.
 func (s *Session) Handle(f func(ctx context.Context, request []byte) []byte) {
 	s.calls.handler = f
 	close(s.calls.handled)
