@@ -26,7 +26,7 @@ type resident struct {
 // much more than there is; the host's kernel counts pages.
 func (s *stage) proxyMemory(ctx context.Context, pod string) []string {
 	lines := []string{"| | RSS, the host's count | of it the program's pages | VmRSS, the guest's count |", "|---|---|---|---|"}
-	processes, err := s.proxies()
+	processes, err := s.proxies(pod)
 	if err != nil {
 		return []string{fmt.Sprintf("Memory of the proxy not measured: %v.", err)}
 	}
@@ -42,8 +42,8 @@ func (s *stage) proxyMemory(ctx context.Context, pod string) []string {
 
 // proxies are the processes that run the proxy's program, in the order in which they
 // were started: the proxy, then the tools worker.
-func (s *stage) proxies() ([]resident, error) {
-	sandbox, children, err := s.sandbox()
+func (s *stage) proxies(pod string) ([]resident, error) {
+	sandbox, children, err := s.sandbox(pod)
 	if err != nil {
 		return nil, err
 	}
@@ -64,9 +64,9 @@ func (s *stage) proxies() ([]resident, error) {
 	return found, nil
 }
 
-// sandbox finds the one machine of the stage and its processes: gVisor has one of the
-// host for each of the guest.
-func (s *stage) sandbox() (pid int, children []int, err error) {
+// sandbox finds the machine of a pod and its processes: gVisor has one of the host for
+// each of the guest.
+func (s *stage) sandbox(pod string) (pid int, children []int, err error) {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
 		return 0, nil, err
@@ -81,7 +81,7 @@ func (s *stage) sandbox() (pid int, children []int, err error) {
 		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 		parents[of], _ = strconv.Atoi(fields[1])
 		argv, err := os.ReadFile(filepath.Join(filepath.Dir(name), "cmdline"))
-		if err == nil && bytes.HasPrefix(argv, []byte("runsc-sandbox")) && bytes.Contains(argv, []byte(s.home+"/")) {
+		if err == nil && bytes.HasPrefix(argv, []byte("runsc-sandbox")) && bytes.Contains(argv, []byte(filepath.Join(s.home, "run", "pods", pod)+"/")) {
 			pid = of
 		}
 	}
