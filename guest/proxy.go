@@ -372,7 +372,7 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 	if err != nil {
 		return err
 	}
-	var quick net.Conn = wireConn
+	quick := wireConn
 	if unixConn, ok := wireConn.(*net.UnixConn); ok {
 		if quick, err = newQuickConn(unixConn); err != nil {
 			return err

@@ -428,7 +428,7 @@ func (s *Sandbox) checkRegular(rel string, fd int) (int64, error) {
 		if sx.Mnt_id != s.mount.id {
 			return 0, s.refusal(rel, unix.EXDEV)
 		}
-		return int64(sx.Size), s.checkStat(rel, unix.Stat_t{Mode: uint32(sx.Mode), Nlink: uint64(sx.Nlink)}) //nolint:unconvert // Nlink differs between architectures
+		return int64(sx.Size), s.checkKind(rel, uint32(sx.Mode), uint64(sx.Nlink))
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
@@ -441,11 +441,15 @@ func (s *Sandbox) checkRegular(rel string, fd int) (int64, error) {
 }
 
 func (s *Sandbox) checkStat(rel string, st unix.Stat_t) error {
+	return s.checkKind(rel, st.Mode, uint64(st.Nlink)) //nolint:unconvert // uint32 on other architectures
+}
+
+func (s *Sandbox) checkKind(rel string, mode uint32, links uint64) error {
 	var kind string
-	switch st.Mode & unix.S_IFMT {
+	switch mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		if st.Nlink > 1 {
-			return nucleus.Errorf(nucleus.KindDenied, "%q has %d hard links, and another of its names may lie outside the workspace: copy the file first", rel, st.Nlink)
+		if links > 1 {
+			return nucleus.Errorf(nucleus.KindDenied, "%q has %d hard links, and another of its names may lie outside the workspace: copy the file first", rel, links)
 		}
 		return nil
 	case unix.S_IFDIR:
