@@ -52,6 +52,69 @@ type CallResult struct {
 
 const maxResult = 32 << 20
 
+// brief is a call in the form of tools.Brief: it says the same as a "call" stream,
+// with Call as the request's header and CallResult, without its value, as the reply's.
+func (p *Proxy) brief(ctx context.Context, request []byte) []byte {
+	parts, err := tools.Split(request, 3)
+	var call Call
+	if err == nil {
+		err = nucleus.Strict(parts[0], &call)
+	}
+	if err != nil {
+		return briefReply(CallResult{Error: nucleus.Errorf(nucleus.KindInvalid, "call: %v", err)}, nil)
+	}
+	action, args := parts[1], parts[2]
+	if call.Resolve {
+		result, _ := p.workBriefly(ctx, call, nil, args)
+		return briefReply(CallResult{Action: result.Action, Error: result.Error}, nil)
+	}
+	var named nucleus.Action
+	if err := nucleus.Strict(action, &named); err != nil {
+		return briefReply(CallResult{Error: nucleus.Errorf(nucleus.KindInvalid, "action: %v", err)}, nil)
+	}
+	permit, refusal := p.admit(call, &named, nil)
+	started := time.Now()
+	if refusal != nil {
+		return briefReply(p.outcome(permit, CallResult{Error: refusal}, nucleus.OutcomeRefused, 0, started), nil)
+	}
+	result, status := p.workBriefly(ctx, call, action, args)
+	return briefReply(p.outcome(permit, result, status, 0, started), result.Value)
+}
+
+// workBriefly has the worker do it, or resolve it where no action is given.
+func (p *Proxy) workBriefly(ctx context.Context, call Call, action, args []byte) (CallResult, string) {
+	header, err := json.Marshal(p.header(call))
+	var reply []byte
+	if err == nil {
+		reply, err = p.worker.Call(ctx, tools.Join(header, action, args), maxResult)
+	}
+	var parts [][]byte
+	if err == nil {
+		parts, err = tools.Split(reply, 2)
+	}
+	var result tools.BriefResult
+	if err == nil {
+		err = json.Unmarshal(parts[0], &result)
+	}
+	switch {
+	case err != nil:
+		return CallResult{Error: nucleus.Errorf(nucleus.KindInternal, "tools worker: %v", err)}, nucleus.OutcomeUnknown
+	case result.Error != nil:
+		return CallResult{Error: result.Error}, nucleus.OutcomeFailed
+	}
+	return CallResult{Action: result.Action, Value: parts[1]}, nucleus.OutcomeDone
+}
+
+// briefReply has the value behind the header, where nobody encodes it again.
+func briefReply(result CallResult, value []byte) []byte {
+	result.Value = nil
+	head, err := json.Marshal(result)
+	if err != nil { // cannot be: texts and canonical JSON
+		head = []byte(`{"error":{"kind":"internal","message":"a result that cannot be written"}}`)
+	}
+	return tools.Join(head, value)
+}
+
 func (p *Proxy) call(ctx context.Context, stream *wire.Stream) {
 	var call Call
 	if err := nucleus.Strict(stream.Header, &call); err != nil {

@@ -89,6 +89,7 @@ func Run(ctx context.Context, conn net.Conn) error {
 		session.Close()
 		return err
 	}
+	session.Handle(p.brief)
 	reply := nucleus.BootReply{Boot: p.boot.Boot, OutcomeKey: p.key.Public().(ed25519.PublicKey), Version: Version}
 	if err := stream.SendJSON(wire.FrameJSON, reply); err != nil {
 		return err
@@ -184,7 +185,11 @@ func (p *Proxy) start(ctx context.Context) error {
 		ours.Close()
 		return err
 	}
-	if p.worker, err = wire.Host(ours); err != nil {
+	quick, err := newQuickConn(ours)
+	if err == nil {
+		p.worker, err = wire.Host(quick)
+	}
+	if err != nil {
 		worker.kill()
 		return err
 	}
@@ -370,7 +375,13 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 	if err != nil {
 		return err
 	}
-	session, err := wire.Guest(wireConn)
+	quick := wireConn
+	if unixConn, ok := wireConn.(*net.UnixConn); ok {
+		if quick, err = newQuickConn(unixConn); err != nil {
+			return err
+		}
+	}
+	session, err := wire.Guest(quick)
 	if err != nil {
 		return err
 	}
@@ -378,6 +389,7 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 		session.Close()
 		return err
 	}
+	session.Handle(p.brief)
 	p.mu.Lock()
 	old := p.session
 	p.session = session

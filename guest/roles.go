@@ -24,12 +24,24 @@ func Init(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return Run(ctx, conn)
+	quick, err := newQuickConn(conn)
+	if err != nil {
+		return err
+	}
+	return Run(ctx, quick)
 }
 
 // RunTools is the tools worker: files and commands as the tools' user.
 func RunTools(ctx context.Context) error {
-	session, err := tools.Inherit(fdWorker)
+	conn, err := tools.Inherit(fdWorker)
+	if err != nil {
+		return err
+	}
+	quick, err := newQuickConn(conn)
+	if err != nil {
+		return err
+	}
+	session, err := wire.Guest(quick)
 	if err != nil {
 		return err
 	}

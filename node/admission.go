@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"cal/guest"
-	"cal/guest/tools"
 	"cal/nucleus"
 )
 
@@ -57,7 +56,7 @@ func (n *Node) admission(ctx context.Context, p *Pod, pre prepared, permit nucle
 	// Longer than it lives no permit is admitted.
 	waiting, cancel := context.WithTimeout(ctx, permitLife)
 	defer cancel()
-	result, err := n.permitted(waiting, p, guest.Call{}, permit, guest.CallArgs{Args: tools.Args{Action: &pre.action}}, nil)
+	result, err := n.permitted(waiting, p, guest.Call{}, permit, pre, nil, nil)
 	if err != nil {
 		return nil, refuse("the machine did not admit it: %v", err)
 	}

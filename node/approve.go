@@ -108,17 +108,17 @@ func (b *askBook) drop(id string) {
 // approve puts the request before a person, waits as long as the caller does, and
 // decides again when a grant arrives. What was prepared for the ask comes back with a
 // hold, or nothing.
-func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (nucleus.Permit, prepared, error) {
+func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (ruling, prepared, error) {
 	if !n.canApprove(p) {
 		if err := n.recordUnapproved(p, r, pre, needed); err != nil {
-			return nucleus.Permit{}, prepared{}, err
+			return ruling{}, prepared{}, err
 		}
-		return nucleus.Permit{}, prepared{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
+		return ruling{}, prepared{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
 			Message: needed.decision.Why + "; nobody could approve when this machine started (cal approve init makes the key)"}
 	}
 	pending, err := n.pendingAsk(ctx, p, r, pre, needed)
 	if err != nil {
-		return nucleus.Permit{}, prepared{}, err
+		return ruling{}, prepared{}, err
 	}
 	granted := false
 	defer func() {
@@ -128,26 +128,26 @@ func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, nee
 	}()
 	answer, err := n.await(ctx, pending.ask.ID, r.wait)
 	if err != nil {
-		return nucleus.Permit{}, prepared{}, authorityFailure(err)
+		return ruling{}, prepared{}, authorityFailure(err)
 	}
 	switch answer.State {
 	case approvals.Granted:
 	case approvals.Denied, approvals.Expired:
 		p.asks.drop(pending.ask.ID)
-		return nucleus.Permit{}, prepared{}, n.recordRefusal(p, r, pending, answer.State, answer.Reason)
+		return ruling{}, prepared{}, n.recordRefusal(p, r, pending, answer.State, answer.Reason)
 	default:
-		return nucleus.Permit{}, prepared{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
+		return ruling{}, prepared{}, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: pending.ask.ID,
 			Message: needed.decision.Why + "; a person has been asked and has not answered yet; call again to wait on"}
 	}
 	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(p.approvers), n.config.Now().UnixMilli())
 	if err != nil {
-		return nucleus.Permit{}, prepared{}, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
+		return ruling{}, prepared{}, nucleus.Errorf(nucleus.KindRefused, "the authority's grant for %s: %v", pending.ask.ID, err)
 	}
 	p.asks.drop(pending.ask.ID)
 	// The values that were approved, not those that were resolved anew for a retry.
 	granted = true
-	permit, err := n.decide(p, r, pending.pre, &approved{pending.ask, grant, answer.Token})
-	return permit, pending.pre, err
+	ruled, err := n.decide(p, r, pending.pre, &approved{pending.ask, grant, answer.Token})
+	return ruled, pending.pre, err
 }
 
 // canApprove reports whether anybody could grant anything to this pod.

@@ -371,7 +371,9 @@ type inside struct {
 type callInside struct {
 	call   guest.Call
 	args   guest.CallArgs
-	stream *wire.Stream
+	stream *wire.Stream    // nil: a brief call
+	ctx    context.Context // of a brief call
+	raw    []byte          // the whole reply to a brief call, where it is not nil
 	permit nucleus.Permit
 	honest func() guest.CallResult
 }
@@ -524,6 +526,7 @@ func (m *inside) prove(ctx context.Context, session *wire.Session) error {
 }
 
 func (m *inside) serve(session *wire.Session) {
+	session.Handle(m.brief)
 	var streams sync.WaitGroup
 	defer streams.Wait()
 	for {
@@ -553,21 +556,52 @@ func (m *inside) call(stream *wire.Stream) {
 	if err := nucleus.Strict(stream.Header, &c.call); err != nil {
 		return
 	}
-	if err := stream.RecvJSON(wire.FrameJSON, 64<<20, &c.args); err != nil {
+	if err := stream.RecvJSON(wire.FrameJSON, 64<<10, &c.args); err != nil {
 		return
 	}
+	if result, send := m.answer(c); send {
+		stream.SendJSON(wire.FrameResult, result)
+	}
+}
+
+// brief is call in one frame. What is not answered stays open until nobody waits.
+func (m *inside) brief(ctx context.Context, request []byte) []byte {
+	c := &callInside{ctx: ctx}
+	parts, err := tools.Split(request, 3)
+	if err != nil || nucleus.Strict(parts[0], &c.call) != nil {
+		return nil
+	}
+	if c.args.Args.Args = parts[2]; len(parts[1]) > 0 && json.Unmarshal(parts[1], &c.args.Action) != nil {
+		return nil
+	}
+	result, send := m.answer(c)
+	switch {
+	case c.raw != nil:
+		return c.raw
+	case !send:
+		<-ctx.Done()
+		return nil
+	}
+	value := result.Value
+	result.Value = nil
+	head, err := json.Marshal(result)
+	if err != nil {
+		panic(err)
+	}
+	return tools.Join(head, value)
+}
+
+func (m *inside) answer(c *callInside) (result guest.CallResult, send bool) {
 	header := tools.Call{Op: c.call.Op, Identity: nucleus.Identity{Name: "Test Person", Email: "person@example.org"}}
 	if c.call.Resolve {
 		var resolved tools.Resolved
 		if err := m.work(tools.StreamResolve, header, c.args.Args, &resolved); err != nil {
 			resolved.Error = nucleus.AsError(err)
 		}
-		stream.SendJSON(wire.FrameResult, guest.CallResult{Action: resolved.Action, Error: resolved.Error})
-		return
+		return guest.CallResult{Action: resolved.Action, Error: resolved.Error}, true
 	}
 	if err := m.admit(c); err != nil {
-		stream.SendJSON(wire.FrameResult, m.sign(c.permit, guest.CallResult{Error: nucleus.Errorf(nucleus.KindForbidden, "%v", err)}, nucleus.OutcomeRefused))
-		return
+		return m.sign(c.permit, guest.CallResult{Error: nucleus.Errorf(nucleus.KindForbidden, "%v", err)}, nucleus.OutcomeRefused), true
 	}
 	c.honest = func() guest.CallResult {
 		if c.call.Op.OnHost() {
@@ -590,13 +624,9 @@ func (m *inside) call(stream *wire.Stream) {
 	behave := m.host.behave
 	m.host.mu.Unlock()
 	if behave != nil {
-		result, send := behave(m, c)
-		if send {
-			stream.SendJSON(wire.FrameResult, result)
-		}
-		return
+		return behave(m, c)
 	}
-	stream.SendJSON(wire.FrameResult, c.honest())
+	return c.honest(), true
 }
 
 // admit is a second lock of its own hand.

@@ -125,6 +125,16 @@ func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
 	return n.log.Append(e)
 }
 
+// begin gives an entry its place, like append. One that cannot be written afterwards
+// is not begun again: its place was part of a decision.
+func (n *Node) begin(e nucleus.Entry) (*audit.Pending, error) {
+	pending, err := n.log.Begin(e)
+	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
+		return pending, err
+	}
+	return n.log.Begin(e)
+}
+
 // keepLog publishes the log for other programs once a second, and takes it up again
 // when it had to refuse entries and can be written once more.
 func (n *Node) keepLog(ctx context.Context) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"time"
 
+	"cal/audit"
 	"cal/guest"
 	"cal/guest/tools"
 	"cal/nucleus"
@@ -28,6 +29,7 @@ type request struct {
 // the values that the effect will use.
 type prepared struct {
 	action nucleus.Action
+	bytes  []byte // of action, canonical
 	salt   nucleus.Salt
 	digest string
 	detail []nucleus.Detail
@@ -46,12 +48,16 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 	}
 	defer pre.sent.drop()
 	r.laps.lap("resolve")
-	permit, err := n.decide(p, r, pre, nil)
+	ruled, err := n.decide(p, r, pre, nil)
 	var needed *needsApproval
 	if errors.As(err, &needed) {
-		permit, pre, err = n.approve(ctx, p, r, pre, needed)
+		ruled, pre, err = n.approve(ctx, p, r, pre, needed)
 		defer pre.sent.drop()
 	}
+	if err != nil {
+		return nil, err
+	}
+	permit, err := p.recorded(ruled)
 	if err != nil {
 		return nil, err
 	}
@@ -87,8 +93,11 @@ func (n *Node) prepare(ctx context.Context, p *Pod, r request) (prepared, error)
 	}
 	pre.action.Op = r.op
 	pre.action.Args = nucleus.SHA256(canonical)
-	pre.digest, err = pre.action.Digest(pre.salt)
-	return pre, err
+	if pre.bytes, err = nucleus.Canonical(pre.action); err != nil {
+		return pre, err
+	}
+	pre.digest = nucleus.ActionDigest(pre.bytes, pre.salt)
+	return pre, nil
 }
 
 func (n *Node) prepareInGuest(ctx context.Context, p *Pod, r request, args []byte, pre *prepared) error {
@@ -102,7 +111,7 @@ func (n *Node) prepareInGuest(ctx context.Context, p *Pod, r request, args []byt
 	}
 	header := r.call
 	header.Op, header.Resolve = r.op, true
-	result, err := p.call(ctx, header, guest.CallArgs{Args: tools.Args{Args: args}}, nil)
+	result, err := p.call(ctx, header, nil, guest.CallArgs{Args: tools.Args{Args: args}}, nil)
 	if err != nil {
 		return err
 	}
@@ -125,9 +134,11 @@ type needsApproval struct {
 func (*needsApproval) Error() string { return "an approval is needed" }
 
 // decide is the critical section of a root session: decide, use up the grant, add
-// the legs, append the intent. approval is nil on the first pass; an ask then comes
-// back as *needsApproval. A grant that was given is judged against what holds now.
-func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucleus.Permit, error) {
+// the legs, append the intent. The intent has its place in the log then; that it is
+// on the disk is waited for outside, so that requests of one session share a sync.
+// approval is nil on the first pass; an ask then comes back as *needsApproval. A grant
+// that was given is judged against what holds now.
+func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (ruling, error) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	now := n.config.Now()
@@ -137,7 +148,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 		decision = nucleus.Decision{Verdict: nucleus.Deny, Rule: rulePod, Why: why}
 	}
 	if decision.Verdict == nucleus.Ask && approval == nil {
-		return nucleus.Permit{}, &needsApproval{decision, state}
+		return ruling{}, &needsApproval{decision, state}
 	}
 	permit := nucleus.Permit{
 		ID: nucleus.NewID("r-"), Pod: p.record.ID, Boot: p.record.Boot, Session: p.record.Session,
@@ -153,29 +164,45 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 	case nucleus.Allow:
 	case nucleus.Ask:
 		if err := n.useGrant(p, approval, permit.ID); err != nil {
-			return permit, err
+			return ruling{}, err
 		}
 		permit.Grants, entry.Grants = []string{approval.token}, []string{approval.grant.ID}
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
 		if _, err := n.append(entry); err != nil {
-			return permit, logFailure(err)
+			return ruling{}, logFailure(err)
 		}
-		return permit, denial(r.op, decision)
+		return ruling{}, denial(r.op, decision)
 	}
 	if err := n.expose(p, decision.Takes, string(r.op)+" "+describe(pre.action)); err != nil {
-		return permit, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
+		return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()
 	if err := n.salts.Put(permit.ID, pre.salt); err != nil {
-		return permit, logFailure(err)
+		return ruling{}, logFailure(err)
 	}
-	if _, err := n.append(entry); err != nil {
-		return permit, logFailure(err)
+	intent, err := n.begin(entry)
+	if err != nil {
+		return ruling{}, logFailure(err)
 	}
-	// The permit's time begins when its intent is durable.
-	permit.Seq, permit.Issued = p.nextSeq(), p.time()
-	return permit, nil
+	permit.Seq = p.nextSeq()
+	return ruling{permit, intent}, nil
+}
+
+// ruling is a decision to go ahead. It counts when its intent is on the disk.
+type ruling struct {
+	permit nucleus.Permit
+	intent *audit.Pending
+}
+
+// recorded waits until the intent is on the disk: without it there is no permit, and
+// the permit's time begins then.
+func (p *Pod) recorded(r ruling) (nucleus.Permit, error) {
+	if _, err := r.intent.Wait(); err != nil {
+		return nucleus.Permit{}, logFailure(err)
+	}
+	r.permit.Issued = p.time()
+	return r.permit, nil
 }
 
 // rulePod is the rule by which nothing is done for a pod that has ended.
@@ -238,7 +265,7 @@ func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit 
 	if pre.effect != nil {
 		return n.actOnHost(ctx, p, r, pre, permit)
 	}
-	result, err := n.permitted(ctx, p, r.call, permit, guest.CallArgs{Args: tools.Args{Args: r.args, Action: &pre.action}}, r.stream)
+	result, err := n.permitted(ctx, p, r.call, permit, pre, r.args, r.stream)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -248,19 +275,20 @@ func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit 
 	return result.Value, result.Outcome, nil
 }
 
-// permitted opens a call under a permit and returns what the machine signed for it.
-func (n *Node) permitted(ctx context.Context, p *Pod, header guest.Call, permit nucleus.Permit, args guest.CallArgs, stream *wire.Stream) (guest.CallResult, error) {
+// permitted makes a call under a permit and returns what the machine signed for it.
+func (n *Node) permitted(ctx context.Context, p *Pod, header guest.Call, permit nucleus.Permit, pre prepared, args json.RawMessage, stream *wire.Stream) (guest.CallResult, error) {
 	signed, err := nucleus.Sign(n.key, nucleus.DomainPermit, permit)
 	if err != nil {
 		return guest.CallResult{}, err
 	}
 	header.Op, header.Permit = permit.Op, &signed
+	sent := guest.CallArgs{Args: tools.Args{Args: args, Action: &pre.action}}
 	if len(permit.Grants) > 0 {
-		if args.Ask, err = p.askOf(permit); err != nil {
+		if sent.Ask, err = p.askOf(permit); err != nil {
 			return guest.CallResult{}, err
 		}
 	}
-	result, err := p.call(ctx, header, args, stream)
+	result, err := p.call(ctx, header, pre.bytes, sent, stream)
 	if err != nil {
 		return result, err
 	}
@@ -293,14 +321,50 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 	return nil
 }
 
-// call opens one call to the machine. Frames of the command go to stream and
-// frames of stream go to the command.
-func (p *Pod) call(ctx context.Context, header guest.Call, args guest.CallArgs, stream *wire.Stream) (guest.CallResult, error) {
-	var result guest.CallResult
+// call makes one call to the machine: what is brief in one frame, the rest on a
+// stream. action is args.Action in its canonical bytes; nil where the arguments are only
+// to be resolved. Frames of the command go to stream and frames of stream go to the command.
+func (p *Pod) call(ctx context.Context, header guest.Call, action []byte, args guest.CallArgs, stream *wire.Stream) (guest.CallResult, error) {
 	session, err := p.wire()
 	if err != nil {
-		return result, err
+		return guest.CallResult{}, err
 	}
+	if stream == nil && args.Ask == nil && (header.Resolve || tools.Brief(header.Op)) {
+		head, err := json.Marshal(header)
+		if err != nil {
+			return guest.CallResult{}, err
+		}
+		if request := tools.Join(head, action, args.Args.Args); len(request) <= wire.MaxCall {
+			return p.callBriefly(ctx, session, request)
+		}
+	}
+	return p.callOnStream(ctx, session, header, args, stream)
+}
+
+// maxReply is the longest reply of a machine.
+const maxReply = 64 << 20
+
+func (p *Pod) callBriefly(ctx context.Context, session *wire.Session, request []byte) (guest.CallResult, error) {
+	var result guest.CallResult
+	reply, err := session.Call(ctx, request, maxReply)
+	if err != nil {
+		return result, p.unanswered(ctx, err)
+	}
+	parts, err := tools.Split(reply, 2)
+	if err == nil {
+		result, err = readResult(parts[0])
+	}
+	if err == nil && len(parts[1]) > 0 {
+		// What comes from a machine is JSON only when somebody has looked.
+		if result.Value = parts[1]; !json.Valid(result.Value) {
+			err = errors.New("a value that is not JSON")
+		}
+	}
+	return result, err
+}
+
+func (p *Pod) callOnStream(ctx context.Context, session *wire.Session, header guest.Call, args guest.CallArgs, stream *wire.Stream) (guest.CallResult, error) {
+	var result guest.CallResult
 	guestStream, err := session.Open(ctx, guest.StreamCall, header)
 	if err != nil {
 		return result, p.lost(err)
@@ -318,12 +382,9 @@ func (p *Pod) call(ctx context.Context, header guest.Call, args guest.CallArgs, 
 		}()
 	}
 	for {
-		frame, payload, err := guestStream.Recv(64 << 20)
+		frame, payload, err := guestStream.Recv(maxReply)
 		if err != nil {
-			if ctx.Err() != nil {
-				return result, nucleus.Errorf(nucleus.KindTimeout, "the caller went away before the machine answered")
-			}
-			return result, p.lost(err)
+			return result, p.unanswered(ctx, err)
 		}
 		if frame == wire.FrameResult {
 			return readResult(payload)
@@ -334,6 +395,13 @@ func (p *Pod) call(ctx context.Context, header guest.Call, args guest.CallArgs, 
 			}
 		}
 	}
+}
+
+func (p *Pod) unanswered(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nucleus.Errorf(nucleus.KindTimeout, "the caller went away before the machine answered")
+	}
+	return p.lost(err)
 }
 
 func (p *Pod) lost(err error) error {

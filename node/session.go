@@ -72,7 +72,7 @@ func (n *Node) expose(p *Pod, takes nucleus.Legs, what string) error {
 	const both = nucleus.Private | nucleus.Untrusted
 	met := p.root.exposure.Has(both)
 	if err := p.root.grow(takes, func(leg string) nucleus.Evidence {
-		return nucleus.Evidence{Seq: n.log.Size(), Leg: leg, What: what}
+		return nucleus.Evidence{Seq: n.log.Next(), Leg: leg, What: what}
 	}); err != nil {
 		return err
 	}
