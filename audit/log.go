@@ -116,7 +116,7 @@ type Log struct {
 
 	mu    sync.Mutex
 	next  int64 // sequence number of the next entry
-	queue []*pending
+	queue []*Pending
 	err   error // why appends are refused
 	note  []byte
 	size  int64
@@ -124,8 +124,10 @@ type Log struct {
 	open  map[string]nucleus.Entry // by permit: intents without outcome
 }
 
-// pending is an entry on its way to the disk.
-type pending struct {
+// Pending is an entry on its way to the disk.
+type Pending struct {
+	log   *Log
+	leads bool // Wait writes the queue
 	entry nucleus.Entry
 	raw   []byte
 	err   error
@@ -180,40 +182,49 @@ func (l *Log) start() (err error) {
 // Callers that append at the same time share one sync. Append waits for the
 // disk, without a deadline: nobody can take back a sync that was begun.
 func (l *Log) Append(e nucleus.Entry) (nucleus.Entry, error) {
-	if len(e.Args) > 0 {
-		e.Args = Shown(e.Args)
-	}
-	p, leads, err := l.enqueue(e)
+	p, err := l.Begin(e)
 	if err != nil {
 		return nucleus.Entry{}, err
 	}
-	if leads {
-		l.write()
+	return p.Wait()
+}
+
+// Begin gives an entry its place in the log and does not write it: that is up to
+// Wait, which the caller must call soon, for others may wait for it to do so. So an
+// order that a caller's lock fixes is the log's, and the lock is not held while
+// the disk works.
+func (l *Log) Begin(e nucleus.Entry) (*Pending, error) {
+	if len(e.Args) > 0 {
+		e.Args = Shown(e.Args)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.err != nil {
+		return nil, l.err
+	}
+	e.Seq, e.Time = l.next, l.now().UTC().Format(time.RFC3339Nano)
+	raw, err := encode(e)
+	if err != nil {
+		return nil, err
+	}
+	// Whoever finds the queue empty writes it for all who join until the disk is
+	// free.
+	p := &Pending{log: l, leads: len(l.queue) == 0, entry: e, raw: raw, done: make(chan struct{})}
+	l.next++
+	l.queue = append(l.queue, p)
+	return p, nil
+}
+
+// Wait returns as Append does. It is called once.
+func (p *Pending) Wait() (nucleus.Entry, error) {
+	if p.leads {
+		p.log.write()
 	}
 	<-p.done
 	if p.err != nil {
 		return nucleus.Entry{}, p.err
 	}
 	return p.entry, nil
-}
-
-// enqueue gives the entry its place. Whoever finds the queue empty writes it
-// for all who join until the disk is free.
-func (l *Log) enqueue(e nucleus.Entry) (p *pending, leads bool, err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.err != nil {
-		return nil, false, l.err
-	}
-	e.Seq, e.Time = l.next, l.now().UTC().Format(time.RFC3339Nano)
-	raw, err := encode(e)
-	if err != nil {
-		return nil, false, err
-	}
-	p = &pending{entry: e, raw: raw, done: make(chan struct{})}
-	l.next++
-	l.queue = append(l.queue, p)
-	return p, len(l.queue) == 1, nil
 }
 
 // write commits what is queued. Another leader may have done so already.
@@ -238,7 +249,7 @@ func (l *Log) commitAll() (long bool) {
 }
 
 // take empties the queue.
-func (l *Log) take() []*pending {
+func (l *Log) take() []*Pending {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	queue := l.queue
@@ -247,8 +258,8 @@ func (l *Log) take() []*pending {
 }
 
 // groups cuts a queue into what goes into one record each.
-func groups(queue []*pending) iter.Seq[[]*pending] {
-	return func(yield func([]*pending) bool) {
+func groups(queue []*Pending) iter.Seq[[]*Pending] {
+	return func(yield func([]*Pending) bool) {
 		start, bytes := 0, 0
 		for i, p := range queue {
 			if i > start && bytes+len(p.raw) > maxGroup {
@@ -266,7 +277,7 @@ func groups(queue []*pending) iter.Seq[[]*pending] {
 }
 
 // commit makes one journal record of a group: one write, one sync.
-func (l *Log) commit(group []*pending) error {
+func (l *Log) commit(group []*Pending) error {
 	if err := l.failure(); err != nil {
 		return err
 	}
@@ -318,7 +329,7 @@ func trackIntent(open map[string]nucleus.Entry, e nucleus.Entry) {
 	}
 }
 
-func (l *Log) finish(group []*pending, err error) {
+func (l *Log) finish(group []*Pending, err error) {
 	for _, p := range group {
 		p.err = err
 		close(p.done)
@@ -541,6 +552,13 @@ func (l *Log) Checkpoint() []byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Clone(l.note)
+}
+
+// Next is the sequence number that the next entry gets.
+func (l *Log) Next() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.next
 }
 
 // Size is the number of entries on the disk.

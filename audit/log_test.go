@@ -389,3 +389,141 @@ func TestLongJournalIsPublished(t *testing.T) {
 		t.Fatal("nothing was published")
 	}
 }
+
+// counting counts what is done to the journal.
+type counting struct {
+	FS
+	writes, syncs int
+	fail          error // of the next sync
+}
+
+type countingFile struct {
+	File
+	fs *counting
+}
+
+func (c *counting) Append(name string) (File, error) {
+	f, err := c.FS.Append(name)
+	return countingFile{f, c}, err
+}
+
+func (f countingFile) Write(p []byte) (int, error) {
+	f.fs.writes++
+	return f.File.Write(p)
+}
+
+func (f countingFile) Sync() error {
+	f.fs.syncs++
+	if err := f.fs.fail; err != nil {
+		f.fs.fail = nil
+		return err
+	}
+	return f.File.Sync()
+}
+
+func openCounting(t *testing.T, dir string) (*Log, *counting) {
+	t.Helper()
+	under, err := openFiles(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &counting{FS: under}
+	o := testOptions()
+	o.FS = c
+	return mustOpen(t, dir, o), c
+}
+
+// Begin fixes the order and writes nothing; those that have begun share one record
+// and one sync, whoever waits first, and none is durable before it.
+func TestBegin(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	l, disk := openCounting(t, dir)
+	const n = 5
+	var begun []*Pending
+	for i := range n {
+		if got := l.Next(); got != int64(i) {
+			t.Errorf("next is %d, want %d", got, i)
+		}
+		p, err := l.Begin(entryNumber(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		begun = append(begun, p)
+	}
+	if l.Size() != 0 || disk.writes != 0 || disk.syncs != 0 {
+		t.Errorf("begun only: size %d, %d writes, %d syncs", l.Size(), disk.writes, disk.syncs)
+	}
+	var waiters sync.WaitGroup
+	for i, p := range slices.Backward(begun) {
+		waiters.Go(func() {
+			e, err := p.Wait()
+			if err != nil || e.Seq != int64(i) {
+				t.Errorf("entry %d: %+v, %v", i, e, err)
+			}
+			if l.Size() != n {
+				t.Errorf("entry %d is said to be durable, the size is %d", i, l.Size())
+			}
+		})
+	}
+	waiters.Wait()
+	if disk.writes != 1 || disk.syncs != 1 {
+		t.Errorf("%d writes and %d syncs for %d entries, want one", disk.writes, disk.syncs, n)
+	}
+	appendEntries(t, l, n, 1)
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for i, e := range readAll(t, dir, 0) {
+		if string(e.Args) != fmt.Sprintf(`{"path":"file-%d"}`, i) {
+			t.Errorf("entry %d: %s", i, e.Args)
+		}
+	}
+	wantOK(t, dir, nil, n+1)
+}
+
+// A sync that fails fails everyone who has begun, and nobody can begin after it
+// before the log has been read anew. What began before that is not written then.
+func TestBegunAndFailed(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	l, disk := openCounting(t, dir)
+	appendEntries(t, l, 0, 3)
+	var begun []*Pending
+	for i := range 3 {
+		p, err := l.Begin(entryNumber(i))
+		if err != nil {
+			t.Fatal(err)
+		}
+		begun = append(begun, p)
+	}
+	disk.fail = errors.New("no")
+	for _, p := range begun {
+		if _, err := p.Wait(); !errors.Is(err, ErrFailed) {
+			t.Errorf("got %v, want ErrFailed", err)
+		}
+	}
+	if _, err := l.Begin(entryNumber(9)); !errors.Is(err, ErrFailed) {
+		t.Errorf("Begin after it: %v", err)
+	}
+	if err := l.Reopen(); err != nil {
+		t.Fatal(err)
+	}
+	late, err := l.Begin(entryNumber(9))
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := l.Size()
+	if err := l.Reopen(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := late.Wait(); !errors.Is(err, ErrFailed) {
+		t.Errorf("begun before Reopen: %v, want ErrFailed", err)
+	}
+	if l.Size() != size {
+		t.Errorf("size %d, want %d", l.Size(), size)
+	}
+	appendEntries(t, l, int(size), 2) // what a sync failed for may have turned up
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantOK(t, dir, nil, size+2)
+}

@@ -23,6 +23,8 @@ type lock struct {
 	node     ed25519.PrivateKey
 	approver paseto.V4AsymmetricSecretKey
 	seq      uint64
+	passed   time.Duration // on every monotonic clock
+	wall     time.Duration // that the host's wall clock was set by
 }
 
 const lockPolicy = `{"operations":{"read_files":"always","write_files":"ask","web_fetch":"always","run_bash":"always"},"paths":{"roots":"any","blocked":["**/.env*"]},"commands":"any","hosts":{"only":[{"host":"example.org","port":443}]}}`
@@ -49,10 +51,11 @@ func newLock(t testing.TB) *lock {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.p = &Proxy{clock: newBootClock(), changed: make(chan struct{}), boot: nucleus.Boot{
+	l.p = &Proxy{clock: newNodeClock(), changed: make(chan struct{}), boot: nucleus.Boot{
 		Pod: "p-1", Boot: "b-1", NodeKey: nodePublic, Approvers: map[string][]byte{"person": approverPublic},
-		Policy: json.RawMessage(lockPolicy), UnixMilli: time.Now().UnixMilli(), Guest: config,
+		Policy: json.RawMessage(lockPolicy), Time: nucleus.NodeTime{Epoch: 1, Tick: 1000, UnixMilli: time.Now().UnixMilli()}, Guest: config,
 	}}
+	l.p.clock.own = func() time.Duration { return l.passed }
 	if err := l.p.adopt(); err != nil {
 		t.Fatal(err)
 	}
@@ -75,12 +78,13 @@ func (l *lock) permit(action nucleus.Action) nucleus.Permit {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	now := time.Now().UnixMilli()
+	now := time.Now().Add(l.wall).UnixMilli()
 	state := nucleus.Context{UnixMilli: now}
 	l.seq++
 	return nucleus.Permit{
 		ID: nucleus.NewID("r-"), Pod: "p-1", Boot: "b-1", Session: "s-1", Seq: 1<<40 | l.seq, Op: action.Op, Digest: digest, Salt: salt[:],
-		Verdict: l.p.policy.Decide(action, state).Verdict, Context: state, Issued: now, Expires: now + 30_000,
+		Verdict: l.p.policy.Decide(action, state).Verdict, Context: state, Life: 30_000,
+		Issued: nucleus.NodeTime{Epoch: 1, Tick: 1000 + l.passed.Milliseconds(), UnixMilli: now},
 	}
 }
 
@@ -99,7 +103,7 @@ func (l *lock) ask(permit nucleus.Permit, action nucleus.Action) nucleus.AskRequ
 		ID: nucleus.NewID("a-"), Pod: permit.Pod, Workspace: "w", Session: permit.Session, Boot: permit.Boot, Requester: "agent",
 		Request: json.RawMessage(`{}`), Action: action, Digest: permit.Digest, Salt: permit.Salt, Policy: nucleus.SHA256([]byte("policy")),
 		Rule: "operations.write_files", Why: "asks", Context: permit.Context, Tier: "kernel", Mode: "mediated",
-		Created: permit.Issued - 1000, Expires: permit.Issued + 60_000, Nonce: nucleus.NewID("n-"),
+		Created: permit.Issued.UnixMilli - 1000, Expires: permit.Issued.UnixMilli + 60_000, Nonce: nucleus.NewID("n-"),
 	}
 }
 
@@ -122,7 +126,12 @@ func (l *lock) token(ask nucleus.AskRequest) string {
 
 func (l *lock) refused(what string, call Call, action *nucleus.Action, text string) {
 	l.t.Helper()
-	_, e := l.p.admit(call, action)
+	l.refusedAsk(what, call, action, nil, text)
+}
+
+func (l *lock) refusedAsk(what string, call Call, action *nucleus.Action, ask *nucleus.AskRequest, text string) {
+	l.t.Helper()
+	_, e := l.p.admit(call, action, ask)
 	if e == nil {
 		l.t.Errorf("%s: admitted", what)
 	} else if e.Kind != nucleus.KindForbidden || !strings.Contains(e.Message, text) {
@@ -170,7 +179,9 @@ func TestPermit(t *testing.T) {
 		"another salt":      {func(p *nucleus.Permit) { s := nucleus.NewSalt(); p.Salt = s[:] }, "another action"},
 		"a short salt":      {func(p *nucleus.Permit) { p.Salt = p.Salt[:31] }, "salt of 31"},
 		"no salt":           {func(p *nucleus.Permit) { p.Salt = nil }, "salt of 0"},
-		"expired":           {func(p *nucleus.Permit) { p.Expires = p.Issued - 1 }, "expired"},
+		"expired":           {func(p *nucleus.Permit) { p.Life = -1 }, "ms old"},
+		"another epoch":     {func(p *nucleus.Permit) { p.Issued.Epoch = 2 }, "epoch 2"},
+		"an epoch too many": {func(p *nucleus.Permit) { p.Seq += 1 << nucleus.EpochBits }, "not of epoch"},
 	} {
 		permit := l.permit(action)
 		c.change(&permit)
@@ -191,7 +202,7 @@ func TestPermit(t *testing.T) {
 	l.refused("the call names another operation", Call{Op: nucleus.RunBash, Permit: l.sign(permit)}, &action, "the call is")
 
 	good := Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}
-	if _, e := l.p.admit(good, &action); e != nil {
+	if _, e := l.p.admit(good, &action, nil); e != nil {
 		t.Fatalf("control: %+v", e)
 	}
 	l.refused("again", good, &action, "used before")
@@ -242,7 +253,7 @@ func TestExposureJoined(t *testing.T) {
 
 	l = newLock(t)
 	action := readAction("a")
-	if _, e := l.p.admit(Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}, &action); e != nil {
+	if _, e := l.p.admit(Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}, &action, nil); e != nil {
 		t.Fatalf("%+v", e)
 	}
 	if l.p.served.exposure != nucleus.Private {
@@ -254,55 +265,58 @@ func TestExposureJoined(t *testing.T) {
 func TestGrant(t *testing.T) {
 	l := newLock(t)
 	action := writeAction("a")
-	call := func(change func(*nucleus.Permit, *Call, *nucleus.AskRequest)) Call {
+	call := func(change func(p *nucleus.Permit, shown **nucleus.AskRequest, a *nucleus.AskRequest)) (Call, *nucleus.AskRequest) {
 		permit := l.permit(action)
 		ask := l.ask(permit, action)
 		permit.Grants = []string{l.token(ask)}
-		c := Call{Op: action.Op, Ask: &ask}
+		shown := &ask
 		if change != nil {
-			change(&permit, &c, &ask)
+			change(&permit, &shown, &ask)
 		}
-		c.Permit = l.sign(permit)
-		return c
+		return Call{Op: action.Op, Permit: l.sign(permit)}, shown
 	}
 	stranger := newLock(t)
-	for name, change := range map[string]func(*nucleus.Permit, *Call, *nucleus.AskRequest){
-		"no grant":     func(p *nucleus.Permit, _ *Call, _ *nucleus.AskRequest) { p.Grants = nil },
-		"no ask":       func(_ *nucleus.Permit, c *Call, _ *nucleus.AskRequest) { c.Ask = nil },
-		"an empty one": func(p *nucleus.Permit, _ *Call, _ *nucleus.AskRequest) { p.Grants = []string{""} },
-		"a stranger's": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) { p.Grants = []string{stranger.token(*a)} },
-		"of another ask": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+	for name, change := range map[string]func(*nucleus.Permit, **nucleus.AskRequest, *nucleus.AskRequest){
+		"no grant":     func(p *nucleus.Permit, _ **nucleus.AskRequest, _ *nucleus.AskRequest) { p.Grants = nil },
+		"no ask":       func(_ *nucleus.Permit, shown **nucleus.AskRequest, _ *nucleus.AskRequest) { *shown = nil },
+		"an empty one": func(p *nucleus.Permit, _ **nucleus.AskRequest, _ *nucleus.AskRequest) { p.Grants = []string{""} },
+		"a stranger's": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
+			p.Grants = []string{stranger.token(*a)}
+		},
+		"of another ask": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
 			other := *a
 			other.ID = "a-other"
 			p.Grants = []string{l.token(other)}
 		},
-		"of another nonce":     func(_ *nucleus.Permit, _ *Call, a *nucleus.AskRequest) { a.Nonce = "n-other" },
-		"shown another reason": func(_ *nucleus.Permit, _ *Call, a *nucleus.AskRequest) { a.Why = "something else" },
-		"another digest": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+		"of another nonce":     func(_ *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) { a.Nonce = "n-other" },
+		"shown another reason": func(_ *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) { a.Why = "something else" },
+		"another digest": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
 			other := writeAction("b")
 			*a = l.ask(l.permit(other), other)
 			p.Grants = []string{l.token(*a)}
 		},
-		"another boot": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+		"another boot": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
 			a.Boot = "b-0"
 			p.Grants = []string{l.token(*a)}
 		},
-		"another pod": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+		"another pod": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
 			a.Pod = "p-0"
 			p.Grants = []string{l.token(*a)}
 		},
-		"another operation": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
+		"another operation": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
 			a.Action = readAction("a")
 			p.Grants = []string{l.token(*a)}
 		},
-		"out of time": func(p *nucleus.Permit, _ *Call, a *nucleus.AskRequest) {
-			a.Created, a.Expires = p.Issued-60_000, p.Issued-1
+		"out of time": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
+			a.Created, a.Expires = p.Issued.UnixMilli-60_000, p.Issued.UnixMilli-1
 			p.Grants = []string{l.token(*a)}
 		},
 	} {
-		l.refused(name, call(change), &action, "the machine refuses")
+		c, shown := call(change)
+		l.refusedAsk(name, c, &action, shown, "the machine refuses")
 	}
-	if _, e := l.p.admit(call(nil), &action); e != nil {
+	c, shown := call(nil)
+	if _, e := l.p.admit(c, &action, shown); e != nil {
 		t.Errorf("control: %+v", e)
 	}
 }
@@ -314,12 +328,12 @@ func TestGrantOnce(t *testing.T) {
 	first := l.permit(action)
 	ask := l.ask(first, action)
 	first.Grants = []string{l.token(ask)}
-	if _, e := l.p.admit(Call{Op: action.Op, Ask: &ask, Permit: l.sign(first)}, &action); e != nil {
+	if _, e := l.p.admit(Call{Op: action.Op, Permit: l.sign(first)}, &action, &ask); e != nil {
 		t.Fatalf("control: %+v", e)
 	}
 	second := first
 	second.ID, second.Seq = "r-second", first.Seq+1
-	l.refused("the same grant", Call{Op: action.Op, Ask: &ask, Permit: l.sign(second)}, &action, "grant")
+	l.refusedAsk("the same grant", Call{Op: action.Op, Permit: l.sign(second)}, &action, &ask, "grant")
 }
 
 // A sequence number is accepted once, in whatever order numbers come; an epoch that
@@ -366,7 +380,7 @@ func TestPermitOnceConcurrently(t *testing.T) {
 	var calls sync.WaitGroup
 	for range 16 {
 		calls.Go(func() {
-			if _, e := l.p.admit(call, &action); e == nil {
+			if _, e := l.p.admit(call, &action, nil); e == nil {
 				admitted.Add(1)
 			}
 		})
@@ -374,40 +388,6 @@ func TestPermitOnceConcurrently(t *testing.T) {
 	calls.Wait()
 	if admitted.Load() != 1 {
 		t.Errorf("admitted %d times", admitted.Load())
-	}
-}
-
-// The guest's time never goes back, whatever the node says, and what the node says
-// ahead of it counts.
-func TestBootClock(t *testing.T) {
-	c := newBootClock()
-	c.observe(1_000_000)
-	if now := c.now(); now < 1_000_000 || now > 1_060_000 {
-		t.Errorf("now %d", now)
-	}
-	for _, said := range []int64{0, -5, 999_999, 500_000, 1 << 62, 7} {
-		before := c.now()
-		c.observe(said)
-		if now := c.now(); now < before || now < said {
-			t.Errorf("after %d: %d, before %d", said, now, before)
-		}
-	}
-}
-
-// An expiry is measured on the guest's clock: a permit that was kept back is too late,
-// and an older issue does not turn the clock back.
-func TestPermitExpires(t *testing.T) {
-	l := newLock(t)
-	action := readAction("a")
-	kept := Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}
-	l.p.clock.observe(time.Now().UnixMilli() + 31_000)
-	l.refused("kept back", kept, &action, "expired")
-	l.refused("and once more", kept, &action, "expired")
-	permit := l.permit(action)
-	permit.Issued += 31_000
-	permit.Expires += 31_000
-	if _, e := l.p.admit(Call{Op: nucleus.ReadFiles, Permit: l.sign(permit)}, &action); e != nil {
-		t.Errorf("control: %+v", e)
 	}
 }
 
@@ -465,19 +445,17 @@ func TestPassage(t *testing.T) {
 	call := func(s *state, action nucleus.Action) Call {
 		permit := s.permit(action)
 		permit.Verdict, permit.Grants = nucleus.Ask, []string{s.token}
-		permit.Issued = s.p.clock.now()
-		permit.Expires = permit.Issued + 30_000
-		return Call{Op: action.Op, Permit: s.sign(permit), Ask: &s.ask}
+		return Call{Op: action.Op, Permit: s.sign(permit)}
 	}
 	admitted := func(what string, s *state, action nucleus.Action) {
 		t.Helper()
-		if _, e := s.p.admit(call(s, action), &action); e != nil {
+		if _, e := s.p.admit(call(s, action), &action, &s.ask); e != nil {
 			t.Errorf("%s: %+v", what, e)
 		}
 	}
 	refused := func(what string, s *state, action nucleus.Action, text string) {
 		t.Helper()
-		s.refused(what, call(s, action), &action, text)
+		s.refusedAsk(what, call(s, action), &action, &s.ask, text)
 	}
 
 	s := open()
@@ -492,16 +470,17 @@ func TestPassage(t *testing.T) {
 	// What was fetched through it does not end it; a private file does.
 	admitted("before the file", s, fetch("example.org", 443, "/a"))
 	read := readAction("a")
-	if _, e := s.p.admit(Call{Op: read.Op, Permit: s.sign(s.permit(read))}, &read); e != nil {
+	if _, e := s.p.admit(Call{Op: read.Op, Permit: s.sign(s.permit(read))}, &read, nil); e != nil {
 		t.Fatal(e)
 	}
 	refused("after a private file", s, fetch("example.org", 443, "/a"), "taken less")
 
 	s = open()
 	admitted("at first", s, fetch("example.org", 443, "/a"))
-	s.p.clock.observe(s.p.clock.now() + approval.MaxPassage - 60_000)
+	pass := func(d time.Duration) { s.passed, s.wall = s.passed+d, s.wall+d }
+	pass(59 * time.Minute)
 	admitted("after 59 minutes", s, fetch("example.org", 443, "/a"))
-	s.p.clock.observe(s.p.clock.now() + 60_000)
+	pass(time.Minute)
 	refused("after an hour", s, fetch("example.org", 443, "/a"), "ended")
 
 	// The first use wants a grant that holds, for a passage that makes sense, to where
@@ -522,6 +501,6 @@ func TestPassage(t *testing.T) {
 		refused(what+", granted so", s, fetch("example.org", 443, "/a"), "the machine refuses")
 	}
 	s = open()
-	s.p.clock.observe(s.ask.Expires)
+	pass(time.Minute) // as long as an ask lives here
 	refused("used too late", s, fetch("example.org", 443, "/a"), "grant")
 }

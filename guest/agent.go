@@ -33,21 +33,21 @@ type agentHost struct {
 func (h *agentHost) start(stream *wire.Stream) {
 	var start AgentStart
 	if err := nucleus.Strict(stream.Header, &start); err != nil {
-		endAgent(stream, nucleus.Errorf(nucleus.KindInvalid, "agent: %v", err))
+		refuseAgent(stream, nucleus.Errorf(nucleus.KindInvalid, "agent: %v", err))
 		return
 	}
 	// A prompt and a HOME are larger than a header may be.
 	stream.SetReadDeadline(time.Now().Add(bootDeadline))
 	var program AgentProgram
 	if err := stream.RecvJSON(wire.FrameJSON, 16<<20, &program); err != nil {
-		endAgent(stream, nucleus.Errorf(nucleus.KindInvalid, "agent's program: %v", err))
+		refuseAgent(stream, nucleus.Errorf(nucleus.KindInvalid, "agent's program: %v", err))
 		return
 	}
 	stream.SetReadDeadline(time.Time{})
 	h.mu.Lock()
 	if h.run != nil && !h.run.ended() {
 		h.mu.Unlock()
-		endAgent(stream, nucleus.Errorf(nucleus.KindConflict, "an agent runs in this machine already"))
+		refuseAgent(stream, nucleus.Errorf(nucleus.KindConflict, "an agent runs in this machine already"))
 		return
 	}
 	begin := h.proxy.startAgent
@@ -60,7 +60,7 @@ func (h *agentHost) start(stream *wire.Stream) {
 	}
 	h.mu.Unlock()
 	if err != nil {
-		endAgent(stream, nucleus.Errorf(nucleus.KindFailed, "starting the agent: %v", err))
+		refuseAgent(stream, nucleus.Errorf(nucleus.KindFailed, "starting the agent: %v", err))
 		return
 	}
 	run.join(stream)
@@ -82,19 +82,25 @@ func endAgent(stream *wire.Stream, e *nucleus.Error) {
 	stream.SendJSON(wire.FrameResult, AgentExit{ExitCode: -1, Error: e})
 }
 
+// refuseAgent says that no agent was started.
+func refuseAgent(stream *wire.Stream, e *nucleus.Error) {
+	stream.SetWriteDeadline(time.Now().Add(bootDeadline))
+	stream.SendJSON(wire.FrameResult, AgentExit{ExitCode: -1, Error: e, Refused: true})
+}
+
 // startAgent builds the agent's jail, its endpoints, and starts it.
 func (p *Proxy) startAgent(start AgentStart, program AgentProgram) (*agentRun, error) {
 	if len(program.Argv) == 0 || !strings.HasPrefix(program.Argv[0], "/") {
 		return nil, errors.New("argv[0] is no absolute path")
 	}
-	env := []string{"HOME=" + Home, "PATH=/usr/local/bin:/usr/bin:/bin", "USER=agent", "LOGNAME=agent", "TMPDIR=/tmp"}
+	env := []string{"HOME=" + nucleus.MachineHome, "PATH=/usr/local/bin:/usr/bin:/bin", "USER=agent", "LOGNAME=agent", "TMPDIR=/tmp"}
 	for name, value := range program.Env {
 		env = append(env, name+"="+value)
 	}
 	plan := jailPlan{
 		Kind: agentJail, UID: p.config.AgentUID, GID: p.config.AgentGID,
 		Listen: []string{MCPAddr, ModelAddr}, DNS: true,
-		Layers: append([]AgentLayer{{ProxyPath, agentInit}}, p.config.Layers...),
+		Layers: append([]AgentLayer{{nucleus.MachineProxy, agentInit}}, p.config.Layers...),
 		Next:   append([]string{agentInit, "agent-init", "--"}, program.Argv...),
 		Env:    env, Home: program.Home,
 	}

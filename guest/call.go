@@ -16,21 +16,31 @@ import (
 	"cal/wire"
 )
 
-// Call is the header of a "call" stream. The arguments follow as FrameJSON; what
+// Call is the header of a "call" stream. CallArgs follow as FrameJSON; what
 // a running command is sent or says passes as frames; FrameResult holds a
 // CallResult. With Resolve there is no permit and nothing is done: the result is
-// the resolved action.
+// the resolved action. An operation that takes effect on the host is judged like any
+// other and not done: the outcome says that it is admitted.
 type Call struct {
-	Resolve  bool                `json:"resolve,omitempty"`
-	Op       nucleus.Op          `json:"op"`
-	Permit   *nucleus.Signed     `json:"permit,omitempty"`
-	Ask      *nucleus.AskRequest `json:"ask,omitempty"` // what the permit's grants were given for
-	Terminal bool                `json:"terminal,omitempty"`
-	Rows     uint16              `json:"rows,omitempty"`
-	Cols     uint16              `json:"cols,omitempty"`
-	Stream   bool                `json:"stream,omitempty"`
-	Stdin    bool                `json:"stdin,omitempty"`
+	Resolve  bool            `json:"resolve,omitempty"`
+	Op       nucleus.Op      `json:"op"`
+	Permit   *nucleus.Signed `json:"permit,omitempty"`
+	Terminal bool            `json:"terminal,omitempty"`
+	Rows     uint16          `json:"rows,omitempty"`
+	Cols     uint16          `json:"cols,omitempty"`
+	Stream   bool            `json:"stream,omitempty"`
+	Stdin    bool            `json:"stdin,omitempty"`
 }
+
+// CallArgs are what a call is made with.
+type CallArgs struct {
+	tools.Args
+	Ask *nucleus.AskRequest `json:"ask,omitempty"` // what the permit's grants were given for
+}
+
+// An action holds what the arguments hold once more, an ask both of them and the
+// request that they came in.
+const maxCallArgs = 6 * tools.MaxArgs
 
 // CallResult ends a call.
 type CallResult struct {
@@ -42,6 +52,69 @@ type CallResult struct {
 
 const maxResult = 32 << 20
 
+// brief is a call in the form of tools.Brief: it says the same as a "call" stream,
+// with Call as the request's header and CallResult, without its value, as the reply's.
+func (p *Proxy) brief(ctx context.Context, request []byte) []byte {
+	parts, err := tools.Split(request, 3)
+	var call Call
+	if err == nil {
+		err = nucleus.Strict(parts[0], &call)
+	}
+	if err != nil {
+		return briefReply(CallResult{Error: nucleus.Errorf(nucleus.KindInvalid, "call: %v", err)}, nil)
+	}
+	action, args := parts[1], parts[2]
+	if call.Resolve {
+		result, _ := p.workBriefly(ctx, call, nil, args)
+		return briefReply(CallResult{Action: result.Action, Error: result.Error}, nil)
+	}
+	var named nucleus.Action
+	if err := nucleus.Strict(action, &named); err != nil {
+		return briefReply(CallResult{Error: nucleus.Errorf(nucleus.KindInvalid, "action: %v", err)}, nil)
+	}
+	permit, refusal := p.admit(call, &named, nil)
+	started := time.Now()
+	if refusal != nil {
+		return briefReply(p.outcome(permit, CallResult{Error: refusal}, nucleus.OutcomeRefused, 0, started), nil)
+	}
+	result, status := p.workBriefly(ctx, call, action, args)
+	return briefReply(p.outcome(permit, result, status, 0, started), result.Value)
+}
+
+// workBriefly has the worker do it, or resolve it where no action is given.
+func (p *Proxy) workBriefly(ctx context.Context, call Call, action, args []byte) (CallResult, string) {
+	header, err := json.Marshal(p.header(call))
+	var reply []byte
+	if err == nil {
+		reply, err = p.worker.Call(ctx, tools.Join(header, action, args), maxResult)
+	}
+	var parts [][]byte
+	if err == nil {
+		parts, err = tools.Split(reply, 2)
+	}
+	var result tools.BriefResult
+	if err == nil {
+		err = json.Unmarshal(parts[0], &result)
+	}
+	switch {
+	case err != nil:
+		return CallResult{Error: nucleus.Errorf(nucleus.KindInternal, "tools worker: %v", err)}, nucleus.OutcomeUnknown
+	case result.Error != nil:
+		return CallResult{Error: result.Error}, nucleus.OutcomeFailed
+	}
+	return CallResult{Action: result.Action, Value: parts[1]}, nucleus.OutcomeDone
+}
+
+// briefReply has the value behind the header, where nobody encodes it again.
+func briefReply(result CallResult, value []byte) []byte {
+	result.Value = nil
+	head, err := json.Marshal(result)
+	if err != nil { // cannot be: texts and canonical JSON
+		head = []byte(`{"error":{"kind":"internal","message":"a result that cannot be written"}}`)
+	}
+	return tools.Join(head, value)
+}
+
 func (p *Proxy) call(ctx context.Context, stream *wire.Stream) {
 	var call Call
 	if err := nucleus.Strict(stream.Header, &call); err != nil {
@@ -49,22 +122,26 @@ func (p *Proxy) call(ctx context.Context, stream *wire.Stream) {
 		return
 	}
 	stream.SetReadDeadline(time.Now().Add(bootDeadline))
-	var args tools.Args
-	if err := stream.RecvJSON(wire.FrameJSON, 2*tools.MaxArgs, &args); err != nil {
+	var args CallArgs
+	if err := stream.RecvJSON(wire.FrameJSON, maxCallArgs, &args); err != nil {
 		finish(stream, CallResult{Error: nucleus.Errorf(nucleus.KindInvalid, "arguments: %v", err)})
 		return
 	}
 	stream.SetReadDeadline(time.Time{})
 	if call.Resolve {
-		p.resolve(ctx, stream, call, args)
+		p.resolve(ctx, stream, call, args.Args)
 		return
 	}
-	permit, refusal := p.admit(call, args.Action)
+	permit, refusal := p.admit(call, args.Action, args.Ask)
 	if refusal != nil {
 		finish(stream, p.outcome(permit, CallResult{Error: refusal}, nucleus.OutcomeRefused, 0, time.Now()))
 		return
 	}
-	p.act(ctx, stream, call, args, permit)
+	if call.Op.OnHost() {
+		finish(stream, p.outcome(permit, CallResult{}, nucleus.OutcomeAdmitted, 0, time.Now()))
+		return
+	}
+	p.act(ctx, stream, call, args.Args, permit)
 }
 
 func finish(stream *wire.Stream, result CallResult) {
@@ -75,7 +152,7 @@ func finish(stream *wire.Stream, result CallResult) {
 // admit is the second lock: the permit is the node's, for this boot, unused and
 // in time, for exactly this action; and the policy of the boot, with the legs that
 // this proxy has served itself, allows what the permit says.
-func (p *Proxy) admit(call Call, action *nucleus.Action) (nucleus.Permit, *nucleus.Error) {
+func (p *Proxy) admit(call Call, action *nucleus.Action, ask *nucleus.AskRequest) (nucleus.Permit, *nucleus.Error) {
 	var permit nucleus.Permit
 	refuse := func(format string, args ...any) (nucleus.Permit, *nucleus.Error) {
 		e := nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: "+format, args...)
@@ -89,14 +166,18 @@ func (p *Proxy) admit(call Call, action *nucleus.Action) (nucleus.Permit, *nucle
 		permit = nucleus.Permit{} // nothing in it is known
 		return refuse("permit: %v", err)
 	}
-	p.clock.observe(permit.Issued)
+	age, present := p.clock.age(permit.Issued)
 	switch {
 	case permit.Pod != p.boot.Pod || permit.Boot != p.boot.Boot:
 		return refuse("permit is for pod %s boot %s, this is pod %s boot %s", permit.Pod, permit.Boot, p.boot.Pod, p.boot.Boot)
 	case permit.Op != call.Op || action.Op != call.Op:
 		return refuse("permit is for %s, the call is %s", permit.Op, call.Op)
-	case p.clock.now() > permit.Expires:
-		return refuse("permit expired %d ms ago", p.clock.now()-permit.Expires)
+	case !present:
+		return refuse("permit is of a node of epoch %d, which is not the present one", permit.Issued.Epoch)
+	case permit.Seq>>nucleus.EpochBits != permit.Issued.Epoch:
+		return refuse("permit %d is not of epoch %d", permit.Seq, permit.Issued.Epoch)
+	case age > permit.Life:
+		return refuse("permit is %d ms old, at most %d", age, permit.Life)
 	case len(permit.Salt) != len(nucleus.Salt{}):
 		return refuse("salt of %d bytes", len(permit.Salt))
 	}
@@ -104,10 +185,11 @@ func (p *Proxy) admit(call Call, action *nucleus.Action) (nucleus.Permit, *nucle
 	if err != nil || digest != permit.Digest {
 		return refuse("the permit binds another action")
 	}
-	return permit, p.decideAgain(permit, call, *action)
+	return permit, p.decideAgain(permit, *action, ask, permit.Issued.UnixMilli+age)
 }
 
-func (p *Proxy) decideAgain(permit nucleus.Permit, call Call, action nucleus.Action) *nucleus.Error {
+// decideAgain judges what a permit allows. now is the node's wall clock, as the permit has it.
+func (p *Proxy) decideAgain(permit nucleus.Permit, action nucleus.Action, ask *nucleus.AskRequest, now int64) *nucleus.Error {
 	p.served.mu.Lock()
 	defer p.served.mu.Unlock()
 	if !p.served.fresh(permit.Seq) {
@@ -125,35 +207,36 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, call Call, action nucleus.Act
 	}
 	passage := false
 	if permit.Verdict == nucleus.Ask {
-		if e := p.checkGrants(permit, call, action); e != nil {
+		if e := p.checkGrants(permit, action, ask, now); e != nil {
 			return e
 		}
-		passage = call.Ask.Passage != nil
+		passage = ask.Passage != nil
 	}
 	p.served.take(own.Takes, passage)
 	return nil
 }
 
 // checkGrants verifies the approvers' own signatures: the node cannot make one.
-func (p *Proxy) checkGrants(permit nucleus.Permit, call Call, action nucleus.Action) *nucleus.Error {
+// One for a place opens it, for every request there until it ends; any other is good once.
+func (p *Proxy) checkGrants(permit nucleus.Permit, action nucleus.Action, shown *nucleus.AskRequest, now int64) *nucleus.Error {
 	refuse := func(format string, args ...any) *nucleus.Error {
 		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: "+format, args...)
 	}
-	if call.Ask == nil || len(permit.Grants) == 0 {
+	if shown == nil || len(permit.Grants) == 0 {
 		return refuse("an approval is needed and the permit holds none")
 	}
-	ask, token := *call.Ask, permit.Grants[0]
+	ask, token := *shown, permit.Grants[0]
 	if ask.Boot != p.boot.Boot || ask.Pod != p.boot.Pod || ask.Action.Op != permit.Op {
 		return refuse("the approval is for something else")
 	}
 	if ask.Passage != nil {
 		if open, ok := p.served.passages[token]; ok {
-			return p.served.passes(open, action, p.clock.now())
+			return p.served.passes(open, action, now)
 		}
 	} else if ask.Digest != permit.Digest {
 		return refuse("the approval is for something else")
 	}
-	grant, err := approval.Verify(token, ask, approverKeys(p.boot.Approvers), p.clock.now())
+	grant, err := approval.Verify(token, ask, approverKeys(p.boot.Approvers), now)
 	if err != nil {
 		return refuse("grant: %v", err)
 	}
@@ -164,8 +247,8 @@ func (p *Proxy) checkGrants(permit nucleus.Permit, call Call, action nucleus.Act
 		if err := approval.Check(ask); err != nil {
 			return refuse("%v", err)
 		}
-		open := opened{permit.Op, *ask.Passage, p.clock.now() + ask.Passage.Millis}
-		if e := p.served.passes(open, action, p.clock.now()); e != nil {
+		open := opened{permit.Op, *ask.Passage, now + ask.Passage.Millis}
+		if e := p.served.passes(open, action, now); e != nil {
 			return e
 		}
 		p.served.passages[token] = open
@@ -178,7 +261,7 @@ func (p *Proxy) checkGrants(permit nucleus.Permit, call Call, action nucleus.Act
 type opened struct {
 	op      nucleus.Op
 	passage nucleus.Passage
-	until   int64 // of the boot's clock
+	until   int64 // on the node's wall clock
 }
 
 // passes says why a passage does not let action through: it leads elsewhere, its time

@@ -7,14 +7,6 @@ import (
 	"cal/nucleus"
 )
 
-// Places in the machine. Drivers mount them, the proxy relies on them.
-const (
-	ProxyPath = "/.nucleus/nucleus-tool-proxy" // this program
-	AgentDir  = "/.nucleus/agent"              // the agent's layers, read-only, by their path in its root
-	Home      = "/home/agent"                  // of the tools' user: scratch
-	Workspace = "/home/agent/workspace"
-)
-
 // The loopback endpoints. SOCKS and HTTP proxy listen in the tools' network
 // namespace, MCP and model in the agent's.
 const (
@@ -56,8 +48,8 @@ func (c Config) check() error {
 		return fmt.Errorf("unknown mode %q", c.Mode)
 	}
 	for _, l := range c.Layers {
-		if !strings.HasPrefix(l.Source, AgentDir+"/") || !strings.HasPrefix(l.Path, "/") || strings.Contains(l.Path, "/../") {
-			return fmt.Errorf("layer %s at %s: outside %s", l.Source, l.Path, AgentDir)
+		if !strings.HasPrefix(l.Source, nucleus.MachineAgent+"/") || !strings.HasPrefix(l.Path, "/") || strings.Contains(l.Path, "/../") {
+			return fmt.Errorf("layer %s at %s: outside %s", l.Source, l.Path, nucleus.MachineAgent)
 		}
 	}
 	return nil
@@ -100,4 +92,5 @@ const WorkDir = "work"
 type AgentExit struct {
 	ExitCode int            `json:"exit_code"`
 	Error    *nucleus.Error `json:"error,omitempty"`
+	Refused  bool           `json:"refused,omitempty"` // the stream asked for a start, and none was made
 }

@@ -68,7 +68,7 @@ func containedArgv(program AgentProgram) []string {
 	for _, name := range names {
 		argv = append(argv, name+"="+program.Env[name])
 	}
-	return append(append(argv, AgentDir+program.Argv[0]), program.Argv[1:]...)
+	return append(append(argv, nucleus.MachineAgent+program.Argv[0]), program.Argv[1:]...)
 }
 
 func (p *Proxy) resolveCommand(ctx context.Context, call tools.Call, args json.RawMessage) (*nucleus.Action, error) {
@@ -90,7 +90,7 @@ func (p *Proxy) resolveCommand(ctx context.Context, call tools.Call, args json.R
 // fillHome writes the agent's files into the tools' HOME, which its owner may have
 // filled with links: nothing outside of it is touched.
 func (p *Proxy) fillHome(files map[string][]byte) error {
-	home, err := os.OpenRoot(Home)
+	home, err := os.OpenRoot(nucleus.MachineHome)
 	if err != nil {
 		return err
 	}

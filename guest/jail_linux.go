@@ -16,6 +16,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"cal/nucleus"
 )
 
 // A jail is a child of the proxy in pid, mount, network and IPC namespaces of
@@ -67,7 +69,7 @@ func startJail(plan jailPlan, setup func(*exec.Cmd)) (*jail, error) {
 		return nil, err
 	}
 	defer theirs.Close()
-	cmd := exec.Command(ProxyPath, "jail")
+	cmd := exec.Command(nucleus.MachineProxy, "jail")
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -222,8 +224,8 @@ func toolsRoot(show bool) error {
 	if err := mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return err
 	}
-	if _, err := os.Stat(AgentDir); err == nil && !show {
-		return mount("tmpfs", AgentDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_RDONLY, "mode=000,size=4k")
+	if _, err := os.Stat(nucleus.MachineAgent); err == nil && !show {
+		return mount("tmpfs", nucleus.MachineAgent, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_RDONLY, "mode=000,size=4k")
 	}
 	return nil
 }
@@ -284,7 +286,7 @@ func agentRoot(plan jailPlan) error {
 	if err := os.Remove("/old"); err != nil {
 		return err
 	}
-	return unix.Chdir("/home/agent/work")
+	return unix.Chdir(nucleus.MachineHome + "/" + WorkDir)
 }
 
 // agentFiles writes /etc and HOME. HOME is the agent's own, but for the files in

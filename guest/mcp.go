@@ -63,6 +63,52 @@ func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, 
 }
 
 func (p *Proxy) request(ctx context.Context, client *http.Client, op nucleus.Op, args json.RawMessage) (json.RawMessage, error) {
+	value, err := p.requestOnce(ctx, client, op, args)
+	if err == nil || nucleus.AsError(err).Kind != nucleus.KindUnauthenticated {
+		return value, err
+	}
+	// The host's clock was set, or went on while everything here stood still.
+	if askErr := p.askTime(ctx, client); askErr != nil {
+		return nil, err
+	}
+	return p.requestOnce(ctx, client, op, args)
+}
+
+// askTime asks the node what its wall clock shows, and the era that its requests are
+// signed for.
+func (p *Proxy) askTime(ctx context.Context, client *http.Client) error {
+	ctx, cancel := context.WithTimeout(ctx, bootDeadline)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://nucleus/v1/healthz", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	var health struct {
+		UnixMilli int64  `json:"unix_ms"`
+		Era       string `json:"era"`
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&health); err != nil {
+		return err
+	}
+	p.clock.set(health.UnixMilli)
+	p.era.Store(health.Era)
+	return nil
+}
+
+// signer signs for this boot: what is sent to the node, and what the node is to show
+// others.
+func (p *Proxy) signer() wire.Signer {
+	signer := wire.Signer{KeyID: p.boot.Boot, Ed25519: p.key, Now: p.clock.time}
+	signer.Era, _ = p.era.Load().(string)
+	return signer
+}
+
+func (p *Proxy) requestOnce(ctx context.Context, client *http.Client, op nucleus.Op, args json.RawMessage) (json.RawMessage, error) {
 	url := fmt.Sprintf("http://nucleus/v1/pods/%s/tools/%s?wait=%d", p.boot.Pod, op, p.config.WaitAsk)
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(args))
 	if err != nil {
@@ -70,7 +116,7 @@ func (p *Proxy) request(ctx context.Context, client *http.Client, op nucleus.Op,
 	}
 	req.GetBody = nil // signed for one use: never sent twice
 	req.Header.Set("Content-Type", "application/json")
-	signer := wire.Signer{KeyID: p.boot.Boot, Ed25519: p.key, Now: p.clock.time}
+	signer := p.signer()
 	if err := signer.Sign(req, p.boot.Pod, args); err != nil {
 		return nil, err
 	}

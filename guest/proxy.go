@@ -23,11 +23,11 @@ import (
 	"os"
 	"os/exec"
 	"sync"
+	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"cal/egress"
+	"cal/guest/tools"
 	"cal/nucleus"
 	"cal/policy"
 	"cal/wire"
@@ -50,7 +50,8 @@ type Proxy struct {
 	config Config
 	policy *policy.Policy
 	key    ed25519.PrivateKey
-	clock  bootClock
+	clock  *nodeClock
+	era    atomic.Value // string: what the node's verifier wants nonces to end with
 	worker *wire.Session
 	agent  agentHost
 	asked  witness
@@ -74,7 +75,7 @@ type servedState struct {
 
 // Run serves the machine over conn until its node has been gone for a minute.
 func Run(ctx context.Context, conn net.Conn) error {
-	if err := notDumpable(); err != nil {
+	if err := tools.NotDumpable(); err != nil {
 		return err
 	}
 	session, err := wire.Guest(conn)
@@ -92,6 +93,7 @@ func Run(ctx context.Context, conn net.Conn) error {
 		session.Close()
 		return err
 	}
+	session.Handle(p.brief)
 	reply := nucleus.BootReply{Boot: p.boot.Boot, OutcomeKey: p.key.Public().(ed25519.PublicKey), Version: Version}
 	if err := stream.SendJSON(wire.FrameJSON, reply); err != nil {
 		return err
@@ -130,7 +132,7 @@ func receiveBoot(session *wire.Session) (*Proxy, *wire.Stream, error) {
 		return nil, nil, fmt.Errorf("boot frame of kind %q: %w", kind, err)
 	}
 	f.stream.SetDeadline(time.Time{})
-	p := &Proxy{session: session, changed: make(chan struct{}), clock: newBootClock()}
+	p := &Proxy{session: session, changed: make(chan struct{}), clock: newNodeClock()}
 	if err := nucleus.Strict(raw, &p.boot); err != nil {
 		return nil, nil, fmt.Errorf("boot frame: %w", err)
 	}
@@ -152,7 +154,9 @@ func (p *Proxy) adopt() error {
 	if p.policy, err = policy.Load("boot", p.boot.Policy); err != nil {
 		return fmt.Errorf("boot frame: %w", err)
 	}
-	p.clock.observe(p.boot.UnixMilli)
+	if err := p.clock.begin(p.boot.Time); err != nil {
+		return fmt.Errorf("boot frame: %w", err)
+	}
 	_, p.key, err = ed25519.GenerateKey(rand.Reader)
 	p.served = servedState{seqs: map[uint64]bool{}, grants: map[string]bool{}, passages: map[string]opened{}}
 	return err
@@ -165,7 +169,7 @@ func (p *Proxy) start(ctx context.Context) error {
 		return err
 	}
 	// gVisor's tmpfs takes no owner: HOME is given to the tools' user here.
-	if err := os.Chown(Home, p.config.ToolsUID, p.config.ToolsGID); err != nil {
+	if err := os.Chown(nucleus.MachineHome, p.config.ToolsUID, p.config.ToolsGID); err != nil {
 		return err
 	}
 	plan := jailPlan{
@@ -185,7 +189,11 @@ func (p *Proxy) start(ctx context.Context) error {
 		ours.Close()
 		return err
 	}
-	if p.worker, err = wire.Host(ours); err != nil {
+	quick, err := newQuickConn(ours)
+	if err == nil {
+		p.worker, err = wire.Host(quick)
+	}
+	if err != nil {
 		worker.kill()
 		return err
 	}
@@ -375,7 +383,13 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 	if err != nil {
 		return err
 	}
-	session, err := wire.Guest(wireConn)
+	quick := wireConn
+	if unixConn, ok := wireConn.(*net.UnixConn); ok {
+		if quick, err = newQuickConn(unixConn); err != nil {
+			return err
+		}
+	}
+	session, err := wire.Guest(quick)
 	if err != nil {
 		return err
 	}
@@ -383,6 +397,7 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 		session.Close()
 		return err
 	}
+	session.Handle(p.brief)
 	p.mu.Lock()
 	old := p.session
 	p.session = session
@@ -393,10 +408,12 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 	return sendFiles(conn, "ok", nil)
 }
 
-// AttachProof is what the node signs under nucleus.DomainAttach.
+// AttachProof is what the node signs under nucleus.DomainAttach: what it was asked for,
+// and its own clocks.
 type AttachProof struct {
-	Boot  string `json:"boot"`
-	Nonce string `json:"nonce"`
+	Boot  string           `json:"boot"`
+	Nonce string           `json:"nonce"`
+	Time  nucleus.NodeTime `json:"time"`
 }
 
 // prove asks who is at the other end to sign a nonce with the node key of Boot.
@@ -418,8 +435,11 @@ func (p *Proxy) prove(session *wire.Session) error {
 	if err := signed.Open(p.boot.NodeKey, nucleus.DomainAttach, &got); err != nil {
 		return fmt.Errorf("proof of the node: %w", err)
 	}
-	if got != want {
+	if got.Boot != want.Boot || got.Nonce != want.Nonce {
 		return errors.New("proof of the node is for another boot or nonce")
+	}
+	if err := p.clock.begin(got.Time); err != nil {
+		return fmt.Errorf("proof of the node: %w", err)
 	}
 	return nil
 }
@@ -444,43 +464,6 @@ func Attach() error {
 		return errors.New(answer)
 	}
 	return nil
-}
-
-func notDumpable() error {
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("making the process not dumpable: %w", err)
-	}
-	return nil
-}
-
-// bootClock is the guest's notion of the node's time: the latest time the node
-// has said, carried on by the guest's own monotonic clock.
-type bootClock struct {
-	mu    sync.Mutex
-	base  time.Time // monotonic
-	start int64     // node's unix milliseconds at base
-}
-
-func newBootClock() bootClock { return bootClock{base: time.Now()} }
-
-func (c *bootClock) observe(unixMilli int64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if unixMilli > c.nowLocked() {
-		c.base, c.start = time.Now(), unixMilli
-	}
-}
-
-func (c *bootClock) now() int64 {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.nowLocked()
-}
-
-func (c *bootClock) time() time.Time { return time.UnixMilli(c.now()) }
-
-func (c *bootClock) nowLocked() int64 {
-	return c.start + time.Since(c.base).Milliseconds()
 }
 
 // WorkerConfig is what the proxy tells the tools worker first.

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"cal/guest/tools"
+	"cal/nucleus"
 	"cal/policy"
 	"cal/wire"
 )
@@ -23,19 +24,24 @@ func Init(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return Run(ctx, conn)
+	quick, err := newQuickConn(conn)
+	if err != nil {
+		return err
+	}
+	return Run(ctx, quick)
 }
 
 // RunTools is the tools worker: files and commands as the tools' user.
 func RunTools(ctx context.Context) error {
-	if err := notDumpable(); err != nil {
-		return err
-	}
-	conn, err := fileConn(fdWorker, "worker")
+	conn, err := tools.Inherit(fdWorker)
 	if err != nil {
 		return err
 	}
-	session, err := wire.Guest(conn)
+	quick, err := newQuickConn(conn)
+	if err != nil {
+		return err
+	}
+	session, err := wire.Guest(quick)
 	if err != nil {
 		return err
 	}
@@ -73,5 +79,5 @@ func workerConfig(sent WorkerConfig) (tools.Config, error) {
 	if err != nil {
 		return tools.Config{}, err
 	}
-	return tools.Config{Workspace: Workspace, Home: Home, Env: sent.Env, Blocked: p.Blocked}, nil
+	return tools.Config{Workspace: nucleus.MachineWorkspace, Home: nucleus.MachineHome, Env: sent.Env, Blocked: p.Blocked}, nil
 }

@@ -44,7 +44,7 @@ func TestReceiveBoot(t *testing.T) {
 	public, _ := newKey(t)
 	config := Config{ToolsUID: 1000, ToolsGID: 1000, AgentUID: 1001, AgentGID: 1001, Mode: nucleus.Mediated}
 	good := func() map[string]any {
-		return map[string]any{"pod": "p-1", "boot": "b-1", "node_key": []byte(public), "policy": json.RawMessage(lockPolicy), "unix_ms": 1, "guest": config}
+		return map[string]any{"pod": "p-1", "boot": "b-1", "node_key": []byte(public), "policy": json.RawMessage(lockPolicy), "time": nucleus.NodeTime{Epoch: 1, UnixMilli: 1}, "guest": config}
 	}
 	for name, c := range map[string]struct {
 		kind   string
@@ -71,7 +71,7 @@ func TestReceiveBoot(t *testing.T) {
 		}, "layer"},
 		"a layer above the root": {StreamBoot, func(m map[string]any) {
 			c := config
-			c.Layers = []AgentLayer{{AgentDir + "/0", "/usr/../../etc"}}
+			c.Layers = []AgentLayer{{nucleus.MachineAgent + "/0", "/usr/../../etc"}}
 			m["guest"] = c
 		}, "layer"},
 	} {
@@ -137,6 +137,7 @@ func TestAttach(t *testing.T) {
 		text  string
 	}{
 		"the node": {func(l *lock, want AttachProof) nucleus.Signed {
+			want.Time = nucleus.NodeTime{Epoch: 2}
 			return must(nucleus.Sign(l.node, nucleus.DomainAttach, want))
 		}, ""},
 		"another key": {func(_ *lock, want AttachProof) nucleus.Signed {
@@ -156,6 +157,10 @@ func TestAttach(t *testing.T) {
 			want.Boot = "b-2"
 			return must(nucleus.Sign(l.node, nucleus.DomainAttach, want))
 		}, "another boot or nonce"},
+		"a node of before": {func(l *lock, want AttachProof) nucleus.Signed {
+			want.Time = nucleus.NodeTime{Epoch: 0}
+			return must(nucleus.Sign(l.node, nucleus.DomainAttach, want))
+		}, "epoch 0"},
 		"nothing": {func(*lock, AttachProof) nucleus.Signed { return nucleus.Signed{} }, "bad signature"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -70,7 +70,7 @@ func (p *Proxy) statement(call SignCall) (wire.SignedRequest, error) {
 	if err != nil {
 		return wire.SignedRequest{}, err
 	}
-	signer := wire.Signer{KeyID: p.boot.Boot, Ed25519: p.key, Now: p.clock.time}
+	signer := p.signer()
 	return signer.Statement(http.MethodPost, "http://nucleus/v1/pods/"+p.boot.Pod+"/tools/"+string(nucleus.NetConnect), p.boot.Pod, args)
 }
 

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"encoding/json"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -286,5 +288,35 @@ func TestSignWaitsForTheRequest(t *testing.T) {
 	f.arrives(stream, "Host: x\r\n\r\n")
 	if reply := <-got; reply.Request == nil {
 		t.Errorf("refused: %v", reply.Error)
+	}
+}
+
+// What the proxy signs for a connection is signed as what it sends itself: for the era of
+// the node's verifier, where it has one.
+func TestSignsForEra(t *testing.T) {
+	t.Parallel() // mostly waits
+	f := newForwarder(t)
+	verifier := wire.Verifier{Keys: func(string) (wire.Key, bool) {
+		return wire.Key{ID: "b-1", Ed25519: f.l.p.key.Public().(ed25519.PublicKey)}, true
+	}}
+	verifier.NewEra()
+	statement := func() error {
+		t.Helper()
+		_, _, id := f.program(f.http, plainGet)
+		s := f.signs("a connection", SignCall{Connection: id, Host: "example.org", Port: 80})
+		r := httptest.NewRequest(s.Method, s.TargetURI, bytes.NewReader(s.Body))
+		r.RequestURI = r.URL.RequestURI()
+		for name, value := range map[string]string{"Content-Digest": s.ContentDigest, "Nucleus-Pod": s.Pod, "Signature-Input": s.SignatureInput, "Signature": s.Signature} {
+			r.Header.Set(name, value)
+		}
+		_, _, _, err := verifier.Verify(r, "nucleus")
+		return err
+	}
+	if err := statement(); err == nil || !strings.Contains(err.Error(), "era") {
+		t.Errorf("without the era: %v", err)
+	}
+	f.l.p.era.Store(verifier.Era())
+	if err := statement(); err != nil {
+		t.Errorf("with the era: %v", err)
 	}
 }

@@ -1,13 +1,17 @@
 package image
 
-import "strings"
+import (
+	"strings"
+
+	"cal/nucleus"
+)
 
 // generated are the files of /etc that are written for a machine. passwd and
 // group are the image's own, whose users stay known by name; nil: none.
 func generated(passwd, group []byte) map[string][]byte {
 	return map[string][]byte{
 		"/etc/passwd": []byte("root:x:0:0:root:/root:/bin/sh\n" +
-			"agent:x:1000:1000:tools:/home/agent:/bin/sh\n" +
+			"agent:x:1000:1000:tools:" + nucleus.MachineHome + ":/bin/sh\n" +
 			"coding-agent:x:1001:1001:agent:/:/usr/sbin/nologin\n" + others(passwd) +
 			"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"),
 		"/etc/group": []byte("root:x:0:\nagent:x:1000:\ncoding-agent:x:1001:\n" + others(group) + "nogroup:x:65534:\n"),

@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
+
+	"cal/nucleus"
 )
 
 const askTimeout = 10 * time.Second
@@ -123,7 +125,7 @@ func (s *search) pyenv(context.Context) error {
 // samePlace keeps an installation where it lies on the host, because its scripts name their
 // interpreter by its path; elsewhere where the machine has its own directory.
 func samePlace(host, otherwise string) string {
-	for _, own := range []string{"/tmp", "/run", "/dev", "/proc", "/sys", "/.nucleus", "/home/agent", "/etc"} {
+	for _, own := range []string{"/tmp", "/run", "/dev", "/proc", "/sys", "/.nucleus", nucleus.MachineHome, "/etc"} {
 		if below(host, own) {
 			return otherwise
 		}

@@ -65,7 +65,7 @@ func (s Spec) checkProxy() error {
 
 // own are the places that the driver fills itself; no layer may lie at them,
 // above them or in them.
-var own = []string{"/proc", "/sys", "/dev", "/tmp", "/run", "/.nucleus", Workspace, "/etc/passwd", "/etc/group", "/etc/resolv.conf", "/etc/hosts"}
+var own = []string{"/proc", "/sys", "/dev", "/tmp", "/run", "/.nucleus", nucleus.MachineWorkspace, "/etc/passwd", "/etc/group", "/etc/resolv.conf", "/etc/hosts"}
 
 func (s Spec) checkLayers() error {
 	var guests []string
@@ -84,8 +84,8 @@ func (s Spec) checkLayers() error {
 		if err := s.checkLayer(layer); err != nil {
 			return err
 		}
-		if layer.Guest == AgentDir || !within(layer.Guest, AgentDir) {
-			return Refuse("agent layer %q at %s is not below %s", layer.Name, layer.Guest, AgentDir)
+		if layer.Guest == nucleus.MachineAgent || !within(layer.Guest, nucleus.MachineAgent) {
+			return Refuse("agent layer %q at %s is not below %s", layer.Name, layer.Guest, nucleus.MachineAgent)
 		}
 		guests = append(guests, layer.Guest)
 	}

@@ -20,14 +20,6 @@ import (
 	"cal/nucleus"
 )
 
-// Places in a machine, the same for every driver.
-const (
-	ProxyPath = "/.nucleus/nucleus-tool-proxy" // Spec.Proxy
-	AgentDir  = "/.nucleus/agent"              // Spec.Agent lies below
-	Home      = "/home/agent"                  // of the tools' user: scratch
-	Workspace = "/home/agent/workspace"        // Spec.Workspace
-)
-
 // The users of a machine where it has ids of its own.
 const (
 	ToolsID = 1000
@@ -43,17 +35,17 @@ type Spec struct {
 	// else. All that the driver makes lies in it or is named in it.
 	Dir string
 
-	// Proxy is the static program that runs as `ProxyPath init` with the wire on
-	// descriptor 3; a new wire is handed in by `ProxyPath attach`, the same way.
+	// Proxy is the static program that runs as `nucleus.MachineProxy init` with the wire on
+	// descriptor 3; a new wire is handed in by `nucleus.MachineProxy attach`, the same way.
 	Proxy string
 
-	// Workspace is shown at Workspace, the only directory of the host that the machine can
+	// Workspace is shown at nucleus.MachineWorkspace, the only directory of the host that the machine can
 	// write. Nobody else changes it while the machine lives; who reads it there
 	// sees at once what the machine wrote.
 	Workspace string
 
 	Image     nucleus.Image   // "host" or "directory"
-	Agent     []nucleus.Layer // read-only, below AgentDir
+	Agent     []nucleus.Layer // read-only, below nucleus.MachineAgent
 	Resources nucleus.Resources
 	Watched   []string // resources whose limit may be watched where it cannot be enforced
 }

@@ -97,7 +97,11 @@ func (n *Node) ofPod(next verifiedHandler) http.HandlerFunc {
 }
 
 func (n *Node) health(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, client.Health{Status: "ok", Version: nucleus.Version, AdmitsFrom: n.verifier.Started.Unix() + 1, Spare: n.spares.status()})
+	health := client.Health{Status: "ok", Version: nucleus.Version, UnixMilli: n.config.Now().UnixMilli(), Era: n.verifier.Era(), Spare: n.spares.status()}
+	if health.Era == "" {
+		health.AdmitsFrom = n.verifier.Started.Unix() + 1
+	}
+	writeJSON(w, http.StatusOK, health)
 }
 
 func (n *Node) listPods(w http.ResponseWriter, _ *http.Request, _ verified) error {
@@ -262,13 +266,13 @@ func (n *Node) agent(w http.ResponseWriter, r *http.Request, v verified) error {
 	}
 	defer stream.Close()
 	// The connection is the stream's from here: errors travel in its result.
-	machine, err := n.openAgent(context.WithoutCancel(r.Context()), p, v.caller.KeyID, body)
+	machine, start, err := n.openAgent(context.WithoutCancel(r.Context()), p, v.caller.KeyID, body)
 	if err != nil {
 		sendExit(stream, nucleus.AsError(err))
 		return nil
 	}
 	defer machine.Close()
-	n.relayAgent(p, v.caller.KeyID, stream, machine)
+	n.relayAgent(p, v.caller.KeyID, start, stream, machine)
 	return nil
 }
 
@@ -277,38 +281,43 @@ func sendExit(stream *wire.Stream, e *nucleus.Error) {
 	stream.SendJSON(wire.FrameResult, guest.AgentExit{ExitCode: -1, Error: e})
 }
 
-// openAgent starts the agent in the machine, or joins it.
-func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.AgentRequest) (*wire.Stream, error) {
+// openAgent starts the agent in the machine, or joins it. start is the entry that
+// recorded the start, before it was made.
+func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.AgentRequest) (machine *wire.Stream, start nucleus.Entry, err error) {
 	session, err := p.wire()
 	if err != nil {
-		return nil, err
+		return nil, start, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	if body.Attach {
 		machine, err := session.Open(ctx, guest.StreamAttach, nil)
 		if err != nil {
-			return nil, p.lost(err)
+			return nil, start, p.lost(err)
 		}
-		return machine, nil
+		return machine, start, nil
 	}
-	if err := n.recordAgentStart(p, actor, body); err != nil {
-		return nil, err
+	if start, err = n.recordAgentStart(p, actor, body); err != nil {
+		return nil, start, err
 	}
-	machine, err := session.Open(ctx, guest.StreamAgent, guest.AgentStart{TTY: body.TTY, Rows: body.Rows, Cols: body.Cols})
+	machine, err = session.Open(ctx, guest.StreamAgent, guest.AgentStart{TTY: body.TTY, Rows: body.Rows, Cols: body.Cols})
 	if err != nil {
-		return nil, p.lost(err)
+		err = p.lost(err)
+		n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, nucleus.AsError(err))
+		return nil, start, err
 	}
 	agent := p.record.Spec.Agent
 	if err := machine.SendJSON(wire.FrameJSON, guest.AgentProgram{Argv: agent.Argv, Env: agent.Env, Home: agent.Home}); err != nil {
 		machine.Close()
-		return nil, p.lost(err)
+		err = p.lost(err)
+		n.recordAgentRefused(p, actor, start, nucleus.OutcomeUnknown, nucleus.AsError(err))
+		return nil, start, err
 	}
-	return machine, nil
+	return machine, start, nil
 }
 
 // recordAgentStart logs the start and, as reads, the instruction files handed over.
-func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) error {
+func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) (nucleus.Entry, error) {
 	names := []string{}
 	for name := range p.record.Spec.Agent.Home {
 		if instruction, ok := strings.CutPrefix(name, guest.WorkDir+"/"); ok {
@@ -323,19 +332,20 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) 
 			takes |= nucleus.Untrusted
 		}
 		if err := n.expose(p, takes, false, "instruction files "+fmt.Sprint(names)); err != nil {
-			return logFailure(err)
+			return nucleus.Entry{}, logFailure(err)
 		}
 	}
-	if _, err := n.append(nucleus.Entry{
+	start, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionStart, Exposure: p.root.exposure.Names(),
 		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": p.record.Spec.Agent.Argv, "tty": body.TTY, "instructions": names}),
-	}); err != nil {
-		return logFailure(err)
+	})
+	if err != nil {
+		return start, logFailure(err)
 	}
-	return nil
+	return start, nil
 }
 
-func (n *Node) relayAgent(p *Pod, actor string, person, machine *wire.Stream) {
+func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, machine *wire.Stream) {
 	go func() {
 		defer machine.Close() // the terminal went away; the agent goes on
 		copyFrames(machine, person)
@@ -350,8 +360,11 @@ func (n *Node) relayAgent(p *Pod, actor string, person, machine *wire.Stream) {
 			return
 		}
 		if kind == wire.FrameResult {
-			var exit guest.AgentExit
-			if json.Unmarshal(payload, &exit) == nil && !tookOver(exit) {
+			switch exit, err := readExit(payload); {
+			case err != nil || tookOver(exit):
+			case exit.Refused && start.Kind != "":
+				n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, exit.Error)
+			default:
 				n.recordAgentEnd(p, actor, exit)
 			}
 		}
@@ -364,7 +377,16 @@ func (n *Node) relayAgent(p *Pod, actor string, person, machine *wire.Stream) {
 // tookOver reports whether the stream ended because another terminal joined the agent,
 // which goes on.
 func tookOver(exit guest.AgentExit) bool {
-	return exit.Error != nil && exit.Error.Kind == nucleus.KindConflict
+	return !exit.Refused && exit.Error != nil && exit.Error.Kind == nucleus.KindConflict
+}
+
+// recordAgentRefused takes a start back that started nothing, or nobody knows what: another
+// agent runs, by the machine's word, or its wire ended.
+func (n *Node) recordAgentRefused(p *Pod, actor string, start nucleus.Entry, status string, why *nucleus.Error) {
+	n.note(nucleus.Entry{
+		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionRefuse,
+		Status: status, Data: data(map[string]any{"start": start.Seq, "error": why}),
+	})
 }
 
 func (n *Node) recordAgentEnd(p *Pod, actor string, exit guest.AgentExit) {

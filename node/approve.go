@@ -41,6 +41,7 @@ type pendingAsk struct {
 type askBook struct {
 	mu     sync.Mutex
 	asks   map[string]pendingAsk
+	closed bool          // the pod has ended
 	making chan struct{} // holds whoever makes an ask
 }
 
@@ -63,13 +64,35 @@ func (b *askBook) alone(ctx context.Context) (leave func(), err error) {
 func (b *askBook) put(p pendingAsk) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.closed {
+		return
+	}
 	if b.asks == nil {
 		b.asks = map[string]pendingAsk{}
 	}
 	if p.until == 0 {
 		p.until = p.ask.Expires
 	}
+	p.pre.sent.hold()
 	b.asks[p.ask.ID] = p
+}
+
+// remove forgets an ask and what was kept for it. The caller holds the mutex.
+func (b *askBook) remove(id string) {
+	if p, ok := b.asks[id]; ok {
+		delete(b.asks, id)
+		p.pre.sent.drop()
+	}
+}
+
+// clear forgets all asks of a pod that has ended.
+func (b *askBook) clear() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	for id := range b.asks {
+		b.remove(id)
+	}
 }
 
 func (b *askBook) get(id string) (pendingAsk, bool) {
@@ -80,15 +103,16 @@ func (b *askBook) get(id string) (pendingAsk, bool) {
 }
 
 // same finds a living ask for the same action, or for the place that the action leads to,
-// so that an agent that repeats itself does not fill the person's queue. An ask for a
-// place that told the person less than the session has taken since is not the same. open
-// is how many asks for places wait for the person.
+// so that an agent that repeats itself does not fill the person's queue; the caller holds
+// what it keeps. An ask for a place that told the person less than the session has taken
+// since is not the same. open is how many asks for places wait for the person. Asks whose
+// time is over are forgotten: nobody came back for them.
 func (b *askBook) same(r request, action nucleus.Action, beside nucleus.Legs, now int64) (known pendingAsk, ok bool, open int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for id, p := range b.asks {
 		if now >= p.until {
-			delete(b.asks, id)
+			b.remove(id)
 			continue
 		}
 		if p.ask.Passage != nil && p.refused == nil {
@@ -97,6 +121,9 @@ func (b *askBook) same(r request, action nucleus.Action, beside nucleus.Legs, no
 		if p.op == r.op && p.sameAs(r, action, beside) {
 			known, ok = p, true
 		}
+	}
+	if ok {
+		known.pre.sent.hold()
 	}
 	return known, ok, open
 }
@@ -112,72 +139,86 @@ func (p pendingAsk) sameAs(r request, action nucleus.Action, beside nucleus.Legs
 func (b *askBook) drop(id string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	delete(b.asks, id)
+	b.remove(id)
 }
 
 // approve puts the request before a person, waits as long as the caller does, and
-// decides again when a grant arrives.
-func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (nucleus.Permit, prepared, error) {
+// decides again when a grant arrives. What was approved comes back with a hold, or
+// nothing.
+func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (ruling, prepared, error) {
 	grant, approvedPre, err := n.obtain(ctx, p, r, pre, needed)
 	if err != nil {
-		return nucleus.Permit{}, pre, n.recordUnapproved(p, r, pre, needed, err)
+		return ruling{}, prepared{}, n.recordUnapproved(p, r, pre, needed, err)
 	}
-	permit, err := n.decide(p, r, approvedPre, grant)
+	ruled, err := n.decide(p, r, approvedPre, grant)
 	if grant != nil {
 		p.asks.drop(grant.ask.ID)
 	}
 	if needsOf(err) != nil { // the passage that was open has ended meanwhile
 		err = n.recordUnapproved(p, r, pre, needed, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Message: needed.decision.Why + "; call again to ask"})
 	}
-	return permit, approvedPre, err
+	return ruled, approvedPre, err
 }
 
-// obtain gets a grant and the values that it was given for. A grant for a place lets the
-// request's own values through; no grant and no error mean that somebody else has opened
-// the passage meanwhile.
+// canApprove reports whether anybody could grant anything to this pod.
+func (n *Node) canApprove(p *Pod) bool { return n.asks != nil && len(p.approvers) > 0 }
+
+// obtain gets a grant and the values that it was given for, with a hold. A grant for a
+// place lets the request's own values through; no grant and no error mean that somebody
+// else has opened the passage meanwhile.
 func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (*approved, prepared, error) {
+	fail := func(err error) (*approved, prepared, error) { return nil, prepared{}, err }
 	refuse := func(ask, message string) (*approved, prepared, error) {
-		return nil, pre, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: ask, Message: needed.decision.Why + "; " + message}
+		return fail(&nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Ask: ask, Message: needed.decision.Why + "; " + message})
 	}
-	if n.asks == nil || len(p.approvers) == 0 {
+	holding := func(grant *approved, pre prepared) (*approved, prepared, error) {
+		pre.sent.hold()
+		return grant, pre, nil
+	}
+	if !n.canApprove(p) {
 		return refuse("", "nobody could approve when this machine started (cal approve init makes the key)")
 	}
 	pending, made, err := n.pendingAsk(ctx, p, r, pre, needed)
-	if err != nil || !made {
-		return nil, pre, err
+	if err != nil {
+		return fail(err)
 	}
+	if !made {
+		return holding(nil, pre)
+	}
+	defer pending.pre.sent.drop()
 	if pending.refused != nil {
-		return nil, pre, pending.refused
+		return fail(pending.refused)
 	}
 	answer, err := n.await(ctx, pending.ask.ID, r.wait)
 	if err != nil {
-		return nil, pre, authorityFailure(err)
+		return fail(authorityFailure(err))
 	}
 	switch answer.State {
 	case approvals.Granted:
 	case approvals.Denied, approvals.Expired:
 		refused, err := n.recordRefusal(p, r, pending, answer.State, answer.Reason)
 		if err != nil {
-			return nil, pre, err
+			return fail(err)
 		}
 		p.asks.drop(pending.ask.ID)
 		if pending.ask.Passage != nil && answer.State == approvals.Denied {
 			pending.refused, pending.until = refused, n.config.Now().Add(askLife).UnixMilli()
 			p.asks.put(pending)
 		}
-		return nil, pre, refused
+		return fail(refused)
 	default:
 		return refuse(pending.ask.ID, "a person has been asked and has not answered yet; call again to wait on")
 	}
 	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(p.approvers), n.config.Now().UnixMilli())
 	if err != nil {
-		return nil, pre, &nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Ask: pending.ask.ID, Message: fmt.Sprintf("the authority's grant for %s: %v", pending.ask.ID, err)}
+		return fail(&nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Ask: pending.ask.ID, Message: fmt.Sprintf("the authority's grant for %s: %v", pending.ask.ID, err)})
 	}
-	if pending.ask.Passage == nil {
-		p.asks.drop(pending.ask.ID)
-		pre = pending.pre // what was approved, not what was resolved anew for a retry
+	got := &approved{pending.ask, grant, answer.Token}
+	if pending.ask.Passage != nil {
+		return holding(got, pre)
 	}
-	return &approved{pending.ask, grant, answer.Token}, pre, nil
+	p.asks.drop(pending.ask.ID)
+	return holding(got, pending.pre) // what was approved, not what was resolved anew for a retry
 }
 
 // recordUnapproved records a request that needed an approval and has none, unless the
@@ -224,8 +265,8 @@ func (n *Node) await(ctx context.Context, ask string, wait time.Duration) (appro
 	return n.asks.Status(ctx, ask)
 }
 
-// pendingAsk is the ask that this request waits for: one that is open, or a new one.
-// False means that a passage is open by now.
+// pendingAsk is the ask that this request waits for, with a hold: one that is open, or a
+// new one. False means that a passage is open by now.
 func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval) (pendingAsk, bool, error) {
 	leave, err := p.asks.alone(ctx)
 	if err != nil {
@@ -239,6 +280,9 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	}
 	if p.root.open(pre.action, now) {
 		return pendingAsk{}, false, nil
+	}
+	if err := pre.sent.await(); err != nil {
+		return pendingAsk{}, false, err
 	}
 	ask, err := n.newAsk(ctx, p, r, pre, needed, open)
 	if err != nil {
@@ -254,6 +298,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 		return pendingAsk{}, false, authorityFailure(err)
 	}
 	pending := pendingAsk{ask: ask, pre: pre, op: r.op}
+	pre.sent.hold()
 	p.asks.put(pending)
 	return pending, true, nil
 }
@@ -375,15 +420,6 @@ func (n *Node) reportUse(grant string) {
 	if err := n.asks.Used(ctx, grant); err != nil {
 		slog.Warn("the authority did not take note of a grant's use", "grant", grant, "error", err)
 	}
-}
-
-// askOf returns the ask that a permit's grant was given for.
-func (p *Pod) askOf(permit nucleus.Permit) (*nucleus.AskRequest, error) {
-	ask, ok := p.used.LoadAndDelete(permit.ID)
-	if !ok {
-		return nil, fmt.Errorf("permit %s has a grant but no ask", permit.ID)
-	}
-	return ask.(*nucleus.AskRequest), nil
 }
 
 // approverKeys asks the authority for its public keys; without an authority there

@@ -47,6 +47,7 @@ type host struct {
 	driver    *fake.Driver
 	authority *authorityStub // nil: none is configured
 	forge     Forge
+	storage   Limits
 	clock     *clock
 	spare     time.Duration // Config.SpareLife
 	node      *Node
@@ -59,6 +60,7 @@ type host struct {
 	boot     func(*inside, *nucleus.BootReply) bool           // false: no answer
 	attach   func() error
 	sign     func(*inside, guest.SignCall) guest.SignReply // nil: as guest.Proxy does
+	agent    func(*wire.Stream)
 }
 
 type clock struct {
@@ -125,7 +127,7 @@ func (h *host) open() (*Node, error) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Now: h.clock.now, SpareLife: h.spare}
+	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare}
 	if h.authority != nil {
 		c.Authority = h.authority.socket
 	}
@@ -363,6 +365,7 @@ type inside struct {
 	mu      sync.Mutex
 	session *wire.Session
 	seqs    map[uint64]bool
+	grants  map[string]int64          // token -> when it was used first, unix milliseconds
 	acted   []nucleus.Permit          // in order
 	asked   map[string]guest.SignCall // by connection: what its program asks for
 }
@@ -370,8 +373,10 @@ type inside struct {
 // callInside is one call that reached the machine.
 type callInside struct {
 	call   guest.Call
-	args   tools.Args
-	stream *wire.Stream
+	args   guest.CallArgs
+	stream *wire.Stream    // nil: a brief call
+	ctx    context.Context // of a brief call
+	raw    []byte          // the whole reply to a brief call, where it is not nil
 	permit nucleus.Permit
 	honest func() guest.CallResult
 }
@@ -390,7 +395,7 @@ func (h *host) guest(ctx context.Context, in fake.Inside) {
 	}
 	stop := context.AfterFunc(ctx, func() { session.Close() })
 	defer stop()
-	m := &inside{host: h, in: in, session: session, seqs: map[uint64]bool{}}
+	m := &inside{host: h, in: in, session: session, seqs: map[uint64]bool{}, grants: map[string]int64{}}
 	if err := m.takeBoot(session); err != nil {
 		fmt.Fprintln(in.Console, err)
 		session.Close()
@@ -517,13 +522,14 @@ func (m *inside) prove(ctx context.Context, session *wire.Session) error {
 	if err := signed.Open(m.boot.NodeKey, nucleus.DomainAttach, &got); err != nil {
 		return err
 	}
-	if got != want {
+	if got.Boot != want.Boot || got.Nonce != want.Nonce {
 		return errors.New("proof for something else")
 	}
 	return nil
 }
 
 func (m *inside) serve(session *wire.Session) {
+	session.Handle(m.brief)
 	var streams sync.WaitGroup
 	defer streams.Wait()
 	for {
@@ -540,6 +546,11 @@ func (m *inside) serve(session *wire.Session) {
 				m.repo(stream)
 			case guest.StreamSign:
 				m.signConnection(stream)
+			case guest.StreamAgent:
+				var program guest.AgentProgram
+				if m.host.agent != nil && stream.RecvJSON(wire.FrameJSON, 1<<20, &program) == nil {
+					m.host.agent(stream)
+				}
 			}
 		})
 	}
@@ -609,25 +620,59 @@ func (m *inside) call(stream *wire.Stream) {
 	if err := nucleus.Strict(stream.Header, &c.call); err != nil {
 		return
 	}
-	if err := stream.RecvJSON(wire.FrameJSON, 64<<20, &c.args); err != nil {
+	if err := stream.RecvJSON(wire.FrameJSON, 64<<10, &c.args); err != nil {
 		return
 	}
+	if result, send := m.answer(c); send {
+		stream.SendJSON(wire.FrameResult, result)
+	}
+}
+
+// brief is call in one frame. What is not answered stays open until nobody waits.
+func (m *inside) brief(ctx context.Context, request []byte) []byte {
+	c := &callInside{ctx: ctx}
+	parts, err := tools.Split(request, 3)
+	if err != nil || nucleus.Strict(parts[0], &c.call) != nil {
+		return nil
+	}
+	if c.args.Args.Args = parts[2]; len(parts[1]) > 0 && json.Unmarshal(parts[1], &c.args.Action) != nil {
+		return nil
+	}
+	result, send := m.answer(c)
+	switch {
+	case c.raw != nil:
+		return c.raw
+	case !send:
+		<-ctx.Done()
+		return nil
+	}
+	value := result.Value
+	result.Value = nil
+	head, err := json.Marshal(result)
+	if err != nil {
+		panic(err)
+	}
+	return tools.Join(head, value)
+}
+
+func (m *inside) answer(c *callInside) (result guest.CallResult, send bool) {
 	header := tools.Call{Op: c.call.Op, Identity: nucleus.Identity{Name: "Test Person", Email: "person@example.org"}}
 	if c.call.Resolve {
 		var resolved tools.Resolved
-		if err := m.work(tools.StreamResolve, header, c.args, &resolved); err != nil {
+		if err := m.work(tools.StreamResolve, header, c.args.Args, &resolved); err != nil {
 			resolved.Error = nucleus.AsError(err)
 		}
-		stream.SendJSON(wire.FrameResult, guest.CallResult{Action: resolved.Action, Error: resolved.Error})
-		return
+		return guest.CallResult{Action: resolved.Action, Error: resolved.Error}, true
 	}
 	if err := m.admit(c); err != nil {
-		stream.SendJSON(wire.FrameResult, m.sign(c.permit, guest.CallResult{Error: nucleus.Errorf(nucleus.KindForbidden, "%v", err)}, nucleus.OutcomeRefused))
-		return
+		return m.sign(c.permit, guest.CallResult{Error: nucleus.Errorf(nucleus.KindForbidden, "%v", err)}, nucleus.OutcomeRefused), true
 	}
 	c.honest = func() guest.CallResult {
+		if c.call.Op.OnHost() {
+			return m.sign(c.permit, guest.CallResult{}, nucleus.OutcomeAdmitted)
+		}
 		var result tools.Result
-		if err := m.work(tools.StreamDo, header, c.args, &result); err != nil {
+		if err := m.work(tools.StreamDo, header, c.args.Args, &result); err != nil {
 			result.Error = nucleus.AsError(err)
 		}
 		status := nucleus.OutcomeDone
@@ -643,13 +688,9 @@ func (m *inside) call(stream *wire.Stream) {
 	behave := m.host.behave
 	m.host.mu.Unlock()
 	if behave != nil {
-		result, send := behave(m, c)
-		if send {
-			stream.SendJSON(wire.FrameResult, result)
-		}
-		return
+		return behave(m, c)
 	}
-	stream.SendJSON(wire.FrameResult, c.honest())
+	return c.honest(), true
 }
 
 // admit is a second lock of its own hand.
@@ -680,10 +721,29 @@ func (m *inside) admit(c *callInside) error {
 	if c.permit.Verdict != nucleus.Ask {
 		return nil
 	}
-	if c.call.Ask == nil || len(c.permit.Grants) != 1 || c.call.Ask.Digest != c.permit.Digest {
+	if c.args.Ask == nil || len(c.permit.Grants) != 1 {
 		return errors.New("no grant")
 	}
-	_, err = approval.Verify(c.permit.Grants[0], *c.call.Ask, approverMap(m.boot.Approvers), c.permit.Issued)
+	token, now := c.permit.Grants[0], c.permit.Issued.UnixMilli
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	spent, again := m.grants[token]
+	if q := c.args.Ask.Passage; q == nil {
+		if c.args.Ask.Digest != c.permit.Digest || again {
+			return errors.New("the grant is for something else, or was used")
+		}
+	} else if host, port, placed := c.args.Action.Place(); !placed || host != q.Host || port != q.Port {
+		return errors.New("the passage leads elsewhere")
+	} else if again {
+		if now >= spent+q.Millis {
+			return errors.New("the passage has ended")
+		}
+		return nil
+	}
+	_, err = approval.Verify(token, *c.args.Ask, approverMap(m.boot.Approvers), now)
+	if err == nil {
+		m.grants[token] = now
+	}
 	return err
 }
 
@@ -829,7 +889,7 @@ func (m *inside) bundle(stream *wire.Stream, b tools.Bundle) (any, error) {
 	result := tools.BundleResult{Ref: ref, Commit: commit}
 	if commit == b.Base {
 		result.Empty = true
-		return result, nil
+		return result, stream.Send(wire.FrameData, nil)
 	}
 	file := m.dir(b.Repo) + ".out"
 	defer os.Remove(file)
@@ -1072,6 +1132,14 @@ func (r *personRepo) spec(workspace string, policy json.RawMessage) nucleus.PodS
 	spec := specOf(workspace, policy)
 	spec.Repos = []nucleus.Repo{{Name: "app", Path: r.Dir, Branch: "agent/work"}}
 	return spec
+}
+
+// pipe is both ends of a stream of frames.
+func pipe(t testing.TB) (a, b *wire.Stream) {
+	t.Helper()
+	x, y := net.Pipe()
+	t.Cleanup(func() { x.Close(); y.Close() })
+	return wire.NewStream(x), wire.NewStream(y)
 }
 
 // memoryFS is a disk for a log that fails where it is told to.

@@ -44,6 +44,7 @@ type Config struct {
 	Proxy     string           // the static nucleus-tool-proxy
 	Authority string           // socket of the approval daemon; "" means that nobody can approve
 	GitHub    Forge            // for create_pr
+	Storage   Limits           // of what machines can make the host store
 	Stop      func()           // ends the program, for POST /v1/stop
 	SpareLife time.Duration    // how long a machine made ahead waits for a pod; 0: none is made
 	Now       func() time.Time // nil: the system's clock
@@ -60,6 +61,8 @@ type Node struct {
 	spent    *spent.Store
 	asks     *approvals.Client
 	verifier *wire.Verifier
+	storage  storage
+	born     time.Time // of this process's ticks
 	probes   probes
 	spares   spares
 	lock     *os.File
@@ -91,7 +94,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	if config.Now == nil {
 		config.Now = time.Now
 	}
-	n := &Node{config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
+	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
 	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -120,6 +123,16 @@ func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
 		return recorded, err
 	}
 	return n.log.Append(e)
+}
+
+// begin gives an entry its place, like append. One that cannot be written afterwards
+// is not begun again: its place was part of a decision.
+func (n *Node) begin(e nucleus.Entry) (*audit.Pending, error) {
+	pending, err := n.log.Begin(e)
+	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
+		return pending, err
+	}
+	return n.log.Begin(e)
 }
 
 // keepLog publishes the log for other programs once a second, and takes it up again
@@ -189,6 +202,10 @@ func (n *Node) open(ctx context.Context) error {
 			key, ok := n.agents[id]
 			return key, ok
 		},
+	}
+	if n.config.Now().Before(since) { // the clock was set back since the earlier node
+		n.verifier.Started = time.Time{}
+		n.verifier.NewEra()
 	}
 	return nil
 }

@@ -21,6 +21,21 @@ import (
 
 const zeroID = "0000000000000000000000000000000000000000"
 
+// hopeless reports that op will not be done whatever else its arguments resolve to:
+// the policy denies it, or it asks and nobody can approve. Then nothing is taken from
+// the machine for it, and decide says no.
+func (n *Node) hopeless(p *Pod, op nucleus.Op, pre *prepared) bool {
+	action := pre.action
+	action.Op = op
+	p.root.mu.Lock()
+	verdict := p.policy.Decide(action, p.context(n.config.Now())).Verdict
+	p.root.mu.Unlock()
+	pre.effect = func(context.Context, nucleus.Permit) (json.RawMessage, error) {
+		return nil, nucleus.Errorf(nucleus.KindConflict, "the policy's window opened while %s was resolved: call again", op)
+	}
+	return verdict != nucleus.Allow && (verdict != nucleus.Ask || !n.canApprove(p))
+}
+
 // preparePush brings the branch into quarantine, where it is checked and known
 // before anybody decides.
 func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepared) error {
@@ -41,15 +56,24 @@ func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepare
 	if err := git.CheckRef(ctx, ref); err != nil {
 		return nucleus.Errorf(nucleus.KindInvalid, "%v", err)
 	}
-	q, commit, err := n.takeBranch(ctx, p, repo, ref)
-	if err != nil {
-		return err
-	}
 	old := stored.Heads[args.Branch]
 	if old == "" {
 		old = zeroID
 	}
-	pre.action.Push = &nucleus.Push{Repo: repo.Name, Remote: git.WithoutCredentials(url), Ref: ref, Old: old, New: commit}
+	pre.action.Push = &nucleus.Push{Repo: repo.Name, Remote: git.WithoutCredentials(url), Ref: ref, Old: old}
+	if n.hopeless(p, nucleus.GitPush, pre) {
+		return nil
+	}
+	q, err := n.newTransfer(ctx, p, repo, p.transfersDir())
+	if err != nil {
+		return err
+	}
+	pre.sent = q
+	commit, err := q.take(ctx, ref)
+	if err != nil {
+		return err
+	}
+	pre.action.Push.New = commit
 	pre.detail = pushDetail(ctx, q, repo.Base, old, commit)
 	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
 		if err := q.Push(ctx, url, commit, ref, old); err != nil {
@@ -71,7 +95,7 @@ func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepare
 
 // pushDetail shows what moves on the remote: from where it is to the commit, and what
 // a push that is no fast-forward drops.
-func pushDetail(ctx context.Context, q git.Quarantine, base, old, commit string) []nucleus.Detail {
+func pushDetail(ctx context.Context, q *transfer, base, old, commit string) []nucleus.Detail {
 	var details []nucleus.Detail
 	if old != zeroID {
 		if forward, err := q.IsAncestor(ctx, old, commit); err == nil && forward {
@@ -108,10 +132,6 @@ func (n *Node) preparePR(ctx context.Context, p *Pod, raw []byte, pre *prepared)
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindInvalid, "create_pr: %v", err)
 	}
-	_, commit, err := n.takeBranch(ctx, p, repo, "refs/heads/"+repo.Branch)
-	if err != nil {
-		return err
-	}
 	base := args.Base
 	if base == "" {
 		base = stored.BaseBranch
@@ -119,13 +139,21 @@ func (n *Node) preparePR(ctx context.Context, p *Pod, raw []byte, pre *prepared)
 	if base == "" {
 		return nucleus.Errorf(nucleus.KindInvalid, "create_pr: %s was handed over from a detached HEAD: name the base", repo.Name)
 	}
-	pre.action.PR = &nucleus.PR{Repository: owner, API: n.config.GitHub.api(), Base: base, Head: repo.Branch, HeadID: commit, Title: args.Title, Body: args.Body}
+	pre.action.PR = &nucleus.PR{Repository: owner, API: n.config.GitHub.api(), Base: base, Head: repo.Branch, Title: args.Title, Body: args.Body}
+	if n.hopeless(p, nucleus.CreatePR, pre) {
+		return nil
+	}
+	q, err := n.newTransfer(ctx, p, repo, p.transfersDir())
+	if err != nil {
+		return err
+	}
+	pre.sent = q
+	if pre.action.PR.HeadID, err = q.take(ctx, "refs/heads/"+repo.Branch); err != nil {
+		return err
+	}
+	pr := *pre.action.PR
 	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
-		current, err := p.readRepo(repo.Name)
-		if err != nil {
-			return nil, err
-		}
-		return n.config.GitHub.open(ctx, *pre.action.PR, current.Heads[repo.Branch])
+		return n.config.GitHub.open(ctx, pr)
 	}
 	return nil
 }
@@ -194,17 +222,13 @@ func (p *Pod) repo(name string) (nucleus.RepoStatus, error) {
 }
 
 // storedRepo is repo with what the workspace has on record of it.
-func (p *Pod) storedRepo(name string) (nucleus.RepoStatus, storedRepo, error) {
+func (p *Pod) storedRepo(name string) (nucleus.RepoStatus, nucleus.RepoRecord, error) {
 	repo, err := p.repo(name)
 	if err != nil {
-		return repo, storedRepo{}, err
+		return repo, nucleus.RepoRecord{}, err
 	}
 	stored, err := p.readRepo(repo.Name)
 	return repo, stored, err
-}
-
-func (p *Pod) quarantineDir(name string) string {
-	return filepath.Join(p.record.Workspace, "repos", name+".git")
 }
 
 func (p *Pod) repoFile(name string) string {

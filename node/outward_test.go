@@ -1,14 +1,18 @@
 package node
 
 import (
+	"cmp"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -408,81 +412,160 @@ func TestLabelOfWorkspace(t *testing.T) {
 	}
 }
 
-// A pull request is opened at the forge with exactly what was decided, and only for
-// what was pushed.
-func TestPullRequest(t *testing.T) {
-	t.Parallel()
-	var requests atomic.Int32
-	var got struct {
-		path, token string
-		body        map[string]string
-	}
-	forge := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		requests.Add(1)
-		raw, _ := io.ReadAll(r.Body)
-		got.path, got.token = r.Method+" "+r.URL.Path, r.Header.Get("Authorization")
-		json.Unmarshal(raw, &got.body)
-		switch got.body["title"] {
-		case "refused":
-			w.WriteHeader(http.StatusUnprocessableEntity)
-			io.WriteString(w, `{"message":"Validation Failed"}`)
-		case "nonsense":
-			io.WriteString(w, "<html>")
-		case "endless":
-			w.WriteHeader(http.StatusCreated)
-			for r.Context().Err() == nil {
-				if _, err := io.WriteString(w, strings.Repeat(" ", 1<<16)); err != nil {
-					return
-				}
-			}
-		default:
-			w.WriteHeader(http.StatusCreated)
-			io.WriteString(w, `{"html_url":"https://github.com/o/app/pull/7","number":7}`)
+// forge is GitHub's API as far as pull requests need it.
+type forge struct {
+	server *httptest.Server
+
+	mu       sync.Mutex
+	head     map[string]string // branch -> where it is said to stand
+	opened   string            // what a new pull request's head is said to be; "": as head
+	requests []string
+	tokens   map[string]bool
+	asked    map[string]string // by the last POST
+}
+
+func newForge(t *testing.T) *forge {
+	f := &forge{head: map[string]string{}, tokens: map[string]bool{}}
+	f.server = httptest.NewServer(http.HandlerFunc(f.serve))
+	t.Cleanup(f.server.Close)
+	return f
+}
+
+func (f *forge) option(h *host) { h.forge = Forge{API: f.server.URL, Token: "secret-token"} }
+
+func (f *forge) stands(branch, commit string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.head[branch] = commit
+}
+
+func (f *forge) posts() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(slices.DeleteFunc(slices.Clone(f.requests), func(r string) bool { return !strings.HasPrefix(r, "POST ") }))
+}
+
+func (f *forge) serve(w http.ResponseWriter, r *http.Request) {
+	raw, _ := io.ReadAll(r.Body)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.requests = append(f.requests, r.Method+" "+r.URL.Path)
+	f.tokens[r.Header.Get("Authorization")] = true
+	if branch, ok := strings.CutPrefix(r.URL.Path, "/repos/o/app/git/ref/heads/"); ok && r.Method == http.MethodGet {
+		commit, known := f.head[branch]
+		if !known {
+			w.WriteHeader(http.StatusNotFound)
+			io.WriteString(w, `{"message":"Not Found"}`)
+			return
 		}
-	}))
-	defer forge.Close()
-	h := newHost(t, func(h *host) { h.forge = Forge{API: forge.URL, Token: "secret-token"} })
-	person := newPersonRepo(t)
-	p := h.pod(person.spec("", pushes), nil)
-	m := h.inside(p)
-	m.commit("new.txt", "x\n")
-	pr := func(title string) answer {
-		return h.tool(p, nucleus.CreatePR, map[string]string{"title": title, "body": "why"})
+		fmt.Fprintf(w, `{"ref":"refs/heads/%s","object":{"type":"commit","sha":%q}}`, branch, commit)
+		return
 	}
-	pr("elsewhere").want(t, nucleus.KindInvalid, "not on github.com")
-	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
-	// The record on the host says which forge: as if the person's remote were there.
+	f.asked = nil
+	json.Unmarshal(raw, &f.asked)
+	switch f.asked["title"] {
+	case "refused":
+		w.WriteHeader(http.StatusUnprocessableEntity)
+		io.WriteString(w, `{"message":"Validation Failed"}`)
+	case "nonsense":
+		io.WriteString(w, "<html>")
+	case "endless":
+		w.WriteHeader(http.StatusCreated)
+		for r.Context().Err() == nil {
+			if _, err := io.WriteString(w, strings.Repeat(" ", 1<<16)); err != nil {
+				return
+			}
+		}
+	default:
+		w.WriteHeader(http.StatusCreated)
+		head := cmp.Or(f.opened, f.head[f.asked["head"]])
+		fmt.Fprintf(w, `{"html_url":"https://github.com/o/app/pull/7","number":7,"head":{"sha":%q}}`, head)
+	}
+}
+
+// remoteIsForge says in the record on the host that origin lies on the forge.
+func remoteIsForge(t *testing.T, p *Pod, url string) {
+	t.Helper()
 	stored, err := p.readRepo("app")
 	if err != nil {
 		t.Fatal(err)
 	}
-	stored.Remotes["origin"] = "https://person:hunter2@github.com/o/app.git"
+	stored.Remotes["origin"] = url
 	if err := p.writeRepo("app", stored); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// A pull request is opened at the forge with exactly what was decided, and only for
+// what stands there.
+func TestPullRequest(t *testing.T) {
+	t.Parallel()
+	f := newForge(t)
+	h := newHost(t, f.option)
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("", pushes), nil)
+	m := h.inside(p)
+	pushed := m.commit("new.txt", "x\n")
+	pr := func(title string) answer {
+		return h.tool(p, nucleus.CreatePR, map[string]string{"title": title, "body": "why"})
+	}
+	pr("elsewhere").want(t, nucleus.KindInvalid, "not on github.com")
+	remoteIsForge(t, p, "https://person:hunter2@github.com/o/app.git")
+	pr("unpushed").want(t, nucleus.KindConflict, "git_push first")
+	f.stands("agent/work", pushed)
 	a := pr("done")
 	a.want(t, "")
-	if !strings.Contains(a.Body, "pull/7") || got.path != "POST /repos/o/app/pulls" || got.token != "Bearer secret-token" {
-		t.Errorf("%v, %+v", a, got)
+	if !strings.Contains(a.Body, "pull/7") || f.requests[len(f.requests)-1] != "POST /repos/o/app/pulls" || len(f.tokens) != 1 || !f.tokens["Bearer secret-token"] {
+		t.Errorf("%v, %q, %v", a, f.requests, f.tokens)
 	}
-	if got.body["head"] != "agent/work" || got.body["base"] != "main" || got.body["title"] != "done" || got.body["body"] != "why" || len(got.body) != 4 {
-		t.Errorf("asked for %+v", got.body)
+	if f.asked["head"] != "agent/work" || f.asked["base"] != "main" || f.asked["title"] != "done" || f.asked["body"] != "why" || len(f.asked) != 4 {
+		t.Errorf("asked for %+v", f.asked)
 	}
 	pr("refused").want(t, nucleus.KindFailed, "Validation Failed")
 	pr("nonsense").want(t, nucleus.KindFailed, "without JSON")
 	pr("endless").want(t, nucleus.KindFailed)
-	before := requests.Load()
-	m.commit("more.txt", "not pushed\n")
-	pr("unpushed").want(t, nucleus.KindConflict, "git_push first")
-	if requests.Load() != before {
-		t.Error("the forge was asked for what was not pushed")
-	}
 	for _, e := range h.log() {
 		raw := string(document(t, e))
 		if strings.Contains(raw, "secret-token") || strings.Contains(raw, "hunter2") {
 			t.Errorf("in the log: %s", raw)
 		}
 	}
+}
+
+// What the remote really has counts, not what the host has on record: a branch that moved
+// on the remote is not the one that was decided.
+func TestPullRequestHead(t *testing.T) {
+	t.Parallel()
+	f := newForge(t)
+	h := newHost(t, f.option)
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("", pushes), nil)
+	m := h.inside(p)
+	pushed := m.commit("new.txt", "x\n")
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "") // so it stands on record
+	remoteIsForge(t, p, "git@github.com:o/app.git")
+	pr := func() answer {
+		return h.tool(p, nucleus.CreatePR, map[string]string{"title": "t", "body": "b"})
+	}
+	pr().want(t, nucleus.KindConflict, "git_push first") // deleted there since
+	f.stands("agent/work", strings.Repeat("1", 40))
+	pr().want(t, nucleus.KindConflict, "1111", "git_push first")
+	f.stands("agent/work", "")
+	pr().want(t, nucleus.KindConflict, "git_push first")
+	if n := f.posts(); n != 0 {
+		t.Errorf("%d pull requests were asked for", n)
+	}
+	f.stands("agent/work", pushed)
+	pr().want(t, "")
+	m.commit("more.txt", "not pushed\n")
+	pr().want(t, nucleus.KindConflict, "git_push first")
+	if n := f.posts(); n != 1 {
+		t.Errorf("%d pull requests were asked for, want 1", n)
+	}
+	// It moved between the look and the request: that is said.
+	f.stands("agent/work", gitMust(m, "rev-parse", "HEAD"))
+	f.opened = strings.Repeat("2", 40)
+	pr().want(t, nucleus.KindConflict, "pull request 7", "2222", "close it")
 }
 
 // Without a token nothing is asked of anybody.
@@ -493,14 +576,7 @@ func TestPullRequestWithoutToken(t *testing.T) {
 	p := h.pod(person.spec("", pushes), nil)
 	h.inside(p).commit("new.txt", "x\n")
 	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
-	stored, err := p.readRepo("app")
-	if err != nil {
-		t.Fatal(err)
-	}
-	stored.Remotes["origin"] = "git@github.com:o/app.git"
-	if err := p.writeRepo("app", stored); err != nil {
-		t.Fatal(err)
-	}
+	remoteIsForge(t, p, "git@github.com:o/app.git")
 	h.tool(p, nucleus.CreatePR, map[string]string{"title": "t", "body": "b"}).want(t, nucleus.KindUnavailable, "GH_TOKEN")
 }
 

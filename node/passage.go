@@ -152,13 +152,16 @@ func (n *Node) connect(ctx context.Context, p *Pod, a egress.Attempt) (nucleus.P
 	if pre.digest, err = pre.action.Digest(pre.salt); err != nil {
 		return nucleus.Permit{}, err
 	}
-	permit, err := n.decide(p, r, pre, nil)
+	ruled, err := n.decide(p, r, pre, nil)
 	if needed := needsOf(err); needed != nil {
 		ctx, cancel := context.WithTimeout(ctx, askPatience)
 		defer cancel()
-		permit, _, err = n.approve(ctx, p, r, pre, needed)
+		ruled, _, err = n.approve(ctx, p, r, pre, needed)
 	}
-	return permit, err
+	if err != nil {
+		return nucleus.Permit{}, err
+	}
+	return p.recorded(ruled) // before anything is dialled
 }
 
 // connectArgs are the arguments of a net_connect: what the machine signs for.

@@ -978,3 +978,149 @@ func TestExposureThroughPassages(t *testing.T) {
 		t.Errorf("exposure %v, passage %v", ask.Context.Exposure.Names(), ask.Passage.Exposure.Names())
 	}
 }
+
+// outside is a name server and a network that remember what they were asked for, and how
+// many entries the log had on the disk then. Nobody answers there.
+type outside struct {
+	log func() int64
+
+	mu      sync.Mutex
+	lookups []int64
+	dials   []int64
+}
+
+func (o *outside) LookupNetIP(context.Context, string, string) ([]netip.Addr, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.lookups = append(o.lookups, o.log())
+	return []netip.Addr{netip.MustParseAddr("93.184.216.34")}, nil
+}
+
+func (o *outside) DialContext(context.Context, string, string) (net.Conn, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.dials = append(o.dials, o.log())
+	return nil, errNo
+}
+
+// seen takes what was seen since it was asked last.
+func (o *outside) seen() (lookups, dials []int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	lookups, dials = o.lookups, o.dials
+	o.lookups, o.dials = nil, nil
+	return lookups, dials
+}
+
+// Before a connection's intent is on the disk nothing of it leaves the host: no dial, and
+// no question to a name server either. That holds where nobody has to be asked and where a
+// passage is open.
+func TestConnectionWaitsForIntent(t *testing.T) {
+	t.Parallel()
+	for name, levels := range map[string]string{"allowed": "net_connect", "through a passage": "net_connect=ask"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t, withAuthority)
+			disk := h.memoryLog()
+			var policy map[string]any
+			if err := json.Unmarshal(policyOf(levels), &policy); err != nil {
+				t.Fatal(err)
+			}
+			policy["hosts"] = json.RawMessage(`{"only":[{"host":"*.wild.example","port":80}]}`)
+			p := h.pod(specOf("", document(t, policy)), nil)
+			world := &outside{log: h.node.log.Size}
+			h.node.gateway = egress.New(egress.Config{Gate: (*gate)(h.node), Resolver: world, Dialer: world})
+			get := func() answer { return h.getHost(p, "a.wild.example", 80) }
+			goes := func(when string) {
+				t.Helper()
+				before := h.node.log.Size()
+				get()
+				// The intent, and that it is opened.
+				if lookups, dials := world.seen(); !slices.Equal(lookups, []int64{before + 1}) || !slices.Equal(dials, []int64{before + 2}) {
+					t.Errorf("%s: looked up with %d entries and dialled with %d, of %d before", when, lookups, dials, before)
+				}
+			}
+			if levels != "net_connect" {
+				h.authority.grant(h.asks(get()).Ask, nil)
+				get()
+				world.seen()
+			}
+			goes("at first")
+			disk.failing(func(string) error { return errNo })
+			if a := get(); a.Error == nil || a.Error.Kind != nucleus.KindUnavailable {
+				t.Errorf("with a full disk: %v", a)
+			}
+			if lookups, dials := world.seen(); len(lookups)+len(dials) != 0 {
+				t.Errorf("with a full disk: looked up with %d entries, dialled with %d", lookups, dials)
+			}
+			disk.failing(nil)
+			if err := h.node.log.Reopen(); err != nil {
+				t.Fatal(err)
+			}
+			goes("with room again")
+		})
+	}
+}
+
+// A pod that has ended has no connections, through a passage neither; that is recorded.
+func TestNoPassageAfterPodEnded(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	site := newWeb(t, "127.0.0.1")
+	p := h.private("", connects(ordinary, site))
+	h.authority.grant(h.asks(h.get(p, site)).Ask, nil)
+	h.get(p, site).want(t, "")
+	p.setState(stateStopped, "")
+	if a := h.get(p, site); a.Error == nil || a.Error.Kind != nucleus.KindUnavailable || site.hits.Load() != 1 {
+		t.Errorf("got %v, %d requests came", a, site.hits.Load())
+	}
+	intents := h.entries(nucleus.KindIntent, nucleus.NetConnect)
+	if last := intents[len(intents)-1]; last.Verdict != nucleus.Deny || last.Rule != rulePod || last.Status != nucleus.OutcomeRefused || !strings.Contains(string(last.Data), "attempt") {
+		t.Errorf("recorded %+v", last)
+	}
+	p.setState(stateRunning, "")
+	h.get(p, site).want(t, "") // control
+}
+
+// Every fetch through a passage is admitted by the machine, with the grant that opened it.
+// A node that takes the passage for one of another place does not get past the machine.
+func TestFetchPassageHasTwoLocks(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	site, other := newWeb(t, "127.0.0.1"), newWeb(t, "127.0.0.1")
+	p := h.pod(specOf("", connects("web_fetch=ask", site, other)), nil)
+	fetch := func(s *web) answer {
+		return h.tool(p, nucleus.WebFetch, map[string]string{"url": s.url("/a")})
+	}
+	h.authority.grant(fetch(site).want(t, nucleus.KindApproval).Ask, nil)
+	fetch(site).want(t, "")
+	fetch(site).want(t, "")
+	permits := h.inside(p).permits()
+	if len(permits) != 2 || len(permits[0].Grants) != 1 || !slices.Equal(permits[0].Grants, permits[1].Grants) || permits[0].Seq == permits[1].Seq {
+		t.Errorf("admitted %+v", permits)
+	}
+	p.root.mu.Lock()
+	p.root.passages[0].port = other.port
+	p.root.mu.Unlock()
+	if a := fetch(other); a.Error == nil || a.Error.Kind != nucleus.KindForbidden || !strings.Contains(a.Body, "leads elsewhere") || other.hits.Load() != 0 {
+		t.Errorf("to another place: %v, %d requests came", a, other.hits.Load())
+	}
+	p.root.mu.Lock()
+	p.root.passages[0].port = site.port
+	p.root.mu.Unlock()
+	fetch(site).want(t, "") // control
+	var machine, node nucleus.Outcome
+	for i, e := range h.entries(nucleus.KindOutcome, nucleus.WebFetch) {
+		if err := e.Outcome.Open(h.node.key.Public().(ed25519.PublicKey), nucleus.DomainOutcome, &node); err != nil {
+			t.Fatal(err)
+		}
+		if err := node.Admission.Open(p.record.OutcomeKey, nucleus.DomainOutcome, &machine); err != nil {
+			t.Fatal(err)
+		}
+		want := []string{nucleus.OutcomeDone, nucleus.OutcomeDone, nucleus.OutcomeRefused, nucleus.OutcomeDone}[i]
+		if node.Status != want || (machine.Status == nucleus.OutcomeAdmitted) != (want == nucleus.OutcomeDone) {
+			t.Errorf("outcome %d: node %s, machine %s, want %s", i, node.Status, machine.Status, want)
+		}
+		node, machine = nucleus.Outcome{}, nucleus.Outcome{}
+	}
+}

@@ -55,7 +55,9 @@ type Pod struct {
 	// The keys that can approve for this pod, as they were at its boot: the machine
 	// knows these, and an authority that shows others later changes nothing.
 	approvers map[string][]byte
-	used      sync.Map // permit id -> *nucleus.AskRequest whose grant it used
+
+	acting   sync.WaitGroup // effects on the host that have begun
+	fetching sync.Mutex     // held while what the workspace keeps of a repository is replaced
 
 	mu      sync.Mutex // of the fields below, and of root and machine while the pod starts
 	session *wire.Session
@@ -407,7 +409,7 @@ func (p *Pod) agentLayers() []guest.AgentLayer {
 	}
 	var layers []guest.AgentLayer
 	for _, l := range p.record.Spec.Agent.Root {
-		layers = append(layers, guest.AgentLayer{Source: guest.AgentDir + l.Guest, Path: l.Guest})
+		layers = append(layers, guest.AgentLayer{Source: nucleus.MachineAgent + l.Guest, Path: l.Guest})
 	}
 	return layers
 }
@@ -444,22 +446,22 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	stream.SetDeadline(deadline)
 	err = stream.SendJSON(wire.FrameJSON, nucleus.Boot{
 		Pod: p.record.ID, Boot: p.record.Boot, NodeKey: p.node.key.Public().(ed25519.PublicKey),
-		Approvers: p.approvers, Policy: p.record.Policy, UnixMilli: p.node.config.Now().UnixMilli(), Guest: config,
+		Approvers: p.approvers, Policy: p.record.Policy, Time: p.time(), Guest: config,
 	})
 	if err == nil {
 		err = stream.RecvJSON(wire.FrameJSON, 64<<10, &reply)
 	}
-	switch {
-	case err != nil:
+	if err != nil {
 		return reply, fmt.Errorf("the machine did not answer its boot frame: %w", err)
-	case reply.Error != "":
-		return reply, fmt.Errorf("the machine refuses to serve: %s", reply.Error)
-	case reply.Version != nucleus.Version:
-		return reply, fmt.Errorf("nucleus-tool-proxy is of version %s, the node of %s", reply.Version, nucleus.Version)
-	case len(reply.OutcomeKey) != ed25519.PublicKeySize:
-		return reply, errors.New("the machine sent no outcome key")
 	}
-	return reply, nil
+	return reply, checkBootReply(reply, p.record.Boot)
+}
+
+// time is what this node's clocks say, for the machine.
+func (p *Pod) time() nucleus.NodeTime {
+	return nucleus.NodeTime{
+		Epoch: p.record.Epoch, Tick: time.Since(p.node.born).Milliseconds(), UnixMilli: p.node.config.Now().UnixMilli(),
+	}
 }
 
 // waitAsk is how long, in seconds, an agent's call waits for a person.
@@ -730,10 +732,9 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 		p.mu.Unlock()
 	}
 	if live {
-		if _, err := n.append(nucleus.Entry{Pod: id, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.legs().Names()}); err != nil {
-			return logFailure(err)
+		if err := n.stopDeciding(p, actor); err != nil {
+			return err
 		}
-		p.setState(stateStopped, "")
 	}
 	if !removed { // also what an earlier attempt could not remove
 		if err := n.teardown(p); err != nil {
@@ -749,11 +750,69 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 	return nil
 }
 
+// stopDeciding ends what may be decided for a pod, in the critical section in which
+// it is decided: an intent that was allowed stands before pod.stop in the log, or is none.
+func (n *Node) stopDeciding(p *Pod, actor string) error {
+	p.root.mu.Lock()
+	defer p.root.mu.Unlock()
+	if _, err := n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()}); err != nil {
+		return logFailure(err)
+	}
+	p.setState(stateStopped, "")
+	return nil
+}
+
+// beginEffect lets an effect on the host begin, unless the pod has ended; p.acting is
+// told when it is over. From then on the pod's end waits for it.
+func (p *Pod) beginEffect() (ended string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if ended = p.endedLocked(); ended == "" {
+		p.acting.Add(1)
+	}
+	return ended
+}
+
+// effectPatience is how long the end of a pod waits for an effect that has begun: cut off,
+// nobody could say what came of it.
+const effectPatience = 20 * time.Second
+
+func (p *Pod) awaitEffects() {
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		p.acting.Wait()
+	}()
+	select {
+	case <-over:
+	case <-time.After(effectPatience):
+		slog.Warn("a pod ends before its effects on the host", "pod", p.record.ID)
+	}
+}
+
+// ended says why nothing is done any longer for a pod; "" while it lives.
+func (p *Pod) ended() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.endedLocked()
+}
+
+func (p *Pod) endedLocked() string {
+	switch {
+	case p.state != stateStopped && p.state != stateFailed:
+		return ""
+	case p.reason == "":
+		return fmt.Sprintf("pod %s is %s", p.record.ID, p.state)
+	}
+	return fmt.Sprintf("pod %s is %s: %s", p.record.ID, p.state, p.reason)
+}
+
 // teardown removes the machine and all that was made for it.
 func (n *Node) teardown(p *Pod) error {
 	n.mu.Lock()
 	delete(n.agents, p.record.Boot)
 	n.mu.Unlock()
+	p.awaitEffects()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	n.gateway.CloseAll(egress.Peer{Pod: p.record.ID, Session: p.record.Session}, nil)
@@ -761,6 +820,7 @@ func (n *Node) teardown(p *Pod) error {
 		p.route.Close()
 	}
 	p.disconnect()
+	p.asks.clear()
 	var err error
 	if p.machine != nil {
 		err = p.machine.Destroy(ctx)

@@ -83,6 +83,10 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	}
 	p.digest = nucleus.SHA256(p.record.Policy)
 	p.approvers = p.record.Approvers
+	// Asks die with their node, and with them what was kept for their pushes.
+	if err := os.RemoveAll(p.transfersDir()); err != nil {
+		return nil, err
+	}
 	if err := p.open(); err != nil {
 		return nil, err
 	}
@@ -116,7 +120,7 @@ func (n *Node) attach(ctx context.Context, p *Pod, conn net.Conn) (*wire.Session
 		return nil, err
 	}
 	proved := make(chan error, 1)
-	go func() { proved <- n.proveTo(session, p.record.Boot) }()
+	go func() { proved <- n.proveTo(session, p) }()
 	select {
 	case err = <-proved:
 	case <-ctx.Done():
@@ -129,7 +133,7 @@ func (n *Node) attach(ctx context.Context, p *Pod, conn net.Conn) (*wire.Session
 	return session, nil
 }
 
-func (n *Node) proveTo(session *wire.Session, boot string) error {
+func (n *Node) proveTo(session *wire.Session, p *Pod) error {
 	stream, err := session.Accept()
 	if err != nil {
 		return err
@@ -142,9 +146,10 @@ func (n *Node) proveTo(session *wire.Session, boot string) error {
 	if err := nucleus.Strict(stream.Header, &proof); err != nil {
 		return err
 	}
-	if proof.Boot != boot {
-		return fmt.Errorf("the machine is of boot %s, want %s", proof.Boot, boot)
+	if proof.Boot != p.record.Boot {
+		return fmt.Errorf("the machine is of boot %s, want %s", proof.Boot, p.record.Boot)
 	}
+	proof.Time = p.time()
 	signed, err := nucleus.Sign(n.key, nucleus.DomainAttach, proof)
 	if err != nil {
 		return err

@@ -2,13 +2,10 @@ package node
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,23 +20,8 @@ import (
 	"cal/wire"
 )
 
-// storedRepo is the workspace's record of a repository: what a name in a request
-// stands for is looked up here, never in the guest's configuration.
-type storedRepo struct {
-	Path       string            `json:"path"`   // of the person's repository
-	Branch     string            `json:"branch"` // the agent's
-	Base       string            `json:"base"`   // commit it started from
-	Trusted    bool              `json:"trusted"`
-	BaseBranch string            `json:"base_branch"`        // the person's
-	Remotes    map[string]string `json:"remotes"`            // name -> URL, with whatever credentials the person wrote
-	Heads      map[string]string `json:"heads,omitempty"`    // branch -> commit of origin, as last known
-	Worktree   string            `json:"worktree,omitempty"` // commit that holds what was not committed, as last fetched
-	Head       string            `json:"head,omitempty"`     // the branch, as last fetched
-	Pending    bool              `json:"pending,omitempty"`  // it may not be in the machine, or not whole
-}
-
-func (p *Pod) readRepo(name string) (storedRepo, error) {
-	var s storedRepo
+func (p *Pod) readRepo(name string) (nucleus.RepoRecord, error) {
+	var s nucleus.RepoRecord
 	err := durable.Load(p.repoFile(name), &s)
 	if s.Heads == nil {
 		s.Heads = map[string]string{}
@@ -47,7 +29,7 @@ func (p *Pod) readRepo(name string) (storedRepo, error) {
 	return s, err
 }
 
-func (p *Pod) writeRepo(name string, s storedRepo) error {
+func (p *Pod) writeRepo(name string, s nucleus.RepoRecord) error {
 	return durable.Store(p.repoFile(name), s)
 }
 
@@ -181,7 +163,7 @@ func (n *Node) importRepos(ctx context.Context, p *Pod, actor string) error {
 }
 
 // keepRepo goes on with what the workspace holds.
-func (n *Node) keepRepo(p *Pod, r nucleus.Repo, stored storedRepo) error {
+func (n *Node) keepRepo(p *Pod, r nucleus.Repo, stored nucleus.RepoRecord) error {
 	if stored.Path != r.Path {
 		return nucleus.Errorf(nucleus.KindConflict, "workspace %q holds %s from %s, not from %s; name another workspace", p.record.Spec.Workspace, r.Name, stored.Path, r.Path)
 	}
@@ -204,7 +186,7 @@ func (n *Node) importRepo(ctx context.Context, p *Pod, actor string, r nucleus.R
 	if err != nil {
 		return err
 	}
-	stored := storedRepo{Path: r.Path, Branch: r.Branch, Base: r.Base, Remotes: remotes, Heads: map[string]string{}, Pending: true}
+	stored := nucleus.RepoRecord{Path: r.Path, Branch: r.Branch, Base: r.Base, Remotes: remotes, Heads: map[string]string{}, Pending: true}
 	for _, status := range p.record.Repos {
 		if status.Name == r.Name {
 			stored.Trusted = status.Trusted
@@ -313,124 +295,24 @@ func (w frameWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// maxBundle bounds what a machine can make the host store for one branch.
-const maxBundle = 4 << 30
-
-// takeBranch brings one ref of the machine into the host's quarantine.
-func (n *Node) takeBranch(ctx context.Context, p *Pod, r nucleus.RepoStatus, ref string) (git.Quarantine, string, error) {
-	stored, err := p.readRepo(r.Name)
-	if err != nil {
-		return git.Quarantine{}, "", err
-	}
-	q, err := git.OpenQuarantine(ctx, p.quarantineDir(r.Name), git.Repo{Dir: stored.Path})
-	if err != nil {
-		return q, "", err
-	}
-	bundle, sent, err := p.receiveBundle(ctx, tools.Bundle{Repo: r.Name, Ref: ref, Base: stored.Base})
-	if err != nil {
-		return q, "", err
-	}
-	defer os.Remove(bundle)
-	var commit string
-	if sent.Empty { // nothing that the person's repository has not
-		commit, err = known(ctx, q, sent.Commit, stored.Base)
-	} else {
-		commit, err = q.Take(ctx, bundle, ref)
-	}
-	if err != nil {
-		return q, "", nucleus.Errorf(nucleus.KindFailed, "what the machine sent for %s was refused: %v", ref, err)
-	}
-	return q, commit, nil
-}
-
-// known admits a commit that the machine only names: it must be what the machine was
-// given. Anything else of the person's repository stays unnamed.
-func known(ctx context.Context, q git.Quarantine, commit, base string) (string, error) {
-	if !objectID.MatchString(commit) {
-		return "", fmt.Errorf("%q is no object id", cut(commit, 80))
-	}
-	if commit == base {
-		return commit, nil
-	}
-	taken, err := q.Run(ctx, "for-each-ref", "--format=%(objectname)")
-	if err != nil {
-		return "", err
-	}
-	if slices.Contains(strings.Fields(taken), commit) { // what it sent before
-		return commit, nil
-	}
-	if ok, err := q.IsAncestor(ctx, commit, base); err != nil || !ok {
-		return "", fmt.Errorf("commit %s is not of the history that the machine was given", commit)
-	}
-	return commit, nil
-}
-
-var objectID = regexp.MustCompile(`^[0-9a-f]{40}([0-9a-f]{24})?$`)
-
-// receiveBundle stores what the machine sends in a private file, bounded.
-func (p *Pod) receiveBundle(ctx context.Context, out tools.Bundle) (path string, sent tools.BundleResult, err error) {
-	session, err := p.wire()
-	if err != nil {
-		return "", sent, err
-	}
-	stream, err := session.Open(ctx, guest.StreamRepo, guest.RepoCall{Out: &out})
-	if err != nil {
-		return "", sent, err
-	}
-	defer stream.Close()
-	stop := context.AfterFunc(ctx, func() { stream.Close() })
-	defer stop()
-	file, err := os.CreateTemp(p.dir, "bundle-*")
-	if err != nil {
-		return "", sent, err
-	}
-	defer func() {
-		file.Close()
-		if err != nil {
-			os.Remove(file.Name())
-		}
-	}()
-	var size int64
-	for {
-		kind, payload, err := stream.Recv(1 << 20)
-		if err != nil {
-			return "", sent, fmt.Errorf("the machine's bundle: %w", err)
-		}
-		switch kind {
-		case wire.FrameData:
-			size += int64(len(payload))
-			if size > maxBundle {
-				return "", sent, nucleus.Errorf(nucleus.KindTooLarge, "the machine's bundle is larger than %d bytes", int64(maxBundle))
-			}
-			if _, err := file.Write(payload); err != nil {
-				return "", sent, err
-			}
-		case wire.FrameResult:
-			var result tools.Result
-			if err := json.Unmarshal(payload, &result); err != nil {
-				return "", sent, err
-			}
-			if result.Error != nil {
-				return "", sent, result.Error
-			}
-			return file.Name(), sent, json.Unmarshal(result.Value, &sent)
-		default:
-			return "", sent, fmt.Errorf("the machine's bundle: frame %q", kind)
-		}
-	}
-}
-
 // fetchRepo brings the agent's branch, and what it has not committed, to the host.
 func (n *Node) fetchRepo(ctx context.Context, p *Pod, actor, name string) (client.RepoFetched, error) {
 	r, err := p.repo(name)
 	if err != nil {
 		return client.RepoFetched{}, err
 	}
-	q, head, err := n.takeBranch(ctx, p, r, "refs/heads/"+r.Branch)
+	p.fetching.Lock() // one that ends would remove what another brings
+	defer p.fetching.Unlock()
+	q, err := n.newTransfer(ctx, p, r, p.keptDir(r.Name))
 	if err != nil {
 		return client.RepoFetched{}, err
 	}
-	_, worktree, err := n.takeBranch(ctx, p, r, tools.WorktreeRef)
+	defer q.drop()
+	head, err := q.take(ctx, "refs/heads/"+r.Branch)
+	if err != nil {
+		return client.RepoFetched{}, err
+	}
+	worktree, err := q.take(ctx, tools.WorktreeRef)
 	if err != nil {
 		return client.RepoFetched{}, err
 	}
@@ -439,7 +321,7 @@ func (n *Node) fetchRepo(ctx context.Context, p *Pod, actor, name string) (clien
 		return client.RepoFetched{}, err
 	}
 	stored.Head, stored.Worktree = head, worktree
-	if err := p.writeRepo(r.Name, stored); err != nil {
+	if err := q.keep(stored); err != nil {
 		return client.RepoFetched{}, err
 	}
 	fetched := client.RepoFetched{Name: r.Name, Branch: r.Branch, Base: stored.Base, Head: head, Worktree: worktree}

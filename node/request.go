@@ -6,6 +6,7 @@ import (
 	"errors"
 	"time"
 
+	"cal/audit"
 	"cal/egress"
 	"cal/guest"
 	"cal/guest/tools"
@@ -31,10 +32,13 @@ type request struct {
 // the values that the effect will use.
 type prepared struct {
 	action nucleus.Action
+	bytes  []byte // of action, canonical
 	salt   nucleus.Salt
 	digest string
 	detail []nucleus.Detail
+	ask    *nucleus.AskRequest                                            // what its grant was given for, once it has one
 	effect func(context.Context, nucleus.Permit) (json.RawMessage, error) // on the host; nil: in the machine
+	sent   *transfer                                                      // what was taken from the machine for it
 }
 
 // The one path that a request takes:
@@ -43,18 +47,25 @@ type prepared struct {
 func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage, error) {
 	pre, err := n.prepare(ctx, p, r)
 	if err != nil {
+		pre.sent.drop()
 		return nil, n.refuseUnresolved(p, r, err)
 	}
+	defer pre.sent.drop()
 	r.laps.lap("resolve")
-	permit, err := n.decide(p, r, pre, nil)
+	ruled, err := n.decide(p, r, pre, nil)
 	if needed := needsOf(err); needed != nil {
-		permit, pre, err = n.approve(ctx, p, r, pre, needed)
+		ruled, pre, err = n.approve(ctx, p, r, pre, needed)
+		defer pre.sent.drop()
 	}
 	if err != nil {
 		return nil, err
 	}
-	defer p.used.Delete(permit.ID)
+	permit, err := p.recorded(ruled)
+	if err != nil {
+		return nil, err
+	}
 	r.laps.lap("log")
+	pre.ask = ruled.ask
 	value, outcome, err := n.act(ctx, p, r, pre, permit)
 	r.laps.lap("act")
 	if recordErr := n.recordOutcome(p, r, pre, permit, outcome, err); recordErr != nil {
@@ -86,8 +97,11 @@ func (n *Node) prepare(ctx context.Context, p *Pod, r request) (prepared, error)
 	}
 	pre.action.Op = r.op
 	pre.action.Args = nucleus.SHA256(canonical)
-	pre.digest, err = pre.action.Digest(pre.salt)
-	return pre, err
+	if pre.bytes, err = nucleus.Canonical(pre.action); err != nil {
+		return pre, err
+	}
+	pre.digest = nucleus.ActionDigest(pre.bytes, pre.salt)
+	return pre, nil
 }
 
 func (n *Node) prepareInGuest(ctx context.Context, p *Pod, r request, args []byte, pre *prepared) error {
@@ -101,7 +115,7 @@ func (n *Node) prepareInGuest(ctx context.Context, p *Pod, r request, args []byt
 	}
 	header := r.call
 	header.Op, header.Resolve = r.op, true
-	result, err := p.call(ctx, header, tools.Args{Args: args}, nil)
+	result, err := p.call(ctx, header, nil, guest.CallArgs{Args: tools.Args{Args: args}}, nil)
 	if err != nil {
 		return err
 	}
@@ -140,29 +154,37 @@ func (p *Pod) context(now time.Time) nucleus.Context {
 }
 
 // decide is the critical section of a root session: decide, use up the grant, add
-// the legs, append the intent. approval is nil on the first pass; an ask for which no
-// passage is open then comes back as *needsApproval. A grant that was given is judged
-// against what holds now.
-func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucleus.Permit, error) {
+// the legs, append the intent. The intent has its place in the log then; that it is
+// on the disk is waited for outside, so that requests of one session share a sync.
+// approval is nil on the first pass; an ask for which no passage is open then comes back
+// as *needsApproval. A grant that was given is judged against what holds now.
+func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (ruling, error) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	now := n.config.Now()
 	state := p.context(now)
 	decision := p.policy.Decide(pre.action, state)
+	if why := p.ended(); why != "" {
+		decision = nucleus.Decision{Verdict: nucleus.Deny, Rule: rulePod, Why: why}
+	}
 	open := p.root.passage(pre.action, now)
 	if decision.Verdict == nucleus.Ask && open == nil && approval == nil {
-		return nucleus.Permit{}, &needsApproval{decision, state, p.root.beside()}
+		return ruling{}, &needsApproval{decision, state, p.root.beside()}
 	}
 	permit := nucleus.Permit{
 		ID: nucleus.NewID("r-"), Pod: p.record.ID, Boot: p.record.Boot, Session: p.record.Session,
 		Op: r.op, Digest: pre.digest, Salt: pre.salt[:], Verdict: decision.Verdict, Rule: decision.Rule, Context: state,
-		Issued: now.UnixMilli(), Expires: now.Add(permitLife).UnixMilli(), Requester: r.caller.KeyID,
+		Life: permitLife.Milliseconds(), Requester: r.caller.KeyID,
 	}
 	if r.attempt != nil {
 		permit.ID = r.attempt.ID
 	}
 	r.laps.lap("decide")
 	entry := n.intent(p, r, pre, permit.ID, decision)
+	if approval != nil {
+		entry.Ask = approval.ask.ID
+	}
+	var ask *nucleus.AskRequest
 	_, _, placed := pre.action.Place()
 	switch decision.Verdict {
 	case nucleus.Allow:
@@ -170,34 +192,61 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (nucl
 		if open == nil {
 			var err error
 			if open, err = n.useGrant(p, approval, pre.action, permit.ID, now); err != nil {
-				return permit, err
+				return ruling{}, err
 			}
 		}
-		permit.Grants, entry.Grants, entry.Ask = []string{open.used.token}, []string{open.used.grant}, open.used.ask.ID
-		if r.attempt == nil {
-			p.used.Store(permit.ID, open.used.ask)
-		}
+		ask = open.used.ask
+		permit.Grants, entry.Grants, entry.Ask = []string{open.used.token}, []string{open.used.grant}, ask.ID
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
 		if _, err := n.append(entry); err != nil {
-			return permit, logFailure(err)
+			return ruling{}, logFailure(err)
 		}
-		return permit, &nucleus.Error{Kind: nucleus.KindDenied, Operation: r.op, Rule: decision.Rule, Message: decision.Why}
+		return ruling{}, denial(r.op, decision)
 	}
 	if err := n.expose(p, decision.Takes, placed && decision.Verdict == nucleus.Ask, string(r.op)+" "+describe(pre.action)); err != nil {
-		return permit, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
+		return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()
 	if err := n.salts.Put(permit.ID, pre.salt); err != nil {
-		return permit, logFailure(err)
+		return ruling{}, logFailure(err)
 	}
-	if _, err := n.append(entry); err != nil {
-		return permit, logFailure(err)
+	intent, err := n.begin(entry)
+	if err != nil {
+		return ruling{}, logFailure(err)
 	}
 	if r.attempt == nil {
 		permit.Seq = p.nextSeq()
 	}
-	return permit, nil
+	return ruling{permit, ask, intent}, nil
+}
+
+// ruling is a decision to go ahead. It counts when its intent is on the disk.
+type ruling struct {
+	permit nucleus.Permit
+	ask    *nucleus.AskRequest // what the permit's grant was given for
+	intent *audit.Pending
+}
+
+// recorded waits until the intent is on the disk: without it there is no permit, and
+// the permit's time begins then. Every ruling is waited for: others may wait behind it.
+func (p *Pod) recorded(r ruling) (nucleus.Permit, error) {
+	if _, err := r.intent.Wait(); err != nil {
+		return nucleus.Permit{}, logFailure(err)
+	}
+	r.permit.Issued = p.time()
+	return r.permit, nil
+}
+
+// rulePod is the rule by which nothing is done for a pod that has ended.
+const rulePod = "pod"
+
+func denial(op nucleus.Op, d nucleus.Decision) error {
+	kind := nucleus.KindDenied
+	if d.Rule == rulePod {
+		kind = nucleus.KindUnavailable
+	}
+	return &nucleus.Error{Kind: kind, Operation: op, Rule: d.Rule, Message: d.Why}
 }
 
 // permitLife is how long a permit may wait for its effect to start.
@@ -244,28 +293,10 @@ func shownArgs(raw json.RawMessage) json.RawMessage {
 // act does it: in the machine under a signed permit, or on the host.
 func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit nucleus.Permit) (json.RawMessage, *nucleus.Signed, error) {
 	if pre.effect != nil {
-		started := n.config.Now()
-		value, err := pre.effect(ctx, permit)
-		return value, n.hostOutcome(p, permit, value, err, started), err
+		return n.actOnHost(ctx, p, r, pre, permit)
 	}
-	signed, err := nucleus.Sign(n.key, nucleus.DomainPermit, permit)
+	result, err := n.permitted(ctx, p, r.call, permit, pre, r.args, r.stream)
 	if err != nil {
-		return nil, nil, err
-	}
-	header := r.call
-	header.Op, header.Permit = r.op, &signed
-	if len(permit.Grants) > 0 {
-		ask, err := p.askOf(permit)
-		if err != nil {
-			return nil, nil, err
-		}
-		header.Ask = ask
-	}
-	result, err := p.call(ctx, header, tools.Args{Args: r.args, Action: &pre.action}, r.stream)
-	if err != nil {
-		return nil, nil, err
-	}
-	if err := p.checkOutcome(result, permit); err != nil {
 		return nil, nil, err
 	}
 	if result.Error != nil {
@@ -274,40 +305,20 @@ func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit 
 	return result.Value, result.Outcome, nil
 }
 
-// checkOutcome verifies that the machine signed what it says, for this permit.
-func (p *Pod) checkOutcome(result guest.CallResult, permit nucleus.Permit) error {
-	var outcome nucleus.Outcome
-	if result.Outcome == nil {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine signed no outcome")
-	}
-	if err := result.Outcome.Open(p.record.OutcomeKey, nucleus.DomainOutcome, &outcome); err != nil {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome: %v", err)
-	}
-	if outcome.Permit != permit.ID || outcome.Boot != permit.Boot || outcome.Seq != permit.Seq {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome is for another permit")
-	}
-	if len(result.Value) > 0 && outcome.Result != nucleus.SHA256(result.Value) {
-		return nucleus.Errorf(nucleus.KindInternal, "the machine's outcome is for another result")
-	}
-	return nil
-}
-
-func (n *Node) hostOutcome(p *Pod, permit nucleus.Permit, value json.RawMessage, err error, started time.Time) *nucleus.Signed {
-	outcome := nucleus.Outcome{
-		Permit: permit.ID, Pod: p.record.ID, Boot: p.record.Boot, Seq: permit.Seq, Status: nucleus.OutcomeDone,
-		Bytes: int64(len(value)), Millis: n.config.Now().Sub(started).Milliseconds(),
-	}
+// permitted makes a call under a permit and returns what the machine signed for it.
+func (n *Node) permitted(ctx context.Context, p *Pod, header guest.Call, permit nucleus.Permit, pre prepared, args json.RawMessage, stream *wire.Stream) (guest.CallResult, error) {
+	signed, err := nucleus.Sign(n.key, nucleus.DomainPermit, permit)
 	if err != nil {
-		outcome.Status, outcome.Message = nucleus.OutcomeFailed, cut(err.Error(), 512)
+		return guest.CallResult{}, err
 	}
-	if len(value) > 0 {
-		outcome.Result = nucleus.SHA256(value)
-	}
-	signed, err := nucleus.Sign(n.key, nucleus.DomainOutcome, outcome)
+	header.Op, header.Permit = permit.Op, &signed
+	sent := guest.CallArgs{Args: tools.Args{Args: args, Action: &pre.action}, Ask: pre.ask}
+	result, err := p.call(ctx, header, pre.bytes, sent, stream)
 	if err != nil {
-		return nil
+		return result, err
 	}
-	return &signed
+	_, err = checkResult(result, p.record.OutcomeKey, permit)
+	return result, err
 }
 
 // recordOutcome is the last step. When it fails the effect has happened and the
@@ -320,11 +331,12 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 	if cause != nil {
 		entry.Status = nucleus.OutcomeFailed
 		e := nucleus.AsError(cause)
-		if e.Kind == nucleus.KindForbidden {
-			entry.Status = nucleus.OutcomeRefused
-		}
-		if outcome == nil {
+		var none *notDone
+		switch {
+		case outcome == nil:
 			entry.Status = nucleus.OutcomeUnknown
+		case errors.As(cause, &none), e.Kind == nucleus.KindForbidden:
+			entry.Status = nucleus.OutcomeRefused
 		}
 		entry.Data = data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)})
 	}
@@ -334,14 +346,50 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 	return nil
 }
 
-// call opens one call to the machine. Frames of the command go to stream and
-// frames of stream go to the command.
-func (p *Pod) call(ctx context.Context, header guest.Call, args tools.Args, stream *wire.Stream) (guest.CallResult, error) {
-	var result guest.CallResult
+// call makes one call to the machine: what is brief in one frame, the rest on a
+// stream. action is args.Action in its canonical bytes; nil where the arguments are only
+// to be resolved. Frames of the command go to stream and frames of stream go to the command.
+func (p *Pod) call(ctx context.Context, header guest.Call, action []byte, args guest.CallArgs, stream *wire.Stream) (guest.CallResult, error) {
 	session, err := p.wire()
 	if err != nil {
-		return result, err
+		return guest.CallResult{}, err
 	}
+	if stream == nil && args.Ask == nil && (header.Resolve || tools.Brief(header.Op)) {
+		head, err := json.Marshal(header)
+		if err != nil {
+			return guest.CallResult{}, err
+		}
+		if request := tools.Join(head, action, args.Args.Args); len(request) <= wire.MaxCall {
+			return p.callBriefly(ctx, session, request)
+		}
+	}
+	return p.callOnStream(ctx, session, header, args, stream)
+}
+
+// maxReply is the longest reply of a machine.
+const maxReply = 64 << 20
+
+func (p *Pod) callBriefly(ctx context.Context, session *wire.Session, request []byte) (guest.CallResult, error) {
+	var result guest.CallResult
+	reply, err := session.Call(ctx, request, maxReply)
+	if err != nil {
+		return result, p.unanswered(ctx, err)
+	}
+	parts, err := tools.Split(reply, 2)
+	if err == nil {
+		result, err = readResult(parts[0])
+	}
+	if err == nil && len(parts[1]) > 0 {
+		// What comes from a machine is JSON only when somebody has looked.
+		if result.Value = parts[1]; !json.Valid(result.Value) {
+			err = errors.New("a value that is not JSON")
+		}
+	}
+	return result, err
+}
+
+func (p *Pod) callOnStream(ctx context.Context, session *wire.Session, header guest.Call, args guest.CallArgs, stream *wire.Stream) (guest.CallResult, error) {
+	var result guest.CallResult
 	guestStream, err := session.Open(ctx, guest.StreamCall, header)
 	if err != nil {
 		return result, p.lost(err)
@@ -359,15 +407,12 @@ func (p *Pod) call(ctx context.Context, header guest.Call, args tools.Args, stre
 		}()
 	}
 	for {
-		frame, payload, err := guestStream.Recv(64 << 20)
+		frame, payload, err := guestStream.Recv(maxReply)
 		if err != nil {
-			if ctx.Err() != nil {
-				return result, nucleus.Errorf(nucleus.KindTimeout, "the caller went away before the machine answered")
-			}
-			return result, p.lost(err)
+			return result, p.unanswered(ctx, err)
 		}
 		if frame == wire.FrameResult {
-			return result, json.Unmarshal(payload, &result)
+			return readResult(payload)
 		}
 		if stream != nil {
 			if err := stream.Send(frame, payload); err != nil {
@@ -375,6 +420,13 @@ func (p *Pod) call(ctx context.Context, header guest.Call, args tools.Args, stre
 			}
 		}
 	}
+}
+
+func (p *Pod) unanswered(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nucleus.Errorf(nucleus.KindTimeout, "the caller went away before the machine answered")
+	}
+	return p.lost(err)
 }
 
 func (p *Pod) lost(err error) error {
@@ -390,7 +442,7 @@ func copyFrames(to, from *wire.Stream) {
 	}
 }
 
-func (p *Pod) nextSeq() uint64 { return p.record.Epoch<<40 | p.seq.Add(1) }
+func (p *Pod) nextSeq() uint64 { return p.record.Epoch<<nucleus.EpochBits | p.seq.Add(1) }
 
 // describe names an action in a few words.
 func describe(a nucleus.Action) string {

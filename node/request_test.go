@@ -116,11 +116,13 @@ func TestOrderAndOutcome(t *testing.T) {
 
 // A machine that lies, or says nothing, gives a clear error and the outcome unknown.
 func TestHostileMachine(t *testing.T) {
-	for name, c := range map[string]struct {
+	type hostile struct {
 		behave func(*inside, *callInside) (guest.CallResult, bool)
 		kind   nucleus.Kind
 		text   string
-	}{
+	}
+	// What can be said in either form of a call, a frame or a stream, is said in both.
+	lies := map[string]hostile{
 		"honest": {nil, "", ""},
 		"signs nothing": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
 			r := c.honest()
@@ -154,35 +156,60 @@ func TestHostileMachine(t *testing.T) {
 			r.Outcome = &signed
 			return r, true
 		}, nucleus.KindInternal, "bad signature"},
-		"garbage": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
-			c.stream.Send(wire.FrameResult, []byte("\x00{not json"))
-			return guest.CallResult{}, false
+		"signs what is no JSON": {func(m *inside, c *callInside) (guest.CallResult, bool) {
+			if c.stream != nil { // where a value that is none cannot be said
+				c.stream.Send(wire.FrameResult, []byte(`{"value":{"content":}`))
+				return guest.CallResult{}, false
+			}
+			return m.sign(c.permit, guest.CallResult{Value: []byte(`{"content":`)}, nucleus.OutcomeDone), true
 		}, nucleus.KindInternal, ""},
-		"raw bytes": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
-			c.stream.Write(bytes.Repeat([]byte{0xff}, 64))
+		"the machine dies": {func(m *inside, _ *callInside) (guest.CallResult, bool) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			go m.session.Close() // which waits for this call
 			return guest.CallResult{}, false
 		}, nucleus.KindUnavailable, "wire"},
-		"announces 1 GB": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
-			c.stream.Write([]byte{byte(wire.FrameResult), 0x40, 0, 0, 0})
+	}
+	inFrame := func(raw string) func(*inside, *callInside) (guest.CallResult, bool) {
+		return func(_ *inside, c *callInside) (guest.CallResult, bool) {
+			c.raw = []byte(raw)
+			return guest.CallResult{}, true
+		}
+	}
+	inFrames := map[string]hostile{
+		"garbage":               {inFrame("\x00\x00\x00\x0a\x00{not json"), nucleus.KindInternal, "invalid character"},
+		"raw bytes":             {inFrame(strings.Repeat("\xff", 64)), nucleus.KindInternal, "part 1 of 2"},
+		"nothing":               {inFrame(string([]byte{})), nucleus.KindInternal, "part 1 of 2"},
+		"a header beyond it":    {inFrame("\x00\x00\x00\x03{}"), nucleus.KindInternal, "part 1 of 2"},
+		"an empty header":       {inFrame("\x00\x00\x00\x02{}"), nucleus.KindInternal, "signed no outcome"},
+		"a header with a value": {inFrame("\x00\x00\x00\x0b{\"value\":1}"), nucleus.KindInternal, "signed no outcome"},
+	}
+	onStream := func(do func(s *wire.Stream)) func(*inside, *callInside) (guest.CallResult, bool) {
+		return func(_ *inside, c *callInside) (guest.CallResult, bool) {
+			do(c.stream)
 			return guest.CallResult{}, false
-		}, nucleus.KindUnavailable, "1073741824 bytes"},
-		"hangs up": {func(_ *inside, c *callInside) (guest.CallResult, bool) {
-			return guest.CallResult{}, false
-		}, nucleus.KindUnavailable, "wire"},
-	} {
-		t.Run(name, func(t *testing.T) {
+		}
+	}
+	onStreams := map[string]hostile{
+		"garbage":        {onStream(func(s *wire.Stream) { s.Send(wire.FrameResult, []byte("\x00{not json")) }), nucleus.KindInternal, ""},
+		"raw bytes":      {onStream(func(s *wire.Stream) { s.Write(bytes.Repeat([]byte{0xff}, 64)) }), nucleus.KindUnavailable, "wire"},
+		"announces 1 GB": {onStream(func(s *wire.Stream) { s.Write([]byte{byte(wire.FrameResult), 0x40, 0, 0, 0}) }), nucleus.KindUnavailable, "1073741824 bytes"},
+		"hangs up":       {onStream(func(*wire.Stream) {}), nucleus.KindUnavailable, "wire"},
+	}
+	try := func(name string, op nucleus.Op, args any, c hostile) {
+		t.Run(string(op)+" "+name, func(t *testing.T) {
 			t.Parallel()
 			h := newHost(t)
 			p := h.pod(specOf("", policyOf(all)), map[string]string{"a": "text\n"})
 			h.mu.Lock()
 			h.behave = c.behave
 			h.mu.Unlock()
-			h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, c.kind, c.text)
+			h.tool(p, op, args).want(t, c.kind, c.text)
 			want := nucleus.OutcomeUnknown
 			if c.kind == "" {
 				want = nucleus.OutcomeDone
 			}
-			outcomes := h.entries(nucleus.KindOutcome, nucleus.ReadFiles)
+			outcomes := h.entries(nucleus.KindOutcome, op)
 			if len(outcomes) != 1 || outcomes[0].Status != want {
 				t.Errorf("outcomes %+v, want one %s", outcomes, want)
 			}
@@ -190,6 +217,17 @@ func TestHostileMachine(t *testing.T) {
 				t.Errorf("intents left open: %+v", h.node.log.OpenIntents())
 			}
 		})
+	}
+	read, run := map[string]string{"path": "a"}, map[string]any{"argv": []string{"true"}}
+	for name, c := range lies {
+		try(name, nucleus.ReadFiles, read, c)
+		try(name, nucleus.RunBash, run, c)
+	}
+	for name, c := range inFrames {
+		try(name, nucleus.ReadFiles, read, c)
+	}
+	for name, c := range onStreams {
+		try(name, nucleus.RunBash, run, c)
 	}
 }
 
@@ -209,7 +247,7 @@ func TestMachineHangs(t *testing.T) {
 			return c.honest(), true
 		}
 		reached <- struct{}{}
-		c.stream.Recv(1 << 10) // until the node closes it
+		<-c.ctx.Done() // until the node takes it back
 		ended <- struct{}{}
 		return guest.CallResult{}, false
 	}
@@ -279,7 +317,7 @@ func TestExposureIsDurable(t *testing.T) {
 		return guest.CallResult{}, false // the machine dies with it, so to say
 	}
 	h.mu.Unlock()
-	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, nucleus.KindUnavailable)
+	h.tool(p, nucleus.RunBash, map[string]any{"argv": []string{"cat", "a"}}).want(t, nucleus.KindUnavailable)
 	if legs := <-stored; legs != nucleus.Private {
 		t.Errorf("on the disk when the machine acted: %v", legs.Names())
 	}

@@ -92,7 +92,7 @@ const bothLegs = nucleus.Private | nucleus.Untrusted
 func (n *Node) expose(p *Pod, takes nucleus.Legs, passage bool, what string) error {
 	met, beside := p.root.exposure.Has(bothLegs), p.root.beside()
 	if err := p.root.grow(takes, passage, func(leg string) nucleus.Evidence {
-		return nucleus.Evidence{Seq: n.log.Size(), Leg: leg, What: what}
+		return nucleus.Evidence{Seq: n.log.Next(), Leg: leg, What: what}
 	}); err != nil {
 		return err
 	}

@@ -117,10 +117,12 @@ func (a Action) Digest(salt Salt) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	h := sha256.New()
-	h.Write(salt[:])
-	h.Write(canonical)
-	return hex.EncodeToString(h.Sum(nil)), nil
+	return ActionDigest(canonical, salt), nil
+}
+
+// ActionDigest is Digest of an action of which the canonical bytes are known.
+func ActionDigest(canonical []byte, salt Salt) string {
+	return SHA256(append(salt[:], canonical...))
 }
 
 // SHA256 returns the hex digest of data.

@@ -43,6 +43,7 @@ const (
 	KindPodResume      = "pod.resume"
 	KindSessionStart   = "session.start"
 	KindSessionEnd     = "session.end"
+	KindSessionRefuse  = "session.refuse" // a session.start that started nothing
 	KindIntent         = "request.intent"
 	KindOutcome        = "request.outcome"
 	KindApprovalAsk    = "approval.ask"

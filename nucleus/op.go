@@ -43,6 +43,10 @@ func (o Op) Valid() bool {
 	return false
 }
 
+// OnHost reports whether o takes effect on the host: the machine admits it, and the
+// node acts.
+func (o Op) OnHost() bool { return o == GitPush || o == CreatePR || o == WebFetch }
+
 // UnmarshalText refuses names that are not operations.
 func (o *Op) UnmarshalText(text []byte) error {
 	if !Op(text).Valid() {

@@ -16,8 +16,17 @@ type Boot struct {
 	NodeKey   []byte            `json:"node_key"`
 	Approvers map[string][]byte `json:"approvers,omitempty"` // name -> key
 	Policy    json.RawMessage   `json:"policy"`              // normalised, canonical
-	UnixMilli int64             `json:"unix_ms"`
+	Time      NodeTime          `json:"time"`
 	Guest     json.RawMessage   `json:"guest"` // users, mounts and ports; package guest reads it
+}
+
+// NodeTime is what a node's clocks say in one moment. Tick is milliseconds on the
+// monotonic clock of the node's process, Epoch counts the nodes that a pod has had, and
+// begins a new count of ticks. The wall clock may be set, back and forth.
+type NodeTime struct {
+	Epoch     uint64 `json:"epoch"`
+	Tick      int64  `json:"tick_ms"`
+	UnixMilli int64  `json:"unix_ms"`
 }
 
 // BootReply answers Boot. OutcomeKey is new at every boot, restore and fork.
@@ -29,9 +38,9 @@ type BootReply struct {
 }
 
 // Permit is the node's word to one machine that one request may be acted on,
-// once, until a time. Seq is accepted once and only in rising order of arrival
-// of unseen numbers; Expires is compared with the guest's monotonic clock,
-// counted from Boot.
+// once, for a time. Seq is accepted once and only in rising order of arrival
+// of unseen numbers. How old a permit is the guest judges by Issued.Tick on its own
+// monotonic clock: no clock that is set makes an old permit young, or a young one old.
 type Permit struct {
 	ID        string   `json:"id"`
 	Pod       string   `json:"pod"`
@@ -45,10 +54,13 @@ type Permit struct {
 	Rule      string   `json:"rule"`
 	Context   Context  `json:"context"`
 	Grants    []string `json:"grants,omitempty"` // tokens, where Verdict is Ask
-	Issued    int64    `json:"issued_ms"`
-	Expires   int64    `json:"expires_ms"`
+	Issued    NodeTime `json:"issued"`
+	Life      int64    `json:"life_ms"` // from Issued
 	Requester string   `json:"requester"`
 }
+
+// EpochBits is where a permit's sequence holds its epoch: above them.
+const EpochBits = 40
 
 // Outcome is what the guest (or, for an outward operation, the node) says came
 // of a permit. Status is one of the Outcome constants.
@@ -63,14 +75,19 @@ type Outcome struct {
 	Bytes    int64  `json:"bytes,omitempty"`
 	Message  string `json:"message,omitempty"`
 	Millis   int64  `json:"ms"`
+
+	// Admission is, in a node's outcome, the guest's own outcome for the permit, by the
+	// boot's key: OutcomeAdmitted where the effect was tried.
+	Admission *Signed `json:"admission,omitempty"`
 }
 
 // The statuses of an outcome.
 const (
-	OutcomeDone    = "done"    // the effect took place
-	OutcomeFailed  = "failed"  // it was tried and failed; Message says how
-	OutcomeRefused = "refused" // the guest's own decision was stricter
-	OutcomeUnknown = "unknown" // nobody can say: written by recovery
+	OutcomeDone     = "done"     // the effect took place
+	OutcomeFailed   = "failed"   // it was tried and failed; Message says how
+	OutcomeRefused  = "refused"  // nothing was done: the guest's own decision was stricter, or it could not be asked
+	OutcomeAdmitted = "admitted" // the guest has nothing against an effect on the host; the node may act
+	OutcomeUnknown  = "unknown"  // nobody can say: written by recovery
 )
 
 // Signed is canonical JSON and one Ed25519 signature over domain, a newline and

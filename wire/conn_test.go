@@ -379,7 +379,7 @@ func TestASilentEndIsReset(t *testing.T) {
 	a.Close()
 	if s, err := host.Open(timeout(t, 5*time.Millisecond), "next", nil); err == nil {
 		t.Errorf("opened %v while the only token is taken", s)
-	} else if want := fmt.Sprintf("wire: opening a next stream: %d streams are open: context deadline exceeded", l.outgoing); err.Error() != want {
+	} else if want := fmt.Sprintf("wire: opening a next stream: %d streams and calls are open: context deadline exceeded", l.outgoing); err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
 	next, err := host.Open(timeout(t, patience), "next", nil)

@@ -2,4 +2,4 @@ package wire
 
 import "github.com/hashicorp/yamux"
 
-var yamuxClient = yamux.Client
+var yamuxClient, yamuxServer = yamux.Client, yamux.Server

@@ -25,7 +25,8 @@ const (
 //
 // Reading, it lets through only what the other end of a session of this package
 // sends: no pings, for which yamux would start a goroutine each, and no data or
-// window larger than a stream's. What else arrives ends the session.
+// window larger than a stream's. What else arrives ends the session. The frames of
+// calls, which yamux does not know, it takes out.
 //
 // Writing, it joins a frame's header with its body, which yamux writes apart.
 //
@@ -35,18 +36,23 @@ const (
 type guard struct {
 	conn    io.ReadWriteCloser
 	stopped func(id uint32) // the other end asks to stop; must not block
+	called  func(kind byte, flags uint16, id uint32, body []byte) error
 
-	read []byte // what was read and not yet asked for
+	read []byte // for yamux, and not yet asked for
 	buf  []byte
 	head [muxHeader]byte // of the frame that is arriving
 	have int             // bytes in head
 	body uint32          // bytes of the body still to come
+	call []byte          // of the call's frame that is arriving; nil: the body is yamux's
+
+	callBuf []byte // to be used again
 
 	mu     sync.Mutex
 	resets []byte // frames for yamux here
 
 	write sync.Mutex
 	out   []byte // a header that waits for its body
+	frame []byte // of a call, to be used again
 }
 
 // Read is called by one goroutine.
@@ -58,21 +64,23 @@ func (g *guard) Read(p []byte) (int, error) {
 			}
 		}
 		if g.buf == nil {
-			g.buf = make([]byte, maxReading)
+			g.buf = make([]byte, muxHeader+maxReading)
 		}
-		n, err := g.conn.Read(g.buf)
+		n, err := g.conn.Read(g.buf[muxHeader:])
 		if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) {
 			g.wake(time.Time{}) // it was reset that woke us
 			continue
 		}
 		if n == 0 {
+			if g.have > 0 && errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
 			return 0, err
 		}
 		// An error beside data comes back with the next read.
-		if err := g.inspect(g.buf[:n]); err != nil {
+		if g.read, err = g.inspect(g.buf[muxHeader : muxHeader+n]); err != nil {
 			return 0, err
 		}
-		g.read = g.buf[:n]
 	}
 	n := copy(p, g.read)
 	g.read = g.read[n:]
@@ -129,37 +137,79 @@ func controlFrame(id uint32, flag uint16) []byte {
 	return frame
 }
 
-func (g *guard) inspect(p []byte) error {
+// inspect returns what of p is for yamux, in buf. It needs room before p for one
+// header: of a header that came in two reads nothing has been handed on before.
+func (g *guard) inspect(p []byte) ([]byte, error) {
+	out := g.buf[:0]
 	for len(p) > 0 {
 		if g.body > 0 {
-			skip := min(uint32(len(p)), g.body)
-			g.body -= skip
-			p = p[skip:]
+			n := min(uint32(len(p)), g.body)
+			if g.call == nil {
+				out = append(out, p[:n]...)
+			} else {
+				g.call = append(g.call, p[:n]...)
+			}
+			g.body -= n
+			p = p[n:]
+			if err := g.endCall(); err != nil {
+				return nil, err
+			}
 			continue
 		}
 		n := copy(g.head[g.have:], p)
 		g.have += n
 		p = p[n:]
 		if g.have < muxHeader {
-			return nil
+			break
 		}
 		g.have = 0
-		version, kind, length := g.head[0], g.head[1], binary.BigEndian.Uint32(g.head[8:])
-		switch {
-		case version != 0:
-			return fmt.Errorf("the other end speaks something else (version %d)", version)
-		case kind == muxData && length <= streamWindow:
-			g.body = length
-		case kind == muxWindow && length <= streamWindow:
-			if binary.BigEndian.Uint16(g.head[2:])&muxStop != 0 {
-				g.stopped(binary.BigEndian.Uint32(g.head[4:]))
-			}
-		case kind == muxGoAway:
-		default:
-			return fmt.Errorf("the other end sent a frame of type %d and length %d", kind, length)
+		forMux, err := g.header()
+		if err != nil {
+			return nil, err
+		}
+		if forMux {
+			out = append(out, g.head[:]...)
+		} else if err := g.endCall(); err != nil {
+			return nil, err
 		}
 	}
-	return nil
+	return out, nil
+}
+
+// header judges the header of a frame that has arrived.
+func (g *guard) header() (forMux bool, err error) {
+	version, kind, length := g.head[0], g.head[1], binary.BigEndian.Uint32(g.head[8:])
+	switch {
+	case version != 0:
+		return false, fmt.Errorf("the other end speaks something else (version %d)", version)
+	case kind == muxData && length <= streamWindow:
+		g.body = length
+	case kind == muxWindow && length <= streamWindow:
+		if binary.BigEndian.Uint16(g.head[2:])&muxStop != 0 {
+			g.stopped(binary.BigEndian.Uint32(g.head[4:]))
+		}
+	case kind == muxGoAway:
+	case kind == muxCall && length <= MaxCall, kind == muxReply && length <= chunk:
+		g.body = length
+		if g.callBuf == nil {
+			g.callBuf = make([]byte, 0, smallRead)
+		}
+		g.call = g.callBuf[:0]
+		return false, nil
+	default:
+		return false, fmt.Errorf("the other end sent a frame of type %d and length %d", kind, length)
+	}
+	return true, nil
+}
+
+// endCall hands a call's frame over when it is whole.
+func (g *guard) endCall() error {
+	if g.call == nil || g.body > 0 {
+		return nil
+	}
+	body := g.call
+	g.callBuf, g.call = body, nil
+	return g.called(g.head[1], binary.BigEndian.Uint16(g.head[2:]), binary.BigEndian.Uint32(g.head[4:]), body)
 }
 
 // Write is called by one goroutine, with a frame's header and then its body.

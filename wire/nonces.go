@@ -68,6 +68,13 @@ func (n *nonces) use(key Key, p parameters, now time.Time) error {
 	return nil
 }
 
+// clear forgets everything: what was admitted before is told by another sign.
+func (n *nonces) clear() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.keys, n.dropped, n.swept = nil, 0, 0
+}
+
 func (n *nonces) forget(now int64) {
 	if now == n.swept {
 		return

@@ -28,11 +28,14 @@ import (
 
 // limits of a session. One hostile end makes the other hold at most
 // (incoming + backlog + outgoing) * window bytes, about 208 MiB, twice that while
-// buffers grow; an ordinary session holds some hundred KiB.
+// buffers grow, beside calls * MaxCall, 32 MiB, where calls are served, and the
+// replies that were asked for, each up to the limit that its caller names; an
+// ordinary session holds some hundred KiB.
 type limits struct {
 	incoming int           // streams opened by the other end and not yet ended by both
 	outgoing int           // streams opened by this end and not yet ended by both
 	backlog  int           // streams that wait for their turn; the rest is reset
+	calls    int           // calls of the other end that are served at once
 	header   time.Duration // from a stream's opening to its whole header
 	linger   time.Duration // from our Close to the other end's, then the stream is reset
 }
@@ -56,6 +59,7 @@ type Session struct {
 	incoming chan struct{} // holds one token for each living stream
 	outgoing chan struct{}
 	conns    sync.Map // of all living streams: id -> *conn
+	calls    *calls
 
 	mu     sync.Mutex
 	closed bool  // by Close
@@ -70,9 +74,11 @@ func Host(conn io.ReadWriteCloser) (*Session, error) {
 }
 
 // Guest returns the machine's end of the wire over conn and takes conn over, as
-// Host does.
+// Host does. It alone serves calls.
 func Guest(conn io.ReadWriteCloser) (*Session, error) {
-	return newSession(conn, yamux.Server, defaultLimits)
+	l := defaultLimits
+	l.calls = l.incoming
+	return newSession(conn, yamux.Server, l)
 }
 
 func newSession(below io.ReadWriteCloser, end func(io.ReadWriteCloser, *yamux.Config) (*yamux.Session, error), l limits) (*Session, error) {
@@ -81,12 +87,13 @@ func newSession(below io.ReadWriteCloser, end func(io.ReadWriteCloser, *yamux.Co
 		accepted: make(chan *Stream),
 		incoming: make(chan struct{}, l.incoming),
 		outgoing: make(chan struct{}, l.outgoing),
+		calls:    newCalls(),
 	}
 	s.conn = &guard{conn: below, stopped: func(id uint32) {
 		if c, ok := s.conns.Load(id); ok {
 			c.(*conn).stopSending()
 		}
-	}}
+	}, called: s.takeCall}
 	var err error
 	if s.mux, err = end(s.conn, muxConfig(l)); err != nil {
 		return nil, fmt.Errorf("wire: %w", err)
@@ -141,6 +148,7 @@ func (s *Session) spawn(f func()) {
 // that one which sends none delays nobody. While too many streams live it takes
 // no more: they wait in the backlog, then they are reset.
 func (s *Session) acceptLoop() {
+	defer s.calls.stop()
 	for {
 		select {
 		case s.incoming <- struct{}{}:
@@ -229,15 +237,8 @@ func (s *Session) open(ctx context.Context, kind string, head any) (*Stream, err
 // the stream's token, so that a caller who tries again and again to reach a
 // stopped machine gathers no more of them than there are tokens.
 func (s *Session) openConn(ctx context.Context) (*conn, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, context.Cause(ctx)
-	}
-	select {
-	case s.outgoing <- struct{}{}:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%d streams are open: %w", s.limits.outgoing, context.Cause(ctx))
-	case <-s.Done():
-		return nil, s.Err()
+	if err := s.takeOutgoing(ctx); err != nil {
+		return nil, err
 	}
 	type opened struct {
 		conn *conn
@@ -270,6 +271,26 @@ func (s *Session) openConn(ctx context.Context) (*conn, error) {
 		return nil, context.Cause(ctx)
 	case <-s.Done():
 		return nil, s.Err()
+	}
+}
+
+// takeOutgoing waits for a token of what this end begins.
+func (s *Session) takeOutgoing(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	select {
+	case s.outgoing <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case s.outgoing <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%d streams and calls are open: %w", s.limits.outgoing, context.Cause(ctx))
+	case <-s.Done():
+		return s.Err()
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"cal/nucleus"
@@ -51,6 +52,7 @@ type Signer struct {
 	Ed25519 ed25519.PrivateKey
 	HMAC    []byte           // at least 32 bytes
 	Now     func() time.Time // nil: time.Now
+	Era     string           // of the Verifier, where it has one
 }
 
 // Sign sets the four headers of the profile on r for a body that the caller also
@@ -83,6 +85,9 @@ func (s *Signer) Sign(r *http.Request, pod string, body []byte) error {
 	params := parameters{
 		created: at.Unix(), expires: at.Add(signatureLifetime).Unix(),
 		nonce: strconv.FormatInt(at.UnixMilli(), 10) + "-" + rand.Text(), keyID: s.KeyID, alg: alg,
+	}
+	if s.Era != "" {
+		params.nonce += "-" + s.Era
 	}
 	authority := r.Host
 	if authority == "" {
@@ -287,6 +292,49 @@ type Verifier struct {
 	Started time.Time
 
 	nonces nonces
+
+	mu     sync.Mutex
+	latest time.Time // that the clock has shown
+	era    string
+}
+
+// setBack is how far a clock may go back and count as running on: what was forgotten
+// since is still told from what is new, as a signature lives longer.
+const setBack = 5 * time.Second
+
+// Era is "" as long as the clock runs forward. Once it was set back, times cannot
+// tell a new request from one that was admitted before and has been forgotten. Then what a
+// nonce ends with does: a hyphen and this word, which nobody knew before.
+func (v *Verifier) Era() string {
+	era, _ := v.look()
+	return era
+}
+
+// NewEra begins an era: from now on only what was signed for it is admitted.
+func (v *Verifier) NewEra() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.newEra()
+}
+
+func (v *Verifier) newEra() {
+	v.era = rand.Text()
+	v.nonces.clear()
+}
+
+// look reads the clock and begins an era where it was set back.
+func (v *Verifier) look() (era string, now time.Time) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	now = v.now().Round(0) // the wall clock alone
+	if now.Before(v.latest.Add(-setBack)) {
+		v.newEra()
+		v.latest = now
+	}
+	if now.After(v.latest) {
+		v.latest = now
+	}
+	return v.era, now
 }
 
 // ahead is how far the clock of a signer may be ahead of ours. One that is behind
@@ -341,11 +389,13 @@ func (v *Verifier) now() time.Time {
 }
 
 func (v *Verifier) inTime(p parameters) error {
-	now := v.now()
+	era, now := v.look()
 	switch {
 	case p.expires <= p.created || p.expires-p.created > int64(MaxLifetime/time.Second):
 		return unauthenticated("valid for %d seconds, at least 1 and at most %d", p.expires-p.created, MaxLifetime/time.Second)
-	case !v.Started.IsZero() && !p.createdAfter(v.Started):
+	case era != "" && !strings.HasSuffix(p.nonce, "-"+era):
+		return unauthenticated("the clock here was set back: sign it again, for the era that /v1/healthz names")
+	case era == "" && !v.Started.IsZero() && !p.createdAfter(v.Started):
 		return unauthenticated("created %s, not after the node's start at %s: sign it again", clock(p.created), clock(v.Started.Unix()))
 	case p.created > now.Add(ahead).Unix():
 		return unauthenticated("created %s, but here it is %s: the signer's clock is ahead", clock(p.created), clock(now.Unix()))

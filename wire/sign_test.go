@@ -463,12 +463,76 @@ func TestClockJumps(t *testing.T) {
 	if n := s.kept("operator"); n != 1 {
 		t.Errorf("%d nonces are kept, want 1", n)
 	}
-	s.now = noon.Add(time.Second) // set back: the old request would be in time again
-	s.wantRefused(t, "a replay after the clock was set back", replay(), "the clock here stood at")
-	s.now = noon.Add(2 * time.Second)
-	// What is signed now expires later than anything that was forgotten.
+	s.now = noon.Add(500 * time.Millisecond)
+	kept := s.signed(t, s.operator, "{}")
+	s.now = noon.Add(8*time.Hour + time.Second)
 	if _, _, _, err := s.verifier.Verify(s.signed(t, s.operator, "{}"), "nucleus"); err != nil {
+		t.Fatal(err)
+	}
+	s.now = noon.Add(time.Second) // set back: the old request would be in time again
+	s.wantRefused(t, "a replay after the clock was set back", replay(), "the clock here was set back")
+	// What was signed in time, and not sent before the clock was set back, has no era either.
+	s.wantRefused(t, "one that was kept", kept, "the clock here was set back")
+	s.now = noon.Add(2 * time.Second)
+	s.wantRefused(t, "one without an era", s.signed(t, s.operator, "{}"), "the clock here was set back")
+	s.operator.Era = s.verifier.Era()
+	if s.operator.Era == "" {
+		t.Fatal("no era")
+	}
+	second := s.signed(t, s.operator, "{}")
+	again := second.Clone(second.Context())
+	setBody(again, "{}")
+	if _, _, _, err := s.verifier.Verify(second, "nucleus"); err != nil {
 		t.Errorf("a new request after the clock was set back: %v", err)
+	}
+	s.wantRefused(t, "and again", again, "used before")
+	// Set back once more: that era is over too.
+	last := s.signed(t, s.operator, "{}")
+	s.now = noon.Add(-time.Hour)
+	s.wantRefused(t, "of the era before", last, "the clock here was set back")
+	s.operator.Era = s.verifier.Era()
+	if _, _, _, err := s.verifier.Verify(s.signed(t, s.operator, "{}"), "nucleus"); err != nil {
+		t.Errorf("in the third era: %v", err)
+	}
+}
+
+// A busy node whose clock is set back by an hour serves on at once, and takes nothing twice
+// that it has forgotten.
+func TestClockSetBack(t *testing.T) {
+	s := newSite()
+	var first *http.Request
+	for i := range 300 { // one each second: most are forgotten
+		s.now = noon.Add(time.Duration(i) * time.Second)
+		r := s.signed(t, s.operator, "{}")
+		if first == nil {
+			first = r.Clone(r.Context())
+			setBody(first, "{}")
+		}
+		if _, _, _, err := s.verifier.Verify(r, "nucleus"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.now = noon.Add(time.Second)
+	s.wantRefused(t, "the first once more", first, "the clock here was set back")
+	s.operator.Era = s.verifier.Era()
+	if _, _, _, err := s.verifier.Verify(s.signed(t, s.operator, "{}"), "nucleus"); err != nil {
+		t.Errorf("a new request: %v", err)
+	}
+	// A clock that is corrected by a little is not set back.
+	s.now = noon
+	if _, _, _, err := s.verifier.Verify(s.signed(t, s.operator, "{}"), "nucleus"); err != nil {
+		t.Errorf("after a correction by a second: %v", err)
+	}
+}
+
+// Milliseconds of the nonce are read with an era behind them too.
+func TestEraOfANewVerifier(t *testing.T) {
+	s := newSite()
+	s.verifier.NewEra()
+	s.wantRefused(t, "without an era", s.signed(t, s.operator, "{}"), "the clock here was set back")
+	s.operator.Era = s.verifier.Era()
+	if _, _, _, err := s.verifier.Verify(s.signed(t, s.operator, "{}"), "nucleus"); err != nil {
+		t.Error(err)
 	}
 }
 

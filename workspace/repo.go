@@ -11,6 +11,7 @@ import (
 
 	"cal/internal/durable"
 	"cal/internal/git"
+	"cal/nucleus"
 )
 
 // Work is what a workspace holds of one repository, as last fetched from its machine.
@@ -25,20 +26,6 @@ type Work struct {
 	dir       string // quarantine
 }
 
-// storedRepo reads the fields that this package needs of the node's record.
-type storedRepo struct {
-	Path       string            `json:"path"`
-	Branch     string            `json:"branch"`
-	Base       string            `json:"base"`
-	BaseBranch string            `json:"base_branch"`
-	Trusted    bool              `json:"trusted"`
-	Remotes    map[string]string `json:"remotes"`
-	Heads      map[string]string `json:"heads,omitempty"`
-	Worktree   string            `json:"worktree,omitempty"`
-	Head       string            `json:"head,omitempty"`
-	Pending    bool              `json:"pending,omitempty"`
-}
-
 // Works lists the repositories of all workspaces.
 func (h Home) Works() ([]Work, error) {
 	files, err := filepath.Glob(filepath.Join(h.Dir, "isolation", "vms", "*", "repos", "*.json"))
@@ -47,7 +34,7 @@ func (h Home) Works() ([]Work, error) {
 	}
 	works := []Work{}
 	for _, f := range files {
-		var s storedRepo
+		var s nucleus.RepoRecord
 		if err := durable.Load(f, &s); err != nil {
 			return nil, err
 		}
@@ -55,10 +42,14 @@ func (h Home) Works() ([]Work, error) {
 			continue
 		}
 		name := strings.TrimSuffix(filepath.Base(f), ".json")
-		works = append(works, Work{
+		w := Work{
 			Workspace: filepath.Base(filepath.Dir(filepath.Dir(f))), Repo: name, Path: s.Path, Branch: s.Branch, Base: s.Base,
-			Head: s.Head, Worktree: s.Worktree, dir: strings.TrimSuffix(f, ".json") + ".git",
-		})
+			Head: s.Head, Worktree: s.Worktree,
+		}
+		if s.Quarantine != "" {
+			w.dir = filepath.Join(filepath.Dir(f), s.Quarantine)
+		}
+		works = append(works, w)
 	}
 	return works, nil
 }
@@ -85,7 +76,7 @@ func (h Home) Work(ctx context.Context, path, workspace string) (Work, error) {
 		return Work{}, fmt.Errorf("no workspace holds %s (cal run --repo %s ...)", origin.Dir, path)
 	case len(found) > 1:
 		return Work{}, fmt.Errorf("workspaces %s and %s hold %s: name one with --workspace", found[0].Workspace, found[1].Workspace, origin.Dir)
-	case found[0].Head == "":
+	case found[0].Head == "" || found[0].dir == "":
 		return Work{}, fmt.Errorf("nothing has come back from workspace %s yet: its run did not end", found[0].Workspace)
 	}
 	return found[0], nil

@@ -72,13 +72,18 @@ func (b *bench) bring(base string, agent func(dir string)) {
 	gitIn(t, guest, "add", "-A")
 	gitIn(t, guest, "commit", "--quiet", "--allow-empty", "-m", "worktree")
 	gitIn(t, guest, "update-ref", "refs/cal/worktree", "HEAD")
-	q, err := git.OpenQuarantine(ctx, filepath.Join(base, "q.git"), git.Repo{Dir: b.dir})
+	q, err := git.MakeQuarantine(ctx, filepath.Join(base, "q.git"), git.Repo{Dir: b.dir})
 	if err != nil {
 		t.Fatal(err)
 	}
 	bundle := filepath.Join(base, "bundle")
 	gitIn(t, guest, "bundle", "create", "--quiet", bundle, "refs/cal/worktree", "^"+start)
-	worktree, err := q.Take(ctx, bundle, "refs/cal/worktree")
+	sent, err := os.Open(bundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sent.Close()
+	worktree, err := q.Take(ctx, sent, "refs/cal/worktree")
 	if err != nil {
 		t.Fatal(err)
 	}

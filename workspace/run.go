@@ -15,7 +15,6 @@ import (
 
 	"cal/image"
 	"cal/internal/git"
-	"cal/machine"
 	"cal/nucleus"
 	"cal/policy"
 	"cal/workspace/agents"
@@ -320,11 +319,11 @@ func (h Home) planAgent(ctx context.Context, p *Plan, o RunOptions, env map[stri
 		return err
 	}
 	launch := agents.Launch{
-		Mode: p.Spec.Mode, Prompt: o.Prompt, Home: machine.Home, Dir: machine.Home + "/work",
+		Mode: p.Spec.Mode, Prompt: o.Prompt, Home: nucleus.MachineHome, Dir: nucleus.MachineHome + "/work",
 		MCPURL: mcpURL, ModelURL: modelURL, Bearer: model.Bearer, Instructions: p.Files, Env: env,
 	}
 	if p.Spec.Mode == nucleus.Contained {
-		launch.Dir = machine.Workspace + "/" + p.Dir
+		launch.Dir = nucleus.MachineWorkspace + "/" + p.Dir
 	}
 	agent, err := definition.Agent(install, launch)
 	if err != nil {

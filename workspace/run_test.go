@@ -141,13 +141,13 @@ func TestPlanGoesOn(t *testing.T) {
 	h, base := person(t)
 	dir := filepath.Join(base, "app")
 	commit := repository(t, dir)
-	store := func(file string, s storedRepo) {
+	store := func(file string, s nucleus.RepoRecord) {
 		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), durable.Store(file, s)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	record := filepath.Join(h.Workspace("app"), "repos", "app.json")
-	store(record, storedRepo{Path: dir, Branch: "agent/first", Base: commit, Head: commit})
+	store(record, nucleus.RepoRecord{Path: dir, Branch: "agent/first", Base: commit, Head: commit, Quarantine: "app.work/1.git"})
 	gitIn(t, dir, "commit", "--quiet", "--allow-empty", "-m", "more")
 	p, err := h.Plan(t.Context(), RunOptions{Repo: dir})
 	if err != nil || p.Spec.Repos[0].Branch != "agent/first" || len(p.Notes) != 1 || !strings.Contains(p.Notes[0], "goes on from "+commit[:12]) {
@@ -163,12 +163,12 @@ func TestPlanGoesOn(t *testing.T) {
 		t.Error(err)
 	}
 	// A hand-over that was cut off counts for nothing.
-	store(record, storedRepo{Path: dir, Branch: "agent/first", Base: commit, Pending: true})
+	store(record, nucleus.RepoRecord{Path: dir, Branch: "agent/first", Base: commit, Pending: true})
 	if p, err = h.Plan(t.Context(), RunOptions{Repo: dir}); err != nil || p.Spec.Repos[0].Branch != "agent/work" || p.Spec.Workspace != "app" {
 		t.Errorf("%+v, %v", p.Spec, err)
 	}
 	// Another repository of the same name gets a workspace of its own.
-	store(record, storedRepo{Path: dir, Branch: "agent/first", Base: commit})
+	store(record, nucleus.RepoRecord{Path: dir, Branch: "agent/first", Base: commit})
 	other := filepath.Join(base, "elsewhere", "app")
 	repository(t, other)
 	if p, err = h.Plan(t.Context(), RunOptions{Repo: other}); err != nil || p.Spec.Workspace != "app-2" {
@@ -177,7 +177,7 @@ func TestPlanGoesOn(t *testing.T) {
 	if _, err := h.Work(t.Context(), dir, ""); err == nil || !strings.Contains(err.Error(), "nothing has come back") {
 		t.Errorf("before anything came back: %v", err)
 	}
-	store(filepath.Join(h.Workspace("second"), "repos", "app.json"), storedRepo{Path: dir, Head: commit})
+	store(filepath.Join(h.Workspace("second"), "repos", "app.json"), nucleus.RepoRecord{Path: dir, Head: commit, Quarantine: "app.work/1.git"})
 	if _, err := h.Work(t.Context(), dir, ""); err == nil || !strings.Contains(err.Error(), "--workspace") {
 		t.Errorf("two workspaces: %v", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -43,7 +44,7 @@ func TestCreatePodCalledOff(t *testing.T) {
 					}
 					made = append(made, spec.Ref)
 					if late {
-						json.NewEncoder(w).Encode(nucleus.PodStatus{ID: "p-1"})
+						io.WriteString(w, `{"id": "p-1", `) // the rest is still on its way
 						w.(http.Flusher).Flush()
 					}
 					interrupt()

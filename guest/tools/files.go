@@ -80,28 +80,45 @@ func (w *worker) planRead(action nucleus.Action, args ReadArgs) (plan, error) {
 
 func (w *worker) read(rel string, args ReadArgs) (ReadResult, error) {
 	result := ReadResult{Path: rel}
-	file, info, err := w.box.Open(rel)
+	// Most files are small: one buffer of their size, and no reader's buffers.
+	content, whole, err := w.box.ReadSmall(rel, smallFile)
+	if err != nil {
+		return result, err
+	}
+	if whole {
+		return w.readFrom(result, bufio.NewReaderSize(bytes.NewReader(content), min(len(content), readAhead)), int64(len(content)), args)
+	}
+	file, size, err := w.box.Open(rel)
 	if err != nil {
 		return result, err
 	}
 	defer file.Close()
-	result.Bytes = info.Size()
-	reader := bufio.NewReaderSize(file, 64<<10)
-	head, err := reader.Peek(8000)
+	return w.readFrom(result, bufio.NewReaderSize(file, readAhead), size, args)
+}
+
+const (
+	smallFile = 64 << 10
+	readAhead = 64 << 10
+	headBytes = 8000 // of a file, which tell what it is
+)
+
+func (w *worker) readFrom(result ReadResult, reader *bufio.Reader, size int64, args ReadArgs) (ReadResult, error) {
+	result.Bytes = size
+	head, err := reader.Peek(min(headBytes, reader.Size()))
 	if err != nil && err != io.EOF {
-		return result, w.box.refusal(rel, err)
+		return result, w.box.refusal(result.Path, err)
 	}
 	if mime := imageType(head); mime != "" {
-		result.Image, err = readImage(rel, mime, reader, info.Size())
+		result.Image, err = readImage(result.Path, mime, reader, size)
 		return result, err
 	}
 	if bytes.IndexByte(head, 0) >= 0 {
-		return result, nucleus.Errorf(nucleus.KindInvalid, "%q is a binary file of %d bytes (%s): look at it with a command", rel, info.Size(), http.DetectContentType(head))
+		return result, nucleus.Errorf(nucleus.KindInvalid, "%q is a binary file of %d bytes (%s): look at it with a command", result.Path, size, http.DetectContentType(head))
 	}
-	if info.Size() > maxReadFile {
-		return result, nucleus.Errorf(nucleus.KindTooLarge, "%q has %d bytes, at most %d: show a part of it with a command", rel, info.Size(), maxReadFile)
+	if size > maxReadFile {
+		return result, nucleus.Errorf(nucleus.KindTooLarge, "%q has %d bytes, at most %d: show a part of it with a command", result.Path, size, maxReadFile)
 	}
-	return result, readLines(&result, io.LimitReader(reader, maxReadFile), args)
+	return result, readLines(&result, bufio.NewReaderSize(io.LimitReader(reader, maxReadFile), min(reader.Size(), readAhead)), args)
 }
 
 func imageType(head []byte) string {
@@ -125,13 +142,12 @@ func readImage(rel, mime string, r io.Reader, size int64) (*Image, error) {
 
 // readLines fills in the lines that args asks for and counts all of them. A line
 // ends with its line feed.
-func readLines(result *ReadResult, r io.Reader, args ReadArgs) error {
+func readLines(result *ReadResult, reader *bufio.Reader, args ReadArgs) error {
 	first, limit := max(args.Offset, 1), args.Limit
 	if limit == 0 || limit > maxReadLines {
 		limit = maxReadLines
 	}
 	var content strings.Builder
-	reader := bufio.NewReaderSize(r, 64<<10)
 	for number, open := 1, false; ; {
 		piece, err := reader.ReadSlice('\n')
 		if err != nil && err != io.EOF && err != bufio.ErrBufferFull {
@@ -246,13 +262,13 @@ func (w *worker) planEdit(action nucleus.Action, args EditArgs) (plan, error) {
 }
 
 func (w *worker) readWhole(rel string) (string, error) {
-	file, info, err := w.box.Open(rel)
+	file, size, err := w.box.Open(rel)
 	if err != nil {
 		return "", err
 	}
 	defer file.Close()
-	if info.Size() > maxEditFile {
-		return "", nucleus.Errorf(nucleus.KindTooLarge, "%q has %d bytes, at most %d", rel, info.Size(), maxEditFile)
+	if size > maxEditFile {
+		return "", nucleus.Errorf(nucleus.KindTooLarge, "%q has %d bytes, at most %d", rel, size, maxEditFile)
 	}
 	content, err := io.ReadAll(io.LimitReader(file, maxEditFile+1))
 	if err != nil {

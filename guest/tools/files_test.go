@@ -311,3 +311,37 @@ func TestGrep(t *testing.T) {
 	}
 	wantKind(t, b.do(nucleus.GrepSearch, GrepArgs{Pattern: "x", Path: "s.key"}, nil), nucleus.KindDenied, "blocked")
 }
+
+// A brief call does what is brief and nothing else: what runs needs a stream, so that
+// its caller can stop it.
+func TestBriefIsForWhatIsBrief(t *testing.T) {
+	b := newBench(t, nil)
+	b.write("f", "text\n")
+	for _, c := range []struct {
+		op   nucleus.Op
+		args any
+		want string
+	}{
+		{nucleus.ReadFiles, ReadArgs{Path: "f"}, ""}, // the control
+		{nucleus.RunBash, RunArgs{Argv: []string{"touch", "ran"}}, "needs a stream"},
+		{nucleus.GitCommit, CommitArgs{Message: "m"}, "needs a stream"},
+	} {
+		action := nucleus.Action{Op: c.op}
+		if c.op != nucleus.GitCommit { // which has nothing to commit here
+			var err error
+			if action, err = b.resolve(Call{Op: c.op}, c.args); err != nil {
+				t.Fatal(err)
+			}
+		}
+		result, value := b.brief(Call{Op: c.op, Identity: b.identity}, &action, marshal(t, c.args))
+		switch {
+		case c.want == "" && (result.Error != nil || len(value) == 0):
+			t.Errorf("%s: %+v, value %q", c.op, result.Error, value)
+		case c.want != "" && (result.Error == nil || !strings.Contains(result.Error.Message, c.want)):
+			t.Errorf("%s: %+v, value %q, want %q", c.op, result.Error, value, c.want)
+		}
+	}
+	if _, err := os.Stat(b.path("ran")); err == nil {
+		t.Error("a command ran")
+	}
+}

@@ -14,7 +14,8 @@ import (
 	"cal/nucleus"
 )
 
-// Stream kinds between proxy and tools worker. Each stream carries one call.
+// Stream kinds between proxy and tools worker. Each stream carries one call; what is
+// brief (see Brief) goes without a stream.
 //
 //	"resolve"  header Call            -> FrameResult Resolved
 //	"do"       header Call, FrameJSON args -> FrameStdout/FrameStderr*, FrameResult Result

@@ -353,56 +353,103 @@ func (s *Sandbox) refusal(rel string, err error) error {
 }
 
 // Open opens a regular file for reading. rel comes from Resolve.
-func (s *Sandbox) Open(rel string) (*os.File, fs.FileInfo, error) {
+func (s *Sandbox) Open(rel string) (*os.File, int64, error) {
+	fd, size, err := s.openRegular(rel)
+	if err != nil {
+		return nil, 0, err
+	}
+	return os.NewFile(uintptr(fd), rel), size, nil
+}
+
+// openRegular returns a descriptor and the size.
+func (s *Sandbox) openRegular(rel string) (fd int, size int64, err error) {
 	if err := s.checkBlocked(rel); err != nil {
-		return nil, nil, err
+		return -1, 0, err
 	}
 	// Opening a device can act on it, so its kind is looked at first, and again
 	// on the descriptor, in case it has been swapped.
-	fd, err := s.openStrict(rel, unix.O_PATH)
-	if err == nil {
-		err = s.checkRegular(rel, fd)
-		unix.Close(fd)
-	}
+	fd, err = s.openStrict(rel, unix.O_PATH)
 	if err != nil {
-		return nil, nil, s.refusal(rel, err)
+		return -1, 0, s.refusal(rel, err)
+	}
+	_, err = s.checkRegular(rel, fd)
+	unix.Close(fd)
+	if err != nil {
+		return -1, 0, err
 	}
 	if s.testOnlyBetween != nil {
 		s.testOnlyBetween(rel)
 	}
 	if fd, err = s.openStrict(rel, unix.O_RDONLY); err != nil {
-		return nil, nil, s.refusal(rel, err)
+		return -1, 0, s.refusal(rel, err)
 	}
-	if err := s.checkRegular(rel, fd); err != nil {
+	if size, err = s.checkRegular(rel, fd); err != nil {
 		unix.Close(fd)
-		return nil, nil, err
+		return -1, 0, err
 	}
-	file := os.NewFile(uintptr(fd), rel)
-	info, err := file.Stat()
-	if err != nil {
-		file.Close()
-		return nil, nil, s.refusal(rel, err)
-	}
-	return file, info, nil
+	return fd, size, nil
 }
 
-func (s *Sandbox) checkRegular(rel string, fd int) error {
+// ReadSmall returns the content of a regular file whole if it is shorter than
+// limit; else whole is false, and Open is the way to it.
+func (s *Sandbox) ReadSmall(rel string, limit int64) (content []byte, whole bool, err error) {
+	fd, size, err := s.openRegular(rel)
+	if err != nil {
+		return nil, false, err
+	}
+	defer unix.Close(fd)
+	if size >= limit {
+		return nil, false, nil
+	}
+	// One byte more than the size: a regular file reads short at its end alone.
+	content = make([]byte, size+1)
+	n, err := ignoringEINTR(func() (int, error) { return unix.Read(fd, content) })
+	if err != nil {
+		return nil, false, s.refusal(rel, err)
+	}
+	return content[:n], n <= int(size), nil
+}
+
+func ignoringEINTR(call func() (int, error)) (int, error) {
+	for {
+		n, err := call()
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
+}
+
+// checkRegular returns the size of what is a regular file on the workspace's mount.
+func (s *Sandbox) checkRegular(rel string, fd int) (int64, error) {
+	var sx unix.Statx_t
+	err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS|unix.STATX_MNT_ID, &sx)
+	if err == nil && !s.mount.device && sx.Mask&unix.STATX_MNT_ID != 0 {
+		// One system call for both questions.
+		if sx.Mnt_id != s.mount.id {
+			return 0, s.refusal(rel, unix.EXDEV)
+		}
+		return int64(sx.Size), s.checkKind(rel, uint32(sx.Mode), uint64(sx.Nlink))
+	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return s.refusal(rel, err)
+		return 0, s.refusal(rel, err)
 	}
 	if err := s.checkMount(fd); err != nil {
-		return s.refusal(rel, err)
+		return 0, s.refusal(rel, err)
 	}
-	return s.checkStat(rel, st)
+	return st.Size, s.checkStat(rel, st)
 }
 
 func (s *Sandbox) checkStat(rel string, st unix.Stat_t) error {
+	return s.checkKind(rel, st.Mode, uint64(st.Nlink)) //nolint:unconvert // uint32 on other architectures
+}
+
+func (s *Sandbox) checkKind(rel string, mode uint32, links uint64) error {
 	var kind string
-	switch st.Mode & unix.S_IFMT {
+	switch mode & unix.S_IFMT {
 	case unix.S_IFREG:
-		if st.Nlink > 1 {
-			return nucleus.Errorf(nucleus.KindDenied, "%q has %d hard links, and another of its names may lie outside the workspace: copy the file first", rel, st.Nlink)
+		if links > 1 {
+			return nucleus.Errorf(nucleus.KindDenied, "%q has %d hard links, and another of its names may lie outside the workspace: copy the file first", rel, links)
 		}
 		return nil
 	case unix.S_IFDIR:
@@ -437,7 +484,7 @@ func (s *Sandbox) OpenDir(rel string) (*os.File, error) {
 // Digest returns the hex SHA-256 of a regular file and its mode, or "" where rel
 // does not exist. A file of more than limit bytes is refused as too large.
 func (s *Sandbox) Digest(rel string, limit int64) (string, error) {
-	file, info, err := s.Open(rel)
+	file, size, err := s.Open(rel)
 	var e *nucleus.Error
 	if errors.As(err, &e) && e.Kind == nucleus.KindNotFound {
 		return "", nil
@@ -446,8 +493,8 @@ func (s *Sandbox) Digest(rel string, limit int64) (string, error) {
 		return "", err
 	}
 	defer file.Close()
-	if info.Size() > limit {
-		return "", nucleus.Errorf(nucleus.KindTooLarge, "%q has %d bytes, at most %d", rel, info.Size(), limit)
+	if size > limit {
+		return "", nucleus.Errorf(nucleus.KindTooLarge, "%q has %d bytes, at most %d", rel, size, limit)
 	}
 	h := sha256.New()
 	if _, err := io.Copy(h, io.LimitReader(file, limit)); err != nil {

@@ -273,10 +273,10 @@ type grep struct {
 }
 
 func (g *grep) tree(ctx context.Context, base, glob string) error {
-	file, info, err := g.box.Open(base)
+	file, size, err := g.box.Open(base)
 	if err == nil {
 		defer file.Close()
-		return g.file(ctx, base, file, info)
+		return g.file(ctx, base, file, size)
 	}
 	dir, dirErr := g.box.OpenDir(base)
 	if dirErr != nil {
@@ -287,13 +287,13 @@ func (g *grep) tree(ctx context.Context, base, glob string) error {
 		if !matchesGlob(glob, below(base, rel)) {
 			return nil
 		}
-		file, info, err := g.box.Open(rel)
+		file, size, err := g.box.Open(rel)
 		if err != nil {
 			g.leftOut.add("file that may not be opened", "files that may not be opened")
 			return nil
 		}
 		defer file.Close()
-		return g.file(ctx, rel, file, info)
+		return g.file(ctx, rel, file, size)
 	})
 }
 
@@ -309,8 +309,8 @@ func matchesGlob(glob, rel string) bool {
 	return doublestar.MatchUnvalidated(glob, rel)
 }
 
-func (g *grep) file(ctx context.Context, rel string, r io.Reader, info fs.FileInfo) error {
-	if info.Size() > maxGrepFile {
+func (g *grep) file(ctx context.Context, rel string, r io.Reader, size int64) error {
+	if size > maxGrepFile {
 		g.leftOut.add("file over 8 MiB", "files over 8 MiB")
 		return nil
 	}

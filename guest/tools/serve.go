@@ -1,13 +1,13 @@
 package tools
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"reflect"
 	"sync"
 	"time"
 
@@ -80,6 +80,7 @@ func Serve(ctx context.Context, session *wire.Session, c Config) error {
 	w := &worker{config: c, box: box, exec: newExecutor(box, c)}
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { session.Close() })
+	session.Handle(w.brief)
 	var calls sync.WaitGroup
 	slots := make(chan struct{}, maxCalls)
 	for {
@@ -246,21 +247,37 @@ func (w *worker) do(ctx context.Context, c *caller) (any, int, error) {
 	if args.Action == nil {
 		return nil, 0, invalid(c.call.Op, "no action: what was permitted has to be handed in")
 	}
-	if c.call.Op == nucleus.WriteFiles || c.call.Op == nucleus.EditFiles {
-		w.changing.Lock()
-		defer w.changing.Unlock()
+	permitted, err := nucleus.Canonical(args.Action)
+	if err != nil {
+		return nil, 0, invalid(c.call.Op, "action: %v", err)
 	}
-	p, err := w.plan(c.call, args.Args)
+	p, done, err := w.replan(c.call, permitted, args.Args)
 	if err != nil {
 		return nil, 0, err
 	}
-	if err := sameAction(*args.Action, p.action); err != nil {
-		return nil, 0, err
-	}
+	defer done()
 	if c.call.Op != nucleus.RunBash {
 		c.listen(nil, nil)
 	}
 	return p.run(ctx, c)
+}
+
+// replan resolves a call again and refuses it unless that is what was permitted, in
+// canonical bytes. done is called when it has been carried out.
+func (w *worker) replan(call Call, permitted []byte, raw json.RawMessage) (p plan, done func(), err error) {
+	done = func() {}
+	if call.Op == nucleus.WriteFiles || call.Op == nucleus.EditFiles {
+		w.changing.Lock()
+		done = w.changing.Unlock
+	}
+	if p, err = w.plan(call, raw); err == nil {
+		err = sameAction(permitted, p.action)
+	}
+	if err != nil {
+		done()
+		return plan{}, nil, err
+	}
+	return p, done, nil
 }
 
 // plan resolves a call.
@@ -292,33 +309,33 @@ func (w *worker) plan(call Call, raw json.RawMessage) (plan, error) {
 	return plan{}, invalid(call.Op, "%s takes effect on the host", call.Op)
 }
 
-// sameAction compares what was permitted with what would be done.
-func sameAction(permitted, now nucleus.Action) error {
-	if reflect.DeepEqual(plain(permitted), plain(now)) {
+// sameAction compares what was permitted, as its canonical bytes in which absent and
+// empty are one, with what would be done.
+func sameAction(permitted []byte, now nucleus.Action) error {
+	canonical, err := nucleus.Canonical(now)
+	if err == nil && bytes.Equal(permitted, canonical) {
 		return nil
 	}
+	var then nucleus.Action
+	if err == nil {
+		err = nucleus.Strict(permitted, &then)
+	}
+	if err != nil {
+		return invalid(now.Op, "action: %v", err)
+	}
 	what := "the request"
-	if len(permitted.Files) == 1 && len(now.Files) == 1 {
-		switch p, n := permitted.Files[0], now.Files[0]; {
+	if len(then.Files) == 1 && len(now.Files) == 1 {
+		switch p, n := then.Files[0], now.Files[0]; {
 		case p.Path != n.Path:
 			return nucleus.Errorf(nucleus.KindConflict, "%q leads to %q: name that path", p.Path, n.Path)
 		case p != n:
 			what = fmt.Sprintf("%q", n.Path)
 		}
 	}
-	if permitted.Command != nil && now.Command != nil {
+	if then.Command != nil && now.Command != nil {
 		what = "the command, or a file that it names,"
 	}
 	return nucleus.Errorf(nucleus.KindConflict, "%s has changed since it was decided; nothing was done", what)
-}
-
-// plain is an action as its canonical bytes, in which absent and empty are one.
-func plain(a nucleus.Action) string {
-	canonical, err := nucleus.Canonical(a)
-	if err != nil {
-		return err.Error()
-	}
-	return string(canonical)
 }
 
 // NotDumpable keeps other processes of the same user from reading this one's
@@ -330,30 +347,30 @@ func NotDumpable() error {
 	return nil
 }
 
-// RunWorker is the tools role of the proxy's binary: it serves the proxy, which
-// holds the other end of the socket pair that fd is one of and speaks as wire.Host,
-// until it closes. No other descriptor above 2 is passed on to a command.
-func RunWorker(ctx context.Context, fd int, c Config) error {
+// Inherit begins the tools role of the proxy's binary: it returns the socket fd, on which
+// the worker speaks as wire.Guest. The proxy holds the other end and speaks as wire.Host.
+// Neither the memory of this process nor a descriptor above 2 passes to a command.
+func Inherit(fd int) (*net.UnixConn, error) {
 	if err := NotDumpable(); err != nil {
-		return err
+		return nil, err
 	}
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		closeOnExec()
 	}
 	file := os.NewFile(uintptr(fd), "wire")
 	if file == nil {
-		return fmt.Errorf("descriptor %d is not valid", fd)
+		return nil, fmt.Errorf("descriptor %d is not valid", fd)
 	}
 	conn, err := net.FileConn(file)
 	file.Close()
 	if err != nil {
-		return fmt.Errorf("descriptor %d: %w", fd, err)
+		return nil, fmt.Errorf("descriptor %d: %w", fd, err)
 	}
-	session, err := wire.Guest(conn)
-	if err != nil {
-		return err
+	socket, ok := conn.(*net.UnixConn)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("descriptor %d is no unix socket", fd), conn.Close())
 	}
-	return Serve(ctx, session, c)
+	return socket, nil
 }
 
 // closeOnExec marks every descriptor one by one, for kernels without

@@ -11,7 +11,6 @@ import (
 	"cal/guest"
 	"cal/internal/script"
 	"cal/internal/testenv"
-	"cal/machine"
 	"cal/node/client"
 	"cal/nucleus"
 	"cal/wire"
@@ -30,9 +29,9 @@ func TestBuiltinTools(t *testing.T) {
 }
 
 const (
-	builtinFile = machine.Workspace + "/greeter/built-in.txt"
+	builtinFile = nucleus.MachineWorkspace + "/greeter/built-in.txt"
 	// The shell computes what it prints, so that no echo of the command looks like it.
-	builtinShell = `echo computed-$((6*7)); cat ` + machine.Workspace + `/greeter/greet.sh; echo by-shell > ` + machine.Workspace + `/greeter/by-shell.txt`
+	builtinShell = `echo computed-$((6*7)); cat ` + nucleus.MachineWorkspace + `/greeter/greet.sh; echo by-shell > ` + nucleus.MachineWorkspace + `/greeter/by-shell.txt`
 )
 
 var builtinSteps = map[string][]script.Step{
@@ -59,11 +58,11 @@ func builtinStory(t *testing.T, p provider, mode nucleus.Mode) {
 		Repos: []nucleus.Repo{{Name: "greeter", Path: repo.Dir, Branch: "agent/x"}},
 	}
 	launch := agents.Launch{
-		Mode: mode, Prompt: "use your own tools", Home: machine.Home, Dir: machine.Home + "/work",
+		Mode: mode, Prompt: "use your own tools", Home: nucleus.MachineHome, Dir: nucleus.MachineHome + "/work",
 		MCPURL: guest.MCPURL, ModelURL: guest.ModelURL, Env: maps.Clone(e.Vars), BuiltinTools: true,
 	}
 	if mode == nucleus.Contained {
-		launch.Dir = machine.Workspace + "/greeter"
+		launch.Dir = nucleus.MachineWorkspace + "/greeter"
 	}
 	spec.Agent, spec.Model = definition(t, e, p.agent, launch)
 

@@ -257,3 +257,63 @@ func TestCalDies(t *testing.T) {
 	again.Want(t, 0, "kept")
 	e.Verify()
 }
+
+// TestAllDieAfterAWrite kills cal, the node and the sandbox as soon as a write was
+// answered, again and again: what the finished call wrote is there, whole, on the host and in the
+// next machine.
+func TestAllDieAfterAWrite(t *testing.T) {
+	t.Parallel() // mostly waits
+	e := testenv.New(t)
+	repo := e.Repo("greeter", greeter())
+	e.Cal("node", "start").Want(t, 0)
+	const rounds = 20
+	want := map[string]string{}
+	for i := range rounds {
+		run := e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--policy", "local-dev", "--", "sh", "-c", "echo up; exec sleep 300"))
+		run.Until("up")
+		node, ctx := e.Client(), e.Context()
+		pods, err := node.Pods(ctx)
+		if err != nil || len(pods) != 1 {
+			t.Fatalf("round %d: pods %+v, %v", i, pods, err)
+		}
+		victims := append(e.Sandboxes(), run.Cmd.Process.Pid)
+		pid, err := e.NodePID()
+		if err != nil || len(victims) < 2 {
+			t.Fatalf("round %d: node %v, victims %v", i, err, victims)
+		}
+		name, content := fmt.Sprintf("greeter/written-%d", i), strings.Repeat(random()+"\n", 1+i*400)
+		if _, err := node.Tool(ctx, pods[0].ID, nucleus.WriteFiles, map[string]any{"path": name, "content": content}); err != nil {
+			t.Fatalf("round %d: %v", i, err)
+		}
+		for _, victim := range append(victims, pid) {
+			if err := syscall.Kill(victim, syscall.SIGKILL); err != nil {
+				t.Errorf("round %d: process %d: %v", i, victim, err)
+			}
+		}
+		run.Wait()
+		want[name] = content
+		for name, content := range want {
+			if got, err := os.ReadFile(filepath.Join(e.CAL, "isolation", "vms", "greeter", "files", name)); err != nil || string(got) != content {
+				t.Fatalf("round %d: %s holds %d bytes, want %d; %v", i, name, len(got), len(content), err)
+			}
+		}
+		e.Cal("node", "start").Want(t, 0)
+		if left := e.LeftOfMachines(); len(left) > 0 {
+			t.Fatalf("round %d: left behind:\n%s", i, strings.Join(left, "\n"))
+		}
+	}
+	sums := e.Cal("run", "--repo", repo.Dir, "--", "sh", "-c", "sha256sum greeter/written-* 2>/dev/null || sha256sum written-*").Want(t, 0).Stdout
+	for name, content := range want {
+		if !strings.Contains(sums, nucleus.SHA256([]byte(content))+"  "+strings.TrimPrefix(name, "greeter/")) {
+			t.Errorf("the next machine has another %s:\n%s", name, sums)
+		}
+	}
+	if report := e.Verify(); len(report.Intents) > 0 {
+		t.Errorf("%d intents without an outcome after recovery", len(report.Intents))
+	}
+	for _, outcome := range e.Entries(of(nucleus.KindOutcome, nucleus.WriteFiles)) {
+		if outcome.Status != nucleus.OutcomeDone {
+			t.Errorf("entry %d: what was answered as done is %s in the log", outcome.Seq, outcome.Status)
+		}
+	}
+}

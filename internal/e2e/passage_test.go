@@ -58,6 +58,15 @@ func TestPlacesNeedThePerson(t *testing.T) {
 			t.Errorf("a granted fetch of %s: %+v", path, a)
 		}
 	}
+	// The proxy in the machine has admitted both, by the one grant.
+	admitted := e.Entries(func(entry nucleus.Entry) bool {
+		var outcome nucleus.Outcome
+		return entry.Kind == nucleus.KindOutcome && entry.Op == nucleus.WebFetch && entry.Status == nucleus.OutcomeDone &&
+			json.Unmarshal(entry.Outcome.Payload, &outcome) == nil && outcome.Admission != nil
+	})
+	if len(admitted) != 2 {
+		t.Errorf("%d fetches have the machine's word in the log, want 2", len(admitted))
+	}
 	s.fetch(other.url + "/").asks(t)
 	came(2)
 	// It reads a file of the untrusted repository: more than the person was told of.

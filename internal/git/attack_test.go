@@ -535,10 +535,13 @@ func TestNothingRuns(t *testing.T) {
 	step("Shallow", err)
 	var bundle strings.Builder
 	step("WriteBundle", repo.WriteBundle(ctx, &bundle, base))
-	q, err := OpenQuarantine(ctx, filepath.Join(h.home, "q.git"), repo)
-	step("OpenQuarantine", err)
+	q, err := MakeQuarantine(ctx, filepath.Join(h.home, "q.git"), repo)
+	step("MakeQuarantine", err)
 	work := workOn(t, h, bundle.String(), base)
-	commit, err := q.Take(ctx, work, "refs/heads/agent/x")
+	sent, err := os.Open(work)
+	step("opening the bundle", err)
+	defer sent.Close()
+	commit, err := q.Take(ctx, sent, "refs/heads/agent/x")
 	step("Take", err)
 	_, err = q.Run(ctx, "diff", "--stat", base, commit)
 	step("diff", err)
@@ -577,7 +580,7 @@ func TestPush(t *testing.T) {
 		t.Setenv("GIT_CONFIG_NOSYSTEM", "1")
 		url := arm(h)
 		commit := h.git("rev-parse", "HEAD")
-		q, err := OpenQuarantine(t.Context(), filepath.Join(h.home, "q.git"), Repo{h.dir})
+		q, err := MakeQuarantine(t.Context(), filepath.Join(h.home, "q.git"), Repo{h.dir})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -632,7 +635,7 @@ func TestPush(t *testing.T) {
 		t.Setenv("HOME", h.home)
 		url := remote(h)
 		h.git("push", "--quiet", url, "HEAD~1:refs/heads/agent/x")
-		q, err := OpenQuarantine(t.Context(), filepath.Join(h.home, "q.git"), Repo{h.dir})
+		q, err := MakeQuarantine(t.Context(), filepath.Join(h.home, "q.git"), Repo{h.dir})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -79,13 +79,10 @@ type Quarantine struct {
 	Repo
 }
 
-// OpenQuarantine makes or opens the quarantine at dir. It borrows the objects of
+// MakeQuarantine makes the quarantine at dir, where there is nothing yet. It borrows the objects of
 // origin, the person's repository, so that only what is new crosses the wire.
-func OpenQuarantine(ctx context.Context, dir string, origin Repo) (Quarantine, error) {
+func MakeQuarantine(ctx context.Context, dir string, origin Repo) (Quarantine, error) {
 	q := Quarantine{Repo{dir}}
-	if _, err := os.Stat(filepath.Join(dir, "HEAD")); err == nil {
-		return q, nil
-	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return q, err
 	}
@@ -114,15 +111,10 @@ func OpenQuarantine(ctx context.Context, dir string, origin Repo) (Quarantine, e
 	return q, os.WriteFile(filepath.Join(info, "alternates"), []byte(objects+"\n"), 0o600)
 }
 
-// Take brings ref of a bundle file, which the machine made, to the same ref here. Every
+// Take brings ref of a bundle, which the machine made, to the same ref here. Every
 // object is checked.
-func (q Quarantine) Take(ctx context.Context, bundle, ref string) (commit string, err error) {
-	file, err := os.Open(bundle)
-	if err != nil {
-		return "", err
-	}
-	defer file.Close()
-	reader := bufio.NewReader(file)
+func (q Quarantine) Take(ctx context.Context, bundle io.Reader, ref string) (commit string, err error) {
+	reader := bufio.NewReader(bundle)
 	if commit, err = bundleHead(reader, ref); err != nil {
 		return "", err
 	}

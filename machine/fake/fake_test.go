@@ -15,6 +15,7 @@ import (
 	"cal/machine/fake"
 	"cal/machine/machinetest"
 	"cal/machine/machinetest/script"
+	"cal/nucleus"
 )
 
 func TestConformance(t *testing.T) {
@@ -41,7 +42,7 @@ func guest(ctx context.Context, in fake.Inside) {
 	do := func(a script.Action) (string, error) {
 		mu.Lock()
 		defer mu.Unlock()
-		path := filepath.Join(in.Spec.Workspace, strings.TrimPrefix(a.Path, machine.Workspace))
+		path := filepath.Join(in.Spec.Workspace, strings.TrimPrefix(a.Path, nucleus.MachineWorkspace))
 		switch a.Do {
 		case "echo":
 			return a.Data, nil

@@ -15,6 +15,7 @@ import (
 
 	"cal/image"
 	"cal/machine"
+	"cal/nucleus"
 )
 
 // assemble makes the machine's root and bundle.
@@ -35,7 +36,7 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 		return err
 	}
 	binds := slices.Clone(root.Binds)
-	binds = append(binds, image.Bind{Host: spec.Proxy, Guest: machine.ProxyPath})
+	binds = append(binds, image.Bind{Host: spec.Proxy, Guest: nucleus.MachineProxy})
 	for _, layer := range spec.Agent {
 		source, err := filepath.EvalSymlinks(layer.Host)
 		if err != nil {
@@ -48,7 +49,7 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 		return err
 	}
 	root.Binds = binds
-	if err := root.Build(skeleton, "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", machine.AgentDir, machine.Workspace); err != nil {
+	if err := root.Build(skeleton, "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", nucleus.MachineAgent, nucleus.MachineWorkspace); err != nil {
 		return fmt.Errorf("root skeleton: %w", err)
 	}
 	if err := rec.save(place); err != nil {
@@ -135,7 +136,7 @@ func (c Config) oci(spec machine.Spec, rec record, binds []image.Bind) specs.Spe
 		Hostname: "cal",
 		Root:     &specs.Root{Path: rec.rootfs(place(spec.Dir)), Readonly: true},
 		Process: &specs.Process{
-			Args:            []string{machine.ProxyPath, "init"},
+			Args:            []string{nucleus.MachineProxy, "init"},
 			Env:             []string{"PATH=" + image.DefaultPath},
 			Cwd:             "/",
 			NoNewPrivileges: true,
@@ -161,7 +162,7 @@ func (c Config) mounts(spec machine.Spec, rec record, binds []image.Bind) []spec
 		scratch("/dev/shm", "mode=1777"),
 		scratch("/tmp", "mode=1777"),
 		scratch("/run", "mode=755"),
-		scratch(machine.Home, "mode=755", uid, gid),
+		scratch(nucleus.MachineHome, "mode=755", uid, gid),
 	}
 	for _, bind := range binds {
 		mounts = append(mounts, specs.Mount{
@@ -172,7 +173,7 @@ func (c Config) mounts(spec machine.Spec, rec record, binds []image.Bind) []spec
 	if n := remembered(descriptors()); n > 0 {
 		options = append(options, fmt.Sprintf("dcache=%d", n))
 	}
-	return append(mounts, specs.Mount{Destination: machine.Workspace, Type: "bind", Source: spec.Workspace, Options: options})
+	return append(mounts, specs.Mount{Destination: nucleus.MachineWorkspace, Type: "bind", Source: spec.Workspace, Options: options})
 }
 
 // sharedWithHost tells the sentry which binds the host may change while the machine

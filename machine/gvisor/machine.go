@@ -319,7 +319,7 @@ func (m *Machine) Rewire(context.Context) (net.Conn, error) {
 	// The hand-over outlives this call: the proxy takes the wire once the holder
 	// has proved itself on it.
 	ctx, cancel := context.WithTimeout(m.ctx, attachTimeout)
-	args := append(m.driver.flags(m.place, m.rec), "exec", "--pass-fd=3:3", container, machine.ProxyPath, "attach")
+	args := append(m.driver.flags(m.place, m.rec), "exec", "--pass-fd=3:3", container, nucleus.MachineProxy, "attach")
 	cmd := command(ctx, m.driver.config.Runsc, args, guest)
 	said := &bounded{}
 	cmd.Stdout, cmd.Stderr = said, said

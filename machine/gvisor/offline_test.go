@@ -20,6 +20,7 @@ import (
 	"cal/machine"
 	"cal/machine/machinetest"
 	"cal/machine/machinetest/script"
+	"cal/nucleus"
 )
 
 // TestOffline fills a person's caches on the host and uses them in a machine,
@@ -67,11 +68,11 @@ func TestOffline(t *testing.T) {
 }
 
 func inside(guest *machinetest.Guest, m machine.Machine, dir string, env map[string]string, command string) string {
-	args := []string{"/usr/bin/env", "-i", "HOME=" + machine.Home}
+	args := []string{"/usr/bin/env", "-i", "HOME=" + nucleus.MachineHome}
 	for name, value := range env {
 		args = append(args, name+"="+value)
 	}
-	reply := guest.Try(script.Action{Do: "run", Path: machine.Workspace + "/" + dir, Args: append(args, "sh", "-c", command), UID: m.Facts().ToolsUID})
+	reply := guest.Try(script.Action{Do: "run", Path: nucleus.MachineWorkspace + "/" + dir, Args: append(args, "sh", "-c", command), UID: m.Facts().ToolsUID})
 	return reply.Data + reply.Err
 }
 

@@ -108,7 +108,7 @@ func (d *Driver) probeGuest(ctx context.Context, place place) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := root.Build(skeleton, "/proc", "/sys", "/dev", "/tmp", "/run", machine.Home); err != nil {
+	if err := root.Build(skeleton, "/proc", "/sys", "/dev", "/tmp", "/run", nucleus.MachineHome); err != nil {
 		return "", err
 	}
 	spec := machine.Spec{Dir: string(place)}

@@ -48,7 +48,7 @@ func testRefused(t *testing.T, host Host) {
 		"layer of everything":      layer("/", "/opt/x"),
 		"layer over the root":      layer(tmp, "/"),
 		"layer over the proxy":     layer(tmp, "/.nucleus"),
-		"layer in the workspace":   layer(tmp, machine.Workspace+"/x"),
+		"layer in the workspace":   layer(tmp, nucleus.MachineWorkspace+"/x"),
 		"layer above workspace":    layer(tmp, "/home"),
 		"layer over /proc":         layer(tmp, "/proc/x"),
 		"layer over resolv.conf":   layer(tmp, "/etc/resolv.conf"),
@@ -56,8 +56,8 @@ func testRefused(t *testing.T, host Host) {
 		"missing layer":            layer(tmp+"/none", "/opt/x"),
 		"device for a layer":       layer("/dev/null", "/opt/x"),
 		"agent layer outside":      agent(tmp, "/opt/x"),
-		"agent layer over all":     agent(tmp, machine.AgentDir),
-		"agent layer by a dot-dot": agent(tmp, machine.AgentDir+"/../x"),
+		"agent layer over all":     agent(tmp, nucleus.MachineAgent),
+		"agent layer by a dot-dot": agent(tmp, nucleus.MachineAgent+"/../x"),
 		"layers over one another": func(s *machine.Spec) {
 			s.Image.Layers = []nucleus.Layer{{Name: "1", Host: tmp, Guest: "/opt/a"}, {Name: "2", Host: tmp, Guest: "/opt/a-b"}, {Name: "3", Host: tmp, Guest: "/opt/a/b"}}
 		},

@@ -214,7 +214,7 @@ func testLife(t *testing.T, host Host) {
 	if facts.AgentUID == facts.ToolsUID || facts.AgentUID == 0 || facts.OneID != (facts.ToolsUID == 0) || facts.Env["PATH"] == "" {
 		t.Errorf("facts: %+v", facts)
 	}
-	guest.Must(script.Action{Do: "write", Path: machine.Workspace + "/by-tools", Data: "1", UID: facts.ToolsUID})
+	guest.Must(script.Action{Do: "write", Path: nucleus.MachineWorkspace + "/by-tools", Data: "1", UID: facts.ToolsUID})
 	if data, err := os.ReadFile(spec.Workspace + "/by-tools"); err != nil || string(data) != "1" {
 		t.Errorf("workspace on the host: %q, %v", data, err)
 	}
@@ -388,10 +388,10 @@ func testSeveral(t *testing.T, host Host) {
 		t.Cleanup(func() { host.destroy(t, m, specs[i].Dir) })
 		guests = append(guests, Talk(t, m.Wire()))
 		guests[i].Must(script.Action{Do: "set", Data: specs[i].Dir, UID: -1})
-		guests[i].Must(script.Action{Do: "write", Path: machine.Workspace + "/mine", Data: specs[i].Dir, UID: m.Facts().ToolsUID})
+		guests[i].Must(script.Action{Do: "write", Path: nucleus.MachineWorkspace + "/mine", Data: specs[i].Dir, UID: m.Facts().ToolsUID})
 	}
 	for i := range guests {
-		read := guests[i].Must(script.Action{Do: "read", Path: machine.Workspace + "/mine", UID: -1})
+		read := guests[i].Must(script.Action{Do: "read", Path: nucleus.MachineWorkspace + "/mine", UID: -1})
 		if got := guests[i].Must(script.Action{Do: "get", UID: -1}); got != specs[i].Dir || read != specs[i].Dir {
 			t.Errorf("machine %d sees another's: %q, %q", i, got, read)
 		}

@@ -9,6 +9,7 @@ import (
 
 	"cal/machine"
 	"cal/machine/machinetest/script"
+	"cal/nucleus"
 )
 
 // testKill: what a finished call did to files is there after kill -9, in whatever way it
@@ -17,8 +18,8 @@ func testKill(t *testing.T, host Host) {
 	spec := host.Spec(t)
 	m, guest := host.Create(t, spec)
 	tools := m.Facts().ToolsUID
-	guest.Must(script.Action{Do: "write", Path: machine.Workspace + "/kept", Data: "finished", UID: tools})
-	guest.Must(script.Action{Do: "alter", Path: machine.Workspace + "/d", UID: tools})
+	guest.Must(script.Action{Do: "write", Path: nucleus.MachineWorkspace + "/kept", Data: "finished", UID: tools})
+	guest.Must(script.Action{Do: "alter", Path: nucleus.MachineWorkspace + "/d", UID: tools})
 	select {
 	case <-m.Done():
 		t.Fatal("dead before the kill")

@@ -10,7 +10,6 @@ import (
 	"syscall"
 	"testing"
 
-	"cal/machine"
 	"cal/machine/machinetest/script"
 	"cal/nucleus"
 )
@@ -130,8 +129,8 @@ func testPrivateFiles(t *testing.T, host Host) {
 			}
 		}
 	}
-	if got := guest.Must(script.Action{Do: "list", Path: machine.Home, UID: -1}); got != "workspace" {
-		t.Errorf("%s holds %q", machine.Home, got)
+	if got := guest.Must(script.Action{Do: "list", Path: nucleus.MachineHome, UID: -1}); got != "workspace" {
+		t.Errorf("%s holds %q", nucleus.MachineHome, got)
 	}
 	if _, err := os.Lstat(filepath.Join(image, "proc")); !os.IsNotExist(err) {
 		t.Errorf("the image was written to: %v", err)
@@ -144,14 +143,14 @@ func testReadOnly(t *testing.T, host Host) {
 	must(t, os.Chmod(layer, 0o777))
 	spec := host.Spec(t)
 	spec.Image.Layers = []nucleus.Layer{{Name: "layer", Host: layer, Guest: "/opt/layer"}}
-	spec.Agent = []nucleus.Layer{{Name: "agent", Host: layer, Guest: machine.AgentDir + "/0"}}
+	spec.Agent = []nucleus.Layer{{Name: "agent", Host: layer, Guest: nucleus.MachineAgent + "/0"}}
 	m, guest := host.Create(t, spec)
 	for _, uid := range []int{-1, m.Facts().ToolsUID} {
-		for _, dir := range []string{"/", "/usr", "/usr/bin", "/bin", "/etc", "/etc/ssl/certs", "/opt/layer", machine.AgentDir, machine.AgentDir + "/0", "/.nucleus", "/sys"} {
+		for _, dir := range []string{"/", "/usr", "/usr/bin", "/bin", "/etc", "/etc/ssl/certs", "/opt/layer", nucleus.MachineAgent, nucleus.MachineAgent + "/0", "/.nucleus", "/sys"} {
 			guest.MustFail(script.Action{Do: "write", Path: dir + "/cal-test-intruder", UID: uid})
 		}
-		guest.MustFail(script.Action{Do: "write", Path: machine.ProxyPath, Data: "x", UID: uid})
-		for _, dir := range []string{"/tmp", machine.Home, machine.Workspace} { // control
+		guest.MustFail(script.Action{Do: "write", Path: nucleus.MachineProxy, Data: "x", UID: uid})
+		for _, dir := range []string{"/tmp", nucleus.MachineHome, nucleus.MachineWorkspace} { // control
 			guest.Must(script.Action{Do: "write", Path: dir + "/mine", UID: m.Facts().ToolsUID})
 			guest.Must(script.Action{Do: "remove", Path: dir + "/mine", UID: m.Facts().ToolsUID})
 		}
@@ -188,16 +187,16 @@ func testDoors(t *testing.T, host Host) {
 	m, guest := host.Create(t, spec)
 	tools := m.Facts().ToolsUID
 	for _, uid := range []int{-1, tools} {
-		guest.MustFail(script.Action{Do: "dial", Data: "unix", Path: machine.Workspace + "/s", UID: uid})
+		guest.MustFail(script.Action{Do: "dial", Data: "unix", Path: nucleus.MachineWorkspace + "/s", UID: uid})
 		guest.MustFail(script.Action{Do: "dial", Data: "tcp", Path: tcpDoor.Addr().String(), UID: uid})
-		guest.MustFail(script.Action{Do: "write", Path: machine.Workspace + "/f", UID: uid})
-		guest.MustFail(script.Action{Do: "mknod", Path: machine.Workspace + "/disk", UID: uid})
+		guest.MustFail(script.Action{Do: "write", Path: nucleus.MachineWorkspace + "/f", UID: uid})
+		guest.MustFail(script.Action{Do: "mknod", Path: nucleus.MachineWorkspace + "/disk", UID: uid})
 	}
-	if got := guest.Must(script.Action{Do: "read", Path: machine.Workspace + "/l", UID: -1}); got != "cal\n" {
+	if got := guest.Must(script.Action{Do: "read", Path: nucleus.MachineWorkspace + "/l", UID: -1}); got != "cal\n" {
 		t.Errorf("a link out of the workspace shows %q, want the machine's own file", got)
 	}
-	guest.Must(script.Action{Do: "link", Path: machine.Workspace + "/out", Data: spec.Dir, UID: tools})
-	if got := guest.Try(script.Action{Do: "list", Path: machine.Workspace + "/out/", UID: -1}); got.Err == "" {
+	guest.Must(script.Action{Do: "link", Path: nucleus.MachineWorkspace + "/out", Data: spec.Dir, UID: tools})
+	if got := guest.Try(script.Action{Do: "list", Path: nucleus.MachineWorkspace + "/out/", UID: -1}); got.Err == "" {
 		t.Errorf("a link reaches the host: %q", got.Data)
 	}
 }

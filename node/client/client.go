@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"cal/nucleus"
@@ -20,12 +21,13 @@ import (
 type Client struct {
 	socket string
 	http   *http.Client
-	signer *wire.Signer
+	signer wire.Signer
+	era    atomic.Value // string, as the node named it last
 }
 
 // New returns a client for the node at a socket; nothing is dialled yet.
 func New(socket string, keyID string, key ed25519.PrivateKey) *Client {
-	return &Client{socket: socket, http: wire.UnixClient(socket), signer: &wire.Signer{KeyID: keyID, Ed25519: key, Now: time.Now}}
+	return &Client{socket: socket, http: wire.UnixClient(socket), signer: wire.Signer{KeyID: keyID, Ed25519: key, Now: time.Now}}
 }
 
 // StreamResult is the FrameResult that ends a streamed operation.
@@ -46,6 +48,7 @@ type AgentRequest struct {
 type AgentExit struct {
 	ExitCode int            `json:"exit_code"`
 	Error    *nucleus.Error `json:"error,omitempty"`
+	Refused  bool           `json:"refused,omitempty"` // no agent was started
 }
 
 // RepoFetched is what a fetch from the machine brought.
@@ -60,12 +63,15 @@ type RepoFetched struct {
 }
 
 // Health is what GET /v1/healthz answers. Requests created before AdmitsFrom, in
-// unix seconds, are refused: an earlier node may have admitted them.
+// unix seconds, are refused: an earlier node may have admitted them. Where the node's
+// clock was set back, Era is what nonces end with.
 type Health struct {
 	Status     string `json:"status"`
 	Version    string `json:"version"`
 	AdmitsFrom int64  `json:"admits_from"`
-	Spare      string `json:"spare"` // none, starting or ready: the machine made ahead
+	Spare      string `json:"spare"`   // none, starting or ready: the machine made ahead
+	UnixMilli  int64  `json:"unix_ms"` // the node's clock
+	Era        string `json:"era,omitempty"`
 }
 
 // Health says which node answers, or why none does.
@@ -84,6 +90,7 @@ func (c *Client) Health(ctx context.Context) (health Health, err error) {
 	if err := json.NewDecoder(resp.Body).Decode(&health); err != nil {
 		return health, fmt.Errorf("%s does not speak like a node: %w", c.socket, err)
 	}
+	c.era.Store(health.Era)
 	return health, nil
 }
 
@@ -187,7 +194,20 @@ func (c *Client) request(ctx context.Context, method, path, pod string, body any
 		return nil, err
 	}
 	req.GetBody = nil // a request is signed for one use: it is never sent twice
-	return req, c.signer.Sign(req, pod, raw)
+	signer := c.signer
+	signer.Era, _ = c.era.Load().(string)
+	return req, signer.Sign(req, pod, raw)
+}
+
+// again reports whether a request that the node took for none of ours is worth a second
+// signature: the node's clock was set back meanwhile.
+func (c *Client) again(ctx context.Context, err error) bool {
+	if err == nil || nucleus.AsError(err).Kind != nucleus.KindUnauthenticated {
+		return false
+	}
+	before, _ := c.era.Load().(string)
+	health, err := c.Health(ctx)
+	return err == nil && health.Era != before
 }
 
 func (c *Client) do(ctx context.Context, method, path, pod string, body, answer any) error {
@@ -196,6 +216,14 @@ func (c *Client) do(ctx context.Context, method, path, pod string, body, answer 
 }
 
 func (c *Client) exchange(ctx context.Context, method, path, pod string, body, answer any) (http.Header, error) {
+	header, err := c.once(ctx, method, path, pod, body, answer)
+	if c.again(ctx, err) {
+		return c.once(ctx, method, path, pod, body, answer)
+	}
+	return header, err
+}
+
+func (c *Client) once(ctx context.Context, method, path, pod string, body, answer any) (http.Header, error) {
 	req, err := c.request(ctx, method, path, pod, body)
 	if err != nil {
 		return nil, err
@@ -215,6 +243,14 @@ func (c *Client) exchange(ctx context.Context, method, path, pod string, body, a
 }
 
 func (c *Client) upgrade(ctx context.Context, path, pod string, body any) (*wire.Stream, error) {
+	stream, err := c.upgradeOnce(ctx, path, pod, body)
+	if c.again(ctx, err) {
+		return c.upgradeOnce(ctx, path, pod, body)
+	}
+	return stream, err
+}
+
+func (c *Client) upgradeOnce(ctx context.Context, path, pod string, body any) (*wire.Stream, error) {
 	req, err := c.request(ctx, http.MethodPost, path, pod, body)
 	if err != nil {
 		return nil, err
