@@ -20,7 +20,7 @@ import (
 // assemble makes the machine's root and bundle.
 func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) error {
 	if rec.IDBase != 0 {
-		if err := giveWorkspace(spec.Workspace, rec.IDBase); err != nil {
+		if err := rec.giveWorkspace(ctx, spec.Workspace); err != nil {
 			return fmt.Errorf("workspace: %w", err)
 		}
 	}
@@ -30,7 +30,7 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 	}
 	rec.Facts.Env = root.Env
 	place := place(spec.Dir)
-	covers, err := d.covers(ctx, root, place)
+	covers, err := d.covers(ctx, root, place, *rec)
 	if err != nil {
 		return err
 	}
@@ -47,6 +47,9 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 	if err != nil {
 		return err
 	}
+	if err := rec.showAt(place, d.config.Runsc, append(binds, image.Bind{Host: spec.Workspace})); err != nil {
+		return err
+	}
 	root.Binds = binds
 	if err := root.Build(skeleton, "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", machine.AgentDir, machine.Workspace); err != nil {
 		return fmt.Errorf("root skeleton: %w", err)
@@ -57,10 +60,10 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 	return writeConfig(place, d.config.oci(spec, *rec, append(binds, covers...)))
 }
 
-// covers returns binds that hide what `other` cannot read. Started as root the
-// host's kernel refuses such files to the machine's ids, and there is nothing to hide.
-func (d *Driver) covers(ctx context.Context, root image.Root, place place) ([]image.Bind, error) {
-	if !d.ordinary {
+// covers returns binds that hide what `other` cannot read. Where a machine has ids
+// of its own the host's kernel refuses such files to them, and there is nothing to hide.
+func (d *Driver) covers(ctx context.Context, root image.Root, place place, rec record) ([]image.Bind, error) {
+	if !rec.Facts.OneID {
 		return nil, nil
 	}
 	var covers []image.Bind
@@ -133,7 +136,7 @@ func (c Config) oci(spec machine.Spec, rec record, binds []image.Bind) specs.Spe
 	return specs.Spec{
 		Version:  specs.Version,
 		Hostname: "cal",
-		Root:     &specs.Root{Path: rec.rootfs(place(spec.Dir)), Readonly: true},
+		Root:     &specs.Root{Path: rec.root(place(spec.Dir)), Readonly: true},
 		Process: &specs.Process{
 			Args:            []string{machine.ProxyPath, "init"},
 			Env:             []string{"PATH=" + image.DefaultPath},
@@ -225,7 +228,7 @@ func scratch(where string, options ...string) specs.Mount {
 }
 
 func (r record) linux() *specs.Linux {
-	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: r.IDBase, Size: idCount}}
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: r.IDBase, Size: r.idCount()}}
 	if r.IDBase == 0 {
 		// runsc has by then entered a user namespace in which the user is 0.
 		ids = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 0, Size: 1}}

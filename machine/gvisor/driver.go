@@ -7,7 +7,8 @@
 // at any moment. Promise: started as root, no process of a machine has the host's
 // uid 0 or a capability outside its own user namespace, and files that `other`
 // cannot read are closed to it by the host's kernel; started by an ordinary user
-// such files are covered. No socket, fifo or device of the host can be named. What was made is
+// with subordinate ids, the same, and no process has that user's id; started by
+// one without, such files are covered. No socket, fifo or device of the host can be named. What was made is
 // written down before it is made and can be removed from that record.
 //
 // BUG: an ordinary user without subordinate ids gets a user namespace with one
@@ -26,6 +27,7 @@ import (
 
 	"cal/image"
 	"cal/internal/durable"
+	"cal/internal/idmap"
 	"cal/machine"
 	"cal/nucleus"
 )
@@ -52,7 +54,9 @@ type Config struct {
 // Driver makes machines with runsc.
 type Driver struct {
 	config   Config
-	ordinary bool // not root: one id, no cgroup
+	ordinary bool // not root: no cgroup, and one id or subordinate ones
+
+	subordinate func(context.Context) (idmap.Map, error) // of the person; an error that says why not
 }
 
 // New returns a driver that has not been probed.
@@ -75,7 +79,7 @@ func New(config Config) *Driver {
 	if config.Screen == nil {
 		config.Screen = new(image.Screen)
 	}
-	return &Driver{config: config, ordinary: os.Geteuid() != 0}
+	return &Driver{config: config, ordinary: os.Geteuid() != 0, subordinate: (&subordinate{}).find}
 }
 
 // Name implements machine.Driver.
@@ -113,7 +117,7 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 		defer cancel()
 		err = errors.Join(err, d.clear(ctx, place), place.unlock(held))
 	}()
-	rec, err := d.begin(spec)
+	rec, err := d.begin(ctx, spec)
 	if err != nil {
 		return nil, err
 	}
@@ -125,9 +129,13 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 
 // begin decides what the machine will be, and writes it down before anything is
 // made of it.
-func (d *Driver) begin(spec machine.Spec) (record, error) {
+func (d *Driver) begin(ctx context.Context, spec machine.Spec) (record, error) {
 	rec := record{Driver: d.Name(), ID: spec.ID, Created: time.Now().UTC().Format(time.RFC3339Nano)}
-	if !d.ordinary {
+	if d.ordinary {
+		if err := d.ordinaryIDs(ctx, &rec, spec.Workspace); err != nil {
+			return record{}, err
+		}
+	} else {
 		base, err := idBase(spec.Workspace)
 		if err != nil {
 			return record{}, err
@@ -149,16 +157,16 @@ func (d *Driver) begin(spec machine.Spec) (record, error) {
 		rec.Cgroup = ""
 	}
 	rec.limit(spec.Resources)
-	rec.Facts = d.facts()
+	rec.Facts = rec.facts()
 	if err := spec.States(rec.Limits); err != nil {
 		return record{}, err
 	}
 	return rec, rec.setCgroup(d.config.Cgroups)
 }
 
-func (d *Driver) facts() machine.Facts {
+func (r record) facts() machine.Facts {
 	facts := machine.Facts{ToolsUID: machine.ToolsID, ToolsGID: machine.ToolsID, AgentUID: machine.AgentID, AgentGID: machine.AgentID}
-	if d.ordinary {
+	if r.IDBase == 0 {
 		facts.ToolsUID, facts.ToolsGID, facts.OneID = 0, 0, true
 	}
 	return facts

@@ -234,32 +234,75 @@ func someProcessors(n int) (set unix.CPUSet, err error) {
 	return set, nil
 }
 
-// memoryOf returns the bytes that a sandbox holds: the guest's memory and files
-// in memory, all of which lie in one memfd, and the sentry's own.
-func memoryOf(pid int) (int64, error) {
-	dir := fmt.Sprintf("/proc/%d/fd", pid)
-	entries, err := os.ReadDir(dir)
+// gauge measures the bytes that a sandbox holds: the guest's memory and files in
+// memory, all of which lie in memfds that it makes at its start, and the sentry's own.
+type gauge struct{ files []*os.File }
+
+// descriptors is up to which number a sandbox's are searched for memfds; those
+// come with its start.
+const descriptors = 256
+
+// open takes copies of the memfds. /proc/PID/fd would show them to a process of the same
+// user only; this asks for the right to trace, which the owner of the sandbox's
+// user namespace has.
+func (g *gauge) open(sandbox process) error {
+	conn, err := sandbox.file.SyscallConn()
 	if err != nil {
-		return 0, err
+		return err
 	}
-	total, found := int64(0), false
-	for _, entry := range entries {
-		name := filepath.Join(dir, entry.Name())
-		target, err := os.Readlink(name)
-		if err != nil || !strings.HasPrefix(target, "/memfd:") {
-			continue
-		}
-		var stat unix.Stat_t
-		if err := unix.Stat(name, &stat); err == nil {
-			total += stat.Blocks * 512
+	found := false
+	control := conn.Control(func(pidfd uintptr) {
+		for number := range descriptors {
+			fd, failed := unix.PidfdGetfd(int(pidfd), number, 0)
+			if errors.Is(failed, unix.EBADF) {
+				continue
+			}
+			if err = failed; err != nil {
+				return
+			}
+			file := os.NewFile(uintptr(fd), "memory of a sandbox")
+			target, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+			if !strings.HasPrefix(target, "/memfd:") {
+				file.Close()
+				continue
+			}
 			found = found || strings.HasPrefix(target, "/memfd:runsc-memory")
+			g.files = append(g.files, file)
 		}
+	})
+	if err := errors.Join(control, err); err != nil {
+		g.close()
+		return fmt.Errorf("descriptors of sandbox %d: %w", sandbox.pid, err)
 	}
 	if !found {
-		return 0, fmt.Errorf("%s shows no memory of a guest", dir)
+		g.close()
+		return fmt.Errorf("sandbox %d shows no memory of a guest", sandbox.pid)
 	}
-	private, err := privateMemory(pid)
-	return total + private, err
+	return nil
+}
+
+func (g *gauge) used(sandbox process) (int64, error) {
+	if g.files == nil {
+		if err := g.open(sandbox); err != nil {
+			return 0, err
+		}
+	}
+	total, err := privateMemory(sandbox.pid)
+	for _, file := range g.files {
+		var stat unix.Stat_t
+		if err := unix.Fstat(int(file.Fd()), &stat); err != nil {
+			return 0, err
+		}
+		total += stat.Blocks * 512
+	}
+	return total, err
+}
+
+func (g *gauge) close() {
+	for _, file := range g.files {
+		file.Close()
+	}
+	g.files = nil
 }
 
 func privateMemory(pid int) (int64, error) {

@@ -189,7 +189,7 @@ func TestProcessors(t *testing.T) {
 	cmd := exec.Command("/usr/bin/grep", "Cpus_allowed_list", "/proc/self/status")
 	output, err := cmd.StdoutPipe()
 	must(t, err)
-	must(t, startOn(cmd, 1))
+	must(t, startOn(cmd.Start, 1))
 	line := make([]byte, 100)
 	n, err := output.Read(line)
 	must(t, err)

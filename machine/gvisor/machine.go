@@ -35,6 +35,7 @@ type Machine struct {
 	place   place
 	rec     record
 	sandbox process
+	memory  gauge     // of the goroutine that watches
 	held    io.Closer // the lock of the place
 
 	paused chan string
@@ -60,7 +61,7 @@ func (d *Driver) flags(place place, rec record) []string {
 		"--root=" + place.runscRoot(), "--platform=systrap", "--network=none", "--host-uds=none", "--host-fifo=none",
 		"--overlay2=none", "--file-access-mounts=exclusive", "--gofer-network-namespace=new", "--host-settings=ignore",
 	}
-	if d.ordinary {
+	if rec.Facts.OneID {
 		flags = append(flags, "--rootless")
 	}
 	if rec.Cgroup == "" {
@@ -109,7 +110,7 @@ func (d *Driver) run(ctx context.Context, place place, rec record, guest *os.Fil
 	args := append(d.flags(place, rec), "run", "--detach", "--bundle="+string(place), "--pid-file="+place.pid(), "--pass-fd=3:3", container)
 	cmd := command(ctx, d.config.Runsc, args, guest)
 	cmd.Stdout, cmd.Stderr = console, console
-	if err := startOn(cmd, rec.processors()); err != nil {
+	if err := startOn(rec.starter(cmd, place), rec.processors()); err != nil {
 		return fmt.Errorf("runsc: %w", err)
 	}
 	if err := cmd.Wait(); err != nil {
@@ -141,11 +142,11 @@ func (r record) processors() int {
 	return r.CPU
 }
 
-// startOn starts cmd on n processors. Affinity passes to a child from the
+// startOn starts a program on n processors. Affinity passes to a child from the
 // thread that starts it, so the thread takes it on for that moment.
-func startOn(cmd *exec.Cmd, n int) error {
+func startOn(start func() error, n int) error {
 	if n == 0 {
-		return cmd.Start()
+		return start()
 	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -160,7 +161,7 @@ func startOn(cmd *exec.Cmd, n int) error {
 	if err := unix.SchedSetaffinity(0, &few); err != nil {
 		return err
 	}
-	started := cmd.Start()
+	started := start()
 	return errors.Join(started, unix.SchedSetaffinity(0, &before))
 }
 
@@ -211,6 +212,7 @@ func (m *Machine) awaitDeath() {
 func (m *Machine) watch() {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
+	defer m.memory.close()
 	for {
 		select {
 		case <-m.ctx.Done():
@@ -233,7 +235,7 @@ func (m *Machine) watchMemory(now time.Time) {
 	if m.stopped || now.Before(m.grace) {
 		return
 	}
-	used, err := memoryOf(m.sandbox.pid)
+	used, err := m.memory.used(m.sandbox)
 	switch {
 	case err != nil:
 		m.halt(fmt.Sprintf("memory cannot be measured: %v", err))
