@@ -21,6 +21,7 @@ import (
 	"cal/egress"
 	"cal/guest"
 	"cal/internal/durable"
+	"cal/internal/idmap"
 	"cal/machine"
 	"cal/nucleus"
 	"cal/policy"
@@ -335,7 +336,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStart,
 		Exposure: p.root.legs().Names(),
 		Data: data(map[string]any{
-			"boot": p.record.Boot, "outcome_key": reply.OutcomeKey, "proxy": reply.Version, "limits": p.machine.Limits(),
+			"boot": p.record.Boot, "outcome_key": reply.OutcomeKey, "proxy": reply.Version, "limits": p.machine.Limits(), "one_id": p.machine.Facts().OneID,
 			"proxy_sha256": n.proxyDigest(), "policy": p.record.Policy, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
 		}),
 	}); err != nil {
@@ -760,7 +761,7 @@ func (n *Node) teardown(p *Pod) error {
 	if err != nil {
 		return fmt.Errorf("removing the machine of pod %s: %w", p.record.ID, err)
 	}
-	if err := os.RemoveAll(p.dir); err != nil {
+	if err := idmap.RemoveAll(ctx, p.dir); err != nil {
 		return err
 	}
 	if p.ahead != "" { // where the start ended before the pod's own record was there

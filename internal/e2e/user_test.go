@@ -20,6 +20,52 @@ func TestOrdinaryUser(t *testing.T) {
 		t.Skip("every other test here runs as an ordinary user already")
 	}
 	e := testenv.New(t)
+	mainPath(t, e, "0")
+}
+
+// TestSubordinateIDs takes it as somebody who has subordinate ids: in the
+// machine tools and agent are users of their own then, and the workspace is removed
+// under the map under which it was made.
+func TestSubordinateIDs(t *testing.T) {
+	if !isRoot() {
+		t.Skip("only root may become another user")
+	}
+	e := testenv.New(t)
+	as, err := testenv.SubIDs(e.Dir, ordinary, firstSubID, firstSubID)
+	if err != nil {
+		t.Skipf("no subordinate ids on this host: %v", err)
+	}
+	e.As = as
+	mainPath(t, e, "1000")
+	files := filepath.Join(e.CAL, "isolation", "vms", "greeter", "files")
+	if owner := ownerOf(t, files); owner < firstSubID || owner >= firstSubID+65536 {
+		t.Errorf("the workspace belongs to %d", owner)
+	}
+	e.Cal("run", "--repo", filepath.Join(e.Dir, "greeter"), "--", "sh", "-c", "mkdir -m 0 closed").Want(t, 0)
+	e.Cal("vm", "delete", "--yes", "greeter").Want(t, 0)
+	if _, err := os.Stat(filepath.Dir(files)); !os.IsNotExist(err) {
+		t.Errorf("the workspace is left: %v", err)
+	}
+	if left := e.LeftOfMachines(); len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+	}
+}
+
+const firstSubID = 500000
+
+func ownerOf(t *testing.T, path string) uint32 {
+	t.Helper()
+	var stat syscall.Stat_t
+	if err := syscall.Stat(path, &stat); err != nil {
+		t.Fatal(err)
+	}
+	return stat.Uid
+}
+
+// mainPath is what a person does first, as the user ordinary; tools is the id of the
+// tools in a machine of that user's.
+func mainPath(t *testing.T, e *testenv.Env, tools string) {
+	t.Helper()
 	e.Credential = &syscall.Credential{Uid: ordinary, Gid: ordinary}
 	bin := filepath.Join(e.Dir, "bin") // the built ones may lie where others cannot walk
 	if out, err := exec.Command("cp", "-r", e.Bin, bin).CombinedOutput(); err != nil {
@@ -34,7 +80,9 @@ func TestOrdinaryUser(t *testing.T) {
 	if r := e.Cal("doctor"); r.Code != 0 {
 		t.Skipf("no machine can be started by an ordinary user here\n%v", r)
 	}
-	e.Cal("run", "--", "id").Want(t, 0, "uid=")
+	if r := e.Cal("run", "--", "id", "-u"); strings.TrimSpace(r.Stdout) != tools {
+		t.Errorf("the tools' user is not %s\n%v", tools, r)
+	}
 	host := plantHost(t, e, repo)
 	e.Own()
 	run := e.Cal("run", "--repo", repo.Dir, "--", "sh", "-c", "sh test.sh; sed -i s/Helo/Hello/ greet.sh && sh test.sh && git status --short && touch /usr/made; cat /etc/shadow; echo > /home/agent/scratch; ls -l /home/agent")

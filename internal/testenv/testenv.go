@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cal/audit"
+	"cal/internal/idmap"
 	"cal/internal/keyfile"
 	"cal/node/client"
 	"cal/nucleus"
@@ -45,6 +46,9 @@ type Env struct {
 
 	// Credential is whom commands run as; nil: whoever runs the test.
 	Credential *syscall.Credential
+
+	// As, where set, runs the commands given to it as Credential; see SubIDs.
+	As []string
 
 	t *testing.T
 }
@@ -191,12 +195,15 @@ func (e *Env) Command(name string, args ...string) *exec.Cmd {
 	if slices.Contains(programs, name) {
 		name = filepath.Join(e.Bin, name)
 	}
+	if e.As != nil {
+		name, args = e.As[0], slices.Concat(e.As[1:], []string{name}, args)
+	}
 	cmd := exec.Command(name, args...)
 	cmd.Dir = e.Home
 	for _, key := range slices.Sorted(maps.Keys(e.Vars)) {
 		cmd.Env = append(cmd.Env, key+"="+e.Vars[key])
 	}
-	if e.Credential != nil {
+	if e.Credential != nil && e.As == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: e.Credential}
 	}
 	return cmd
@@ -351,7 +358,7 @@ func (e *Env) close() {
 		e.t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
 	}
 	e.reap()
-	if err := os.RemoveAll(e.Dir); err != nil {
+	if err := idmap.RemoveAll(context.Background(), e.Dir); err != nil {
 		e.t.Error(err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -14,6 +15,7 @@ import (
 
 	"cal/image"
 	"cal/internal/idmap"
+	"cal/internal/testenv"
 	"cal/machine"
 	"cal/machine/machinetest"
 )
@@ -28,7 +30,6 @@ const (
 	withSubIDs  = "CAL_TEST_SUBIDS" // the user has these
 	firstSubUID = 300000
 	firstSubGID = 400000
-	subIDs      = 65536
 )
 
 // bench is what the tests of this package share; see TestMain.
@@ -200,33 +201,17 @@ func TestOrdinaryUser(t *testing.T) {
 // users stay as they are: the child sees others, in a mount namespace of its own.
 func TestSubordinateIDs(t *testing.T) {
 	again, dir := asUser(t, "sub")
-	for _, name := range []string{"/etc/subuid", "/etc/subgid"} {
-		if _, err := os.Stat(name); err != nil {
-			t.Skipf("no subordinate ids on this host: %v", err)
-		}
-	}
-	for _, name := range []string{"newuidmap", "newgidmap", "setpriv"} {
-		if _, err := exec.LookPath(name); err != nil {
-			t.Skipf("no subordinate ids on this host: %v", err)
-		}
-	}
-	for name, line := range map[string]string{
-		"passwd": fmt.Sprintf("caltest:x:%d:%d::%s/home:/bin/sh\n", ordinaryID, ordinaryID, dir), "group": fmt.Sprintf("caltest:x:%d:\n", ordinaryID),
-		"subuid": fmt.Sprintf("caltest:%d:%d\n", firstSubUID, subIDs), "subgid": fmt.Sprintf("caltest:%d:%d\n", firstSubGID, subIDs),
-	} {
-		table, err := os.ReadFile("/etc/" + name)
-		must(t, err)
-		must(t, os.WriteFile(filepath.Join(dir, name), append(table, line...), 0o644))
+	as, err := testenv.SubIDs(dir, ordinaryID, firstSubUID, firstSubGID)
+	if err != nil {
+		t.Skipf("no subordinate ids on this host: %v", err)
 	}
 	for _, name := range []string{"home", "scratch"} {
 		must(t, os.Chmod(filepath.Join(dir, name), 0o700))
 	}
-	again.Args = append([]string{"sh", "-c", `mount --make-rprivate / && d=$1 && shift &&
-		for table in passwd group subuid subgid; do mount --bind "$d/$table" /etc/$table || exit; done &&
-		cd "$d/scratch" && id=$1 && shift && exec setpriv --reuid "$id" --regid "$id" --groups "$id,4" -- "$0" "$@"`, again.Path, dir, fmt.Sprint(ordinaryID)}, again.Args[1:]...)
-	again.Path = "/bin/sh"
+	again.Args = slices.Concat(as, []string{again.Path}, again.Args[1:])
+	again.Path, err = exec.LookPath(as[0])
+	must(t, err)
 	again.Env = append(again.Env, withSubIDs+"=1")
-	again.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	t.Parallel()
 	output, err := again.CombinedOutput()
 	if err != nil {
