@@ -428,7 +428,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	config, err := json.Marshal(guest.Config{
 		ToolsUID: facts.ToolsUID, ToolsGID: facts.ToolsGID, AgentUID: facts.AgentUID, AgentGID: facts.AgentGID,
 		Mode: spec.Mode, Env: p.toolsEnv(facts), Layers: p.agentLayers(), Identity: spec.Identity,
-		MaxPids: spec.Resources.Pids, WaitAsk: waitAsk,
+		MaxPids: facts.Tasks, WaitAsk: waitAsk,
 	})
 	if err != nil {
 		return reply, err

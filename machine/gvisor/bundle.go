@@ -125,14 +125,9 @@ var capabilities = []string{
 	"CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE", "CAP_SYS_RESOURCE",
 }
 
-const defaultPids = 1 << 20
-
 // oci is the bundle's config.json.
 func (c Config) oci(spec machine.Spec, rec record, binds []image.Bind) specs.Spec {
-	pids := uint64(defaultPids)
-	if rec.Pids != 0 {
-		pids = uint64(rec.Pids)
-	}
+	pids := uint64(rec.Pids)
 	return specs.Spec{
 		Version:  specs.Version,
 		Hostname: "cal",
@@ -157,14 +152,16 @@ func (c Config) oci(spec machine.Spec, rec record, binds []image.Bind) specs.Spe
 
 func (c Config) mounts(spec machine.Spec, rec record, binds []image.Bind) []specs.Mount {
 	uid, gid := fmt.Sprintf("uid=%d", rec.Facts.ToolsUID), fmt.Sprintf("gid=%d", rec.Facts.ToolsGID)
+	// Files there are memory. A full file system is an answer, a paused machine is none.
+	size := fmt.Sprintf("size=%d", max(rec.Memory, rec.MaxWatch)/2)
 	mounts := []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "nodev", "noexec"}},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro", "nosuid", "nodev", "noexec"}},
 		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid"}},
-		scratch("/dev/shm", "mode=1777"),
-		scratch("/tmp", "mode=1777"),
-		scratch("/run", "mode=755"),
-		scratch(machine.Home, "mode=755", uid, gid),
+		scratch("/dev/shm", "mode=1777", size),
+		scratch("/tmp", "mode=1777", size),
+		scratch("/run", "mode=755", size),
+		scratch(machine.Home, "mode=755", uid, gid, size),
 	}
 	for _, bind := range binds {
 		mounts = append(mounts, specs.Mount{

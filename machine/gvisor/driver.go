@@ -46,6 +46,9 @@ type Config struct {
 	Scratch  string        // where Probe makes and removes a directory; empty: the system's
 	Patience time.Duration // of Probe; 0: 10 s
 
+	// Usual limits machines whose Spec does not; a zero field: see usual.
+	Usual nucleus.Resources
+
 	// Screen is what is known of files that are not for everybody; one for all
 	// drivers of a process saves reading. nil: the driver's own.
 	Screen *image.Screen
@@ -75,6 +78,13 @@ func New(config Config) *Driver {
 	}
 	if config.Patience == 0 {
 		config.Patience = 10 * time.Second
+	}
+	limits := usual("/proc/meminfo")
+	if config.Usual.Pids == 0 {
+		config.Usual.Pids = limits.Pids
+	}
+	if config.Usual.MemoryMB == 0 {
+		config.Usual.MemoryMB = limits.MemoryMB
 	}
 	if config.Screen == nil {
 		config.Screen = new(image.Screen)
@@ -156,8 +166,9 @@ func (d *Driver) begin(ctx context.Context, spec machine.Spec) (record, error) {
 	if group == "" {
 		rec.Cgroup = ""
 	}
-	rec.limit(spec.Resources)
+	rec.limit(spec.Resources, d.config.Usual)
 	rec.Facts = rec.facts()
+	rec.Facts.Tasks = rec.Pids
 	if err := spec.States(rec.Limits); err != nil {
 		return record{}, err
 	}

@@ -23,9 +23,16 @@ import (
 //
 //   - cpu: by cgroup quota, else by the processors on which the sandbox may run;
 //     both bind from its first instruction.
-//   - memory: by cgroup, else watched.
+//   - memory: by cgroup, else watched; watched too where the Spec states none,
+//     because a cgroup costs time at each start.
 //   - pids: by the sentry, for each user of the machine; the proxy is exempt.
-func (r *record) limit(want nucleus.Resources) {
+func (r *record) limit(want, usual nucleus.Resources) {
+	if want.Pids == 0 {
+		want.Pids = usual.Pids
+	}
+	if want.MemoryMB == 0 {
+		want.MemoryMB = usual.MemoryMB
+	}
 	r.CPU, r.Pids = want.CPU, want.Pids
 	limits := map[string]nucleus.Limit{}
 	if want.CPU > 0 {
@@ -53,6 +60,24 @@ func (r *record) limit(want nucleus.Resources) {
 		r.Limits = append(r.Limits, limit)
 	}
 }
+
+// usual is what limits a machine whose Spec does not: enough tasks for large
+// builds, which cost the host about half a megabyte each, and half of its memory.
+func usual(meminfo string) nucleus.Resources {
+	limits := nucleus.Resources{Pids: 2048, MemoryMB: leastMemory}
+	data, _ := os.ReadFile(meminfo)
+	for line := range strings.Lines(string(data)) {
+		if fields := strings.Fields(line); len(fields) > 1 && fields[0] == "MemTotal:" {
+			if kilobytes, err := strconv.Atoi(fields[1]); err == nil {
+				limits.MemoryMB = max(leastMemory, kilobytes>>11)
+			}
+		}
+	}
+	return limits
+}
+
+// leastMemory, in MB, is where a host does not say how much it has.
+const leastMemory = 1024
 
 const quotaPeriod = 100000 // microseconds, the kernel's own default
 

@@ -97,8 +97,38 @@ func watched(t *testing.T, m machine.Machine, guest *machinetest.Guest) {
 	select {
 	case reason := <-m.Paused():
 		t.Errorf("paused after the memory was given back: %s", reason)
-	case <-time.After(resumeGrace + watchEvery):
+	case <-time.After(resumeGrace + 4*watchEvery):
 	}
+}
+
+// TestUsualLimits: a machine for which nobody stated a limit has some.
+func TestUsualLimits(t *testing.T) {
+	t.Parallel()
+	h := host(t)
+	h.Driver = func() machine.Driver {
+		return New(Config{Runsc: shared.runsc, Screen: &screen, Usual: nucleus.Resources{MemoryMB: 300, Pids: 100}})
+	}
+	m, guest := h.Create(t, h.Spec(t))
+	tools := m.Facts().ToolsUID
+	if reply := guest.Try(script.Action{Do: "fork", N: 200, UID: tools}); reply.Err == "" {
+		t.Errorf("200 processes where 100 are usual: %+v", reply)
+	}
+	// Files in memory end before the memory does, and nothing is paused for them.
+	for _, dir := range []string{"/tmp", "/dev/shm", machine.Home} {
+		full := dir + "/full"
+		if reply := guest.Try(script.Action{Do: "run", Path: "/", Args: []string{"sh", "-c", "head -c 200000000 /dev/zero > " + full}, UID: tools}); !strings.Contains(reply.Data+reply.Err, "No space left") {
+			t.Errorf("200 MB in %s: %+v", dir, reply)
+		}
+		guest.Must(script.Action{Do: "remove", Path: full, UID: tools})
+		guest.Must(script.Action{Do: "run", Path: "/", Args: []string{"sh", "-c", "head -c 50000000 /dev/zero > " + full}, UID: tools}) // control
+		guest.Must(script.Action{Do: "remove", Path: full, UID: tools})
+	}
+	select {
+	case reason := <-m.Paused():
+		t.Errorf("paused: %s", reason)
+	default:
+	}
+	watched(t, m, guest)
 }
 
 func processorsOf(t *testing.T, pid int) string {
@@ -146,7 +176,7 @@ func TestCgroupVersion2(t *testing.T) {
 		t.Fatalf("%q, %v", name, err)
 	}
 	rec := record{Cgroup: name}
-	rec.limit(nucleus.Resources{CPU: 2, MemoryMB: 512})
+	rec.limit(nucleus.Resources{CPU: 2, MemoryMB: 512}, nucleus.Resources{})
 	must(t, rec.setCgroup(mount))
 	for file, want := range map[string]string{"memory.max": "536870912", "cpu.max": "200000 100000"} {
 		if data, err := os.ReadFile(filepath.Join(mount, name, file)); err != nil || string(data) != want {
@@ -171,7 +201,7 @@ func TestCgroupWithoutControllers(t *testing.T) {
 		t.Errorf("the cgroup is left: %v", err)
 	}
 	rec := record{}
-	rec.limit(nucleus.Resources{MemoryMB: 512})
+	rec.limit(nucleus.Resources{MemoryMB: 512}, nucleus.Resources{})
 	if rec.Limits[1].How != machine.Watched || rec.MaxWatch != 512<<20 {
 		t.Errorf("%+v", rec)
 	}

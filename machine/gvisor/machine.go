@@ -23,10 +23,11 @@ import (
 const (
 	startTimeout  = 60 * time.Second // of a start whose context has no deadline
 	attachTimeout = 30 * time.Second
-	watchEvery    = time.Second
-	resumeGrace   = 2 * time.Second // for the holder to make the guest smaller
-	consoleMost   = 1 << 20         // bytes on disk
-	consoleTail   = 16 << 10        // bytes shown
+	watchEvery    = 250 * time.Millisecond // a guest takes no more than some hundred MB in that time
+	shortenEvery  = 4                      // rounds of watching
+	resumeGrace   = 2 * time.Second        // for the holder to make the guest smaller
+	consoleMost   = 1 << 20                // bytes on disk
+	consoleTail   = 16 << 10               // bytes shown
 )
 
 // Machine is a sandbox that this process holds.
@@ -213,14 +214,16 @@ func (m *Machine) watch() {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	defer m.memory.close()
-	for {
+	for round := 0; ; round++ {
 		select {
 		case <-m.ctx.Done():
 			return
 		case <-m.done:
 			return
 		case now := <-tick.C:
-			shorten(m.place.console())
+			if round%shortenEvery == 0 {
+				shorten(m.place.console())
+			}
 			m.watchMemory(now)
 		}
 	}

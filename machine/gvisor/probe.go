@@ -105,7 +105,7 @@ func (d *Driver) probeGuest(ctx context.Context, place place) (string, error) {
 		rec.IDBase = lowestID
 		rec.Root = filepath.Join(d.config.Roots, nucleus.NewID("probe-"))
 	}
-	rec.Facts = rec.facts()
+	rec.Facts, rec.Pids, rec.MaxWatch = rec.facts(), d.config.Usual.Pids, int64(d.config.Usual.MemoryMB)<<20
 	if err := errors.Join(rec.save(place), os.Mkdir(place.runscRoot(), 0o700)); err != nil {
 		return "", err
 	}
