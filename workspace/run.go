@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"cal/image"
 	"cal/internal/git"
@@ -146,7 +147,7 @@ func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[strin
 		return nil
 	}
 	p.Spec.Image = nucleus.Image{Kind: "host"}
-	found, err := image.Find(ctx, image.Person{Home: home, Env: env, Scratch: filepath.Join(h.Dir, "cache")})
+	found, err := image.Find(ctx, image.Person{Home: home, Env: env, Scratch: filepath.Join(h.Dir, "cache"), Reaches: reaches(p.Spec.Policy)})
 	if err != nil {
 		return err
 	}
@@ -163,6 +164,28 @@ func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[strin
 		}
 	}
 	return nil
+}
+
+// reaches says which hosts a connection is allowed to without asking, before
+// anything was read. A package manager that is refused one later says so.
+func reaches(raw json.RawMessage) func(host string, port int) bool {
+	effective, err := policyFrom(raw)
+	return func(host string, port int) bool {
+		if err != nil {
+			return false
+		}
+		decision := effective.Decide(nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: host, Port: port}}, nucleus.Context{UnixMilli: time.Now().UnixMilli()})
+		return decision.Verdict == nucleus.Allow
+	}
+}
+
+// policyFrom reads what policyOf made.
+func policyFrom(raw json.RawMessage) (*policy.Policy, error) {
+	var name string
+	if json.Unmarshal(raw, &name) == nil {
+		return policy.Profile(name)
+	}
+	return policy.Load("policy", raw)
 }
 
 func (h Home) planRepo(ctx context.Context, p *Plan, o RunOptions) error {
