@@ -166,8 +166,8 @@ func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[strin
 	return nil
 }
 
-// reaches says which hosts a connection is allowed to without asking, before
-// anything was read. A package manager that is refused one later says so.
+// reaches says which hosts the policy opens, be it after an approval: whoever names a
+// registry wants it asked, and a refusal then says what is missing.
 func reaches(raw json.RawMessage) func(host string, port int) bool {
 	effective, err := policyFrom(raw)
 	return func(host string, port int) bool {
@@ -175,7 +175,7 @@ func reaches(raw json.RawMessage) func(host string, port int) bool {
 			return false
 		}
 		decision := effective.Decide(nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: host, Port: port}}, nucleus.Context{UnixMilli: time.Now().UnixMilli()})
-		return decision.Verdict == nucleus.Allow
+		return decision.Verdict != nucleus.Deny
 	}
 }
 
