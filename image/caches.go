@@ -54,8 +54,9 @@ func (s *search) yarn(context.Context) error {
 	if at, ok := s.layer("yarn classic cache", s.dir("YARN_CACHE_FOLDER", ".cache", "yarn"), caches+"/yarn-classic"); ok {
 		s.env["YARN_CACHE_FOLDER"] = at
 	}
-	if at, ok := s.layer("yarn cache", filepath.Join(s.dir("YARN_GLOBAL_FOLDER", ".yarn", "berry"), "cache"), caches+"/yarn/cache"); ok {
-		s.env["YARN_GLOBAL_FOLDER"], s.env["YARN_ENABLE_NETWORK"], s.env["YARN_ENABLE_TELEMETRY"] = filepath.Dir(at), "false", "false"
+	// All of its folder: beside the cache lies an index, which has to be there.
+	if at, ok := s.layer("yarn cache", s.dir("YARN_GLOBAL_FOLDER", ".yarn", "berry"), caches+"/yarn"); ok {
+		s.env["YARN_GLOBAL_FOLDER"], s.env["YARN_ENABLE_NETWORK"], s.env["YARN_ENABLE_TELEMETRY"] = at, "false", "false"
 	}
 	return nil
 }

@@ -254,7 +254,7 @@ func cachesOf(canary string) map[string]string {
 		".rustup/toolchains/stable/bin/cargo": "", ".local/share/fnm/node-versions/v20.0.0/installation/bin/node": "",
 	}
 	for _, name := range []string{
-		".npmrc", ".npm/_logs/debug.log", ".npm/_npx/x", ".yarnrc", ".yarnrc.yml", ".yarn/berry/index/x", ".netrc", ".pypirc", ".cargo/credentials",
+		".npmrc", ".npm/_logs/debug.log", ".npm/_npx/x", ".yarnrc", ".yarnrc.yml", ".yarn/releases/x", ".netrc", ".pypirc", ".cargo/credentials",
 		".cargo/credentials.toml", ".cargo/config.toml", ".cargo/env", ".config/pip/pip.conf", ".pip/pip.conf", ".cache/pip/selfcheck/x", ".config/go/env",
 		".config/pypoetry/auth.toml", ".local/share/uv/credentials/credentials.toml", ".config/mise/config.toml", ".local/share/mise/state",
 		".asdf/.asdfrc", ".nvm/.npmrc", ".pyenv/.env", ".rustup/settings.toml", ".git-credentials", ".ssh/id_ed25519", ".aws/credentials", ".docker/config.json",

@@ -115,15 +115,21 @@ func root(t *testing.T) string {
 // Agents puts the real coding agents of $CAL_TEST_AGENTS in front of PATH, or skips.
 func (e *Env) Agents() {
 	e.t.Helper()
+	e.Vars["PATH"] = e.Package(".bin") + ":" + e.Vars["PATH"]
+}
+
+// Package returns the directory of an npm package that tests drive, or skips.
+func (e *Env) Package(name string) string {
+	e.t.Helper()
 	dir := os.Getenv("CAL_TEST_AGENTS")
 	if dir == "" {
 		dir = filepath.Join(root(e.t), ".cache", "agents", "node_modules")
 	}
-	bin := filepath.Join(dir, ".bin")
-	if _, err := os.Stat(bin); err != nil {
-		e.t.Skipf("no coding agents: %v (make agents installs them; CAL_TEST_AGENTS names another node_modules)", err)
+	dir = filepath.Join(dir, filepath.FromSlash(name))
+	if _, err := os.Stat(dir); err != nil {
+		e.t.Skipf("no %s: %v (make agents installs what tests take from npm; CAL_TEST_AGENTS names another node_modules)", name, err)
 	}
-	e.Vars["PATH"] = bin + ":" + e.Vars["PATH"]
+	return dir
 }
 
 // Build compiles a program of this module as a static one that runs in a machine.
