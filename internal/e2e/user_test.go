@@ -103,3 +103,40 @@ func mainPath(t *testing.T, e *testenv.Env, tools string) {
 	e.Cal("repo", "apply", "--repo", repo.Dir).Want(t, 0, "greet.sh")
 	e.Verify()
 }
+
+// TestWithoutNamespaces starts CAL where nobody may make a user namespace: a limit of
+// this test's own namespace, so that the host's stays as it is.
+func TestWithoutNamespaces(t *testing.T) {
+	if !isRoot() {
+		t.Skip("only root may become another user in a namespace of its own")
+	}
+	e := testenv.New(t)
+	e.Credential = &syscall.Credential{Uid: ordinary, Gid: ordinary}
+	bin := filepath.Join(e.Dir, "bin")
+	if out, err := exec.Command("cp", "-r", e.Bin, bin).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	e.Bin = bin
+	if err := os.Chmod(e.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	e.Own()
+	within := func(limit string) {
+		e.As = []string{"setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups", "unshare", "--user", "--map-user=54321", "--map-group=54321", "--keep-caps", "sh", "-c",
+			`echo ` + limit + ` >/proc/sys/user/max_user_namespaces && exec setpriv --inh-caps=-all --ambient-caps=-all -- "$@"`, "sh"}
+	}
+	defer func() { e.As = nil }()
+	within("100")
+	if r := e.Cal("doctor"); r.Code != 0 { // control
+		t.Skipf("no machine can be started in a user namespace here\n%v", r)
+	}
+	within("0")
+	e.Cal("doctor").Want(t, 1, "max_user_namespaces is 0", "sudo sysctl -w user.max_user_namespaces=")
+	r := e.Cal("run", "--", "true").Want(t, 1, "max_user_namespaces is 0")
+	if got := lines(r.Stderr); len(got) > 3 {
+		t.Errorf("%d lines, want a fact and a hint\n%v", len(got), r)
+	}
+	if left := e.LeftOfMachines(); len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+	}
+}
