@@ -14,6 +14,7 @@ import (
 
 	"cal/internal/durable"
 	"cal/internal/fileid"
+	"cal/internal/idmap"
 	"cal/machine"
 	"cal/nucleus"
 )
@@ -195,7 +196,7 @@ func (s *spares) discard(old *spare) {
 		err = old.driver.Remove(ctx, old.spec.Dir)
 	}
 	if err == nil {
-		err = os.RemoveAll(old.dir)
+		err = idmap.RemoveAll(ctx, old.dir)
 	}
 	if err == nil {
 		err = durable.Remove(old.note)

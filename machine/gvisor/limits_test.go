@@ -1,14 +1,20 @@
 package gvisor
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"cal/machine"
 	"cal/machine/machinetest"
@@ -227,4 +233,51 @@ func TestProcessors(t *testing.T) {
 	if strings.ContainsAny(string(line[:n]), "-,") {
 		t.Errorf("child runs on %s", line[:n])
 	}
+}
+
+// TestCgroupVersion2Real takes a tree of the kernel's own. Where version 1 holds the
+// controllers, as a hybrid host has it, nothing may be promised and nothing be left.
+func TestCgroupVersion2Real(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root mounts a cgroup tree")
+	}
+	mount, ended := t.TempDir(), make(chan struct{})
+	go func() {
+		defer close(ended)
+		runtime.LockOSThread() // for ever: the thread's mount namespace dies with it
+		if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
+			t.Errorf("mount namespace: %v", err)
+			return
+		}
+		if err := unix.Mount("cgroup2", mount, "cgroup2", 0, ""); err != nil {
+			t.Logf("no cgroup2 on this host: %v", err)
+			return
+		}
+		name := nucleus.NewID("cal-test-")
+		controllers, err := os.ReadFile(filepath.Join(mount, "cgroup.subtree_control"))
+		has := strings.Fields(string(controllers))
+		able := slices.Contains(has, "memory") && slices.Contains(has, "cpu")
+		made, failed := makeCgroup(mount, name)
+		t.Logf("the tree's root hands down %q; made %q", has, made)
+		if err != nil || failed != nil || able != (made == name) {
+			t.Errorf("controllers %q, %v: made %q, %v", controllers, err, made, failed)
+		}
+		rec := record{Cgroup: made}
+		rec.limit(nucleus.Resources{CPU: 1, MemoryMB: 300}, nucleus.Resources{})
+		if want := map[bool]string{true: machine.Enforced, false: machine.Watched}[able]; rec.Limits[1].How != want {
+			t.Errorf("memory: %+v, want %s", rec.Limits[1], want)
+		}
+		if able {
+			if err := errors.Join(rec.setCgroup(mount), holds(filepath.Join(mount, made, "memory.max"), 300<<20)); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := removeCgroup(context.Background(), mount, made); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Lstat(filepath.Join(mount, name)); !os.IsNotExist(err) {
+			t.Errorf("left: %v", err)
+		}
+	}()
+	<-ended
 }
