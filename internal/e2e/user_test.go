@@ -21,6 +21,7 @@ func TestOrdinaryUser(t *testing.T) {
 	}
 	e := testenv.New(t)
 	mainPath(t, e, "0")
+	e.Cal("doctor").Want(t, 0, "machines have one user id", "sudo usermod --add-subuids")
 }
 
 // TestSubordinateIDs takes it as somebody who has subordinate ids: in the
@@ -37,6 +38,9 @@ func TestSubordinateIDs(t *testing.T) {
 	}
 	e.As = as
 	mainPath(t, e, "1000")
+	if r := e.Cal("doctor").Want(t, 0); strings.Contains(r.Stdout, "one user id") {
+		t.Errorf("ids are there and not used\n%v", r)
+	}
 	files := filepath.Join(e.CAL, "isolation", "vms", "greeter", "files")
 	if owner := ownerOf(t, files); owner < firstSubID || owner >= firstSubID+65536 {
 		t.Errorf("the workspace belongs to %d", owner)
