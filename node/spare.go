@@ -188,7 +188,7 @@ func (s *spares) discard(old *spare) {
 	<-old.ready
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	err := old.err
+	var err error // of removing; why a start failed has been said
 	if old.machine != nil {
 		err = old.machine.Destroy(ctx)
 	}
