@@ -361,7 +361,8 @@ func (e *Env) close() {
 		time.Sleep(10 * time.Millisecond) // daemons answer before they have ended
 	}
 	if len(left) > 0 {
-		e.t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+		log, _ := os.ReadFile(filepath.Join(e.CAL, "run", "node.log"))
+		e.t.Errorf("left behind:\n%s\nthe node says:\n%s", strings.Join(left, "\n"), log)
 	}
 	e.reap()
 	if err := idmap.RemoveAll(context.Background(), e.Dir); err != nil {

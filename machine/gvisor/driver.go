@@ -134,7 +134,11 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 	if err := d.assemble(ctx, spec, &rec); err != nil {
 		return nil, err
 	}
-	return d.start(ctx, place, rec, held)
+	m, err := d.start(ctx, place, rec, held)
+	if err != nil {
+		return nil, err // no machine, rather than an interface that holds none
+	}
+	return m, nil
 }
 
 // begin decides what the machine will be, and writes it down before anything is
