@@ -103,6 +103,7 @@ func host(t *testing.T) machinetest.Host {
 		Proxy:   b.guest,
 		Scratch: b.dir,
 		Read:    readWorkspace,
+		Copy:    copyWorkspace,
 		Kill:    killSandbox,
 		Left:    left,
 	}
@@ -118,6 +119,18 @@ func readWorkspace(path string) ([]byte, error) {
 		return nil, err
 	}
 	return ids.Run(context.Background(), "cat", "--", path)
+}
+
+func copyWorkspace(t *testing.T, workspace string) string {
+	if os.Getenv(withSubIDs) == "" {
+		return workspace
+	}
+	ids, err := idmap.Find()
+	must(t, err)
+	to := filepath.Join(t.TempDir(), "copy")
+	_, err = ids.Run(t.Context(), "sh", "-c", `cp -a "$1" "$2" && chown -hR 0:0 "$2"`, "sh", workspace, to)
+	must(t, err)
+	return to
 }
 
 func sandboxOf(t *testing.T, dir string) process {

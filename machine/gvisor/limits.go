@@ -263,9 +263,9 @@ func someProcessors(n int) (set unix.CPUSet, err error) {
 // memory, all of which lie in memfds that it makes at its start, and the sentry's own.
 type gauge struct{ files []*os.File }
 
-// descriptors is up to which number a sandbox's are searched for memfds; those
+// lastDescriptor is up to which number a sandbox's are searched for memfds; those
 // come with its start.
-const descriptors = 256
+const lastDescriptor = 256
 
 // open takes copies of the memfds. /proc/PID/fd would show them to a process of the same
 // user only; this asks for the right to trace, which the owner of the sandbox's
@@ -277,7 +277,7 @@ func (g *gauge) open(sandbox process) error {
 	}
 	found := false
 	control := conn.Control(func(pidfd uintptr) {
-		for number := range descriptors {
+		for number := range lastDescriptor {
 			fd, failed := unix.PidfdGetfd(int(pidfd), number, 0)
 			if errors.Is(failed, unix.EBADF) {
 				continue

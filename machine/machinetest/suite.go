@@ -39,6 +39,10 @@ type Host struct {
 	// everybody who tests can.
 	Read func(path string) ([]byte, error)
 
+	// Copy returns a copy of a workspace, true but for its owners, that the tester can
+	// read; nil: the workspace itself is.
+	Copy func(t *testing.T, workspace string) string
+
 	// Kill does to the machine of a directory what kill -9 of its sandbox does.
 	Kill func(t *testing.T, dir string)
 
@@ -100,6 +104,13 @@ func (h Host) read(path string) ([]byte, error) {
 		return os.ReadFile(path)
 	}
 	return h.Read(path)
+}
+
+func (h Host) copy(t *testing.T, workspace string) string {
+	if h.Copy == nil {
+		return workspace
+	}
+	return h.Copy(t, workspace)
 }
 
 // Guest is a test's end of the wire.
