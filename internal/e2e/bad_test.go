@@ -390,7 +390,7 @@ func TestForkBomb(t *testing.T) {
 		go func() { least <- leastAvailable(stop) }()
 		started := time.Now()
 		value, err := node.Tool(ctx, p.ID, nucleus.RunBash, map[string]any{
-			"argv": []string{"sh", "-c", script}, "timeout_s": 15, // a plain sh: bash waits and tries again
+			"argv": []string{"sh", "-c", script}, "timeout_s": 60, // a plain sh: bash waits and tries again
 		})
 		close(stop)
 		taken := before - <-least
