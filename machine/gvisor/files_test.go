@@ -84,7 +84,7 @@ cat * | sort | uniq -c; i=0; while [ $i -lt 12000 ]; do echo newer > $i; i=$((i+
 	if want := "12000 old 12000 newer 1 12000 6 exit 0"; strings.Join(strings.Fields(got), " ") != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	entries, err := os.ReadDir(filepath.Join(spec.Workspace, "d"))
+	entries, err := os.ReadDir(filepath.Join(copyWorkspace(t, spec.Workspace), "d"))
 	if err != nil || len(entries) != 12000 {
 		t.Errorf("on the host %d files, %v", len(entries), err)
 	}
