@@ -29,7 +29,7 @@ type Config struct {
 	Env      map[string]string `json:"env,omitempty"`    // of the tools
 	Layers   []AgentLayer      `json:"layers,omitempty"` // of the agent's own root
 	Identity nucleus.Identity  `json:"identity"`
-	MaxPids  int               `json:"max_pids,omitempty"`
+	MaxPids  int               `json:"max_pids,omitempty"`   // tasks of each user
 	WaitAsk  int               `json:"wait_ask_s,omitempty"` // how long an MCP call waits for a person
 }
 

@@ -79,5 +79,9 @@ func workerConfig(sent WorkerConfig) (tools.Config, error) {
 	if err != nil {
 		return tools.Config{}, err
 	}
-	return tools.Config{Workspace: nucleus.MachineWorkspace, Home: nucleus.MachineHome, Env: sent.Env, Blocked: p.Blocked}, nil
+	return tools.Config{
+		Workspace: nucleus.MachineWorkspace, Home: nucleus.MachineHome, Env: sent.Env, Blocked: p.Blocked,
+		// A quarter is kept back, so that a call that runs away can be ended by another.
+		MaxProcesses: sent.MaxPids * 3 / 4,
+	}, nil
 }

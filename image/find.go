@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"cal/nucleus"
@@ -17,6 +19,11 @@ import (
 type Person struct {
 	Home string            // absolute
 	Env  map[string]string // PATH and the variables by which tools are told where their things lie
+
+	// Reaches says whether a program in the machine may connect to a host. What a
+	// package manager's registry is reached for is not set to work offline; nil: no
+	// host is reached.
+	Reaches func(host string, port int) bool
 
 	// Scratch is a directory of CAL's own in which Find may keep what it takes out
 	// of caches; empty: nothing is taken out.
@@ -40,15 +47,17 @@ const (
 // and for package caches. Nothing is layered that is the person's home, holds a
 // known credential file, or is not for everybody to read: Notes says so.
 //
-// The layers are read-only. Each package manager is set so that it works from them
-// with the network closed, and with it open fails plainly for what is not there.
+// The layers are read-only. Each package manager whose registry is not reached is
+// set so that it works from them, and fails plainly for what is not there. One
+// whose registry is reached asks that, and takes from the layers what it can take
+// without writing to them: Go its modules, pip its wheels.
 func Find(ctx context.Context, person Person) (Found, error) {
 	if !filepath.IsAbs(person.Home) {
 		return Found{}, fmt.Errorf("home %q is not absolute", person.Home)
 	}
 	s := &search{person: person, env: map[string]string{}}
 	for _, find := range []func(context.Context) error{
-		s.golang, s.nvm, s.fnm, s.pyenv, s.versioned, s.rust, s.npm, s.pip, s.cargo,
+		s.golang, s.nvm, s.fnm, s.pyenv, s.versioned, s.rust, s.npm, s.yarn, s.pip, s.cargo,
 	} {
 		if err := find(ctx); err != nil {
 			return Found{}, err
@@ -69,6 +78,35 @@ type search struct {
 
 func (s *search) note(format string, args ...any) {
 	s.notes = append(s.notes, fmt.Sprintf(format, args...))
+}
+
+// reaches says whether all of these addresses, URLs, are reached.
+func (s *search) reaches(addresses ...string) bool {
+	for _, address := range addresses {
+		parsed, err := url.Parse(address)
+		if err != nil || s.person.Reaches == nil {
+			return false
+		}
+		port := map[string]int{"https": 443, "http": 80}[parsed.Scheme]
+		if given := parsed.Port(); given != "" {
+			port, _ = strconv.Atoi(given)
+		}
+		if port == 0 || !s.person.Reaches(parsed.Hostname(), port) {
+			return false
+		}
+	}
+	return true
+}
+
+// withoutSecrets is an address of http or https without user, password and
+// query; "" for anything else.
+func withoutSecrets(address string) string {
+	parsed, err := url.Parse(strings.TrimSpace(address))
+	if err != nil || parsed.Host == "" || parsed.Scheme != "https" && parsed.Scheme != "http" || strings.Contains(address, "${") {
+		return ""
+	}
+	parsed.User, parsed.RawQuery, parsed.Fragment = nil, "", ""
+	return parsed.String()
 }
 
 // dir returns the directory that a variable names, or one of the person's home.

@@ -220,13 +220,18 @@ func TestFindLeavesOutPrivateDirectories(t *testing.T) {
 func TestFindGo(t *testing.T) {
 	home := homeDir(t)
 	plant(t, home, map[string]string{
-		"sdk/bin/go": "#!/bin/sh\n[ \"$*\" = 'env -json GOROOT GOMODCACHE' ] && [ \"$GOTOOLCHAIN\" = local ] && [ -z \"$SECRET\" ] && echo '{\"GOROOT\": \"" + home + "/sdk\", \"GOMODCACHE\": \"" + home + "/mod\"}'\n",
+		"sdk/bin/go": "#!/bin/sh\n[ \"$*\" = 'env -json GOROOT GOMODCACHE GOPROXY' ] && [ \"$GOTOOLCHAIN\" = local ] && [ -z \"$SECRET\" ] && echo '{\"GOROOT\": \"" + home + "/sdk\", \"GOPROXY\": \"https://ada:secret@go.example,direct\", \"GOMODCACHE\": \"" + home + "/mod\"}'\n",
 		"mod/cache/": "", "broken/go": "#!/bin/sh\nexit 3\n",
 	})
 	found := find(t, Person{Home: home, Env: map[string]string{"PATH": home + "/sdk/bin:/usr/bin:/bin", "SECRET": "x"}})
 	want := []nucleus.Layer{{Name: "go", Host: home + "/sdk", Guest: "/opt/toolchains/go"}, {Name: "go modules", Host: home + "/mod", Guest: "/opt/caches/go-mod"}}
 	if !slices.Equal(found.Layers, want) || found.Env["GOPROXY"] != "off" || found.Env["GOMODCACHE"] != "/opt/caches/go-mod" || !strings.HasPrefix(found.Env["PATH"], "/opt/toolchains/go/bin:") {
 		t.Errorf("got %+v", found)
+	}
+	open := func(host string, port int) bool { return host == "go.example" && port == 443 }
+	found = find(t, Person{Home: home, Env: map[string]string{"PATH": home + "/sdk/bin"}, Reaches: open})
+	if found.Env["GOPROXY"] != "file:///opt/caches/go-mod/cache/download,https://go.example,direct" || found.Env["GOMODCACHE"] != "" {
+		t.Errorf("with its proxy reached: %+v", found)
 	}
 	found = find(t, Person{Home: home, Env: map[string]string{"PATH": home + "/broken"}})
 	if len(found.Layers) != 0 || len(found.Notes) != 1 {
@@ -236,6 +241,102 @@ func TestFindGo(t *testing.T) {
 	cancel()
 	if _, err := Find(ctx, Person{Home: home, Env: map[string]string{"PATH": home + "/sdk/bin"}}); err == nil {
 		t.Error("an ended context was ignored")
+	}
+}
+
+// cachesOf is a home with every cache that Find knows, and a canary in every
+// file beside them in which a tool keeps credentials.
+func cachesOf(canary string) map[string]string {
+	home := map[string]string{
+		".npm/_cacache/index-v5/x": "", ".cache/yarn/v6/x": "", ".yarn/berry/cache/x.zip": "", ".cargo/registry/cache/x": "",
+		".cargo/bin/cargo": "", ".cache/pip/http-v2/x.body": "", ".local/share/mise/installs/node/20.0.0/bin/node": "",
+		".asdf/installs/ruby/3.3.0/bin/ruby": "", ".nvm/versions/node/v20.0.0/bin/node": "", ".pyenv/versions/3.12.1/bin/python": "",
+		".rustup/toolchains/stable/bin/cargo": "", ".local/share/fnm/node-versions/v20.0.0/installation/bin/node": "",
+	}
+	for _, name := range []string{
+		".npmrc", ".npm/_logs/debug.log", ".npm/_npx/x", ".yarnrc", ".yarnrc.yml", ".yarn/releases/x", ".netrc", ".pypirc", ".cargo/credentials",
+		".cargo/credentials.toml", ".cargo/config.toml", ".cargo/env", ".config/pip/pip.conf", ".pip/pip.conf", ".cache/pip/selfcheck/x", ".config/go/env",
+		".config/pypoetry/auth.toml", ".local/share/uv/credentials/credentials.toml", ".config/mise/config.toml", ".local/share/mise/state",
+		".asdf/.asdfrc", ".nvm/.npmrc", ".pyenv/.env", ".rustup/settings.toml", ".git-credentials", ".ssh/id_ed25519", ".aws/credentials", ".docker/config.json",
+	} {
+		home[name] = canary
+	}
+	return home
+}
+
+// TestFindLeavesCredentials: nothing that Find layers or sets holds what lies
+// in the files in which tools keep credentials, with the network closed or open.
+func TestFindLeavesCredentials(t *testing.T) {
+	const canary = "canary-6d1f"
+	home := homeDir(t)
+	plant(t, home, cachesOf("registry=https://ada:"+canary+"@npm.example/?x="+canary+"\n"))
+	plant(t, home, map[string]string{"scratch/": "", "links/": "", "sdk/bin/go": "#!/bin/sh\necho '{\"GOROOT\": \"/nowhere\", \"GOMODCACHE\": \"" + home + "/go/pkg/mod\", \"GOPROXY\": \"https://ada:" + canary + "@go.example\"}'\n",
+		"go/pkg/mod/cache/x": "", "go/pkg/auth": canary})
+	env := map[string]string{
+		"PATH": home + "/sdk/bin:/usr/bin", "PIP_INDEX_URL": "https://ada:" + canary + "@pip.example/simple", "PIP_FIND_LINKS": home + "/links https://ada:" + canary + "@links.example/",
+		"NPM_TOKEN": canary, "GOAUTH": canary, "CARGO_REGISTRY_TOKEN": canary, "UV_INDEX_PYPI_PASSWORD": canary, "npm_config__authToken": canary,
+	}
+	looked := 0
+	for _, reaches := range []func(string, int) bool{nil, func(string, int) bool { return true }} {
+		found := find(t, Person{Home: home, Env: env, Scratch: home + "/scratch", Reaches: reaches})
+		for name, value := range found.Env {
+			if strings.Contains(value, canary) {
+				t.Errorf("%s is %q", name, value)
+			}
+		}
+		for _, layer := range found.Layers {
+			if holds(t, layer.Host, canary) {
+				t.Errorf("layer %q shows a credential", layer.Name)
+			}
+			looked++
+		}
+	}
+	if looked < 14 {
+		t.Errorf("only %d layers were looked at", looked)
+	}
+	// Control: the search finds what is there.
+	plant(t, home, map[string]string{".npm/_cacache/content": canary})
+	if !holds(t, filepath.Join(home, ".npm/_cacache"), canary) {
+		t.Error("the search finds nothing")
+	}
+}
+
+func holds(t *testing.T, dir, text string) (found bool) {
+	t.Helper()
+	must(t, filepath.WalkDir(dir, func(name string, entry os.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
+		}
+		data, err := os.ReadFile(name)
+		found = found || bytes.Contains(data, []byte(text))
+		return err
+	}))
+	return found
+}
+
+// TestFindByRegistry: what is set to work offline is what has its registry closed.
+func TestFindByRegistry(t *testing.T) {
+	home := homeDir(t)
+	plant(t, home, cachesOf(""))
+	plant(t, home, map[string]string{"scratch/": "", "links/": ""})
+	env := map[string]string{"PIP_FIND_LINKS": home + "/links"}
+	offline := map[string]string{ // what each sets, by the hosts of its registry
+		"registry.npmjs.org": "npm_config_cache", "registry.yarnpkg.com": "YARN_GLOBAL_FOLDER", "pypi.org files.pythonhosted.org": "PIP_NO_INDEX", "index.crates.io static.crates.io": "CARGO_NET_OFFLINE",
+	}
+	for open := range offline {
+		found := find(t, Person{Home: home, Env: env, Reaches: func(host string, port int) bool { return port == 443 && slices.Contains(strings.Fields(open), host) }})
+		for hosts, name := range offline {
+			if _, set := found.Env[name]; set == (hosts == open) {
+				t.Errorf("with %s open: %s is set: %t", open, name, set)
+			}
+		}
+		if found.Env["PIP_FIND_LINKS"] == "" {
+			t.Errorf("with %s open pip has no wheels", open)
+		}
+	}
+	// Half a registry is none.
+	if found := find(t, Person{Home: home, Env: env, Reaches: func(host string, _ int) bool { return host == "pypi.org" }}); found.Env["PIP_NO_INDEX"] == "" {
+		t.Errorf("without the files' host: %v", found.Env)
 	}
 }
 

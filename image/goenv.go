@@ -12,13 +12,16 @@ import (
 	"cal/nucleus"
 )
 
-// goPlaces is what go says of where its things lie.
-type goPlaces struct{ GOROOT, GOMODCACHE string }
+// goPlaces is what go says of where its things lie; GOPROXY without secrets.
+type goPlaces struct{ GOROOT, GOMODCACHE, GOPROXY string }
+
+// goQuestion asks for them.
+var goQuestion = []string{"env", "-json", "GOROOT", "GOMODCACHE", "GOPROXY"}
 
 func (p goPlaces) defaults() string { return filepath.Join(p.GOROOT, "go.env") }
 
 // goVariables are what the answer depends on, beside the files of goAnswer.
-var goVariables = []string{"GOROOT", "GOPATH", "GOMODCACHE", "GOENV", "XDG_CONFIG_HOME"}
+var goVariables = []string{"GOROOT", "GOPATH", "GOMODCACHE", "GOENV", "GOPROXY", "XDG_CONFIG_HOME"}
 
 // goAnswer is an answer of go, kept: asking takes longer than all else that a run has
 // to find out on the host. Asked is the digest of the question, the program
@@ -54,7 +57,7 @@ func (s *search) goEnv(ctx context.Context, program string) (goPlaces, error) {
 	if err != nil {
 		return goPlaces{}, err
 	}
-	question, err := json.Marshal([]any{env, program, binary, own})
+	question, err := json.Marshal([]any{env, program, goQuestion, binary, own})
 	if err != nil {
 		return goPlaces{}, err
 	}
@@ -66,7 +69,7 @@ func (s *search) goEnv(ctx context.Context, program string) (goPlaces, error) {
 			return last.Places, nil
 		}
 	}
-	ask := exec.CommandContext(ctx, program, "env", "-json", "GOROOT", "GOMODCACHE")
+	ask := exec.CommandContext(ctx, program, goQuestion...)
 	ask.Dir, ask.Env = "/", env
 	output, err := ask.Output()
 	if err != nil {
@@ -76,6 +79,7 @@ func (s *search) goEnv(ctx context.Context, program string) (goPlaces, error) {
 	if err := json.Unmarshal(output, &answer); err != nil {
 		return goPlaces{}, err
 	}
+	answer.GOPROXY = cleanProxies(answer.GOPROXY)
 	if s.person.Scratch != "" {
 		defaults, err := fileid.Of(answer.defaults())
 		if err != nil {

@@ -14,9 +14,10 @@ import (
 
 const askTimeout = 10 * time.Second
 
-// golang asks go itself. The module cache is shown read-only and used in place:
+// golang asks go itself. Without a network the module cache is used in place:
 // unpacking modules anew costs more than all else in a build. GOPROXY=off makes
-// what is missing fail at once instead of after a wait for a network.
+// what is missing fail at once instead of after a wait. With one, new modules need a
+// cache that can be written to, and the person's is the proxy that is asked first.
 func (s *search) golang(ctx context.Context) error {
 	program, ok := s.look("go")
 	if !ok {
@@ -33,10 +34,37 @@ func (s *search) golang(ctx context.Context) error {
 		return nil
 	}
 	s.program("go", answer.GOROOT, toolchains+"/go")
-	if at, ok := s.layer("go modules", answer.GOMODCACHE, caches+"/go-mod"); ok {
+	at, ok := s.layer("go modules", answer.GOMODCACHE, caches+"/go-mod")
+	reached := s.reaches(firstProxy(answer.GOPROXY))
+	switch {
+	case reached && ok:
+		s.env["GOPROXY"] = "file://" + at + "/cache/download," + answer.GOPROXY
+	case reached:
+		s.env["GOPROXY"] = answer.GOPROXY
+	case ok:
 		s.env["GOMODCACHE"], s.env["GOPROXY"] = at, "off"
 	}
 	return nil
+}
+
+// cleanProxies is a list of the person's proxies without what is secret in it.
+func cleanProxies(list string) string {
+	var kept []string
+	for entry := range strings.FieldsFuncSeq(list, func(r rune) bool { return r == ',' || r == '|' }) {
+		if entry != "direct" && entry != "off" {
+			entry = withoutSecrets(entry)
+		}
+		if entry != "" {
+			kept = append(kept, entry)
+		}
+	}
+	return strings.Join(kept, ",")
+}
+
+// firstProxy is the address in a clean list that is asked first; "" for none.
+func firstProxy(list string) string {
+	first, _, _ := strings.Cut(list, ",")
+	return first
 }
 
 func (s *search) nvm(context.Context) error {

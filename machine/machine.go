@@ -61,6 +61,9 @@ type Facts struct {
 	// tools' user is then uid 0 and the proxy must take all capabilities from it.
 	OneID bool `json:"one_id,omitempty"`
 
+	// Tasks is how many processes and threads a user of the machine may have; 0: any number.
+	Tasks int `json:"tasks,omitempty"`
+
 	// Env is what the image gives to the tools, PATH at least.
 	Env map[string]string `json:"env,omitempty"`
 }
@@ -109,7 +112,9 @@ type Machine interface {
 
 	Facts() Facts
 
-	// Limits says for cpu, memory and pids what holds and how.
+	// Limits says for cpu, memory and pids what holds and how. Memory and pids are
+	// limited by a driver whose tier is not none where the Spec says nothing, too: what
+	// runs away in a machine must not take the host with it. Such a limit may be watched.
 	Limits() []nucleus.Limit
 
 	// Paused delivers a reason each time the machine was stopped for exceeding a

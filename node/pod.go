@@ -21,6 +21,7 @@ import (
 	"cal/egress"
 	"cal/guest"
 	"cal/internal/durable"
+	"cal/internal/idmap"
 	"cal/machine"
 	"cal/nucleus"
 	"cal/policy"
@@ -337,7 +338,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStart,
 		Exposure: p.root.legs().Names(),
 		Data: data(map[string]any{
-			"boot": p.record.Boot, "outcome_key": reply.OutcomeKey, "proxy": reply.Version, "limits": p.machine.Limits(),
+			"boot": p.record.Boot, "outcome_key": reply.OutcomeKey, "proxy": reply.Version, "limits": p.machine.Limits(), "one_id": p.machine.Facts().OneID,
 			"proxy_sha256": n.proxyDigest(), "policy": p.record.Policy, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
 		}),
 	}); err != nil {
@@ -429,7 +430,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	config, err := json.Marshal(guest.Config{
 		ToolsUID: facts.ToolsUID, ToolsGID: facts.ToolsGID, AgentUID: facts.AgentUID, AgentGID: facts.AgentGID,
 		Mode: spec.Mode, Env: p.toolsEnv(facts), Layers: p.agentLayers(), Identity: spec.Identity,
-		MaxPids: spec.Resources.Pids, WaitAsk: waitAsk,
+		MaxPids: facts.Tasks, WaitAsk: waitAsk,
 	})
 	if err != nil {
 		return reply, err
@@ -830,7 +831,7 @@ func (n *Node) teardown(p *Pod) error {
 	if err != nil {
 		return fmt.Errorf("removing the machine of pod %s: %w", p.record.ID, err)
 	}
-	if err := os.RemoveAll(p.dir); err != nil {
+	if err := idmap.RemoveAll(ctx, p.dir); err != nil {
 		return err
 	}
 	if p.ahead != "" { // where the start ended before the pod's own record was there

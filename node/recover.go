@@ -12,6 +12,7 @@ import (
 
 	"cal/guest"
 	"cal/internal/durable"
+	"cal/internal/idmap"
 	"cal/nucleus"
 	"cal/policy"
 	"cal/wire"
@@ -171,5 +172,5 @@ func (n *Node) removeDir(ctx context.Context, dir string) error {
 			return err
 		}
 	}
-	return os.RemoveAll(dir)
+	return idmap.RemoveAll(ctx, dir)
 }

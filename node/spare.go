@@ -14,6 +14,7 @@ import (
 
 	"cal/internal/durable"
 	"cal/internal/fileid"
+	"cal/internal/idmap"
 	"cal/machine"
 	"cal/nucleus"
 )
@@ -187,7 +188,7 @@ func (s *spares) discard(old *spare) {
 	<-old.ready
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	err := old.err
+	var err error // of removing; why a start failed has been said
 	if old.machine != nil {
 		err = old.machine.Destroy(ctx)
 	}
@@ -195,7 +196,7 @@ func (s *spares) discard(old *spare) {
 		err = old.driver.Remove(ctx, old.spec.Dir)
 	}
 	if err == nil {
-		err = os.RemoveAll(old.dir)
+		err = idmap.RemoveAll(ctx, old.dir)
 	}
 	if err == nil {
 		err = durable.Remove(old.note)

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	approvals "cal/approval/client"
+	"cal/internal/idmap"
 	"cal/internal/keyfile"
 	"cal/node/client"
 	"cal/nucleus"
@@ -132,7 +133,7 @@ func (h Home) DeleteWorkspace(ctx context.Context, name string) error {
 			}
 		}
 	}
-	return os.RemoveAll(dir)
+	return idmap.RemoveAll(ctx, dir)
 }
 
 // ErrNoNode says that no node runs.

@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"cal/image"
 	"cal/internal/git"
@@ -145,7 +146,7 @@ func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[strin
 		return nil
 	}
 	p.Spec.Image = nucleus.Image{Kind: "host"}
-	found, err := image.Find(ctx, image.Person{Home: home, Env: env, Scratch: filepath.Join(h.Dir, "cache")})
+	found, err := image.Find(ctx, image.Person{Home: home, Env: env, Scratch: filepath.Join(h.Dir, "cache"), Reaches: reaches(p.Spec.Policy)})
 	if err != nil {
 		return err
 	}
@@ -162,6 +163,28 @@ func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[strin
 		}
 	}
 	return nil
+}
+
+// reaches says which hosts the policy opens, be it after an approval: whoever names a
+// registry wants it asked, and a refusal then says what is missing.
+func reaches(raw json.RawMessage) func(host string, port int) bool {
+	effective, err := policyFrom(raw)
+	return func(host string, port int) bool {
+		if err != nil {
+			return false
+		}
+		decision := effective.Decide(nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: host, Port: port}}, nucleus.Context{UnixMilli: time.Now().UnixMilli()})
+		return decision.Verdict != nucleus.Deny
+	}
+}
+
+// policyFrom reads what policyOf made.
+func policyFrom(raw json.RawMessage) (*policy.Policy, error) {
+	var name string
+	if json.Unmarshal(raw, &name) == nil {
+		return policy.Profile(name)
+	}
+	return policy.Load("policy", raw)
 }
 
 func (h Home) planRepo(ctx context.Context, p *Plan, o RunOptions) error {

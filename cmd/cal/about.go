@@ -118,6 +118,7 @@ func doctorCommand() *cobra.Command {
 		OK     bool   `json:"ok"`
 		Cause  string `json:"cause,omitempty"`
 		Mend   string `json:"mend,omitempty"`
+		Remark string `json:"remark,omitempty"` // what would make machines stronger here
 		Millis int64  `json:"ms"`
 	}
 	var asJSON bool
@@ -142,12 +143,20 @@ func doctorCommand() *cobra.Command {
 				} else if err != nil {
 					c.Cause = err.Error()
 				}
+				if d, ok := d.(interface{ Remark(context.Context) string }); ok && c.OK {
+					c.Remark = d.Remark(cmd.Context())
+				}
 				works = works || c.OK
 				checks = append(checks, c)
 			}
 			err = printList(checks, asJSON, "DRIVER\tTIER\tWORKS\tTIME\tCAUSE\tMEND", func(c check) string {
 				return fmt.Sprintf("%s\t%s\t%v\t%d ms\t%s\t%s", c.Driver, c.Tier, c.OK, c.Millis, c.Cause, c.Mend)
 			})
+			for _, c := range checks {
+				if c.Remark != "" && !asJSON {
+					fmt.Fprintf(cmd.OutOrStdout(), "\n%s: %s\n", c.Driver, c.Remark)
+				}
+			}
 			if err == nil && !works {
 				err = errors.New("no machine can be started here")
 			}

@@ -58,8 +58,8 @@ func runCommand() *cobra.Command {
 	f.BoolVar(&o.Trust, "trust", false, "the repository holds nothing that a stranger wrote")
 	f.BoolVar(&o.NoTTY, "no-tty", false, "no terminal, even where there is one")
 	f.IntVar(&o.CPU, "cpu", 0, "limit in cores")
-	f.IntVar(&o.MemoryMB, "memory", 0, "limit in MiB")
-	f.IntVar(&o.Pids, "pids", 0, "limit in processes")
+	f.IntVar(&o.MemoryMB, "memory", 0, "limit in MiB (none stated: half of the host's, watched)")
+	f.IntVar(&o.Pids, "pids", 0, "limit in processes and threads (none stated: 2048)")
 	f.StringSliceVar(&o.AllowWatched, "allow-watched", nil, "resources whose limit may be watched where it cannot be enforced")
 	f.BoolVarP(&yes, "yes", "y", false, "answer the launch confirmation (never an approval)")
 	return cmd

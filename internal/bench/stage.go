@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"cal/internal/idmap"
 	"cal/internal/keyfile"
 	"cal/node/client"
 	"cal/nucleus"
@@ -44,7 +45,7 @@ func newStage(ctx context.Context, bin string) (*stage, error) {
 
 func (s *stage) close() {
 	s.cal(context.Background(), "node", "stop", "--all")
-	os.RemoveAll(s.dir)
+	_ = idmap.RemoveAll(context.Background(), s.dir)
 }
 
 func (s *stage) cal(ctx context.Context, args ...string) (string, error) {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/creack/pty"
 
+	"cal/internal/idmap"
 	"cal/internal/script"
 )
 
@@ -372,7 +373,7 @@ func (s *stage) close(keep bool) error {
 		fmt.Println("kept:", s.dir)
 		return nil
 	}
-	return os.RemoveAll(s.dir)
+	return idmap.RemoveAll(context.Background(), s.dir)
 }
 
 // site is two web servers on loopback: one that a rule of the demo's policy names, with

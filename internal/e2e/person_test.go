@@ -286,7 +286,7 @@ func TestInterruptedTransfer(t *testing.T) {
 	// On its way back.
 	r := e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--", "sh", "-c", "head -c 48000000 /dev/urandom > back && git add back && git -c user.name=a -c user.email=a@b commit -q -m back"))
 	testenv.Eventually(t, time.Minute, "something comes back", func() bool {
-		found, _ := filepath.Glob(filepath.Join(e.CAL, "run", "pods", "*", "bundle-*"))
+		found, _ := filepath.Glob(filepath.Join(e.CAL, "isolation", "vms", "greeter", "repos", "*.work", "*.git", "objects", "pack", "tmp_pack_*"))
 		return len(found) > 0
 	})
 	interrupt("coming back", r)

@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cal/audit"
+	"cal/internal/idmap"
 	"cal/internal/keyfile"
 	"cal/node/client"
 	"cal/nucleus"
@@ -45,6 +46,9 @@ type Env struct {
 
 	// Credential is whom commands run as; nil: whoever runs the test.
 	Credential *syscall.Credential
+
+	// As, where set, runs the commands given to it as Credential; see SubIDs.
+	As []string
 
 	t *testing.T
 }
@@ -111,15 +115,21 @@ func root(t *testing.T) string {
 // Agents puts the real coding agents of $CAL_TEST_AGENTS in front of PATH, or skips.
 func (e *Env) Agents() {
 	e.t.Helper()
+	e.Vars["PATH"] = e.Package(".bin") + ":" + e.Vars["PATH"]
+}
+
+// Package returns the directory of an npm package that tests drive, or skips.
+func (e *Env) Package(name string) string {
+	e.t.Helper()
 	dir := os.Getenv("CAL_TEST_AGENTS")
 	if dir == "" {
 		dir = filepath.Join(root(e.t), ".cache", "agents", "node_modules")
 	}
-	bin := filepath.Join(dir, ".bin")
-	if _, err := os.Stat(bin); err != nil {
-		e.t.Skipf("no coding agents: %v (make agents installs them; CAL_TEST_AGENTS names another node_modules)", err)
+	dir = filepath.Join(dir, filepath.FromSlash(name))
+	if _, err := os.Stat(dir); err != nil {
+		e.t.Skipf("no %s: %v (make agents installs what tests take from npm; CAL_TEST_AGENTS names another node_modules)", name, err)
 	}
-	e.Vars["PATH"] = bin + ":" + e.Vars["PATH"]
+	return dir
 }
 
 // Build compiles a program of this module as a static one that runs in a machine.
@@ -191,12 +201,15 @@ func (e *Env) Command(name string, args ...string) *exec.Cmd {
 	if slices.Contains(programs, name) {
 		name = filepath.Join(e.Bin, name)
 	}
+	if e.As != nil {
+		name, args = e.As[0], slices.Concat(e.As[1:], []string{name}, args)
+	}
 	cmd := exec.Command(name, args...)
 	cmd.Dir = e.Home
 	for _, key := range slices.Sorted(maps.Keys(e.Vars)) {
 		cmd.Env = append(cmd.Env, key+"="+e.Vars[key])
 	}
-	if e.Credential != nil {
+	if e.Credential != nil && e.As == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: e.Credential}
 	}
 	return cmd
@@ -348,10 +361,11 @@ func (e *Env) close() {
 		time.Sleep(10 * time.Millisecond) // daemons answer before they have ended
 	}
 	if len(left) > 0 {
-		e.t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+		log, _ := os.ReadFile(filepath.Join(e.CAL, "run", "node.log"))
+		e.t.Errorf("left behind:\n%s\nthe node says:\n%s", strings.Join(left, "\n"), log)
 	}
 	e.reap()
-	if err := os.RemoveAll(e.Dir); err != nil {
+	if err := idmap.RemoveAll(context.Background(), e.Dir); err != nil {
 		e.t.Error(err)
 	}
 }

@@ -77,7 +77,7 @@ func benchStart(b *testing.B, driver *Driver, resources nucleus.Resources) {
 		for range b.N {
 			b.StopTimer()
 			spec := benchSpec(b, resources)
-			rec, err := driver.begin(spec)
+			rec, err := driver.begin(b.Context(), spec)
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -21,7 +21,7 @@ import (
 // assemble makes the machine's root and bundle.
 func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) error {
 	if rec.IDBase != 0 {
-		if err := giveWorkspace(spec.Workspace, rec.IDBase); err != nil {
+		if err := rec.giveWorkspace(ctx, spec.Workspace); err != nil {
 			return fmt.Errorf("workspace: %w", err)
 		}
 	}
@@ -31,7 +31,7 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 	}
 	rec.Facts.Env = root.Env
 	place := place(spec.Dir)
-	covers, err := d.covers(ctx, root, place)
+	covers, err := d.covers(ctx, root, place, *rec)
 	if err != nil {
 		return err
 	}
@@ -48,6 +48,9 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 	if err != nil {
 		return err
 	}
+	if err := rec.showAt(place, d.config.Runsc, append(binds, image.Bind{Host: spec.Workspace})); err != nil {
+		return err
+	}
 	root.Binds = binds
 	if err := root.Build(skeleton, "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", nucleus.MachineAgent, nucleus.MachineWorkspace); err != nil {
 		return fmt.Errorf("root skeleton: %w", err)
@@ -58,10 +61,10 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 	return writeConfig(place, d.config.oci(spec, *rec, append(binds, covers...)))
 }
 
-// covers returns binds that hide what `other` cannot read. Started as root the
-// host's kernel refuses such files to the machine's ids, and there is nothing to hide.
-func (d *Driver) covers(ctx context.Context, root image.Root, place place) ([]image.Bind, error) {
-	if !d.ordinary {
+// covers returns binds that hide what `other` cannot read. Where a machine has ids
+// of its own the host's kernel refuses such files to them, and there is nothing to hide.
+func (d *Driver) covers(ctx context.Context, root image.Root, place place, rec record) ([]image.Bind, error) {
+	if !rec.Facts.OneID {
 		return nil, nil
 	}
 	var covers []image.Bind
@@ -123,18 +126,13 @@ var capabilities = []string{
 	"CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT", "CAP_SYS_PTRACE", "CAP_SYS_RESOURCE",
 }
 
-const defaultPids = 1 << 20
-
 // oci is the bundle's config.json.
 func (c Config) oci(spec machine.Spec, rec record, binds []image.Bind) specs.Spec {
-	pids := uint64(defaultPids)
-	if rec.Pids != 0 {
-		pids = uint64(rec.Pids)
-	}
+	pids := uint64(rec.Pids)
 	return specs.Spec{
 		Version:  specs.Version,
 		Hostname: "cal",
-		Root:     &specs.Root{Path: rec.rootfs(place(spec.Dir)), Readonly: true},
+		Root:     &specs.Root{Path: rec.root(place(spec.Dir)), Readonly: true},
 		Process: &specs.Process{
 			Args:            []string{nucleus.MachineProxy, "init"},
 			Env:             []string{"PATH=" + image.DefaultPath},
@@ -155,14 +153,16 @@ func (c Config) oci(spec machine.Spec, rec record, binds []image.Bind) specs.Spe
 
 func (c Config) mounts(spec machine.Spec, rec record, binds []image.Bind) []specs.Mount {
 	uid, gid := fmt.Sprintf("uid=%d", rec.Facts.ToolsUID), fmt.Sprintf("gid=%d", rec.Facts.ToolsGID)
+	// Files there are memory. A full file system is an answer, a paused machine is none.
+	size := fmt.Sprintf("size=%d", max(rec.Memory, rec.MaxWatch)/2)
 	mounts := []specs.Mount{
 		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "nodev", "noexec"}},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"ro", "nosuid", "nodev", "noexec"}},
 		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid"}},
-		scratch("/dev/shm", "mode=1777"),
-		scratch("/tmp", "mode=1777"),
-		scratch("/run", "mode=755"),
-		scratch(nucleus.MachineHome, "mode=755", uid, gid),
+		scratch("/dev/shm", "mode=1777", size),
+		scratch("/tmp", "mode=1777", size),
+		scratch("/run", "mode=755", size),
+		scratch(nucleus.MachineHome, "mode=755", uid, gid, size),
 	}
 	for _, bind := range binds {
 		mounts = append(mounts, specs.Mount{
@@ -226,7 +226,7 @@ func scratch(where string, options ...string) specs.Mount {
 }
 
 func (r record) linux() *specs.Linux {
-	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: r.IDBase, Size: idCount}}
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: r.IDBase, Size: r.idCount()}}
 	if r.IDBase == 0 {
 		// runsc has by then entered a user namespace in which the user is 0.
 		ids = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 0, Size: 1}}

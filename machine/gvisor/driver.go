@@ -7,7 +7,8 @@
 // at any moment. Promise: started as root, no process of a machine has the host's
 // uid 0 or a capability outside its own user namespace, and files that `other`
 // cannot read are closed to it by the host's kernel; started by an ordinary user
-// such files are covered. No socket, fifo or device of the host can be named. What was made is
+// with subordinate ids, the same, and no process has that user's id; started by
+// one without, such files are covered. No socket, fifo or device of the host can be named. What was made is
 // written down before it is made and can be removed from that record.
 //
 // BUG: an ordinary user without subordinate ids gets a user namespace with one
@@ -26,6 +27,7 @@ import (
 
 	"cal/image"
 	"cal/internal/durable"
+	"cal/internal/idmap"
 	"cal/machine"
 	"cal/nucleus"
 )
@@ -44,6 +46,9 @@ type Config struct {
 	Scratch  string        // where Probe makes and removes a directory; empty: the system's
 	Patience time.Duration // of Probe; 0: 10 s
 
+	// Usual limits machines whose Spec does not; a zero field: see usual.
+	Usual nucleus.Resources
+
 	// Screen is what is known of files that are not for everybody; one for all
 	// drivers of a process saves reading. nil: the driver's own.
 	Screen *image.Screen
@@ -52,7 +57,9 @@ type Config struct {
 // Driver makes machines with runsc.
 type Driver struct {
 	config   Config
-	ordinary bool // not root: one id, no cgroup
+	ordinary bool // not root: no cgroup, and one id or subordinate ones
+
+	subordinate func(context.Context) (idmap.Map, error) // of the person; an error that says why not
 }
 
 // New returns a driver that has not been probed.
@@ -72,10 +79,17 @@ func New(config Config) *Driver {
 	if config.Patience == 0 {
 		config.Patience = 10 * time.Second
 	}
+	limits := usual("/proc/meminfo")
+	if config.Usual.Pids == 0 {
+		config.Usual.Pids = limits.Pids
+	}
+	if config.Usual.MemoryMB == 0 {
+		config.Usual.MemoryMB = limits.MemoryMB
+	}
 	if config.Screen == nil {
 		config.Screen = new(image.Screen)
 	}
-	return &Driver{config: config, ordinary: os.Geteuid() != 0}
+	return &Driver{config: config, ordinary: os.Geteuid() != 0, subordinate: (&subordinate{}).find}
 }
 
 // Name implements machine.Driver.
@@ -113,21 +127,29 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 		defer cancel()
 		err = errors.Join(err, d.clear(ctx, place), place.unlock(held))
 	}()
-	rec, err := d.begin(spec)
+	rec, err := d.begin(ctx, spec)
 	if err != nil {
 		return nil, err
 	}
 	if err := d.assemble(ctx, spec, &rec); err != nil {
 		return nil, err
 	}
-	return d.start(ctx, place, rec, held)
+	m, err := d.start(ctx, place, rec, held)
+	if err != nil {
+		return nil, err // no machine, rather than an interface that holds none
+	}
+	return m, nil
 }
 
 // begin decides what the machine will be, and writes it down before anything is
 // made of it.
-func (d *Driver) begin(spec machine.Spec) (record, error) {
+func (d *Driver) begin(ctx context.Context, spec machine.Spec) (record, error) {
 	rec := record{Driver: d.Name(), ID: spec.ID, Created: time.Now().UTC().Format(time.RFC3339Nano)}
-	if !d.ordinary {
+	if d.ordinary {
+		if err := d.ordinaryIDs(ctx, &rec, spec.Workspace); err != nil {
+			return record{}, err
+		}
+	} else {
 		base, err := idBase(spec.Workspace)
 		if err != nil {
 			return record{}, err
@@ -148,17 +170,18 @@ func (d *Driver) begin(spec machine.Spec) (record, error) {
 	if group == "" {
 		rec.Cgroup = ""
 	}
-	rec.limit(spec.Resources)
-	rec.Facts = d.facts()
+	rec.limit(spec.Resources, d.config.Usual)
+	rec.Facts = rec.facts()
+	rec.Facts.Tasks = rec.Pids
 	if err := spec.States(rec.Limits); err != nil {
 		return record{}, err
 	}
 	return rec, rec.setCgroup(d.config.Cgroups)
 }
 
-func (d *Driver) facts() machine.Facts {
+func (r record) facts() machine.Facts {
 	facts := machine.Facts{ToolsUID: machine.ToolsID, ToolsGID: machine.ToolsID, AgentUID: machine.AgentID, AgentGID: machine.AgentID}
-	if d.ordinary {
+	if r.IDBase == 0 {
 		facts.ToolsUID, facts.ToolsGID, facts.OneID = 0, 0, true
 	}
 	return facts

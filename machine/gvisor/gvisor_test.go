@@ -1,26 +1,35 @@
 package gvisor
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 
 	"cal/image"
+	"cal/internal/idmap"
+	"cal/internal/testenv/subids"
 	"cal/machine"
 	"cal/machine/machinetest"
 )
 
-// The tests run twice where they are started as root: as root, and as an
-// ordinary user by a copy of this program with these in its environment.
+// The tests run three times where they are started as root: as root, and as an
+// ordinary user without and with subordinate ids, by a copy of this program with
+// these in its environment.
 const (
 	asOrdinary = "CAL_TEST_ORDINARY" // directory that holds runsc, testguest and scratch
 	ordinaryID = 64321
+
+	withSubIDs  = "CAL_TEST_SUBIDS" // the user has these
+	firstSubUID = 300000
+	firstSubGID = 400000
 )
 
 // bench is what the tests of this package share; see TestMain.
@@ -93,9 +102,35 @@ func host(t *testing.T) machinetest.Host {
 		Driver:  func() machine.Driver { return New(Config{Runsc: b.runsc, Screen: &screen}) },
 		Proxy:   b.guest,
 		Scratch: b.dir,
+		Read:    readWorkspace,
+		Copy:    copyWorkspace,
 		Kill:    killSandbox,
 		Left:    left,
 	}
+}
+
+// readWorkspace reads as a person can who has subordinate ids.
+func readWorkspace(path string) ([]byte, error) {
+	if os.Getenv(withSubIDs) == "" {
+		return os.ReadFile(path)
+	}
+	ids, err := idmap.Find()
+	if err != nil {
+		return nil, err
+	}
+	return ids.Run(context.Background(), "cat", "--", path)
+}
+
+func copyWorkspace(t *testing.T, workspace string) string {
+	if os.Getenv(withSubIDs) == "" {
+		return workspace
+	}
+	ids, err := idmap.Find()
+	must(t, err)
+	to := filepath.Join(t.TempDir(), "copy")
+	_, err = ids.Run(t.Context(), "sh", "-c", `cp -a "$1" "$2" && chown -hR 0:0 "$2"`, "sh", workspace, to)
+	must(t, err)
+	return to
 }
 
 func sandboxOf(t *testing.T, dir string) process {
@@ -164,11 +199,50 @@ func TestConformance(t *testing.T) {
 
 // TestOrdinaryUser runs all other tests as a user without any rights.
 func TestOrdinaryUser(t *testing.T) {
+	again, _ := asUser(t, "user")
+	again.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinaryID, Gid: ordinaryID}}
+	t.Parallel()
+	output, err := again.CombinedOutput()
+	if err != nil {
+		t.Fatalf("as user %d: %v\n%s", ordinaryID, err, output)
+	}
+	t.Logf("as user %d:\n%s", ordinaryID, output)
+}
+
+// TestSubordinateIDs runs all other tests as a user with subordinate ids, a home
+// that is closed to others, and a group more than its own. The host's tables of
+// users stay as they are: the child sees others, in a mount namespace of its own.
+func TestSubordinateIDs(t *testing.T) {
+	again, dir := asUser(t, "sub")
+	as, err := subids.As(dir, ordinaryID, firstSubUID, firstSubGID)
+	if err != nil {
+		t.Skipf("no subordinate ids on this host: %v", err)
+	}
+	for _, name := range []string{"home", "scratch"} {
+		must(t, os.Chmod(filepath.Join(dir, name), 0o700))
+	}
+	again.Args = slices.Concat(as, []string{again.Path}, again.Args[1:])
+	again.Path, err = exec.LookPath(as[0])
+	must(t, err)
+	again.Env = append(again.Env, withSubIDs+"=1")
+	t.Parallel()
+	output, err := again.CombinedOutput()
+	if err != nil {
+		t.Fatalf("with subordinate ids: %v\n%s", err, output)
+	}
+	if !strings.Contains(string(output), "machines have ids of their own") {
+		t.Errorf("the tests ran without:\n%s", output)
+	}
+	t.Logf("with subordinate ids:\n%s", output)
+}
+
+// asUser prepares a directory and a command that runs all tests again.
+func asUser(t *testing.T, name string) (again *exec.Cmd, dir string) {
 	if os.Geteuid() != 0 {
 		t.Skip("this is the ordinary user")
 	}
 	b := need(t)
-	dir := filepath.Join(b.dir, "user")
+	dir = filepath.Join(b.dir, name)
 	must(t, os.Mkdir(dir, 0o755))
 	for name, source := range map[string]string{"runsc": b.runsc, "testguest": b.guest, "tests": "/proc/self/exe"} {
 		must(t, copyProgram(filepath.Join(dir, name), source))
@@ -177,21 +251,14 @@ func TestOrdinaryUser(t *testing.T) {
 		must(t, os.Mkdir(filepath.Join(dir, name), 0o755))
 		must(t, os.Chown(filepath.Join(dir, name), ordinaryID, ordinaryID))
 	}
-	// Only now: a program that another test's child holds open for writing cannot be run.
-	t.Parallel()
-	args := []string{"-test.v=" + fmt.Sprint(testing.Verbose()), "-test.timeout=5m"}
+	args := []string{"-test.v", "-test.timeout=5m"}
 	if testing.Short() {
 		args = append(args, "-test.short")
 	}
-	again := exec.CommandContext(t.Context(), filepath.Join(dir, "tests"), args...)
+	again = exec.CommandContext(t.Context(), filepath.Join(dir, "tests"), args...)
 	again.Dir = filepath.Join(dir, "scratch")
 	again.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir + "/home", "TMPDIR=" + dir + "/scratch", asOrdinary + "=" + dir}
-	again.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinaryID, Gid: ordinaryID}}
-	output, err := again.CombinedOutput()
-	if err != nil {
-		t.Fatalf("as user %d: %v\n%s", ordinaryID, err, output)
-	}
-	t.Logf("as user %d:\n%s", ordinaryID, output)
+	return again, dir
 }
 
 func copyProgram(to, from string) error {

@@ -23,9 +23,16 @@ import (
 //
 //   - cpu: by cgroup quota, else by the processors on which the sandbox may run;
 //     both bind from its first instruction.
-//   - memory: by cgroup, else watched.
+//   - memory: by cgroup, else watched; watched too where the Spec states none,
+//     because a cgroup costs time at each start.
 //   - pids: by the sentry, for each user of the machine; the proxy is exempt.
-func (r *record) limit(want nucleus.Resources) {
+func (r *record) limit(want, usual nucleus.Resources) {
+	if want.Pids == 0 {
+		want.Pids = usual.Pids
+	}
+	if want.MemoryMB == 0 {
+		want.MemoryMB = usual.MemoryMB
+	}
 	r.CPU, r.Pids = want.CPU, want.Pids
 	limits := map[string]nucleus.Limit{}
 	if want.CPU > 0 {
@@ -53,6 +60,24 @@ func (r *record) limit(want nucleus.Resources) {
 		r.Limits = append(r.Limits, limit)
 	}
 }
+
+// usual is what limits a machine whose Spec does not: enough tasks for large
+// builds, which cost the host about half a megabyte each, and half of its memory.
+func usual(meminfo string) nucleus.Resources {
+	limits := nucleus.Resources{Pids: 2048, MemoryMB: leastMemory}
+	data, _ := os.ReadFile(meminfo)
+	for line := range strings.Lines(string(data)) {
+		if fields := strings.Fields(line); len(fields) > 1 && fields[0] == "MemTotal:" {
+			if kilobytes, err := strconv.Atoi(fields[1]); err == nil {
+				limits.MemoryMB = max(leastMemory, kilobytes>>11)
+			}
+		}
+	}
+	return limits
+}
+
+// leastMemory, in MB, is where a host does not say how much it has.
+const leastMemory = 1024
 
 const quotaPeriod = 100000 // microseconds, the kernel's own default
 
@@ -234,32 +259,75 @@ func someProcessors(n int) (set unix.CPUSet, err error) {
 	return set, nil
 }
 
-// memoryOf returns the bytes that a sandbox holds: the guest's memory and files
-// in memory, all of which lie in one memfd, and the sentry's own.
-func memoryOf(pid int) (int64, error) {
-	dir := fmt.Sprintf("/proc/%d/fd", pid)
-	entries, err := os.ReadDir(dir)
+// gauge measures the bytes that a sandbox holds: the guest's memory and files in
+// memory, all of which lie in memfds that it makes at its start, and the sentry's own.
+type gauge struct{ files []*os.File }
+
+// lastDescriptor is up to which number a sandbox's are searched for memfds; those
+// come with its start.
+const lastDescriptor = 256
+
+// open takes copies of the memfds. /proc/PID/fd would show them to a process of the same
+// user only; this asks for the right to trace, which the owner of the sandbox's
+// user namespace has.
+func (g *gauge) open(sandbox process) error {
+	conn, err := sandbox.file.SyscallConn()
 	if err != nil {
-		return 0, err
+		return err
 	}
-	total, found := int64(0), false
-	for _, entry := range entries {
-		name := filepath.Join(dir, entry.Name())
-		target, err := os.Readlink(name)
-		if err != nil || !strings.HasPrefix(target, "/memfd:") {
-			continue
-		}
-		var stat unix.Stat_t
-		if err := unix.Stat(name, &stat); err == nil {
-			total += stat.Blocks * 512
+	found := false
+	control := conn.Control(func(pidfd uintptr) {
+		for number := range lastDescriptor {
+			fd, failed := unix.PidfdGetfd(int(pidfd), number, 0)
+			if errors.Is(failed, unix.EBADF) {
+				continue
+			}
+			if err = failed; err != nil {
+				return
+			}
+			file := os.NewFile(uintptr(fd), "memory of a sandbox")
+			target, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+			if !strings.HasPrefix(target, "/memfd:") {
+				file.Close()
+				continue
+			}
 			found = found || strings.HasPrefix(target, "/memfd:runsc-memory")
+			g.files = append(g.files, file)
 		}
+	})
+	if err := errors.Join(control, err); err != nil {
+		g.close()
+		return fmt.Errorf("descriptors of sandbox %d: %w", sandbox.pid, err)
 	}
 	if !found {
-		return 0, fmt.Errorf("%s shows no memory of a guest", dir)
+		g.close()
+		return fmt.Errorf("sandbox %d shows no memory of a guest", sandbox.pid)
 	}
-	private, err := privateMemory(pid)
-	return total + private, err
+	return nil
+}
+
+func (g *gauge) used(sandbox process) (int64, error) {
+	if g.files == nil {
+		if err := g.open(sandbox); err != nil {
+			return 0, err
+		}
+	}
+	total, err := privateMemory(sandbox.pid)
+	for _, file := range g.files {
+		var stat unix.Stat_t
+		if err := unix.Fstat(int(file.Fd()), &stat); err != nil {
+			return 0, err
+		}
+		total += stat.Blocks * 512
+	}
+	return total, err
+}
+
+func (g *gauge) close() {
+	for _, file := range g.files {
+		file.Close()
+	}
+	g.files = nil
 }
 
 func privateMemory(pid int) (int64, error) {

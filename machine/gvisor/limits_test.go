@@ -1,14 +1,20 @@
 package gvisor
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"cal/machine"
 	"cal/machine/machinetest"
@@ -97,8 +103,38 @@ func watched(t *testing.T, m machine.Machine, guest *machinetest.Guest) {
 	select {
 	case reason := <-m.Paused():
 		t.Errorf("paused after the memory was given back: %s", reason)
-	case <-time.After(resumeGrace + watchEvery):
+	case <-time.After(resumeGrace + 4*watchEvery):
 	}
+}
+
+// TestUsualLimits: a machine for which nobody stated a limit has some.
+func TestUsualLimits(t *testing.T) {
+	t.Parallel()
+	h := host(t)
+	h.Driver = func() machine.Driver {
+		return New(Config{Runsc: shared.runsc, Screen: &screen, Usual: nucleus.Resources{MemoryMB: 300, Pids: 100}})
+	}
+	m, guest := h.Create(t, h.Spec(t))
+	tools := m.Facts().ToolsUID
+	if reply := guest.Try(script.Action{Do: "fork", N: 200, UID: tools}); reply.Err == "" {
+		t.Errorf("200 processes where 100 are usual: %+v", reply)
+	}
+	// Files in memory end before the memory does, and nothing is paused for them.
+	for _, dir := range []string{"/tmp", "/dev/shm", nucleus.MachineHome} {
+		full := dir + "/full"
+		if reply := guest.Try(script.Action{Do: "run", Path: "/", Args: []string{"sh", "-c", "head -c 200000000 /dev/zero > " + full}, UID: tools}); !strings.Contains(reply.Data+reply.Err, "No space left") {
+			t.Errorf("200 MB in %s: %+v", dir, reply)
+		}
+		guest.Must(script.Action{Do: "remove", Path: full, UID: tools})
+		guest.Must(script.Action{Do: "run", Path: "/", Args: []string{"sh", "-c", "head -c 50000000 /dev/zero > " + full}, UID: tools}) // control
+		guest.Must(script.Action{Do: "remove", Path: full, UID: tools})
+	}
+	select {
+	case reason := <-m.Paused():
+		t.Errorf("paused: %s", reason)
+	default:
+	}
+	watched(t, m, guest)
 }
 
 func processorsOf(t *testing.T, pid int) string {
@@ -146,7 +182,7 @@ func TestCgroupVersion2(t *testing.T) {
 		t.Fatalf("%q, %v", name, err)
 	}
 	rec := record{Cgroup: name}
-	rec.limit(nucleus.Resources{CPU: 2, MemoryMB: 512})
+	rec.limit(nucleus.Resources{CPU: 2, MemoryMB: 512}, nucleus.Resources{})
 	must(t, rec.setCgroup(mount))
 	for file, want := range map[string]string{"memory.max": "536870912", "cpu.max": "200000 100000"} {
 		if data, err := os.ReadFile(filepath.Join(mount, name, file)); err != nil || string(data) != want {
@@ -171,7 +207,7 @@ func TestCgroupWithoutControllers(t *testing.T) {
 		t.Errorf("the cgroup is left: %v", err)
 	}
 	rec := record{}
-	rec.limit(nucleus.Resources{MemoryMB: 512})
+	rec.limit(nucleus.Resources{MemoryMB: 512}, nucleus.Resources{})
 	if rec.Limits[1].How != machine.Watched || rec.MaxWatch != 512<<20 {
 		t.Errorf("%+v", rec)
 	}
@@ -189,7 +225,7 @@ func TestProcessors(t *testing.T) {
 	cmd := exec.Command("/usr/bin/grep", "Cpus_allowed_list", "/proc/self/status")
 	output, err := cmd.StdoutPipe()
 	must(t, err)
-	must(t, startOn(cmd, 1))
+	must(t, startOn(cmd.Start, 1))
 	line := make([]byte, 100)
 	n, err := output.Read(line)
 	must(t, err)
@@ -197,4 +233,51 @@ func TestProcessors(t *testing.T) {
 	if strings.ContainsAny(string(line[:n]), "-,") {
 		t.Errorf("child runs on %s", line[:n])
 	}
+}
+
+// TestCgroupVersion2Real takes a tree of the kernel's own. Where version 1 holds the
+// controllers, as a hybrid host has it, nothing may be promised and nothing be left.
+func TestCgroupVersion2Real(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root mounts a cgroup tree")
+	}
+	mount, ended := t.TempDir(), make(chan struct{})
+	go func() {
+		defer close(ended)
+		runtime.LockOSThread() // for ever: the thread's mount namespace dies with it
+		if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
+			t.Errorf("mount namespace: %v", err)
+			return
+		}
+		if err := unix.Mount("cgroup2", mount, "cgroup2", 0, ""); err != nil {
+			t.Logf("no cgroup2 on this host: %v", err)
+			return
+		}
+		name := nucleus.NewID("cal-test-")
+		controllers, err := os.ReadFile(filepath.Join(mount, "cgroup.subtree_control"))
+		has := strings.Fields(string(controllers))
+		able := slices.Contains(has, "memory") && slices.Contains(has, "cpu")
+		made, failed := makeCgroup(mount, name)
+		t.Logf("the tree's root hands down %q; made %q", has, made)
+		if err != nil || failed != nil || able != (made == name) {
+			t.Errorf("controllers %q, %v: made %q, %v", controllers, err, made, failed)
+		}
+		rec := record{Cgroup: made}
+		rec.limit(nucleus.Resources{CPU: 1, MemoryMB: 300}, nucleus.Resources{})
+		if want := map[bool]string{true: machine.Enforced, false: machine.Watched}[able]; rec.Limits[1].How != want {
+			t.Errorf("memory: %+v, want %s", rec.Limits[1], want)
+		}
+		if able {
+			if err := errors.Join(rec.setCgroup(mount), holds(filepath.Join(mount, made, "memory.max"), 300<<20)); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := removeCgroup(context.Background(), mount, made); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Lstat(filepath.Join(mount, name)); !os.IsNotExist(err) {
+			t.Errorf("left: %v", err)
+		}
+	}()
+	<-ended
 }

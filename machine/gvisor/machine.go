@@ -23,10 +23,11 @@ import (
 const (
 	startTimeout  = 60 * time.Second // of a start whose context has no deadline
 	attachTimeout = 30 * time.Second
-	watchEvery    = time.Second
-	resumeGrace   = 2 * time.Second // for the holder to make the guest smaller
-	consoleMost   = 1 << 20         // bytes on disk
-	consoleTail   = 16 << 10        // bytes shown
+	watchEvery    = 250 * time.Millisecond // a guest takes no more than some hundred MB in that time
+	shortenEvery  = 4                      // rounds of watching
+	resumeGrace   = 2 * time.Second        // for the holder to make the guest smaller
+	consoleMost   = 1 << 20                // bytes on disk
+	consoleTail   = 16 << 10               // bytes shown
 )
 
 // Machine is a sandbox that this process holds.
@@ -35,6 +36,7 @@ type Machine struct {
 	place   place
 	rec     record
 	sandbox process
+	memory  gauge     // of the goroutine that watches
 	held    io.Closer // the lock of the place
 
 	paused chan string
@@ -60,7 +62,7 @@ func (d *Driver) flags(place place, rec record) []string {
 		"--root=" + place.runscRoot(), "--platform=systrap", "--network=none", "--host-uds=none", "--host-fifo=none",
 		"--overlay2=none", "--file-access-mounts=exclusive", "--gofer-network-namespace=new", "--host-settings=ignore",
 	}
-	if d.ordinary {
+	if rec.Facts.OneID {
 		flags = append(flags, "--rootless")
 	}
 	if rec.Cgroup == "" {
@@ -109,7 +111,7 @@ func (d *Driver) run(ctx context.Context, place place, rec record, guest *os.Fil
 	args := append(d.flags(place, rec), "run", "--detach", "--bundle="+string(place), "--pid-file="+place.pid(), "--pass-fd=3:3", container)
 	cmd := command(ctx, d.config.Runsc, args, guest)
 	cmd.Stdout, cmd.Stderr = console, console
-	if err := startOn(cmd, rec.processors()); err != nil {
+	if err := startOn(rec.starter(cmd, place), rec.processors()); err != nil {
 		return fmt.Errorf("runsc: %w", err)
 	}
 	if err := cmd.Wait(); err != nil {
@@ -141,11 +143,11 @@ func (r record) processors() int {
 	return r.CPU
 }
 
-// startOn starts cmd on n processors. Affinity passes to a child from the
+// startOn starts a program on n processors. Affinity passes to a child from the
 // thread that starts it, so the thread takes it on for that moment.
-func startOn(cmd *exec.Cmd, n int) error {
+func startOn(start func() error, n int) error {
 	if n == 0 {
-		return cmd.Start()
+		return start()
 	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -160,7 +162,7 @@ func startOn(cmd *exec.Cmd, n int) error {
 	if err := unix.SchedSetaffinity(0, &few); err != nil {
 		return err
 	}
-	started := cmd.Start()
+	started := start()
 	return errors.Join(started, unix.SchedSetaffinity(0, &before))
 }
 
@@ -211,14 +213,17 @@ func (m *Machine) awaitDeath() {
 func (m *Machine) watch() {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
-	for {
+	defer m.memory.close()
+	for round := 0; ; round++ {
 		select {
 		case <-m.ctx.Done():
 			return
 		case <-m.done:
 			return
 		case now := <-tick.C:
-			shorten(m.place.console())
+			if round%shortenEvery == 0 {
+				shorten(m.place.console())
+			}
 			m.watchMemory(now)
 		}
 	}
@@ -233,7 +238,7 @@ func (m *Machine) watchMemory(now time.Time) {
 	if m.stopped || now.Before(m.grace) {
 		return
 	}
-	used, err := memoryOf(m.sandbox.pid)
+	used, err := m.memory.used(m.sandbox)
 	switch {
 	case err != nil:
 		m.halt(fmt.Sprintf("memory cannot be measured: %v", err))

@@ -96,11 +96,16 @@ func (d *Driver) probeGuest(ctx context.Context, place place) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	rec := record{Driver: d.Name(), ID: "probe", Facts: d.facts()}
-	if !d.ordinary {
+	rec := record{Driver: d.Name(), ID: "probe"}
+	if d.ordinary {
+		if ids, err := d.subordinate(ctx); err == nil {
+			rec.Map, rec.IDBase = &ids, 1
+		}
+	} else {
 		rec.IDBase = lowestID
 		rec.Root = filepath.Join(d.config.Roots, nucleus.NewID("probe-"))
 	}
+	rec.Facts, rec.Pids, rec.MaxWatch = rec.facts(), d.config.Usual.Pids, int64(d.config.Usual.MemoryMB)<<20
 	if err := errors.Join(rec.save(place), os.Mkdir(place.runscRoot(), 0o700)); err != nil {
 		return "", err
 	}
@@ -109,6 +114,9 @@ func (d *Driver) probeGuest(ctx context.Context, place place) (string, error) {
 		return "", err
 	}
 	if err := root.Build(skeleton, "/proc", "/sys", "/dev", "/tmp", "/run", nucleus.MachineHome); err != nil {
+		return "", err
+	}
+	if err := rec.showAt(place, d.config.Runsc, root.Binds); err != nil {
 		return "", err
 	}
 	spec := machine.Spec{Dir: string(place)}
@@ -122,7 +130,10 @@ func (d *Driver) probeGuest(ctx context.Context, place place) (string, error) {
 	var output bounded
 	cmd := command(ctx, d.config.Runsc, append(d.flags(place, rec), "run", "--bundle="+string(place), container), nil)
 	cmd.Stdout, cmd.Stderr = &output, &output
-	err = cmd.Run()
+	if err := rec.starter(cmd, place)(); err != nil {
+		return output.String(), err
+	}
+	err = cmd.Wait()
 	return output.String(), err
 }
 

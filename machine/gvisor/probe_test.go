@@ -113,7 +113,9 @@ func TestProbeWithoutNamespaces(t *testing.T) {
 	b := need(t)
 	if os.Getenv("CAL_TEST_NO_NAMESPACES") != "" {
 		must(t, os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0))
-		err := (&Driver{config: New(Config{Runsc: b.runsc, Patience: time.Minute}).config, ordinary: true}).Probe(t.Context())
+		driver := New(Config{Runsc: b.runsc, Patience: time.Minute})
+		driver.ordinary = true
+		err := driver.Probe(t.Context())
 		if err == nil || !strings.Contains(err.Error(), "max_user_namespaces is 0") {
 			t.Errorf("got %v", err)
 		}

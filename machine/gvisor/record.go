@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"cal/internal/durable"
+	"cal/internal/idmap"
 	"cal/machine"
 	"cal/nucleus"
 )
@@ -83,8 +84,15 @@ type record struct {
 	Driver  string `json:"driver"`
 	ID      string `json:"id"`
 	Created string `json:"created"`
-	IDBase  uint32 `json:"id_base,omitempty"` // host id of the machine's root; 0: the user who started it
+	IDBase  uint32 `json:"id_base,omitempty"` // id of the machine's root, where runsc runs; 0: the user who started it
 	Cgroup  string `json:"cgroup,omitempty"`
+
+	// Map is the person's namespace in which runsc ran, where the person has
+	// subordinate ids. Without it IDBase is an id of the host.
+	Map *idmap.Map `json:"map,omitempty"`
+
+	// Shown is the directory at which that namespace shows the skeleton.
+	Shown string `json:"shown,omitempty"`
 
 	// Root is the directory of the root's skeleton where it cannot lie in the
 	// place: started as root, the gofer has an id of the machine's and must be able to

@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"cal/internal/idmap"
 	"cal/machine"
 	"cal/machine/machinetest/script"
 	"cal/nucleus"
@@ -33,6 +34,14 @@ type Host struct {
 
 	// Scratch is an existing directory, absolute, with a short path.
 	Scratch string
+
+	// Read reads a file of a workspace, which the machine's users may own. nil:
+	// everybody who tests can.
+	Read func(path string) ([]byte, error)
+
+	// Copy returns a copy of a workspace, true but for its owners, that the tester can
+	// read; nil: the workspace itself is.
+	Copy func(t *testing.T, workspace string) string
 
 	// Kill does to the machine of a directory what kill -9 of its sandbox does.
 	Kill func(t *testing.T, dir string)
@@ -73,7 +82,11 @@ func (h Host) Spec(t *testing.T) machine.Spec {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(base) })
+	t.Cleanup(func() {
+		if err := idmap.RemoveAll(context.Background(), base); err != nil {
+			t.Errorf("removing workspace and machine: %v", err)
+		}
+	})
 	spec := machine.Spec{
 		ID: filepath.Base(base), Dir: filepath.Join(base, "d"), Workspace: filepath.Join(base, "ws"),
 		Proxy: h.Proxy, Image: nucleus.Image{Kind: "host"},
@@ -84,6 +97,20 @@ func (h Host) Spec(t *testing.T) machine.Spec {
 		}
 	}
 	return spec
+}
+
+func (h Host) read(path string) ([]byte, error) {
+	if h.Read == nil {
+		return os.ReadFile(path)
+	}
+	return h.Read(path)
+}
+
+func (h Host) copy(t *testing.T, workspace string) string {
+	if h.Copy == nil {
+		return workspace
+	}
+	return h.Copy(t, workspace)
 }
 
 // Guest is a test's end of the wire.
@@ -215,7 +242,7 @@ func testLife(t *testing.T, host Host) {
 		t.Errorf("facts: %+v", facts)
 	}
 	guest.Must(script.Action{Do: "write", Path: nucleus.MachineWorkspace + "/by-tools", Data: "1", UID: facts.ToolsUID})
-	if data, err := os.ReadFile(spec.Workspace + "/by-tools"); err != nil || string(data) != "1" {
+	if data, err := host.read(spec.Workspace + "/by-tools"); err != nil || string(data) != "1" {
 		t.Errorf("workspace on the host: %q, %v", data, err)
 	}
 	ctx := Context(t)
@@ -229,7 +256,7 @@ func testLife(t *testing.T, host Host) {
 	if _, err := os.Lstat(spec.Dir); !os.IsNotExist(err) {
 		t.Errorf("machine directory is left: %v", err)
 	}
-	if _, err := os.ReadFile(spec.Workspace + "/by-tools"); err != nil {
+	if _, err := host.read(spec.Workspace + "/by-tools"); err != nil {
 		t.Errorf("workspace did not stay: %v", err)
 	}
 	if err := m.Destroy(ctx); err != nil {

@@ -30,10 +30,10 @@ func testKill(t *testing.T, host Host) {
 	if m.Reason() == "" {
 		t.Error("no reason for the death")
 	}
-	if data, err := os.ReadFile(spec.Workspace + "/kept"); err != nil || string(data) != "finished" {
+	if data, err := host.read(spec.Workspace + "/kept"); err != nil || string(data) != "finished" {
 		t.Errorf("after kill -9: %q, %v", data, err)
 	}
-	altered(t, filepath.Join(spec.Workspace, "d"))
+	altered(t, filepath.Join(host.copy(t, spec.Workspace), "d"))
 	if _, err := m.Rewire(Context(t)); !errors.Is(err, machine.ErrGone) {
 		t.Errorf("rewire of the dead: %v", err)
 	}

@@ -226,6 +226,7 @@ var actions = map[string]func(script.Action) (string, error){
 	"mknod": func(a script.Action) (string, error) {
 		return "", unix.Mknod(a.Path, unix.S_IFBLK|0o666, int(unix.Mkdev(8, 0)))
 	},
+	"close":      func(a script.Action) (string, error) { return "", os.Chmod(a.Path, 0) },
 	"setuid-bit": func(a script.Action) (string, error) { return "", os.Chmod(a.Path, 0o755|os.ModeSetuid) },
 	"link":       func(a script.Action) (string, error) { return "", os.Symlink(a.Data, a.Path) },
 	"set":        func(a script.Action) (string, error) { kept = a.Data; return "", nil },
