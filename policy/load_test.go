@@ -29,7 +29,7 @@ func TestLoadRefuses(t *testing.T) {
 		{`{"name": "a"} x`, `f:`},
 		{"name: a\n\tb: c", `f:`},
 		{"name: \"a\x00\"", `f:`},
-		{strings.Repeat("#", MaxDocument+1), `f:1: the document has 1048577 bytes; at most 1048576`},
+		{strings.Repeat("#", MaxDocument+1), `f:1: the document has more than 1048576 bytes`},
 		// YAML that reads differently than it looks
 		{"operations: &x {read_files: always}", `f:1: anchor &x`},
 		{"name: a\noperations: *x", `f:2: not YAML: alias *x`},
