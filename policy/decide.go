@@ -5,6 +5,7 @@ import (
 	"path"
 
 	"cal/nucleus"
+	"cal/policy/program"
 )
 
 // Decide judges one action: the stricter of nu(p) and the exposure gate, within
@@ -193,9 +194,12 @@ func (p *Policy) scopeCommand(c *nucleus.Command) scoped {
 		return outside("commands", "a command with variables of its own is allowed only where commands is any")
 	}
 	for i := range p.commands.only {
-		if p.commands.only[i].allows(c) {
+		if p.commands.only[i].matches(c.Argv) {
 			return scoped{rule: p.commandNames[i]}
 		}
+	}
+	if program.Runs(c.Argv[0]) {
+		return outside("commands", "no rule of commands names %q, which runs other programs; no wildcard stands for it", c.Argv)
 	}
 	return outside("commands", "no rule of commands allows %q", c.Argv)
 }
