@@ -24,12 +24,9 @@ func Diff(a, b *Policy) []Difference {
 	for i, op := range nucleus.Ops() {
 		d.duty(string(op), a.duties[i], b.duties[i])
 	}
-	roots := func(r root) []nucleus.Action { return []nucleus.Action{r.example()} }
-	commands := func(r argv) []nucleus.Action { return []nucleus.Action{r.example()} }
-	diffSet(&d, "paths.roots", a, b, a.roots, b.roots, roots, []nucleus.Action{readAction("a"), readAction("x/y")})
+	diffSet(&d, "paths.roots", a, b, a.roots, b.roots, root.examples, []nucleus.Action{readAction("a"), readAction("x/y")})
 	d.blocked(a.blocked, b.blocked)
-	diffSet(&d, "commands", a, b, a.commands, b.commands, commands,
-		[]nucleus.Action{argv{head: []string{"x"}}.example(), argv{head: []string{"sh"}}.example(), argv{head: []string{"y", "z"}}.example()})
+	diffSet(&d, "commands", a, b, a.commands, b.commands, argv.examples, []nucleus.Action{runAction("x"), runAction("sh"), runAction("y", "z")})
 	diffSet(&d, "hosts", a, b, a.hosts, b.hosts, hostRule.examples, []nucleus.Action{
 		{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: "x", Port: 443}}, {Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: "y.invalid", Port: 1}},
 	})
@@ -102,7 +99,7 @@ func tell(denies, allows *Policy, actions []nucleus.Action) string {
 func (d *differ) blocked(a, b blocked) {
 	one := func(more bool, from, to blocked) {
 		for _, pattern := range from.patterns {
-			if to.matches(examplePath(pattern)) && slices.Contains(to.patterns, everythingBlocked) || slices.Contains(to.patterns, pattern) {
+			if slices.Contains(to.patterns, everythingBlocked) || slices.Contains(to.patterns, pattern) {
 				continue
 			}
 			example := ""

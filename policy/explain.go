@@ -10,38 +10,47 @@ import (
 	"cal/nucleus"
 )
 
-// Place returns the line of a policy's source that holds what a decision calls
-// rule, 0 where none does: nu and trifecta stand in no file, and what is left out of
-// one neither. p is what was read from source.
-func Place(p *Policy, source []byte, rule string) int {
+// Place returns the line of a policy's source that holds what a decision on the
+// action calls rule, 0 where none does: nu and trifecta stand in no file, and what is
+// left out of one neither. p is what was read from source.
+func Place(p *Policy, source []byte, rule string, a nucleus.Action) int {
 	document, err := parse(source)
 	if err != nil {
 		return 0
 	}
-	scope, _, indexed := strings.Cut(rule, "[")
+	scope, _, _ := strings.Cut(rule, "[")
 	n, line := document, 0
 	for key := range strings.SplitSeq(scope, ".") {
-		if n = n.member(key); n == nil {
+		if n, line = n.member(key); n == nil {
 			return 0
 		}
-		line = n.line
 	}
-	if !indexed || n.member("only") == nil {
-		return line
+	items := n.items
+	if only, _ := n.member("only"); only != nil {
+		items = only.items
 	}
-	for _, item := range n.member("only").items {
-		switch scope {
-		case "hosts":
-			if r, err := readHost(item); err == nil && rule == nameOf(r, p.hosts, p.hostNames) {
-				return item.line
-			}
-		case "commands":
-			if a, err := readArgv(item); err == nil && rule == nameOf(a, p.commands, p.commandNames) {
-				return item.line
-			}
+	for _, item := range items {
+		if p.wrote(item, scope, rule, a) {
+			return item.line
 		}
 	}
 	return line
+}
+
+// wrote reports whether an item of a scope is what rule stands for.
+func (p *Policy) wrote(item *node, scope, rule string, a nucleus.Action) bool {
+	switch scope {
+	case "hosts":
+		r, err := readHost(item)
+		return err == nil && rule == nameOf(r, p.hosts, p.hostNames)
+	case "commands":
+		r, err := readArgv(item)
+		return err == nil && rule == nameOf(r, p.commands, p.commandNames)
+	case "paths.blocked":
+		pattern, err := readString(item, "", parseBlocked)
+		return err == nil && slices.ContainsFunc(judgedPaths(&a), newBlocked([]string{pattern}).matches)
+	}
+	return false
 }
 
 func nameOf[R rule[R]](r R, s set[R], names []string) string {
@@ -53,15 +62,16 @@ func nameOf[R rule[R]](r R, s set[R], names []string) string {
 	return ""
 }
 
-func (n *node) member(key string) *node {
+// member returns what stands under a key, and the line of the key.
+func (n *node) member(key string) (*node, int) {
 	if n.kind == mapping {
 		for i := range n.keys {
 			if n.keys[i].text == key {
-				return n.items[i]
+				return n.items[i], n.keys[i].line
 			}
 		}
 	}
-	return nil
+	return nil, 0
 }
 
 // Changes says what would have to be different for the action to be allowed, all of
@@ -200,21 +210,19 @@ func judgedPaths(a *nucleus.Action) []string {
 	return names
 }
 
-// Examples: the shortest action that a rule allows.
-
-func (r root) example() nucleus.Action {
-	name := string(r)
+// examples are the shortest actions that a rule allows.
+func (r root) examples() []nucleus.Action {
 	if r == "." {
-		name = "a"
+		return []nucleus.Action{readAction("a"), readAction("b"), readAction("x/y")}
 	}
-	return readAction(name)
+	return []nucleus.Action{readAction(string(r)), readAction(string(r) + "/a")}
 }
 
 func readAction(name string) nucleus.Action {
 	return nucleus.Action{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: name}}}
 }
 
-func (a argv) example() nucleus.Action {
+func (a argv) examples() []nucleus.Action {
 	args := slices.Clone(a.head)
 	for i, arg := range args {
 		if arg == "*" {
@@ -224,6 +232,10 @@ func (a argv) example() nucleus.Action {
 	if len(args) == 0 {
 		args = []string{"x"}
 	}
+	return []nucleus.Action{runAction(args...)}
+}
+
+func runAction(args ...string) nucleus.Action {
 	return nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: args, Dir: "."}}
 }
 

@@ -56,13 +56,26 @@ func assumptions(p *Policy, trustNothing bool) []string {
 	return all
 }
 
-// steps are an action for each operation and rule that might be allowed.
+// steps are actions for each operation and rule that might be allowed. Decide
+// depends on an action by its operation and by what the scopes say, so one of each
+// kind stands for all.
 func (p *Policy) steps() []nucleus.Action {
+	type kind struct {
+		op              nucleus.Op
+		denied, trusted bool
+	}
 	var all []nucleus.Action
-	add := func(a nucleus.Action) { all = append(all, a) }
+	seen := map[kind]bool{}
+	add := func(a nucleus.Action) {
+		s := p.scope(&a)
+		if k := (kind{a.Op, s.denied, s.trusted}); !seen[k] {
+			seen[k] = true
+			all = append(all, a)
+		}
+	}
 	name := "a"
 	if len(p.roots.only) > 0 {
-		name = p.roots.only[0].example().Files[0].Path
+		name = p.roots.only[0].examples()[0].Files[0].Path
 	}
 	for _, op := range nucleus.Ops() {
 		switch op {
@@ -76,7 +89,7 @@ func (p *Policy) steps() []nucleus.Action {
 				rules = []argv{{}}
 			}
 			for _, r := range rules {
-				a := r.example()
+				a := r.examples()[0]
 				if a.Command.Dir = name; !p.inRoots(name) || len(p.roots.only) == 0 || p.roots.only[0] == "." {
 					a.Command.Dir = "."
 				}
@@ -127,7 +140,8 @@ func (p *Policy) search(steps []nucleus.Action, c nucleus.Context, trustNothing 
 	queue := []state{start}
 	for ; len(queue) > 0; queue = queue[1:] {
 		at := queue[0]
-		for _, a := range steps {
+		for i := range steps {
+			a := steps[i]
 			c.Exposure = at.believed
 			d := p.Decide(a, c)
 			if d.Verdict != nucleus.Allow && d.Verdict != nucleus.Ask {
@@ -141,13 +155,13 @@ func (p *Policy) search(steps []nucleus.Action, c nucleus.Context, trustNothing 
 			if a.Op == nucleus.NetConnect {
 				before |= carries & nucleus.Untrusted
 			}
-			session := append(trail[at][:len(trail[at]):len(trail[at])], Step(a))
+			session := func() []string { return append(trail[at][:len(trail[at]):len(trail[at])], Step(a)) }
 			if d.Verdict == nucleus.Allow && carries.Has(nucleus.WayOut) && before.Has(met) {
-				return append([]string{fmt.Sprintf("machine: repository untrusted %v, contained %v", c.UntrustedRepo, c.Contained)}, session...), len(trail)
+				return append([]string{fmt.Sprintf("machine: repository untrusted %v, contained %v", c.UntrustedRepo, c.Contained)}, session()...), len(trail)
 			}
 			next := state{at.believed | d.Takes, at.real | carries}
 			if _, seen := trail[next]; !seen {
-				trail[next] = session
+				trail[next] = session()
 				queue = append(queue, next)
 			}
 		}

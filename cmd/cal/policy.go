@@ -24,7 +24,7 @@ func policyCommand() *cobra.Command {
 	cmd.AddCommand(policyList(), policyShow(), policyCheck(),
 		combine("meet", "Print the loosest policy that allows nothing which A or B does not, as JSON", policy.Meet),
 		combine("join", "Print the strictest policy of which A and B are both parts, as JSON", policy.Join),
-		policyLeq(), policyEval())
+		policyLeq(), policyEval(), policyWhy(), policyDiff(), policySimulate(), policyProve())
 	return cmd
 }
 
@@ -218,18 +218,23 @@ func printPolicy(p *policy.Policy) error {
 
 // readPolicy finds a profile or a file for a question about it.
 func readPolicy(name string) (*policy.Policy, error) {
-	if p, err := policy.Profile(name); err == nil {
-		return p, nil
+	p, _, _, err := sourceOf(name)
+	return p, err
+}
+
+// sourceOf returns a policy with the file that it was read from.
+func sourceOf(name string) (p *policy.Policy, path string, raw []byte, err error) {
+	if path, raw, err = policy.ProfileFile(name); err != nil {
+		home, err := workspace.OpenHome()
+		if err != nil {
+			return nil, "", nil, err
+		}
+		if path, raw, err = home.PolicyFile(name); err != nil {
+			return nil, "", nil, err
+		}
 	}
-	home, err := workspace.OpenHome()
-	if err != nil {
-		return nil, err
-	}
-	path, raw, err := home.PolicyFile(name)
-	if err != nil {
-		return nil, err
-	}
-	return policy.Read(path, raw)
+	p, err = policy.Read(path, raw)
+	return p, path, raw, err
 }
 
 func readTwo(given []string) (a, b *policy.Policy, err error) {

@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"crypto/ed25519"
+	"encoding/json"
 	"errors"
 	"os"
 	"os/exec"
@@ -11,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"cal/audit"
 	"cal/guest/tools"
 	"cal/nucleus"
 	"cal/policy/trial"
@@ -62,6 +65,7 @@ trusted_origins: ["github.com/my-org/**"]
 `,
 		"a.json":               `{"operations": {"read_files": "always", "net_connect": "ask"}, "hosts": {"only": [{"host": "*.example.org", "port": 443}]}, "budget": {"usd": 2}}`,
 		"b.yaml":               "operations: {read_files: always, net_connect: always}\nhosts: {only: [{host: a.example.org, port: 443}, {host: other.example, port: 80}]}\nobligations: {net_connect: {approvals: 3}}\n",
+		"trusting.yaml":        "operations: {read_files: always, web_fetch: always}\nhosts: {only: [{host: a.b, port: 443, methods: [GET], path: \"/x/**\", trusted: true}, {host: c.d, port: 443}]}\n",
 		"bad.yaml":             "operations:\n  read_files: always\n  execute: always\n",
 		"home/policies/c.yaml": "name: c\noperations: {read_files: ask}\n",
 	} {
@@ -178,5 +182,99 @@ func TestStepsHaveTheArgumentsOfTheTools(t *testing.T) {
 		if !slices.Equal(got, want) {
 			t.Errorf("%s: a step knows %v, the tool %v", op, got, want)
 		}
+	}
+}
+
+func TestPolicyForPeople(t *testing.T) {
+	dir := policyFiles(t)
+	for _, c := range []struct {
+		given          []string
+		stdout, stderr string // parts
+		code           int
+	}{
+		{[]string{"why", "default", `{"op":"read_files","path":"a/.env"}`}, "rule        paths.blocked\nwhere       profiles/default.yaml:", "", 0},
+		{[]string{"why", "whole.yaml", `{"op":"run_bash","argv":["bash","-lc","git -C . push"]}`}, "runs        push: git -C . push (git push)\n", "", 0},
+		{[]string{"why", "whole.yaml", `{"op":"run_bash","argv":["cargo","test","executor"]}`}, "command     writes (cargo test)\n", "", 0},
+		{[]string{"why", "whole.yaml", `{"op":"git_push"}`, "--exposure", "private,untrusted", "--json"}, `"decision":"ask","rule":"trifecta"`, "", 0},
+		{[]string{"why", "whole.yaml", `{"op":"git_push"}`, "--json"}, `"where":"whole.yaml:2"`, "", 0},
+		{[]string{"why", "default", `{"op":"execute"}`}, "", `unknown operation "execute"`, 1},
+		{[]string{"why", "default", `{"op":"git_push"}`, "--exposure", "secret"}, "", `unknown leg "secret"`, 2},
+		{[]string{"why", "default", `git_push`}, "", `the step is not JSON`, 1},
+		{[]string{"diff", "default", "default", "--json"}, "[]\n", "", 0},
+		{[]string{"diff", "read-only", "default"}, `more      operations.write_files  always instead of never  {"op":"write_files"}`, "", 0},
+		{[]string{"prove", "whole.yaml"}, "assumed: trusted origin, holds nothing of a stranger: github.com/my-org/**\n", "", 0},
+		{[]string{"prove", "default", "--trust-nothing"}, "holds: in", "", 0},
+		{[]string{"prove", "trusting.yaml"}, "holds: in", "", 0},
+		{[]string{"prove", "trusting.yaml", "--trust-nothing"}, "https://a.b:443/x", "", 1},
+		{[]string{"prove", "trusting.yaml", "--trust-nothing", "--json"}, `{"holds":false,`, "", 1},
+		{[]string{"prove", "bad.yaml"}, "", `bad.yaml:3: unknown operation`, 1},
+		{[]string{"simulate"}, "", "which policy?", 2},
+		{[]string{"simulate", "--policy", "default", "--log", "."}, "", "not a log", 1},
+		{[]string{"show", "whole.yaml"}, `"budget":{"seconds":3600,"tokens":100000,"usd":5}`, "", 0},
+		{[]string{"show", "trusting.yaml"}, `"trusted":true`, "assumption: counts on no leg: a.b port 443 GET /x/** trusted", 0},
+		{[]string{"show", "trusting.yaml", "--json"}, `"trusted":true`, "", 0},
+		{[]string{"list", "--json"}, `"fix-issue"`, "", 0},
+	} {
+		stdout, stderr, code := cal(t, dir, "", append([]string{"policy"}, c.given...)...)
+		if !strings.Contains(stdout, c.stdout) || !strings.Contains(stderr, c.stderr) || c.stderr == "" && stderr != "" || code != c.code {
+			t.Errorf("cal policy %q:\n got %q, %q, exit code %d\nwant %q, %q, exit code %d", c.given, stdout, stderr, code, c.stdout, c.stderr, c.code)
+		}
+	}
+}
+
+// A policy is tried on a log as a node writes it, with what a log cuts.
+func TestPolicySimulate(t *testing.T) {
+	dir := policyFiles(t)
+	_, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	where := filepath.Join(dir, "log")
+	log, err := audit.Open(where, audit.Options{Origin: nucleus.LogOrigin, Key: key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(kind string, op nucleus.Op, exposure []string, args, data any) {
+		raw := func(v any) json.RawMessage {
+			if v == nil {
+				return nil
+			}
+			out, err := nucleus.Canonical(v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return out
+		}
+		e := nucleus.Entry{Pod: "p-1", Kind: kind, Op: op, Exposure: exposure, Args: raw(args), Data: raw(data)}
+		if kind == nucleus.KindIntent {
+			e.Verdict, e.Rule = nucleus.Allow, "operations."+string(op)
+		}
+		if _, err := log.Append(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(nucleus.KindPodCreate, "", nil, nil, map[string]any{"mode": "mediated", "workspace": "w"})
+	write(nucleus.KindPodStart, "", nil, nil, map[string]any{"untrusted": true})
+	for _, a := range []nucleus.Action{
+		{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: "app/main.go"}}},
+		{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: "app/.env"}}},
+		{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: []string{"echo", strings.Repeat("x", 9000)}, Dir: "app"}},
+		{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: []string{"make"}, Dir: "app"}},
+		{Op: nucleus.GitPush, Push: &nucleus.Push{Repo: "app", Remote: "https://github.com/a/b"}},
+	} {
+		write(nucleus.KindIntent, a.Op, nil, a, nil)
+	}
+	if err := log.Close(); err != nil {
+		t.Fatal(err)
+	}
+	stdout, stderr, code := cal(t, dir, "", "policy", "simulate", "--policy", "default", "--log", where)
+	for _, want := range []string{"of 5 recorded requests it would have denied 1, asked for 1\n", "1 request cannot be judged, because the log does not show enough of it: 4\n", "\n3    read_files  allow     deny  paths.blocked", "\n6    git_push    allow     ask   trifecta"} {
+		if !strings.Contains(stdout, want) || stderr != "" || code != 0 {
+			t.Errorf("got %q, %q, exit code %d, want %q", stdout, stderr, code, want)
+		}
+	}
+	stdout, _, _ = cal(t, dir, "", "policy", "simulate", "--policy", "edit-only", "--log", where, "--json")
+	if want := `"unjudged":[4]`; !strings.Contains(stdout, want) || strings.Count(stdout, `"decision":"deny"`) != 3 {
+		t.Errorf("got %s, want %s and 3 denials", stdout, want)
 	}
 }

@@ -108,3 +108,19 @@ func (e *Evaluator) policy(raw json.RawMessage) (*policy.Policy, error) {
 	}
 	return nil, errors.New("policy is missing; want a name or an object")
 }
+
+// Step judges a single step in a session that has the given exposure, and returns
+// what was judged too.
+func (e *Evaluator) Step(p *policy.Policy, raw []byte, exposure nucleus.Legs) (nucleus.Action, nucleus.Context, nucleus.Decision, error) {
+	canonical, err := nucleus.CanonicalJSON(raw)
+	if err != nil {
+		return nucleus.Action{}, nucleus.Context{}, nucleus.Decision{}, fmt.Errorf("the step is not JSON: %w", err)
+	}
+	s, err := e.readStep(canonical)
+	if err != nil {
+		return nucleus.Action{}, nucleus.Context{}, nucleus.Decision{}, fmt.Errorf("the step %w", err)
+	}
+	c := nucleus.Context{Exposure: exposure, UntrustedRepo: s.untrusted, UnixMilli: e.UnixMilli}
+	d, _ := s.judge(p, c)
+	return s.action, c, d, nil
+}
