@@ -14,8 +14,8 @@ import (
 // is split or joined.
 //
 // A wildcard stands for no program that runs others: as the program for no shell,
-// interpreter, wrapper or path, and behind a wrapper for none of their names. Who
-// allows arbitrary code has to name it.
+// interpreter, wrapper or path, and behind a wrapper for none of their names and no
+// option that holds a command. Who allows arbitrary code has to name it.
 type argv struct {
 	head []string
 	tail bool // ends with "**"
@@ -31,7 +31,7 @@ func mustBeNamed(first string, i int, arg string) bool {
 	case i == 0:
 		return program.Runs(arg)
 	}
-	return first != "*" && program.Wraps(first) && program.Named(arg)
+	return first != "*" && program.Wraps(first) && (program.Named(arg) || program.Hands(first, arg))
 }
 
 func (a argv) leq(b argv) bool {

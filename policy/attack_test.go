@@ -155,7 +155,7 @@ func TestAttacksOnCommands(t *testing.T) {
 
 // A wildcard names no arbitrary code: each class of it beside benign twins.
 func TestAttacksOnWildcards(t *testing.T) {
-	p := load(t, `{operations: {run_bash: always}, commands: {only: [["**"], [env, "**"], [timeout, "*", "**"], [xargs, "**"], [bash, -c, "*"], [python3, tool.py, "**"], [cargo, test, "**"]]}}`)
+	p := load(t, `{operations: {run_bash: always}, commands: {only: [["**"], [env, "**"], [timeout, "*", "**"], [xargs, "**"], [sudo, "**"], [watch, "**"], [bash, -c, "*"], [python3, tool.py, "**"], [cargo, test, "**"]]}}`)
 	for _, c := range []struct {
 		class string
 		argv  []string
@@ -175,11 +175,19 @@ func TestAttacksOnWildcards(t *testing.T) {
 		{"shell behind two wrappers", []string{"timeout", "5", "nice", "sh"}, nucleus.Deny},
 		{"interpreter behind xargs", []string{"xargs", "-n1", "perl", "-e", "x"}, nucleus.Deny},
 		{"find -exec", []string{"find", ".", "-exec", "sh", "{}", ";"}, nucleus.Deny},
+		{"command in an option", []string{"env", "-S", "bash -c x"}, nucleus.Deny},
+		{"command joined to an option", []string{"env", "-ivSbash -c x"}, nucleus.Deny},
+		{"command in a long option", []string{"env", "--split-string=bash -c x"}, nucleus.Deny},
+		{"shell by an option", []string{"sudo", "-ns"}, nucleus.Deny},
+		{"login shell by an option", []string{"sudo", "--login"}, nucleus.Deny},
+		{"command as one text", []string{"watch", "x; y"}, nucleus.Deny},
 		{"awk", []string{"awk", "BEGIN{system(\"x\")}"}, nucleus.Deny},
 
 		{"benign program", []string{"ls", "-l"}, nucleus.Allow},
 		{"benign program by its path", []string{"/usr/bin/ls"}, nucleus.Allow},
 		{"benign program behind a wrapper", []string{"env", "A=b", "git", "status"}, nucleus.Allow},
+		{"option that holds no command", []string{"env", "-u", "A", "-i", "git", "status"}, nucleus.Allow},
+		{"option that opens no shell", []string{"sudo", "-n", "-u", "bin", "ls", "-l"}, nucleus.Allow},
 		{"benign program behind two named wrappers", []string{"timeout", "5", "ls", "x"}, nucleus.Allow},
 		{"the name of a shell as an argument", []string{"grep", "-r", "bash", "."}, nucleus.Allow},
 		{"a name that begins like one", []string{"env", "shellcheck", "x"}, nucleus.Allow},

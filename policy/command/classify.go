@@ -20,9 +20,9 @@ var (
 	readers = set("cat ls head tail wc grep egrep fgrep stat file du df echo printf test [ which whoami id uname basename dirname realpath readlink cmp cut uniq tr nl tac rev " +
 		"comm join paste fold column printenv hostname sleep seq md5sum sha1sum sha256sum sha512sum b2sum cksum hexdump xxd od strings nm ps free uptime jq true false " +
 		"arch nproc tty locale getconf expr diff more cal")
-	writers = set("touch mkdir cp mv rm rmdir ln chmod chown tee install truncate dd patch unzip zip gzip gunzip bzip2 bunzip2 xz unxz zstd kill pkill gofmt goimports rustfmt " +
-		"prettier black gcc cc g++ clang clang++ rustc tsc javac split shred mktemp")
-	networkers = set("curl wget ping dig nslookup host telnet ftp whois traceroute")
+	writers = set("touch mkdir cp mv rm rmdir ln chmod chown tee truncate dd patch unzip gzip gunzip bzip2 bunzip2 xz unxz zstd kill pkill gofmt goimports rustfmt " +
+		"prettier black gcc cc g++ clang clang++ rustc tsc javac shred mktemp")
+	networkers = set("curl ping dig nslookup host telnet ftp whois traceroute")
 )
 
 var careful = map[string]struct {
@@ -30,8 +30,10 @@ var careful = map[string]struct {
 	dangerous []string // prefixes of options that make it arbitrary code
 	writes    []string // and that make it write
 }{
-	"sort": {ReadOnly, []string{"--compress-program"}, []string{"-o", "--output"}},
-	"rg":   {ReadOnly, []string{"--pre", "--hostname-bin"}, nil},
+	"sort":  {ReadOnly, []string{"--compress-program"}, []string{"-o", "--output"}},
+	"rg":    {ReadOnly, []string{"--pre$", "--pre=", "--hostname-bin"}, nil},
+	"split": {Writes, []string{"--f"}, nil}, "install": {Writes, []string{"--strip"}, nil}, "zip": {Writes, []string{"-T", "--u", "--te"}, nil},
+	"wget": {Network, []string{"--use-a", "-e", "--exe", "--conf"}, nil},
 	"date": {ReadOnly, nil, []string{"-s", "--set"}},
 	"tree": {ReadOnly, nil, []string{"-o"}},
 	"less": {ReadOnly, []string{"+"}, []string{"-o", "-O"}},
@@ -40,6 +42,9 @@ var careful = map[string]struct {
 	"rsync": {Network, []string{"-e", "--rsh", "--rsync-path"}, nil},
 	"nc":    {Network, []string{"-e", "-c"}, nil}, "ncat": {Network, []string{"-e", "-c", "--exec", "--sh-exec", "--lua-exec"}, nil},
 }
+
+// clustered are letters that are dangerous in a cluster of options too.
+var clustered = map[string]string{"tar": "IF", "rsync": "e", "nc": "ec", "ncat": "ec"}
 
 // compilers' options that run another program.
 var compilerOptions = []string{"-wrapper", "-fplugin", "-B", "--plugin", "-Clinker", "-C"}
@@ -88,6 +93,14 @@ func options(name string, args []word, class Class, dangerous, writes []string) 
 	if option := found(args, dangerous); option != "" {
 		return Arbitrary, name + " " + option + " can run another program"
 	}
+	if letters := clustered[name]; letters != "" {
+		for i, a := range args {
+			first := name == "tar" && i == 0 // tar takes its letters without a dash too
+			if (first || strings.HasPrefix(a.text, "-")) && !strings.HasPrefix(a.text, "--") && strings.ContainsAny(a.text, letters) {
+				return Arbitrary, name + " " + a.text + " can run another program"
+			}
+		}
+	}
 	if option := found(args, writes); option != "" {
 		return Writes, name + " " + option + " writes"
 	}
@@ -103,10 +116,14 @@ func unknown(args []word) bool {
 	return false
 }
 
-// found returns the option of prefixes that an argument begins with.
+// found returns the option of prefixes that an argument begins with; one that ends
+// with $ is the whole argument.
 func found(args []word, prefixes []string) string {
 	for _, a := range args {
 		for _, p := range prefixes {
+			if exact, ok := strings.CutSuffix(p, "$"); ok && a.text == exact {
+				return exact
+			}
 			if strings.HasPrefix(a.text, p) && (strings.HasPrefix(p, "--") || len(p) > 2 || !strings.HasPrefix(a.text, "--")) {
 				return p
 			}

@@ -51,10 +51,12 @@ func git(args []word) (Class, string) {
 
 // gitRuns are options of subcommands that name a program, or make git run one that
 // a repository names.
+//
+// git takes every beginning of a long option that is not ambiguous.
 var gitRuns = map[string][]string{
-	"fetch": {"--upload-pack"}, "pull": {"--upload-pack"}, "ls-remote": {"--upload-pack", "--exec"}, "push": {"--receive-pack", "--exec"}, "send-pack": {"--receive-pack", "--exec"},
-	"clone": {"-u", "--upload-pack", "-c", "--config", "--template"}, "init": {"--template"}, "grep": {"-O", "--open-files-in-pager"}, "rebase": {"-x", "--exec"},
-	"diff": {"--ext-diff"}, "log": {"--ext-diff"}, "show": {"--ext-diff", "--textconv"}, "cat-file": {"--textconv", "--filters"}, "archive": {"--exec", "--remote"},
+	"fetch": {"--upl"}, "pull": {"--upl"}, "ls-remote": {"--upl", "--exec"}, "push": {"--rece", "--exe"}, "send-pack": {"--rece", "--exe"},
+	"clone": {"-u", "--upl", "-c", "--conf", "--te"}, "init": {"--te"}, "grep": {"-O", "--open"}, "rebase": {"-x", "--exe"},
+	"diff": {"--ext"}, "log": {"--ext"}, "show": {"--ext", "--textc"}, "cat-file": {"--textc", "--filters"}, "archive": {"--exe", "--remote"},
 }
 
 func gitCommand(name string, args []word) (Class, string) {
@@ -80,6 +82,8 @@ func gitCommand(name string, args []word) (Class, string) {
 		first = args[0].text
 	}
 	switch {
+	case class == ReadOnly && found(args, []string{"--outp"}) != "":
+		return Writes, "git " + name + " --output writes"
 	case name == "bisect" && first == "run":
 		return Arbitrary, "git bisect run runs a program"
 	case name == "remote" && first == "update":

@@ -20,8 +20,7 @@ var grammars = map[string]grammar{
 	"sudo":  {"-u --user -g --group -h --host -p --prompt -C -D --chdir -R --chroot -T -U -r -t", 0}, "doas": {"-u -C", 0},
 	"nohup": {"", 0}, "stdbuf": {"-i -o -e --input --output --error", 0}, "time": {"-f --format -o --output", 0},
 	"setsid": {"", 0}, "ionice": {"-c --class -n --classdata -p", 0}, "chrt": {"", 1}, "taskset": {"", 1}, "command": {"", 0},
-	"builtin": {"", 0}, "exec": {"-a", 0}, "unbuffer": {"", 0}, "setarch": {"", 1}, "gosu": {"", 1}, "fakeroot": {"", 0},
-	"dumb-init": {"", 0}, "tini": {"", 0},
+	"builtin": {"", 0}, "exec": {"-a", 0}, "unbuffer": {"", 0}, "gosu": {"", 1}, "dumb-init": {"", 0}, "tini": {"", 0},
 }
 
 func (r *reader) wrapped(name string, words []word, depth int) {
@@ -34,7 +33,7 @@ func (r *reader) wrapped(name string, words []word, depth int) {
 		r.add(words, Arbitrary, name+" runs another program")
 		return
 	}
-	rest, odd := g.skip(words[1:])
+	rest, odd := g.skip(name, words[1:])
 	if odd != "" {
 		r.add(words, Arbitrary, name+": "+odd)
 		return
@@ -63,7 +62,7 @@ func (r *reader) wrapped(name string, words []word, depth int) {
 }
 
 // skip returns what follows the options.
-func (g grammar) skip(words []word) (rest []word, odd string) {
+func (g grammar) skip(name string, words []word) (rest []word, odd string) {
 	valued := strings.Fields(g.valued)
 	for len(words) > 0 {
 		w := words[0]
@@ -72,8 +71,8 @@ func (g grammar) skip(words []word) (rest []word, odd string) {
 			return words, "" // no program is known
 		case w.text == "--":
 			return words[1:], ""
-		case w.text == "-S" || strings.HasPrefix(w.text, "--split-string") || strings.HasPrefix(w.text, "-S"):
-			return nil, "-S splits a string into a command"
+		case strings.HasPrefix(w.text, "-") && program.Hands(name, w.text):
+			return nil, w.text + " holds a command, or opens a shell"
 		case !strings.HasPrefix(w.text, "-") || w.text == "-":
 			if w.text == "-" {
 				return words[1:], ""

@@ -63,6 +63,21 @@ func Named(arg string) bool {
 	return kinds[Name(arg[strings.LastIndexByte(arg, '/')+1:])] != 0
 }
 
+// Hands reports whether arg, behind the wrapper, may itself hold a command or open a
+// shell: env -S, sudo -s, and the wrappers that take a command as one text.
+func Hands(wrapper, arg string) bool {
+	short := strings.HasPrefix(arg, "-") && !strings.HasPrefix(arg, "--")
+	switch Name(wrapper) {
+	case "env":
+		return short && strings.Contains(arg, "S") || strings.HasPrefix(arg, "--s")
+	case "sudo", "doas":
+		return short && strings.ContainsAny(arg, "sie") || strings.HasPrefix(arg, "--s") || strings.HasPrefix(arg, "--l") || strings.HasPrefix(arg, "--e")
+	case "su", "runuser", "flock", "watch", "script", "parallel", "systemd-run", "sg", "entr", "hyperfine", "tmux", "screen", "ssh", "xvfb-run", "unshare", "nsenter":
+		return strings.ContainsAny(arg, " \t\n") || short && strings.Contains(arg, "c") || strings.HasPrefix(arg, "--c")
+	}
+	return false
+}
+
 // Wraps reports whether arg, as a program, runs one that stands among its arguments.
 func Wraps(arg string) bool { return kinds[Name(arg)] == wrapper }
 
