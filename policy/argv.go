@@ -90,8 +90,8 @@ func (a argv) matches(args []string) bool {
 	if len(args) < len(a.head) || !a.tail && len(args) > len(a.head) {
 		return false
 	}
-	for i, want := range a.head {
-		if want != "*" && want != args[i] {
+	for i := len(a.head) - 1; i >= 0; i-- { // rules of one program differ at the end
+		if want := a.head[i]; want != args[i] && want != "*" {
 			return false
 		}
 	}

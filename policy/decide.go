@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"path"
+	"strings"
 
 	"cal/nucleus"
 	"cal/policy/program"
@@ -155,12 +156,13 @@ func (p *Policy) scopePath(name string) scoped {
 	return scoped{}
 }
 
+// inRoots looks up name and every directory above it.
 func (p *Policy) inRoots(name string) bool {
-	if p.roots.any {
+	if p.roots.any || p.rootNames["."] {
 		return true
 	}
-	for _, r := range p.roots.only {
-		if r.holds(name) {
+	for end := len(name); end > 0; end = strings.LastIndexByte(name[:end], '/') {
+		if p.rootNames[name[:end]] {
 			return true
 		}
 	}
