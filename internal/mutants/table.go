@@ -94,7 +94,7 @@ var mutants = []mutant{
 	{"what the log cut is not judged", "policy/trial/replay.go", "strings.Contains(text, \"[cut: \") ||", "", "TestRun"},
 	{"the proof does not believe what it need not", "policy/prove.go", "if !trustNothing && p.scope(&a).trusted {", "if p.scope(&a).trusted {", "TestProve"},
 	{"git's options before the subcommand", "policy/command/forge.go", "case gitValued[a.text] && len(args) > 1:", "case false:", "TestRead"},
-	{"git -c runs programs", "policy/command/forge.go", "!args[1].known || !gitSafeKeys[strings.ToLower(key)]", "!args[1].known", "TestRead"},
+	{"git -c runs programs", "policy/command/forge.go", "!args[1].known || !gitSafeKeys[strings.ToLower(key)]", "!args[1].known || key == \"\"", "TestRead"},
 	{"wrappers are looked through", "policy/command/wrapper.go", "r.command(rest, depth+1)\n}", "r.add(rest, ReadOnly, \"a wrapper\")\n}", "TestRead"},
 	{"a shell is arbitrary code", "policy/command/command.go", "r.raise(Arbitrary, name+\" runs code\")", "", "TestReadScripts"},
 	{"what is not known is arbitrary code", "policy/command/classify.go", "return Arbitrary, \"the program \" + name + \" is not known\"", "return ReadOnly, \"the program \" + name + \" is not known\"", "TestRead"},
