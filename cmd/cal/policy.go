@@ -158,7 +158,7 @@ func newFetch(method, url string) (nucleus.Fetch, error) {
 func evalLines(e *trial.Evaluator, in io.Reader, out *bufio.Writer) (first error) {
 	lines := bufio.NewReaderSize(in, 64<<10)
 	for n := 1; ; n++ {
-		line, err := readLine(lines)
+		line, err := readSession(lines)
 		if err == io.EOF {
 			return first
 		}
@@ -189,9 +189,9 @@ func evalLines(e *trial.Evaluator, in io.Reader, out *bufio.Writer) (first error
 	}
 }
 
-// readLine returns the next line without its end and without space around it. Of
+// readSession returns the next line without its end and without space around it. Of
 // one that is too long it returns a byte more than is allowed, and skips the rest.
-func readLine(r *bufio.Reader) ([]byte, error) {
+func readSession(r *bufio.Reader) ([]byte, error) {
 	var line []byte
 	for {
 		part, err := r.ReadSlice('\n')
