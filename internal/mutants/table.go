@@ -40,7 +40,7 @@ var mutants = []mutant{
 	{"nu lowers push", "policy/policy.go", "case opGitPush, opCreatePR:", "case opCreatePR:", "TestGateExhaustive"},
 	{"nu lowers fetches only where hosts is any", "policy/policy.go", "if !p.hosts.any {\n\t\t\treturn false", "if false {\n\t\t\treturn false", "TestGateExhaustive"},
 	{"nu needs all three legs", "policy/policy.go", "return p.enables(m).Has(allLegs)", "return p.enables(m).Has(nucleus.WayOut)", "TestGateExhaustive"},
-	{"nu counts what asks as enabled", "policy/policy.go", "if d.level != Never {\n\t\t\tlegs |=", "if d.level == Always {\n\t\t\tlegs |=", "TestNuExhaustive"},
+	{"nu counts what asks as enabled", "policy/policy.go", "if d.level != Never {\n\t\t\tlegs |=", "if d.level == Always {\n\t\t\tlegs |=", "TestNuCountsWhatAsks"},
 	{"nu lowers only always", "policy/policy.go", "if p.duties[i].level != Always {", "if p.duties[i].level == Ask {", "TestNuLaws"},
 
 	// the gate
