@@ -10,7 +10,7 @@ export CGO_ENABLED := 0
 export GOTOOLCHAIN := local
 export GOFLAGS := -trimpath -buildvcs=false
 
-.PHONY: all programs runsc install uninstall demo demo-control test test-long bench lint clean
+.PHONY: all programs runsc install uninstall demo demo-control test test-long mutants bench lint clean
 
 all: programs runsc ## the four static programs and the pinned runsc, into bin/
 
@@ -44,8 +44,11 @@ demo-control: all ## each wall taken away in turn: the attack must then succeed
 test: all agents ## everything that must hold; prints its ten slowest tests
 	@internal/test.sh ./...
 
-test-long: all agents ## the slow ones: more kills, more rounds
+test-long: all agents mutants ## the slow ones: more kills, more rounds, mutants
 	CAL_LONG=1 internal/test.sh ./...
+
+mutants: ## break each law and rule of the policy in turn: a test must notice
+	$(GO) run ./internal/mutants
 
 bench: all agents ## measurements, into bench/README.md
 	$(GO) run ./internal/bench --bin $(BIN) --out bench/README.md

@@ -6,23 +6,43 @@ import (
 	"slices"
 	"strings"
 
-	"cal/nucleus"
+	"cal/policy/program"
 )
 
 // argv is a pattern for a whole argument vector: "*" is exactly one argument,
 // "**" any number of them, only last. All else is compared byte by byte; nothing
 // is split or joined.
+//
+// A wildcard stands for no program that runs others: as the program for no shell,
+// interpreter, wrapper or path, and behind a wrapper for none of their names and no
+// option that holds a command. Who allows arbitrary code has to name it.
 type argv struct {
 	head []string
 	tail bool // ends with "**"
+}
+
+// mustBeNamed reports whether no wildcard stands for the argument i of a command
+// with the given program, which is "*" where it is not known; a wildcard is
+// already no wrapper.
+func mustBeNamed(first string, i int, arg string) bool {
+	switch {
+	case arg == "*":
+		return false
+	case i == 0:
+		return program.Runs(arg)
+	}
+	return first != "*" && program.Wraps(first) && (program.Named(arg) || program.Hands(first, arg))
 }
 
 func (a argv) leq(b argv) bool {
 	if len(a.head) < len(b.head) || !b.tail && (a.tail || len(a.head) > len(b.head)) {
 		return false
 	}
-	for i, want := range b.head {
-		if want != "*" && want != a.head[i] {
+	for i, arg := range a.head {
+		if i < len(b.head) && b.head[i] == arg {
+			continue
+		}
+		if i < len(b.head) && b.head[i] != "*" || mustBeNamed(a.head[0], i, arg) {
 			return false
 		}
 	}
@@ -46,7 +66,7 @@ func (a argv) meet(b argv) (argv, bool) {
 			return argv{}, false
 		}
 	}
-	return out, true
+	return out, out.leq(a) && out.leq(b)
 }
 
 func (a argv) kin() string {
@@ -70,21 +90,24 @@ func (a argv) matches(args []string) bool {
 	if len(args) < len(a.head) || !a.tail && len(args) > len(a.head) {
 		return false
 	}
-	for i, want := range a.head {
-		if want != "*" && want != args[i] {
+	for i := len(a.head) - 1; i >= 0; i-- { // rules of one program differ at the end
+		if want := a.head[i]; want != args[i] && want != "*" {
 			return false
 		}
 	}
-	return true
+	return !slices.ContainsFunc(a.head, isStar) && !a.tail || !a.hides(args)
 }
 
-// allows judges one command. A shell with its script is arbitrary code: a
-// wildcard in place of the program does not name it.
-func (a argv) allows(c *nucleus.Command) bool {
-	if c.Script && (len(a.head) == 0 || a.head[0] == "*") {
-		return false
+func isStar(arg string) bool { return arg == "*" }
+
+// hides reports whether a wildcard stands where args must be named.
+func (a argv) hides(args []string) bool {
+	for i, arg := range args {
+		if (i >= len(a.head) || a.head[i] == "*") && mustBeNamed(args[0], i, arg) {
+			return true
+		}
 	}
-	return a.matches(c.Argv)
+	return false
 }
 
 func parseArgv(elements []string) (argv, error) {

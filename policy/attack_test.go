@@ -151,12 +151,74 @@ func TestAttacksOnCommands(t *testing.T) {
 			t.Errorf("%s: %q: %+v, want %s", c.class, c.argv, d, c.want)
 		}
 	}
-	// "**" allows every program, and names no shell.
-	run := func(script bool) nucleus.Action {
-		return nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: []string{"sh", "-c", "x"}, Dir: "app", Script: script}}
+}
+
+// A wildcard names no arbitrary code: each class of it beside benign twins.
+func TestAttacksOnWildcards(t *testing.T) {
+	p := load(t, `{operations: {run_bash: always}, commands: {only: [["**"], [env, "**"], [timeout, "*", "**"], [xargs, "**"], [sudo, "**"], [watch, "**"], [bash, -c, "*"], [python3, tool.py, "**"], [cargo, test, "**"]]}}`)
+	for _, c := range []struct {
+		class string
+		argv  []string
+		want  nucleus.Verdict
+	}{
+		{"shell", []string{"sh", "-c", "x"}, nucleus.Deny},
+		{"shell by its path", []string{"/bin/sh", "-c", "x"}, nucleus.Deny},
+		{"login shell", []string{"bash", "-lc", "x"}, nucleus.Deny},
+		{"interpreter", []string{"python3", "-c", "x"}, nucleus.Deny},
+		{"interpreter, code joined to its flag", []string{"python3", "-cx"}, nucleus.Deny},
+		{"interpreter with a version", []string{"/usr/bin/python3.11", "x.py"}, nucleus.Deny},
+		{"program of the workspace", []string{"./run.sh"}, nucleus.Deny},
+		{"program of another directory", []string{"/tmp/x"}, nucleus.Deny},
+		{"wrapper that is not named", []string{"nohup", "ls"}, nucleus.Deny},
+		{"shell behind a named wrapper", []string{"env", "A=b", "bash", "-c", "x"}, nucleus.Deny},
+		{"shell by its path behind a named wrapper", []string{"env", "/bin/bash"}, nucleus.Deny},
+		{"shell behind two wrappers", []string{"timeout", "5", "nice", "sh"}, nucleus.Deny},
+		{"interpreter behind xargs", []string{"xargs", "-n1", "perl", "-e", "x"}, nucleus.Deny},
+		{"find -exec", []string{"find", ".", "-exec", "sh", "{}", ";"}, nucleus.Deny},
+		{"command in an option", []string{"env", "-S", "bash -c x"}, nucleus.Deny},
+		{"command joined to an option", []string{"env", "-ivSbash -c x"}, nucleus.Deny},
+		{"command in a long option", []string{"env", "--split-string=bash -c x"}, nucleus.Deny},
+		{"shell by an option", []string{"sudo", "-ns"}, nucleus.Deny},
+		{"login shell by an option", []string{"sudo", "--login"}, nucleus.Deny},
+		{"command as one text", []string{"watch", "x; y"}, nucleus.Deny},
+		{"awk", []string{"awk", "BEGIN{system(\"x\")}"}, nucleus.Deny},
+
+		{"benign program", []string{"ls", "-l"}, nucleus.Allow},
+		{"benign program by its path", []string{"/usr/bin/ls"}, nucleus.Allow},
+		{"benign program behind a wrapper", []string{"env", "A=b", "git", "status"}, nucleus.Allow},
+		{"option that holds no command", []string{"env", "-u", "A", "-i", "git", "status"}, nucleus.Allow},
+		{"option that opens no shell", []string{"sudo", "-n", "-u", "bin", "ls", "-l"}, nucleus.Allow},
+		{"benign program behind two named wrappers", []string{"timeout", "5", "ls", "x"}, nucleus.Allow},
+		{"the name of a shell as an argument", []string{"grep", "-r", "bash", "."}, nucleus.Allow},
+		{"a name that begins like one", []string{"env", "shellcheck", "x"}, nucleus.Allow},
+		{"a name that begins like an interpreter", []string{"nodemon-like"}, nucleus.Allow},
+		{"exec inside a word", []string{"cargo", "test", "executor"}, nucleus.Allow},
+		{"exec as a word", []string{"cargo", "test", "exec"}, nucleus.Allow},
+		{"token inside a word", []string{"git", "add", "tokenizer.go"}, nucleus.Allow},
+		{"a named shell", []string{"bash", "-c", "anything"}, nucleus.Allow},
+		{"a named interpreter", []string{"python3", "tool.py", "x"}, nucleus.Allow},
+	} {
+		d := p.Decide(nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: c.argv}}, nucleus.Context{})
+		if d.Verdict != c.want || c.want == nucleus.Deny && d.Rule != "commands" {
+			t.Errorf("%s: %q: %+v, want %s", c.class, c.argv, d, c.want)
+		}
 	}
-	check(t, "program under **", run(false), "allow")
-	check(t, "script under **", run(true), "deny commands")
+}
+
+// Two policies of which one denies a command meet in one that denies it, although
+// its rule becomes longer.
+func TestMeetNamesNothing(t *testing.T) {
+	a := load(t, `{operations: {run_bash: always}, commands: {only: [["*", "-c", x]]}}`)
+	b := load(t, `{operations: {run_bash: always}, commands: {only: [[bash, "**"]]}}`)
+	action := nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: []string{"bash", "-c", "x"}, Script: true}}
+	for _, p := range []*Policy{a, Meet(a, b), Meet(b, a)} {
+		if d := p.Decide(action, nucleus.Context{}); d.Verdict != nucleus.Deny {
+			t.Errorf("%#v: %+v", p, d)
+		}
+	}
+	if d := b.Decide(action, nucleus.Context{}); d.Verdict != nucleus.Allow {
+		t.Errorf("%#v: %+v", b, d)
+	}
 }
 
 func TestAttacksOnHosts(t *testing.T) {

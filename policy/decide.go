@@ -3,8 +3,10 @@ package policy
 import (
 	"fmt"
 	"path"
+	"strings"
 
 	"cal/nucleus"
+	"cal/policy/program"
 )
 
 // Decide judges one action: the stricter of nu(p) and the exposure gate, within
@@ -154,12 +156,13 @@ func (p *Policy) scopePath(name string) scoped {
 	return scoped{}
 }
 
+// inRoots looks up name and every directory above it.
 func (p *Policy) inRoots(name string) bool {
-	if p.roots.any {
+	if p.roots.any || p.rootNames["."] {
 		return true
 	}
-	for _, r := range p.roots.only {
-		if r.holds(name) {
+	for end := len(name); end > 0; end = strings.LastIndexByte(name[:end], '/') {
+		if p.rootNames[name[:end]] {
 			return true
 		}
 	}
@@ -193,9 +196,12 @@ func (p *Policy) scopeCommand(c *nucleus.Command) scoped {
 		return outside("commands", "a command with variables of its own is allowed only where commands is any")
 	}
 	for i := range p.commands.only {
-		if p.commands.only[i].allows(c) {
+		if p.commands.only[i].matches(c.Argv) {
 			return scoped{rule: p.commandNames[i]}
 		}
+	}
+	if program.Runs(c.Argv[0]) {
+		return outside("commands", "no rule of commands names %q, which runs other programs; no wildcard stands for it", c.Argv)
 	}
 	return outside("commands", "no rule of commands allows %q", c.Argv)
 }

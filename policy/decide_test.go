@@ -207,6 +207,18 @@ func TestConnectIsUntrustedFirst(t *testing.T) {
 	}
 }
 
+// What asks is enabled: a person may grant it, and then the three have met.
+func TestNuCountsWhatAsks(t *testing.T) {
+	for text, want := range map[string]Level{
+		"{read_files: ask, web_search: ask, git_push: always}":   Ask,
+		"{read_files: ask, web_search: never, git_push: always}": Always,
+	} {
+		if got := Nu(load(t, "operations: "+text)).Level(nucleus.GitPush); got != want {
+			t.Errorf("%s: git_push is %s, want %s", text, got, want)
+		}
+	}
+}
+
 func TestZeroAndNilDeny(t *testing.T) {
 	for _, p := range []*Policy{nil, {}, Bottom()} {
 		for _, op := range append(nucleus.Ops(), "", "execute", "READ_FILES") {

@@ -6,9 +6,11 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -29,7 +31,7 @@ func TestLoadRefuses(t *testing.T) {
 		{`{"name": "a"} x`, `f:`},
 		{"name: a\n\tb: c", `f:`},
 		{"name: \"a\x00\"", `f:`},
-		{strings.Repeat("#", MaxDocument+1), `f:1: the document has 1048577 bytes; at most 1048576`},
+		{strings.Repeat("#", MaxDocument+1), `f:1: the document has more than 1048576 bytes`},
 		// YAML that reads differently than it looks
 		{"operations: &x {read_files: always}", `f:1: anchor &x`},
 		{"name: a\noperations: *x", `f:2: not YAML: alias *x`},
@@ -167,6 +169,46 @@ func TestLoadRefuses(t *testing.T) {
 		p, err := Load("f", []byte(c.text))
 		if shown := c.text[:min(len(c.text), 80)]; p != nil || err == nil || !strings.Contains(err.Error(), c.want) || !strings.HasPrefix(err.Error(), "f:") {
 			t.Errorf("%q:\n got %v, policy %v\nwant %s", shown, err, p != nil, c.want)
+		}
+	}
+}
+
+// The largest documents, of the shapes that cost a reader most, are refused in
+// bounded memory.
+func TestLoadIsBounded(t *testing.T) {
+	fill := func(head, part, tail string) string {
+		return head + strings.Repeat(part, (MaxDocument-len(head)-len(tail))/len(part)) + tail
+	}
+	for name, text := range map[string]string{
+		"lists":            fill("a: [", "[],", "]"),
+		"keys":             fill("", "a: b\n", ""),
+		"flow keys":        fill("{", "a,", "}"),
+		"comments":         fill("", "#\n", ""),
+		"escapes":          fill(`name: "`, `\n`, `"`),
+		"anchors":          fill("", "- &a x\n", ""),
+		"aliases":          fill("a: &a [x]\nb: [", "*a,", "]"),
+		"documents":        fill("", "---\n", ""),
+		"open lists":       fill("", "[", ""),
+		"open objects":     fill("", `{"a":`, ""),
+		"block lists":      fill("", "- ", ""),
+		"JSON lists":       fill(`{"a":[`, "[],", "[]]}"),
+		"JSON, deep":       strings.Repeat("[", MaxDocument/2) + strings.Repeat("]", MaxDocument/2),
+		"rules":            fill("commands: {only: [", "[a],", "]}"),
+		"blocked patterns": fill("paths: {blocked: [", "a,", "]}"),
+		"long pattern":     fill(`paths: {blocked: ["`, "*a", `["]}`),
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		started := time.Now()
+		if p, err := Load("f", []byte(text)); err == nil || p != nil || !strings.HasPrefix(err.Error(), "f:") {
+			t.Errorf("%s: %v", name, err)
+		}
+		runtime.ReadMemStats(&after)
+		// The parser makes a node of some 300 bytes for a value of two.
+		if used, took := after.TotalAlloc-before.TotalAlloc, time.Since(started); used > 1<<30 || took > 20*time.Second {
+			t.Errorf("%s: %d MB allocated, %s", name, used>>20, took)
+		} else {
+			t.Logf("%s: %d MB allocated, %s", name, used>>20, took)
 		}
 	}
 }

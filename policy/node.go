@@ -70,7 +70,7 @@ func (n *node) describe() string {
 func parse(data []byte) (*node, error) {
 	switch {
 	case len(data) > MaxDocument:
-		return nil, &lineError{1, fmt.Sprintf("the document has %d bytes; at most %d are read", len(data), MaxDocument)}
+		return nil, &lineError{1, fmt.Sprintf("the document has more than %d bytes; no more are read", MaxDocument)}
 	case !utf8.Valid(data):
 		return nil, &lineError{1, "the document is not UTF-8"}
 	case json.Valid(data):

@@ -55,7 +55,7 @@ func cleanPath(name string) bool {
 type blocked struct {
 	patterns []string            // sorted, no duplicates; "**" stands alone
 	names    map[string]struct{} // NAME without wildcards, of "**/NAME"
-	globs    []glob              // NAME with wildcards, of "**/NAME"
+	globs    map[byte][]glob     // NAME with wildcards, of "**/NAME", by its last byte; a wildcard is 0
 	anchored [][]string          // all others, in segments
 }
 
@@ -66,7 +66,7 @@ func newBlocked(patterns []string) blocked {
 	if slices.Contains(patterns, everythingBlocked) {
 		patterns = []string{everythingBlocked}
 	}
-	b := blocked{patterns: slices.Clone(patterns), names: map[string]struct{}{}}
+	b := blocked{patterns: slices.Clone(patterns), names: map[string]struct{}{}, globs: map[byte][]glob{}}
 	slices.Sort(b.patterns)
 	b.patterns = slices.Compact(b.patterns)
 	for _, p := range b.patterns {
@@ -74,7 +74,8 @@ func newBlocked(patterns []string) blocked {
 		if len(segments) != 2 || segments[0] != "**" || segments[1] == "**" {
 			b.anchored = append(b.anchored, segments)
 		} else if strings.ContainsAny(segments[1], "*?") {
-			b.globs = append(b.globs, newGlob(segments[1]))
+			g := newGlob(segments[1])
+			b.globs[g.last()] = append(b.globs[g.last()], g)
 		} else {
 			b.names[segments[1]] = struct{}{}
 		}
@@ -147,14 +148,14 @@ func (b blocked) matches(name string) bool {
 	}
 	for rest, more := name, true; more; {
 		var segment string
-		segment, rest, more = strings.Cut(rest, "/")
+		if segment, rest, more = strings.Cut(rest, "/"); segment == "" {
+			continue // of no clean path
+		}
 		if _, ok := b.names[segment]; ok {
 			return true
 		}
-		for i := range b.globs {
-			if b.globs[i].matches(segment) {
-				return true
-			}
+		if anyMatches(b.globs[segment[len(segment)-1]], segment) || anyMatches(b.globs[0], segment) {
+			return true
 		}
 	}
 	for _, segments := range b.anchored {
@@ -208,6 +209,23 @@ type glob struct {
 
 func newGlob(pattern string) glob {
 	return glob{pattern, pattern[:strings.IndexAny(pattern, "*?")], pattern[strings.LastIndexAny(pattern, "*?")+1:]}
+}
+
+// last is the byte that every match ends with, 0 where there is none.
+func (g *glob) last() byte {
+	if g.after == "" {
+		return 0
+	}
+	return g.after[len(g.after)-1]
+}
+
+func anyMatches(globs []glob, s string) bool {
+	for i := range globs {
+		if globs[i].matches(s) {
+			return true
+		}
+	}
+	return false
 }
 
 func (g *glob) matches(s string) bool {

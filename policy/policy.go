@@ -20,13 +20,18 @@ type Policy struct {
 	window   window
 	origins  set[span] // never any: "**" is the pattern of all
 
-	hostNames, commandNames []string // what decisions call the rules
+	hostNames, commandNames []string        // what decisions call the rules
+	rootNames               map[string]bool // those of roots.only
 }
 
 // seal completes a policy whose scopes are all set.
 func (p *Policy) seal() *Policy {
 	p.hostNames = p.hosts.names("hosts")
 	p.commandNames = p.commands.names("commands")
+	p.rootNames = make(map[string]bool, len(p.roots.only))
+	for _, r := range p.roots.only {
+		p.rootNames[string(r)] = true
+	}
 	return p
 }
 

@@ -3,6 +3,7 @@ package policy
 import (
 	"embed"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -22,16 +23,19 @@ func Profiles() []string { return append([]string(nil), profileNames...) }
 // Profile returns a built-in policy. A profile is a whole policy: none builds on
 // another.
 func Profile(name string) (*Policy, error) {
-	for _, known := range profileNames {
-		if name != known {
-			continue
-		}
-		file := "profiles/" + name + ".yaml"
-		data, err := profiles.ReadFile(file)
-		if err != nil {
-			return nil, err
-		}
-		return Load(file, data)
+	file, data, err := ProfileFile(name)
+	if err != nil {
+		return nil, err
 	}
-	return nil, fmt.Errorf("unknown profile %q; want one of %s", name, strings.Join(profileNames, ", "))
+	return Load(file, data)
+}
+
+// ProfileFile returns the source of a built-in policy.
+func ProfileFile(name string) (file string, data []byte, err error) {
+	if !slices.Contains(profileNames, name) {
+		return "", nil, fmt.Errorf("unknown profile %q; want one of %s", name, strings.Join(profileNames, ", "))
+	}
+	file = "profiles/" + name + ".yaml"
+	data, err = profiles.ReadFile(file)
+	return file, data, err
 }

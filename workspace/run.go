@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -115,18 +116,30 @@ func (h Home) policyOf(name string) (json.RawMessage, error) {
 
 // LoadPolicy reads a policy file: a path, or a name below the person's policies.
 func (h Home) LoadPolicy(name string) (*policy.Policy, error) {
-	path := name
-	if !strings.ContainsAny(name, "/.") {
-		path = filepath.Join(h.Dir, "policies", name+".yaml")
-	}
-	raw, err := os.ReadFile(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nucleus.Errorf(nucleus.KindInvalid, "policy %q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
-	}
+	path, raw, err := h.PolicyFile(name)
 	if err != nil {
 		return nil, err
 	}
 	return policy.Load(path, raw)
+}
+
+// PolicyFile returns the path and the bytes of the policy file that name stands
+// for: of one that is too large, as many as tell.
+func (h Home) PolicyFile(name string) (path string, raw []byte, err error) {
+	path = name
+	if !strings.ContainsAny(name, "/.") {
+		path = filepath.Join(h.Dir, "policies", name+".yaml")
+	}
+	file, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return path, nil, nucleus.Errorf(nucleus.KindInvalid, "policy %q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
+	}
+	if err != nil {
+		return path, nil, err
+	}
+	defer file.Close()
+	raw, err = io.ReadAll(io.LimitReader(file, policy.MaxDocument+1))
+	return path, raw, err
 }
 
 func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[string]string) error {

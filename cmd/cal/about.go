@@ -4,70 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"cal/machine"
 	"cal/machine/gvisor"
-	"cal/policy"
 	"cal/workspace"
 	"cal/workspace/agents"
 )
-
-func policyCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "policy", Short: "Profiles and policy files", Example: "  cal policy show default"}
-	var asJSON bool
-	list := &cobra.Command{
-		Use: "list", Short: "List the profiles", Example: "  cal policy list", Args: args(cobra.NoArgs),
-		RunE: func(*cobra.Command, []string) error {
-			return printList(policy.Profiles(), asJSON, "PROFILE", func(s string) string { return s })
-		},
-	}
-	list.Flags().BoolVar(&asJSON, "json", false, "as JSON")
-	show := &cobra.Command{
-		Use: "show NAME", Short: "Print a profile or file in full, as JSON", Example: "  cal policy show fix-issue", Args: args(cobra.ExactArgs(1)),
-		RunE: func(_ *cobra.Command, given []string) error {
-			p, err := loadPolicy(given[0])
-			if err != nil {
-				return err
-			}
-			raw, err := p.Canonical()
-			if err != nil {
-				return err
-			}
-			fmt.Println(string(raw))
-			for _, rule := range p.TrustedRules() {
-				fmt.Fprintln(os.Stderr, "assumption: counts on no leg:", rule)
-			}
-			return nil
-		},
-	}
-	check := &cobra.Command{
-		Use: "check FILE", Short: "Say whether a policy file is valid", Example: "  cal policy check .cal/policy.yaml", Args: args(cobra.ExactArgs(1)),
-		RunE: func(_ *cobra.Command, given []string) error {
-			raw, err := os.ReadFile(given[0])
-			if err == nil {
-				_, err = policy.Load(given[0], raw)
-			}
-			return err
-		},
-	}
-	cmd.AddCommand(list, show, check)
-	return cmd
-}
-
-func loadPolicy(name string) (*policy.Policy, error) {
-	if p, err := policy.Profile(name); err == nil {
-		return p, nil
-	}
-	home, err := workspace.OpenHome()
-	if err != nil {
-		return nil, err
-	}
-	return home.LoadPolicy(name)
-}
 
 func agentCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "agent", Short: "Agents that CAL knows how to start", Example: "  cal agent list"}

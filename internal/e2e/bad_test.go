@@ -368,10 +368,20 @@ func TestEndlessOutput(t *testing.T) {
 	}
 }
 
-// TestForkBomb lets commands multiply in a machine for which nobody stated a limit.
+// TestForkBomb lets commands multiply: in a machine for which nobody stated a limit, and, in
+// other ways, in one with a small one.
 func TestForkBomb(t *testing.T) {
 	e := testenv.New(t)
-	p := pod(t, e, "local-dev", nucleus.Resources{})
+	testForkBomb(t, e, nucleus.Resources{}, map[string]string{"doubling": "bomb() { bomb | bomb & }; bomb; sleep 100"})
+	testForkBomb(t, e, nucleus.Resources{Pids: 400}, map[string]string{
+		"one parent":  "while :; do sleep 100 & done",
+		"new session": "bomb() { setsid sh -c 'sleep 100 & sleep 100 &' & }; while :; do bomb; done",
+	})
+}
+
+func testForkBomb(t *testing.T, e *testenv.Env, limits nucleus.Resources, bombs map[string]string) {
+	t.Helper()
+	p := pod(t, e, "local-dev", limits)
 	node, ctx := e.Client(), e.Context()
 	how := map[string]string{}
 	for _, l := range p.Limits {
@@ -381,11 +391,7 @@ func TestForkBomb(t *testing.T) {
 		t.Fatalf("limits %+v: want pids enforced, memory at least watched", p.Limits)
 	}
 	before := available(t)
-	for name, script := range map[string]string{
-		"one parent":  "while :; do sleep 100 & done",
-		"doubling":    "bomb() { bomb | bomb & }; bomb; sleep 100",
-		"new session": "bomb() { setsid sh -c 'sleep 100 & sleep 100 &' & }; while :; do bomb; done",
-	} {
+	for name, script := range bombs {
 		least, stop := make(chan int64, 1), make(chan struct{})
 		go func() { least <- leastAvailable(stop) }()
 		started := time.Now()
@@ -407,11 +413,11 @@ func TestForkBomb(t *testing.T) {
 		})
 	}
 	// Control: what stays below the limit works.
-	value, err := node.Tool(ctx, p.ID, nucleus.RunBash, map[string]any{"script": "n=0; while [ $n -lt 300 ]; do sleep 30 & n=$((n+1)); done; echo made $n"})
-	if err != nil || !strings.Contains(string(value), "made 300") {
-		t.Errorf("300 processes: %s %v", value, err)
+	value, err := node.Tool(ctx, p.ID, nucleus.RunBash, map[string]any{"script": "n=0; while [ $n -lt 200 ]; do sleep 30 & n=$((n+1)); done; echo made $n"})
+	if err != nil || !strings.Contains(string(value), "made 200") {
+		t.Errorf("200 processes: %s %v", value, err)
 	}
-	if err := node.DeletePod(ctx, p.ID); err != nil {
+	if err := node.DeletePod(e.Context(), p.ID); err != nil {
 		t.Error(err)
 	}
 }

@@ -30,7 +30,7 @@ func Of(path string) (ID, error) {
 	if !ok {
 		return ID{}, errors.New(path + ": the system tells no inode")
 	}
-	id := ID{Device: uint64(sys.Dev), Inode: sys.Ino}
+	id := ID{Device: uint64(sys.Dev), Inode: sys.Ino} //nolint:unconvert // not everywhere of this type
 	if !info.IsDir() {
 		id.Size, id.Modified = info.Size(), info.ModTime().UnixNano()
 	}

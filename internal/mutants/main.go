@@ -1,0 +1,105 @@
+// Command mutants breaks package policy on purpose, one law or rule at a time, and
+// fails unless the test that stands beside each notices. The source on disk is not
+// touched: a mutant is an overlay.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+)
+
+func main() {
+	only := flag.String("only", "", "run the mutants whose law holds this text")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if err := run(ctx, *only); err != nil {
+		fmt.Fprintln(os.Stderr, "mutants:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, only string) error {
+	dir, err := os.MkdirTemp("", "mutants-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	const row = "%-48s  %-28s  %-28s  %s\n"
+	fmt.Printf(row, "LAW OR RULE", "FILE", "TEST", "CAUGHT")
+	caught, tried := 0, 0
+	for _, m := range mutants {
+		if !strings.Contains(m.law, only) {
+			continue
+		}
+		tried++
+		how, err := m.try(ctx, dir)
+		if err != nil {
+			how = "NOT TRIED: " + err.Error()
+		}
+		if how == "yes" {
+			caught++
+		}
+		fmt.Printf(row, m.law, m.file, m.test, how)
+	}
+	fmt.Printf("%d of %d mutants were caught\n", caught, tried)
+	if caught != tried || tried == 0 {
+		return fmt.Errorf("%d of %d mutants live", tried-caught, tried)
+	}
+	return nil
+}
+
+// try runs the named test of the file's package on the mutant. Caught means that the
+// test itself failed: what does not compile, or has no such test, is an error.
+func (m mutant) try(ctx context.Context, dir string) (string, error) {
+	file, err := filepath.Abs(m.file)
+	if err != nil {
+		return "", err
+	}
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	if n := strings.Count(string(raw), m.old); n != 1 {
+		return "", fmt.Errorf("%s holds %q %d times, want once", m.file, m.old, n)
+	}
+	changed := filepath.Join(dir, "mutant.go")
+	if err := os.WriteFile(changed, []byte(strings.Replace(string(raw), m.old, m.new, 1)), 0o600); err != nil {
+		return "", err
+	}
+	overlay, err := json.Marshal(map[string]map[string]string{"Replace": {file: changed}})
+	if err != nil {
+		return "", err
+	}
+	overlayFile := filepath.Join(dir, "overlay.json")
+	if err := os.WriteFile(overlayFile, overlay, 0o600); err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	pkg := filepath.Dir(m.file)
+	args := []string{"test", "-vet=off", "-count=1", "-overlay", overlayFile, "-run", "^" + m.test + "$", "./" + pkg}
+	if pkg == "policy" {
+		args = append(args, "-rapid.nofailfile") // a mutant's failures are no regressions
+	}
+	out, err := exec.CommandContext(ctx, "go", args...).CombinedOutput()
+	failed := regexp.MustCompile(`(?m)^--- FAIL: ` + regexp.QuoteMeta(m.test) + `\b`).Match(out)
+	switch {
+	case err == nil && strings.Contains(string(out), "no tests to run"):
+		return "", fmt.Errorf("there is no test %s", m.test)
+	case err == nil:
+		return "NO", nil
+	case failed || strings.Contains(string(out), "panic: "):
+		return "yes", nil
+	}
+	return "", fmt.Errorf("%w: %.2000s", err, out)
+}
