@@ -116,7 +116,9 @@ func TestReplayAfterRestart(t *testing.T) {
 		"killed":   func(h *host) { h.kill(); h.start() },
 		"in order, then killed": func(h *host) {
 			h.restart()
-			h.serve(h.node, h.signed(h.asOperator(), "GET", "/v1/pods", "", nil)).want(h.t, "")
+			eventually(h.t, "a request of after the restart is admitted", func() bool {
+				return h.serve(h.node, h.signed(h.asOperator(), "GET", "/v1/pods", "", nil)).Status == http.StatusOK
+			})
 			h.kill()
 			h.start()
 		},
