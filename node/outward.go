@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 	"sort"
 	"strings"
@@ -79,14 +80,9 @@ func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepare
 		if err := q.Push(ctx, url, commit, ref, old); err != nil {
 			return nil, nucleus.Errorf(nucleus.KindFailed, "%v", err)
 		}
-		// Others may have written the record since it was resolved.
-		current, err := p.readRepo(repo.Name)
-		if err != nil {
-			return nil, err
-		}
-		current.Heads[args.Branch] = commit
-		if err := p.writeRepo(repo.Name, current); err != nil {
-			return nil, err
+		if err := p.changeRepo(repo.Name, func(s *nucleus.RepoRecord) { s.Heads[args.Branch] = commit }); err != nil {
+			// The push is done, and no less so for this; the branch's next one will be refused.
+			slog.Error("where a branch stands after its push could not be written down", "pod", p.record.ID, "ref", ref, "error", err)
 		}
 		return json.Marshal(map[string]string{"remote": git.WithoutCredentials(url), "ref": ref, "commit": commit})
 	}

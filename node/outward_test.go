@@ -73,6 +73,62 @@ func TestPush(t *testing.T) {
 	}
 }
 
+// Pushes and fetches that end at once all stand on record: a branch whose place on the remote
+// was forgotten could not be pushed again, and a fetch that was would be lost.
+func TestRecordOfARepositoryAtOnce(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	p := h.pod(newPersonRepo(t).spec("w", pushes), nil)
+	const pushed = 50
+	var ends sync.WaitGroup
+	for i := range pushed {
+		ends.Go(func() {
+			if err := p.changeRepo("app", func(s *nucleus.RepoRecord) { s.Heads[fmt.Sprint("b", i)] = "x" }); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	ends.Wait()
+	stored, err := p.readRepo("app")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range pushed {
+		if name := fmt.Sprint("b", i); stored.Heads[name] != "x" {
+			t.Errorf("branch %s was forgotten", name)
+		}
+	}
+}
+
+// A push that took place is done, even where the host cannot write down where the branch
+// stands now.
+func TestPushNotNoted(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("w", pushes), nil)
+	want := h.inside(p).commit("new.txt", "x\n")
+	// The remote's hook runs when the branch has moved.
+	hook := filepath.Join(person.Remote, "hooks", "post-receive")
+	if err := os.MkdirAll(filepath.Dir(hook), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(hook, fmt.Appendf(nil, "#!/bin/sh\necho none >'%s'\n", p.repoFile("app")), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h.tool(p, nucleus.GitPush, pushTo("agent/work")).want(t, "")
+	if got := person.at("agent/work"); got != want {
+		t.Errorf("the remote has %q, want %s", got, want)
+	}
+	if _, err := p.readRepo("app"); err == nil {
+		t.Error("the record can be read: the hook did not run")
+	}
+	outcomes := h.entries(nucleus.KindOutcome, nucleus.GitPush)
+	if len(outcomes) != 1 || outcomes[0].Status != nucleus.OutcomeDone {
+		t.Errorf("outcomes %+v", outcomes)
+	}
+}
+
 // The first push of a repository whose remote was never fetched.
 func TestFirstPush(t *testing.T) {
 	h := newHost(t)

@@ -57,8 +57,9 @@ type Pod struct {
 	// knows these, and an authority that shows others later changes nothing.
 	approvers map[string][]byte
 
-	acting   sync.WaitGroup // effects on the host that have begun
-	fetching sync.Mutex     // held while what the workspace keeps of a repository is replaced
+	acting    sync.WaitGroup // effects on the host that have begun
+	recording sync.Mutex     // held while the record of a repository is read and written anew
+	fetching  sync.Mutex     // held while what the workspace keeps of a repository is replaced
 
 	mu      sync.Mutex // of the fields below, and of root and machine while the pod starts
 	session *wire.Session

@@ -401,9 +401,11 @@ var objectID = regexp.MustCompile(`^[0-9a-f]{40}([0-9a-f]{24})?$`)
 
 // keep makes a transfer what the workspace has of a repository, in place of the one
 // before, which is removed.
-func (t *transfer) keep(stored nucleus.RepoRecord) error {
-	stored.Quarantine = filepath.Join(filepath.Base(t.pod.keptDir(t.repo.Name)), filepath.Base(t.Dir))
-	if err := t.pod.writeRepo(t.repo.Name, stored); err != nil {
+func (t *transfer) keep(head, worktree string) error {
+	place := filepath.Join(filepath.Base(t.pod.keptDir(t.repo.Name)), filepath.Base(t.Dir))
+	if err := t.pod.changeRepo(t.repo.Name, func(s *nucleus.RepoRecord) {
+		s.Head, s.Worktree, s.Quarantine = head, worktree, place
+	}); err != nil {
 		return err
 	}
 	t.kept = true

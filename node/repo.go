@@ -33,6 +33,19 @@ func (p *Pod) writeRepo(name string, s nucleus.RepoRecord) error {
 	return durable.Store(p.repoFile(name), s)
 }
 
+// changeRepo changes what is on record now: pushes and fetches of a running pod end in any order,
+// and one must not write back what another has replaced.
+func (p *Pod) changeRepo(name string, change func(*nucleus.RepoRecord)) error {
+	p.recording.Lock()
+	defer p.recording.Unlock()
+	s, err := p.readRepo(name)
+	if err != nil {
+		return err
+	}
+	change(&s)
+	return p.writeRepo(name, s)
+}
+
 // labelRepos looks at the repositories that the spec brings: where they stand, whether they
 // are trusted, and what policy they add. It changes nothing.
 func (n *Node) labelRepos(ctx context.Context, p *Pod, declared *policy.Policy) (*policy.Policy, error) {
@@ -316,14 +329,10 @@ func (n *Node) fetchRepo(ctx context.Context, p *Pod, actor, name string) (clien
 	if err != nil {
 		return client.RepoFetched{}, err
 	}
-	stored, err := p.readRepo(r.Name)
-	if err != nil {
+	if err := q.keep(head, worktree); err != nil {
 		return client.RepoFetched{}, err
 	}
-	stored.Head, stored.Worktree = head, worktree
-	if err := q.keep(stored); err != nil {
-		return client.RepoFetched{}, err
-	}
+	stored := q.stored
 	fetched := client.RepoFetched{Name: r.Name, Branch: r.Branch, Base: stored.Base, Head: head, Worktree: worktree}
 	commits, err := q.Run(ctx, "rev-list", "--count", stored.Base+".."+head)
 	if err != nil {
