@@ -1,6 +1,7 @@
 package command
 
 import (
+	"cmp"
 	"regexp"
 	"strings"
 )
@@ -17,8 +18,8 @@ func set(names string) map[string]bool {
 // options of dangerous, which are all that do more than their class; an argument
 // that is not known may be one of them.
 var (
-	readers = set("cat ls head tail wc grep egrep fgrep stat file du df echo printf test [ which whoami id uname basename dirname realpath readlink cmp cut uniq tr nl tac rev " +
-		"comm join paste fold column printenv hostname sleep seq md5sum sha1sum sha256sum sha512sum b2sum cksum hexdump xxd od strings nm ps free uptime jq true false " +
+	readers = set("cat ls head tail wc grep egrep fgrep stat du df echo printf test [ which whoami id uname basename dirname realpath readlink cmp cut tr nl tac rev " +
+		"comm join paste fold column printenv sleep seq md5sum sha1sum sha256sum sha512sum b2sum cksum hexdump od strings nm ps free uptime jq true false " +
 		"arch nproc tty locale getconf expr diff more cal")
 	writers = set("touch mkdir cp mv rm rmdir ln chmod chown tee truncate dd patch unzip gzip gunzip bzip2 bunzip2 xz unxz zstd kill pkill gofmt goimports rustfmt " +
 		"prettier black gcc cc g++ clang clang++ rustc tsc javac shred mktemp")
@@ -27,24 +28,29 @@ var (
 
 var careful = map[string]struct {
 	class     Class
-	dangerous []string // prefixes of options that make it arbitrary code
+	dangerous []string // prefixes of options that make it arbitrary code; programs take beginnings of long ones
 	writes    []string // and that make it write
 }{
-	"sort":  {ReadOnly, []string{"--compress-program"}, []string{"-o", "--output"}},
+	"sort":  {ReadOnly, []string{"--co"}, []string{"-o", "--o"}},
 	"rg":    {ReadOnly, []string{"--pre$", "--pre=", "--hostname-bin"}, nil},
 	"split": {Writes, []string{"--f"}, nil}, "install": {Writes, []string{"--strip"}, nil}, "zip": {Writes, []string{"-T", "--u", "--te"}, nil},
 	"wget": {Network, []string{"--use-a", "-e", "--exe", "--conf"}, nil},
-	"date": {ReadOnly, nil, []string{"-s", "--set"}},
+	"date": {ReadOnly, nil, []string{"-s", "--s"}},
 	"tree": {ReadOnly, nil, []string{"-o"}},
-	"less": {ReadOnly, []string{"+"}, []string{"-o", "-O"}},
-	"tar":  {Writes, []string{"--to-command", "--checkpoint-action", "-I", "--use-compress-program", "--rsh-command", "-F", "--info-script", "--new-volume-script"}, nil},
+	"file": {ReadOnly, nil, []string{"-C", "--c"}},
+	"less": {ReadOnly, []string{"+", "-k", "--lesskey"}, []string{"-o", "-O", "--log", "--LOG"}},
+	"tar":  {Writes, []string{"--to-c", "--checkpoint-", "-I", "--use", "--rs", "--rm", "-F", "--inf", "--new"}, nil},
 	"scp":  {Network, []string{"-S", "-o", "-F"}, nil}, "sftp": {Network, []string{"-S", "-o", "-F", "-b"}, nil},
-	"rsync": {Network, []string{"-e", "--rsh", "--rsync-path"}, nil},
-	"nc":    {Network, []string{"-e", "-c"}, nil}, "ncat": {Network, []string{"-e", "-c", "--exec", "--sh-exec", "--lua-exec"}, nil},
+	"rsync": {Network, []string{"-e", "--rs"}, nil},
+	"nc":    {Network, []string{"-e", "-c"}, nil}, "ncat": {Network, []string{"-e", "-c", "--e", "--sh", "--lua"}, nil},
 }
 
-// clustered are letters that are dangerous in a cluster of options too.
-var clustered = map[string]string{"tar": "IF", "rsync": "e", "nc": "ec", "ncat": "ec"}
+// clustered are letters that are dangerous in a cluster of options too, clusteredWrites
+// those that write.
+var (
+	clustered       = map[string]string{"tar": "IF", "rsync": "e", "nc": "ec", "ncat": "ec", "less": "k"}
+	clusteredWrites = map[string]string{"sort": "o", "date": "s", "tree": "o", "file": "C", "less": "oO"}
+)
 
 // compilers' options that run another program.
 var compilerOptions = []string{"-wrapper", "-fplugin", "-B", "--plugin", "-Clinker", "-C"}
@@ -66,6 +72,8 @@ func classify(name string, args []word) (Class, string) {
 		return subcommand(name, args, []string{"-o", "--config-settings"}, packages)
 	case "sed":
 		return sed(args)
+	case "uniq", "xxd", "hostname":
+		return byOperands(name, args)
 	}
 	switch {
 	case readers[name]:
@@ -93,18 +101,44 @@ func options(name string, args []word, class Class, dangerous, writes []string) 
 	if option := found(args, dangerous); option != "" {
 		return Arbitrary, name + " " + option + " can run another program"
 	}
-	if letters := clustered[name]; letters != "" {
-		for i, a := range args {
-			first := name == "tar" && i == 0 // tar takes its letters without a dash too
-			if (first || strings.HasPrefix(a.text, "-")) && !strings.HasPrefix(a.text, "--") && strings.ContainsAny(a.text, letters) {
-				return Arbitrary, name + " " + a.text + " can run another program"
-			}
-		}
+	if option := inCluster(name, args, clustered[name]); option != "" {
+		return Arbitrary, name + " " + option + " can run another program"
 	}
-	if option := found(args, writes); option != "" {
+	if option := cmp.Or(found(args, writes), inCluster(name, args, clusteredWrites[name])); option != "" {
 		return Writes, name + " " + option + " writes"
 	}
 	return class, name + " with options that are known"
+}
+
+// mostOperands is how many words that are no options programs may have, up to which they
+// only read: the next one is the file that they write, or the name that they set.
+var mostOperands = map[string]int{"uniq": 1, "xxd": 1, "hostname": 0}
+
+func byOperands(name string, args []word) (Class, string) {
+	operands := 0
+	for _, a := range args {
+		switch {
+		case !a.known:
+			operands = len(args) + 1
+		case a.text == "-" || !strings.HasPrefix(a.text, "-"):
+			operands++
+		}
+	}
+	if operands > mostOperands[name] {
+		return Writes, name + " may write what it is told"
+	}
+	return ReadOnly, name + " reads"
+}
+
+// inCluster returns the first cluster of options with one of letters in it.
+func inCluster(name string, args []word, letters string) string {
+	for i, a := range args {
+		first := name == "tar" && i == 0 // tar takes its letters without a dash too
+		if (first || strings.HasPrefix(a.text, "-")) && !strings.HasPrefix(a.text, "--") && strings.ContainsAny(a.text, letters) {
+			return a.text
+		}
+	}
+	return ""
 }
 
 func unknown(args []word) bool {
