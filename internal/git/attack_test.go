@@ -608,6 +608,16 @@ func TestPush(t *testing.T) {
 			t.Errorf("pushed %v, %v", pushed, err)
 		}
 	})
+	t.Run("started from a hook or an alias of another repository", func(t *testing.T) {
+		if _, pushed, err := push(t, func(h *hostile) string {
+			url := remote(h)
+			t.Setenv("GIT_DIR", filepath.Join(h.home, "another.git"))
+			t.Setenv("GIT_NAMESPACE", "another")
+			return url
+		}); !pushed || err != nil {
+			t.Errorf("pushed %v, %v", pushed, err)
+		}
+	})
 	t.Run("hook", func(t *testing.T) {
 		if h, pushed, err := push(t, prePush); h.ran() || !pushed {
 			t.Errorf("the hook ran, or nothing was pushed: %v", err)

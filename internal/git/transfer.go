@@ -240,7 +240,7 @@ func (q Quarantine) Push(ctx context.Context, url, commit, ref, old string) erro
 	}
 	// The URL may stand in a stranger's configuration, and a remote helper is a program: git's own
 	// transports alone. A hook of the person's would be run on names that the agent chose.
-	env := append(os.Environ(), "GIT_TERMINAL_PROMPT=0", "GIT_ALLOW_PROTOCOL="+pushProtocols, "LC_ALL=C")
+	env := append(slices.DeleteFunc(os.Environ(), ofAnotherRepository), "GIT_TERMINAL_PROMPT=0", "GIT_ALLOW_PROTOCOL="+pushProtocols, "LC_ALL=C")
 	args := append(slices.Clone(pushSettings), "push", "--quiet", "--no-follow-tags", "--recurse-submodules=no", "--force-with-lease="+ref+":"+lease, "--", url, commit+":"+ref)
 	ctx, cancel := context.WithTimeout(ctx, commandDeadline)
 	defer cancel()
@@ -251,6 +251,16 @@ func (q Quarantine) Push(ctx context.Context, url, commit, ref, old string) erro
 		return fmt.Errorf("git push: %s", WithoutCredentials(lastLines(string(out), 3)))
 	}
 	return nil
+}
+
+// ofAnotherRepository reports whether a variable says where a repository lies: git sets some for
+// its hooks and aliases, and a node that was started from one has them as long as it lives.
+func ofAnotherRepository(variable string) bool {
+	name, _, _ := strings.Cut(variable, "=")
+	return slices.Contains([]string{
+		"GIT_DIR", "GIT_COMMON_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+		"GIT_SHALLOW_FILE", "GIT_GRAFT_FILE", "GIT_NAMESPACE", "GIT_PREFIX",
+	}, name)
 }
 
 // The walls of Push.
