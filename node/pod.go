@@ -719,11 +719,11 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 	id := p.record.ID
 	p.mu.Lock()
 	starting, live, removed := p.state == stateStarting, p.state == stateRunning || p.state == statePaused, p.removed
-	p.mu.Unlock()
 	if starting { // who starts it takes it away
-		p.mu.Lock()
 		p.state, p.reason = stateStopped, "deleted while it started"
-		p.mu.Unlock()
+	}
+	p.mu.Unlock()
+	if starting {
 		select {
 		case <-p.started:
 		case <-ctx.Done():
