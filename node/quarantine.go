@@ -135,7 +135,11 @@ func (n *Node) newTransfer(ctx context.Context, p *Pod, r nucleus.RepoStatus, di
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if _, err := p.wire(); err != nil {
+		return nil, err
+	}
+	// Not what is above it: of a pod that ends meanwhile nothing may come to be again.
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
 	t := &transfer{pod: p, repo: r, stored: stored, holders: 1}

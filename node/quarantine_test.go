@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -202,6 +203,31 @@ func TestQuarantineLimits(t *testing.T) {
 	h.tool(two, nucleus.GitPush, pushTo("b")).want(t, nucleus.KindApproval)
 	if left, _ := filepath.Glob(filepath.Join(h.node.dirs.Pods(), "*", "bundle-*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// A request that comes upon a pod's end leaves nothing in the place that was removed: the next
+// node would take it for a pod that failed.
+func TestTransferAfterTheEnd(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	person := newPersonRepo(t)
+	p := h.pod(person.spec("w", pushes), nil)
+	if err := h.node.DeletePod(h.context(), "operator", p.record.ID); err != nil {
+		t.Fatal(err)
+	}
+	var pre prepared
+	if err := h.node.preparePush(h.context(), p, []byte(`{"branch":"agent/work"}`), &pre); err == nil {
+		t.Error("a branch was taken from a machine that is gone")
+	}
+	pre.sent.drop()
+	p.setState(stateRunning, "") // as it was when the request looked
+	if err := h.node.preparePush(h.context(), p, []byte(`{"branch":"agent/work"}`), &pre); err == nil {
+		t.Error("a branch was taken from a machine that is gone")
+	}
+	pre.sent.drop()
+	if _, err := os.Stat(p.dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s is there again: %v", p.dir, err)
 	}
 }
 
