@@ -20,7 +20,12 @@ func (n *Node) actOnHost(ctx context.Context, p *Pod, r request, pre prepared, p
 	if outcome.Admission, err = n.admission(ctx, p, pre, permit); err != nil {
 		outcome.Status = nucleus.OutcomeRefused
 	} else {
-		if value, err = pre.effect(ctx, permit); err != nil {
+		value, err = effect(ctx, pre, permit)
+		var doubt *unsure
+		switch {
+		case errors.As(err, &doubt):
+			outcome.Status = nucleus.OutcomeUnknown
+		case err != nil:
 			outcome.Status = nucleus.OutcomeFailed
 		}
 		p.acting.Done()
@@ -37,6 +42,31 @@ func (n *Node) actOnHost(ctx context.Context, p *Pod, r request, pre prepared, p
 		return nil, nil, errors.Join(err, signErr)
 	}
 	return value, &signed, err
+}
+
+// effectLife bounds an effect on the host.
+const effectLife = 10 * time.Minute
+
+// effect goes to its end though the caller goes away: cut off, nobody could say what
+// came of it. What its own time cuts off is unknown.
+func effect(ctx context.Context, pre prepared, permit nucleus.Permit) (json.RawMessage, error) {
+	acting, cancel := context.WithTimeout(context.WithoutCancel(ctx), effectLife)
+	defer cancel()
+	value, err := pre.effect(acting, permit)
+	if err != nil && acting.Err() != nil {
+		err = &unsure{err}
+	}
+	return value, err
+}
+
+// unsure is why nobody can say whether an effect on the host took place.
+type unsure struct{ why error }
+
+func (e *unsure) Error() string { return "nobody can say whether it was done: " + e.why.Error() }
+func (e *unsure) Unwrap() error {
+	said := *nucleus.AsError(e.why)
+	said.Message = "nobody can say whether it was done: " + said.Message
+	return &said
 }
 
 // notDone is why an effect on the host was not tried.

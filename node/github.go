@@ -110,7 +110,7 @@ func (f Forge) ask(ctx context.Context, pr nucleus.PR, method, path string, body
 	req.Header.Set("Authorization", "Bearer "+f.Token)
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return 0, nucleus.Errorf(nucleus.KindFailed, "create_pr: %v", err)
+		return 0, doubtful(method, nucleus.Errorf(nucleus.KindFailed, "create_pr: %v", err))
 	}
 	defer resp.Body.Close()
 	text, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
@@ -118,7 +118,7 @@ func (f Forge) ask(ctx context.Context, pr nucleus.PR, method, path string, body
 		err = json.Unmarshal(text, answer)
 	}
 	if err != nil {
-		return resp.StatusCode, nucleus.Errorf(nucleus.KindFailed, "create_pr: %s answered %s without JSON", pr.API, resp.Status)
+		return resp.StatusCode, doubtful(method, nucleus.Errorf(nucleus.KindFailed, "create_pr: %s answered %s without JSON", pr.API, resp.Status))
 	}
 	if resp.StatusCode >= 300 {
 		var failed struct {
@@ -128,4 +128,13 @@ func (f Forge) ask(ctx context.Context, pr nucleus.PR, method, path string, body
 		return resp.StatusCode, nucleus.Errorf(nucleus.KindFailed, "create_pr: %s answered %s: %s", pr.API, resp.Status, cut(failed.Message, 500))
 	}
 	return resp.StatusCode, nil
+}
+
+// doubtful is an error of a request whose answer did not come, or cannot be read: one that
+// changes something may have done so.
+func doubtful(method string, err error) error {
+	if method == http.MethodGet || method == http.MethodHead {
+		return err
+	}
+	return &unsure{err}
 }

@@ -170,11 +170,15 @@ func (n *Node) prepareFetch(p *Pod, raw []byte, pre *prepared) error {
 		peer := egress.Peer{Pod: p.record.ID, Session: p.record.Session}
 		result, err := n.gateway.Fetch(withFetch(ctx, fetch.URL, grantOf(permit)), peer, fetch, []byte(args.Body))
 		if err != nil {
-			var refused *nucleus.Error
-			if errors.As(err, &refused) {
-				return nil, refused
+			var said *nucleus.Error
+			switch {
+			case !errors.As(err, &said):
+			case said.Kind == nucleus.KindFailed, said.Kind == nucleus.KindTimeout:
+				return nil, doubtful(fetch.Method, said)
+			default: // the gateway's no
+				return nil, said
 			}
-			return nil, nucleus.Errorf(nucleus.KindFailed, "web_fetch %s: %v", fetch.URL, err)
+			return nil, doubtful(fetch.Method, nucleus.Errorf(nucleus.KindFailed, "web_fetch %s: %v", fetch.URL, err))
 		}
 		return json.Marshal(fetchedPage(result))
 	}

@@ -2,6 +2,7 @@ package node
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -787,4 +788,58 @@ func TestWebFetchNotRecorded(t *testing.T) {
 			t.Errorf("with %d records somebody came", allowed)
 		}
 	}
+}
+
+// What came of an effect on the host is known, or said to be unknown: a caller that goes
+// away cuts none off, and a request that changes something and whose answer does not come may have
+// changed it.
+func TestEffectsEndKnown(t *testing.T) {
+	t.Parallel()
+	reached, release := make(chan struct{}), make(chan struct{})
+	site := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/slow" {
+			close(reached)
+			select {
+			case <-release:
+			case <-r.Context().Done():
+				t.Error("the request was cut off with its caller")
+			}
+			return
+		}
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		conn.Close()
+	}))
+	defer site.Close()
+	_, port, _ := net.SplitHostPort(strings.TrimPrefix(site.URL, "http://"))
+	h := newHost(t)
+	p := h.pod(specOf("", json.RawMessage(`{"operations":{"web_fetch":"always"},"hosts":{"only":[{"host":"127.0.0.1","port":`+port+`}]}}`)), nil)
+	last := func() nucleus.Entry {
+		outcomes := h.entries(nucleus.KindOutcome, nucleus.WebFetch)
+		if len(outcomes) == 0 {
+			return nucleus.Entry{}
+		}
+		return outcomes[len(outcomes)-1]
+	}
+	for method, want := range map[string]string{"GET": nucleus.OutcomeFailed, "POST": nucleus.OutcomeUnknown} {
+		a := h.tool(p, nucleus.WebFetch, map[string]string{"url": site.URL + "/drop", "method": method})
+		a.want(t, nucleus.KindFailed)
+		if unsaid := !strings.Contains(a.Body, "nobody can say"); last().Status != want || unsaid != (want == nucleus.OutcomeFailed) {
+			t.Errorf("%s: recorded %q, want %q; said %v", method, last().Status, want, a)
+		}
+	}
+	ctx, hangUp := context.WithCancel(h.context())
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		h.toolContext(ctx, p, nucleus.WebFetch, map[string]string{"url": site.URL + "/slow"})
+	}()
+	<-reached
+	hangUp()
+	close(release)
+	<-over
+	eventually(t, "the fetch is recorded as done", func() bool { return last().Status == nucleus.OutcomeDone })
 }

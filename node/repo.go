@@ -329,9 +329,6 @@ func (n *Node) fetchRepo(ctx context.Context, p *Pod, actor, name string) (clien
 	if err != nil {
 		return client.RepoFetched{}, err
 	}
-	if err := q.keep(head, worktree); err != nil {
-		return client.RepoFetched{}, err
-	}
 	stored := q.stored
 	fetched := client.RepoFetched{Name: r.Name, Branch: r.Branch, Base: stored.Base, Head: head, Worktree: worktree}
 	commits, err := q.Run(ctx, "rev-list", "--count", stored.Base+".."+head)
@@ -344,12 +341,12 @@ func (n *Node) fetchRepo(ctx context.Context, p *Pod, actor, name string) (clien
 	if fetched.Stat, err = q.Run(ctx, "diff", "--no-color", "--stat=80", stored.Base, worktree); err != nil {
 		return fetched, err
 	}
-	_, err = n.append(nucleus.Entry{
+	_, err = n.append(nucleus.Entry{ // before it takes the place of the last one
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindRepoFetch,
 		Data: data(map[string]any{"repo": r.Name, "branch": r.Branch, "base": stored.Base, "head": head, "worktree": worktree}),
 	})
 	if err != nil {
 		return fetched, logFailure(err)
 	}
-	return fetched, nil
+	return fetched, q.keep(head, worktree)
 }

@@ -332,8 +332,9 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 		entry.Status = nucleus.OutcomeFailed
 		e := nucleus.AsError(cause)
 		var none *notDone
+		var doubt *unsure
 		switch {
-		case outcome == nil:
+		case outcome == nil, errors.As(cause, &doubt):
 			entry.Status = nucleus.OutcomeUnknown
 		case errors.As(cause, &none), e.Kind == nucleus.KindForbidden:
 			entry.Status = nucleus.OutcomeRefused

@@ -87,7 +87,7 @@ const (
 	OutcomeFailed   = "failed"   // it was tried and failed; Message says how
 	OutcomeRefused  = "refused"  // nothing was done: the guest's own decision was stricter, or it could not be asked
 	OutcomeAdmitted = "admitted" // the guest has nothing against an effect on the host; the node may act
-	OutcomeUnknown  = "unknown"  // nobody can say: written by recovery
+	OutcomeUnknown  = "unknown"  // nobody can say: the node ended, or the answer to what was done did not come
 )
 
 // Signed is canonical JSON and one Ed25519 signature over domain, a newline and
