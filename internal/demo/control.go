@@ -33,7 +33,7 @@ func walls(s *stage) []wall {
 		{
 			name:    "the gateway's default deny",
 			file:    "node/gate.go",
-			replace: [][2]string{{"\tliterals := p.policy.Literals(", "\tif true {\n\t\treturn egress.Ruling{Verdict: nucleus.Allow, Literals: []netip.Prefix{netip.MustParsePrefix(\"127.0.0.0/8\")}}, nil\n\t}\n\tliterals := p.policy.Literals("}},
+			replace: [][2]string{{"\truling := egress.Ruling{Verdict: nucleus.Allow, Literals: p.", "\tif true {\n\t\treturn egress.Ruling{Verdict: nucleus.Allow, Literals: []netip.Prefix{netip.MustParsePrefix(\"127.0.0.0/8\")}}, nil\n\t}\n\truling := egress.Ruling{Verdict: nucleus.Allow, Literals: p."}},
 			want:    map[string]bool{"connected": true},
 		},
 		{
