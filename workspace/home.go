@@ -343,7 +343,8 @@ func tail(path string) string {
 	return strings.Join(lines[max(0, len(lines)-5):], "\n")
 }
 
-// StopNode ends the running node and waits until it is gone.
+// StopNode ends the running node and waits until it is gone: its socket goes first, its
+// lock when all that was to be put away is.
 func (h Home) StopNode(ctx context.Context) error {
 	c, err := h.runningNode(ctx)
 	var other *OtherVersion
@@ -358,7 +359,7 @@ func (h Home) StopNode(ctx context.Context) error {
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if _, err := os.Stat(h.NodeSocket()); errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Stat(h.NodeSocket()); errors.Is(err, os.ErrNotExist) && h.unlocked() {
 			return nil
 		}
 		select {
@@ -367,4 +368,14 @@ func (h Home) StopNode(ctx context.Context) error {
 			return fmt.Errorf("the node did not stop within %s", startDeadline)
 		}
 	}
+}
+
+// unlocked reports whether no node holds its place.
+func (h Home) unlocked() bool {
+	lock, err := os.Open(filepath.Join(h.Dir, "run", "node.lock"))
+	if err != nil {
+		return errors.Is(err, os.ErrNotExist)
+	}
+	defer lock.Close()
+	return unix.Flock(int(lock.Fd()), unix.LOCK_SH|unix.LOCK_NB) == nil
 }
