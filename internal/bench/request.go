@@ -43,7 +43,7 @@ func requestTimes(ctx context.Context, s *stage, _ int) ([]string, error) {
 		}
 		rows = append(rows, row)
 	}
-	lines = append(lines, "", "Parts at the node (p50, ms): verify the signature, resolve, decide, log (taking the legs and the durable intent; the permit is signed meanwhile), act (wire, machine, signed outcome), outcome (durable).", "",
+	lines = append(lines, "", "Parts at the node (p50, ms): verify the signature, resolve, decide, log (taking the legs and the durable intent), act (wire, machine, signed outcome), outcome (durable).", "",
 		"| clients | "+strings.Join(names, " | ")+" |", "|---|---|---|---|---|---|---|")
 	lines = append(lines, rows...)
 	sync1, err := fdatasyncTime(s.dir)
