@@ -81,7 +81,6 @@ func workerConfig(sent WorkerConfig) (tools.Config, error) {
 	}
 	return tools.Config{
 		Workspace: nucleus.MachineWorkspace, Home: nucleus.MachineHome, Env: sent.Env, Blocked: p.Blocked,
-		// A quarter is kept back, so that a call that runs away can be ended by another.
-		MaxProcesses: sent.MaxPids * 3 / 4,
+		MaxTasks: sent.MaxPids,
 	}, nil
 }

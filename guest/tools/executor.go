@@ -34,7 +34,7 @@ type Executor struct {
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 func newExecutor(box *Sandbox, c Config) *Executor {
-	return &Executor{box: box, config: c, children: newChildren(c.MaxProcesses), jobs: jobs{all: map[string]*job{}}}
+	return &Executor{box: box, config: c, children: newChildren(c.MaxTasks), jobs: jobs{all: map[string]*job{}}}
 }
 
 // close ends every command and returns when none is left.

@@ -542,7 +542,7 @@ func TestProcessOne(t *testing.T) {
 
 	var r RunResult
 	b.must(nucleus.RunBash, RunArgs{Script: "bomb() { [ $1 = 0 ] || { bomb $(($1-1)) & bomb $(($1-1)) & }; sleep 300; }; bomb 10", TimeoutS: 60}, &r)
-	if !strings.Contains(r.Notice, "processes, at most 200") || r.TimedOut {
+	if !strings.Contains(r.Notice, "processes, at most 300") || r.TimedOut {
 		t.Errorf("fork bomb: %+v", r)
 	}
 	if r := b.sh("echo serves on"); r.Stdout != "serves on\n" {

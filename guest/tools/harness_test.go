@@ -44,7 +44,7 @@ func runTestWorker(workspace string) {
 		println("exec:", err.Error())
 		os.Exit(1)
 	}
-	c := Config{Workspace: workspace, Home: workspace, Env: map[string]string{"PATH": os.Getenv("PATH")}, MaxProcesses: 200}
+	c := Config{Workspace: workspace, Home: workspace, Env: map[string]string{"PATH": os.Getenv("PATH")}, MaxTasks: 400}
 	conn, err := Inherit(3)
 	if err == nil {
 		var session *wire.Session

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -31,7 +32,8 @@ type children struct {
 	forked chan struct{} // wakes the reaper: there is something to wait for
 	done   chan struct{}
 	work   sync.WaitGroup
-	limit  int // processes of one call; 0: any number
+	tasks  int // that the user may have (RLIMIT_NPROC); 0: not limited here
+	limit  int // processes of one call, or 0
 }
 
 // child is one process that was asked for, the leader of a session of its own.
@@ -50,15 +52,17 @@ var errClosed = errors.New("the tools worker is ending")
 // watchEvery is how often the number of processes is looked at.
 const watchEvery = 200 * time.Millisecond
 
-func newChildren(limit int) *children {
+func newChildren(tasks int) *children {
 	k := &children{
-		init: os.Getpid() == 1, live: map[int]*child{}, limit: limit,
+		init: os.Getpid() == 1, live: map[int]*child{}, tasks: tasks,
 		forked: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	if k.init {
 		k.work.Go(k.reap)
 	}
-	if limit > 0 && k.init {
+	// A quarter is kept back, so that a call that runs away can be ended by another.
+	k.limit = tasks * 3 / 4
+	if k.limit > 0 && k.init {
 		k.work.Go(k.watch)
 	}
 	return k
@@ -76,10 +80,12 @@ func (k *children) begin(binary string, argv []string, attr *os.ProcAttr, mark s
 		return nil, err
 	}
 	c := &child{pid: process.Pid, mark: mark, over: make(chan struct{})}
-	if k.limit > 0 {
-		// A bound for the time that watch needs; it counts all of the user's
-		// processes. As root, and in gVisor, it limits nothing.
-		limit := unix.Rlimit{Cur: uint64(4 * k.limit), Max: uint64(4 * k.limit)}
+	if k.tasks > 0 {
+		// A bound for the time that watch needs. It counts all of the user's tasks,
+		// and is below this program's own: else a fork bomb would take the last
+		// one, and Go's runtime ends a program that cannot have another thread.
+		most := uint64(max(1, k.tasks-spareThreads))
+		limit := unix.Rlimit{Cur: most, Max: most}
 		_ = unix.Prlimit(c.pid, unix.RLIMIT_NPROC, &limit, nil)
 	}
 	if p, err := readProcess(c.pid); err == nil {
@@ -436,6 +442,28 @@ func (p process) kill() {
 	unix.Close(fd)
 }
 
+// spareThreads is how many tasks this program keeps for itself below the user's limit.
+const spareThreads = 16
+
+// reserveThreads makes the runtime have n threads that do nothing. It never gives a
+// thread back, so they are there when no new one is to be had: what forks before
+// begin has lowered its limit can take every task that the user may have.
+func reserveThreads(n int) {
+	var made sync.WaitGroup
+	made.Add(n)
+	release := make(chan struct{})
+	for range n {
+		go func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			made.Done()
+			<-release
+		}()
+	}
+	made.Wait()
+	close(release)
+}
+
 // watch ends a call that has more than limit processes. It is the only limit
 // where the kernel does not keep RLIMIT_NPROC. It runs as process 1 only: there all
 // processes are this program's.
@@ -445,6 +473,7 @@ func (p process) kill() {
 // still possible, and is ended when it is not.
 func (k *children) watch() {
 	var fullest *child
+	reserve := sync.OnceFunc(func() { reserveThreads(spareThreads) })
 	for pace := watchEvery; ; {
 		timer := time.NewTimer(pace)
 		select {
@@ -457,6 +486,7 @@ func (k *children) watch() {
 		if pace = watchEvery; err != nil || len(names) <= k.limit/4 {
 			continue // the usual case costs one look
 		}
+		reserve()
 		pace = watchEvery / 8
 		table, whole := processes(time.Now().Add(watchEvery))
 		belongings, _ := k.attribute(table, nil, nil)

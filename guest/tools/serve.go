@@ -39,7 +39,7 @@ type Config struct {
 	OutputCap      int           // bytes kept of each stream of a command; 0: DefaultOutputCap
 	DefaultTimeout time.Duration // of a command that names none; 0: DefaultTimeout
 	MaxTimeout     time.Duration // 0: MaxTimeout
-	MaxProcesses   int           // of one command, which is ended above it; 0: not limited here
+	MaxTasks       int           // that the user may have (RLIMIT_NPROC): a command with three quarters of it is ended; 0: not limited here
 }
 
 func (c Config) withDefaults() Config {
