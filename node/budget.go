@@ -34,6 +34,7 @@ type account struct {
 	Limit    nucleus.Amounts `json:"limit"`
 	Spent    nucleus.Amounts `json:"spent"`    // its own, what sub-pods drew on it, and what those that ended had spent
 	Reserved nucleus.Amounts `json:"reserved"` // limits of its open sub-pods
+	Beyond   nucleus.Amounts `json:"beyond"`   // of what is spent: beyond the limit, and charged above
 	Closed   bool            `json:"closed,omitempty"`
 }
 
@@ -106,12 +107,16 @@ func (l *ledger) chargeOne(a *account, d nucleus.Dimension, amount int64) {
 		if a.Closed {
 			continue
 		}
-		spent, limit := a.Spent.Of(d), *a.Limit.Of(d)
-		covered := min(amount, max(0, limit-*spent))
-		*spent = nucleus.AddAmounts(*spent, amount)
+		spent, beyond, limit := a.Spent.Of(d), a.Beyond.Of(d), *a.Limit.Of(d)
 		if limit != nucleus.Unlimited && l.payer(a.Parent, d) != nil {
-			amount -= covered // it was set aside there; see settle
+			// What the limit covers was set aside above.
+			covered := min(amount, max(0, limit-(*spent-*beyond)-*a.Reserved.Of(d)))
+			*spent = nucleus.AddAmounts(*spent, amount)
+			amount -= covered
+			*beyond += amount
+			continue
 		}
+		*spent = nucleus.AddAmounts(*spent, amount)
 	}
 }
 
@@ -219,7 +224,7 @@ func (l *ledger) settle(pod string, a *account) {
 		from := l.payer(a.Parent, d)
 		if limit != nucleus.Unlimited && from != nil { // else it was charged there as it spent
 			*from.Reserved.Of(d) -= limit
-			l.chargeOne(l.Accounts[a.Parent], d, min(*a.Spent.Of(d), limit))
+			l.chargeOne(l.Accounts[a.Parent], d, *a.Spent.Of(d)-*a.Beyond.Of(d))
 		}
 	}
 }

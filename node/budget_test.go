@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -119,7 +120,11 @@ func TestOvershootIsTheParents(t *testing.T) {
 }
 
 func TestBudgetLaws(t *testing.T) {
-	dir := t.TempDir()
+	dir, err := os.MkdirTemp(memory(), "calb-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
 	rapid.Check(t, func(rt *rapid.T) {
 		s := &rootSession{budget: &ledger{file: filepath.Join(dir, budgetFile), Accounts: map[string]*account{}, Holds: map[string]hold{}}}
 		limit := func() nucleus.Amounts {
@@ -190,6 +195,9 @@ func TestBudgetLaws(t *testing.T) {
 						rt.Fatalf("%s of %s: %d are reserved, its open children's limits are %d", d, id, got, reserved)
 					}
 					beyond := overshoot[a]
+					if limit := *a.Limit.Of(d); limit != nucleus.Unlimited && !a.Closed && l.payer(a.Parent, d) != nil && *a.Spent.Of(d)-*a.Beyond.Of(d)+*a.Reserved.Of(d) > limit {
+						rt.Fatalf("%s of %s: more than the limit is not charged above: %+v", d, id, a)
+					}
 					if limit := *a.Limit.Of(d); limit != nucleus.Unlimited && !a.Closed && *a.Spent.Of(d)+*a.Reserved.Of(d) > limit+*beyond.Of(d) {
 						rt.Fatalf("%s of %s: spent %d and reserved %d of %d, and last spends went only %d beyond", d, id, *a.Spent.Of(d), *a.Reserved.Of(d), limit, *beyond.Of(d))
 					}
