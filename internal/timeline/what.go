@@ -1,3 +1,4 @@
+// Package timeline tells a person what the log holds of a session: an entry in a line.
 package timeline
 
 import (
