@@ -172,6 +172,19 @@ func edited(t testing.TB, raw []byte, change func(r *receipt)) []byte {
 	return again
 }
 
+// rebody changes the bytes of a receipt's body and puts header and digest right.
+func rebody(t testing.TB, raw []byte, change func(body []byte) []byte) []byte {
+	t.Helper()
+	head, rest, _ := bytes.Cut(raw, []byte("\n\n"))
+	h, err := parseHeader(string(head) + "\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := change(bytes.Clone(rest[h.note:]))
+	head = bytes.Replace(head, fmt.Appendf(nil, " %d\nsha256", h.body), fmt.Appendf(nil, " %d\nsha256", len(body)), 1)
+	return resum(t, bytes.Join([][]byte{head, []byte("\n\n"), rest[:h.note], body}, nil))
+}
+
 func TestReceiptRefuses(t *testing.T) {
 	dir, other := makeSessions(t, 5), makeSessions(t, 5)
 	good := mustReceipt(t, dir, ReceiptOptions{Session: "s-b", Text: true})
@@ -260,6 +273,21 @@ func TestReceiptRefuses(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) { wantRefused(t, []byte(c.change(string(good))), VerifyReceiptOptions{}, c.kind) })
 	}
+	// Lengths and digest are put right; what is inside has another spelling.
+	packed := mustReceipt(t, dir, ReceiptOptions{Session: "s-b"})
+	for name, raw := range map[string][]byte{
+		"bytes behind the packed body": rebody(t, packed, func(body []byte) []byte { return append(body, 0) }),
+		"two packed bodies":            rebody(t, packed, func(body []byte) []byte { return append(body, body...) }),
+		"a hash behind the entries": rebody(t, good, func(body []byte) []byte {
+			first, rest, _ := bytes.Cut(body, []byte("\n"))
+			return append(append(bytes.Clone(rest), first...), '\n')
+		}),
+		"a hash with a CR":     rebody(t, good, func(body []byte) []byte { return bytes.Replace(body, []byte("=\n"), []byte("=\r\n"), 1) }),
+		"a line that is empty": rebody(t, good, func(body []byte) []byte { return append(body, '\n') }),
+		"no last line feed":    rebody(t, good, func(body []byte) []byte { return body[:len(body)-1] }),
+	} {
+		t.Run(name, func(t *testing.T) { wantRefused(t, raw, VerifyReceiptOptions{}, Malformed) })
+	}
 	t.Run("another key", func(t *testing.T) {
 		wantRefused(t, good, VerifyReceiptOptions{Key: VerifierKey(testOrigin, newKey(1).Public().(ed25519.PublicKey))}, BadSignature)
 	})
@@ -339,6 +367,8 @@ func TestProofEveryBit(t *testing.T) {
 		"a hash less":     func(s string) string { return dropLine(s, 3) },
 		"a hash twice":    func(s string) string { return strings.Replace(s, line(s, 3), line(s, 3)+line(s, 3), 1) },
 		"a long path":     func(s string) string { return strings.Replace(s, line(s, 3), strings.Repeat(line(s, 3), 100), 1) },
+		"CR in the entry": func(s string) string { return strings.Replace(s, "\nindex", "\r\nindex", 1) },
+		"CR in a hash":    func(s string) string { return strings.Replace(s, line(s, 3), strings.TrimSpace(line(s, 3))+"\r\n", 1) },
 		"trailing data":   func(s string) string { return s + "x" },
 		"trailing line":   func(s string) string { return s + "\n" },
 		"another index":   func(s string) string { return strings.Replace(s, "index 2", "index 3", 1) },
@@ -416,6 +446,7 @@ func TestReceiptCosigned(t *testing.T) {
 	}{
 		{"by the witness", cosign(signed, "cal/authority", key, 1700000000), ""},
 		{"by two", cosign(cosign(signed, "cal/authority", key, 1700000000), "w2", newKey(4), 1), ""},
+		{"by another of that name too", cosign(cosign(signed, "cal/authority", newKey(4), 1), "cal/authority", key, 1700000000), ""},
 		{"by another of that name", cosign(signed, "cal/authority", newKey(4), 1700000000), NoCosignature},
 		{"by its key in another name", cosign(signed, "cal/authority2", key, 1700000000), NoCosignature},
 		{"twice", cosign(cosign(signed, "cal/authority", key, 1700000000), "cal/authority", key, 1700000001), Malformed},
