@@ -39,7 +39,7 @@ func (r *reader) wrapped(name string, words []word, depth int) {
 		return
 	}
 	for name == "env" && len(rest) > 0 && rest[0].known && strings.Contains(rest[0].text, "=") {
-		if !harmlessVariable(rest[0].text) {
+		if !harmlessExport(rest[0].text) {
 			r.add(words, Arbitrary, "sets "+before(rest[0].text)+", which can change what runs")
 			return
 		}
@@ -119,9 +119,10 @@ func (r *reader) find(words []word, depth int) {
 	r.add(words, class, why)
 }
 
-// harmlessVariable reports whether NAME=value is known to change no program that
-// runs. A variable that is not known may name a loader, a pager, a hook, a path.
-func harmlessVariable(assignment string) bool {
+// harmlessExport reports whether NAME=value, in the environment of a program, is known
+// to change nothing that runs. A variable that is not known may name a loader, a pager,
+// a hook, a path.
+func harmlessExport(assignment string) bool {
 	name := before(assignment)
 	if strings.HasPrefix(name, "LC_") {
 		return true
@@ -132,8 +133,15 @@ func harmlessVariable(assignment string) bool {
 		"GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL", "GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE":
 		return true
 	}
-	// A name in lower case is the script's own.
-	return name == strings.ToLower(name) && !strings.Contains(name, "proxy") && !program.Named(name)
+	return false
+}
+
+// harmlessVariable is harmlessExport for a script, which has variables of its own, with
+// names in lower case. Those that hold "config" are read by package managers.
+func harmlessVariable(assignment string) bool {
+	name := before(assignment)
+	return harmlessExport(name) ||
+		name == strings.ToLower(name) && !strings.Contains(name, "proxy") && !strings.Contains(name, "config") && !program.Named(name)
 }
 
 func before(assignment string) string {
