@@ -19,7 +19,7 @@ name: attacked
 operations: {read_files: always, grep_search: always, run_bash: always, git_commit: always, web_fetch: always, net_connect: always}
 paths:
   roots: {only: ["app", "lib/core"]}
-  blocked: ["**/.env*", "**/*.pem", "*.key", "token", "app/secret", "app/*/private"]
+  blocked: ["**/.env*", "**/*.pem", "*.key", "token", "app/secret", "app/*/private", "v?v", "ab*ba"]
 commands: {only: [[git, status], [go, test, "**"], [ls, "*"], ["**"], [bash, "-c", "make all"]]}
 hosts:
   only:
@@ -70,6 +70,9 @@ func TestAttacksOnPaths(t *testing.T) {
 		{"whole name", "app/token", "deny paths.blocked"},
 		{"anchored directory", "app/secret/x/y", "deny paths.blocked"},
 		{"anchored with star", "app/x/private", "deny paths.blocked"},
+		{"question mark is one character", "app/vxv", "deny paths.blocked"},
+		{"question mark is one character of any alphabet", "app/vüv", "deny paths.blocked"},
+		{"star is none", "app/abba", "deny paths.blocked"},
 
 		{"a root itself", "app", "allow"},
 		{"a deeper root", "lib/core/x.go", "allow"},
@@ -81,6 +84,8 @@ func TestAttacksOnPaths(t *testing.T) {
 		{"environment", "app/environment.go", "allow"},
 		{"anchored elsewhere", "app/x/secret", "allow"},
 		{"star is one segment", "app/x/y/private", "allow"},
+		{"question mark is not none", "app/vv", "allow"},
+		{"what stands before a star and behind it do not overlap", "app/aba", "allow"},
 		{"unicode", "app/größe.go", "allow"},
 		{"spaces", "app/a file.go", "allow"},
 	} {
