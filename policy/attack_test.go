@@ -348,6 +348,35 @@ func TestAttacksOnRequests(t *testing.T) {
 		{"any method of a path", "BREW", "path.example", "/a", "allow"},
 	} {
 		check(t, c.class, nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Method: c.method, Host: c.host, Port: 443, Path: c.path}}, c.want)
+		check(t, c.class+" (plain HTTP)", plainAction(c.method, c.host, 443, c.path), c.want)
+	}
+}
+
+// plainAction is a request that a program sends to the HTTP proxy.
+func plainAction(method, host string, port int, path string) nucleus.Action {
+	return nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: host, Port: port}, Fetch: &nucleus.Fetch{Method: method, Host: host, Port: port, Path: path}}
+}
+
+// A request in plain HTTP is judged for the host that is connected to, and takes the legs
+// of a connection, whoever the rule trusts.
+func TestAttacksOnPlainRequests(t *testing.T) {
+	elsewhere := plainAction("GET", "api.example", 443, "/repos/x")
+	elsewhere.Connect.Host = "evil.example"
+	check(t, "request to another host", elsewhere, "deny action")
+	elsewhere = plainAction("GET", "x.wild.example", 443, "/")
+	elsewhere.Connect.Port = 80
+	check(t, "request to another port", elsewhere, "deny action")
+	check(t, "host that is not clean", plainAction("GET", "evil\x00.wild.example", 443, "/"), "deny hosts")
+	check(t, "a rule for connections", plainAction("BREW", "x.wild.example", 443, "/a/../b"), "allow")
+
+	p := load(t, `{operations: {net_connect: always, web_fetch: always}, hosts: {only: [{host: a.example, port: 80, methods: [GET], path: "/x/**", trusted: true}]}}`)
+	met := nucleus.Context{Exposure: nucleus.Private | nucleus.Untrusted}
+	plain := plainAction("GET", "a.example", 80, "/x/y")
+	if d := p.Decide(plain, met); d.Verdict != nucleus.Ask || d.Rule != "trifecta" {
+		t.Errorf("plain HTTP under a trusted rule: %+v", d)
+	}
+	if d := p.Decide(nucleus.Action{Op: nucleus.WebFetch, Fetch: plain.Fetch}, met); d.Verdict != nucleus.Allow {
+		t.Errorf("the fetch under a trusted rule: %+v", d)
 	}
 }
 

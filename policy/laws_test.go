@@ -493,6 +493,7 @@ func TestRulesExhaustive(t *testing.T) {
 				atoms = append(atoms, atom{nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: host, Port: port}}, false})
 				for _, method := range []string{"GET", "HEAD", "BREW"} {
 					for _, path := range []string{"/", "/r", "/r/s", "/r/../q"} {
+						atoms = append(atoms, atom{plainAction(method, host, port, path), false})
 						for _, trust := range []bool{false, true} {
 							atoms = append(atoms, atom{nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Host: host, Port: port, Method: method, Path: path}}, trust})
 						}

@@ -23,11 +23,11 @@ const maxDepth = 12
 // A parser makes a node of hundreds of bytes of a mark and a letter. So the marks that
 // can begin or end a value are counted before anything is parsed: a policy of 1,000 rules
 // for hosts and 1,000 for commands has some 30,000. In JSON, the form that Canonical
-// writes and whose reader needs half the memory, there may be twice as many: what was
+// writes and whose reader needs less, there may be half as many more: what was
 // read from YAML can be read back.
 const (
 	maxMarks     = 1 << 16
-	maxMarksJSON = 2 * maxMarks
+	maxMarksJSON = maxMarks + maxMarks/2
 )
 
 // checkMarks refuses a document with more than most marks. A dash is one only where
