@@ -256,8 +256,11 @@ func resolvePolicy(raw json.RawMessage) (*policy.Policy, error) {
 
 // open takes up what a pod needs beside its machine.
 func (p *Pod) open() error {
-	root, err := openSession(p.record.Workspace)
+	root, err := openSession(p.record.Workspace, p.dir)
 	if err != nil {
+		return err
+	}
+	if err := root.openAccount(p.record.ID, "", p.policy.Budget()); err != nil {
 		return err
 	}
 	p.mu.Lock()

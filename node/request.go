@@ -148,9 +148,11 @@ func needsOf(err error) *needsApproval {
 // context is what a decision about the pod depends on now. The caller holds the
 // session's mutex.
 func (p *Pod) context(now time.Time) nucleus.Context {
-	return nucleus.Context{
+	c := nucleus.Context{
 		Exposure: p.root.exposure, UntrustedRepo: p.record.Untrusted, Contained: p.record.Spec.Mode == nucleus.Contained, UnixMilli: now.UnixMilli(),
 	}
+	c.Spent, c.Reserved = p.root.budget.used(p.record.ID)
+	return c
 }
 
 // decide is the critical section of a root session: decide, use up the grant, add

@@ -53,7 +53,7 @@ func Arguments(op nucleus.Op) []string {
 	case nucleus.WebFetch:
 		return []string{"url", "method", "headers", "body"}
 	case nucleus.NetConnect:
-		return []string{"host", "port"}
+		return []string{"host", "port", "method", "path"}
 	}
 	return nil
 }
@@ -172,6 +172,12 @@ func (e *Evaluator) resolve(a *nucleus.Action, args arguments, repo string) (err
 		}
 	case nucleus.NetConnect:
 		a.Connect = &nucleus.Connect{Host: strings.ToLower(args.Host), Port: args.Port}
+		if args.Method != "" || args.Path != nil { // one request in plain HTTP
+			if args.Method == "" || args.Path == nil {
+				return errors.New("a request in plain HTTP has a method and a path")
+			}
+			a.Fetch = &nucleus.Fetch{Method: args.Method, Host: a.Connect.Host, Port: args.Port, Path: *args.Path}
+		}
 	}
 	return err
 }
