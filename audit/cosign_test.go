@@ -32,8 +32,8 @@ func TestCosignVector(t *testing.T) {
 	if key := WitnessKey("witness.example/w1", newKey(2).Public().(ed25519.PublicKey)); key != cosignerKey {
 		t.Errorf("witness key %s, want %s", key, cosignerKey)
 	}
-	said, err := Cosignatures([]byte(signed+cosignedLine), cosignerKey)
-	if err != nil || len(said) != 1 || said[0] != (Cosignature{"witness.example/w1", 1700000000}) {
+	said, err := cosigned([]byte(signed+cosignedLine), cosignerKey)
+	if err != nil || said != (Witnessed{"witness.example/w1", 1700000000}) {
 		t.Errorf("%v, %v", said, err)
 	}
 }
@@ -75,7 +75,7 @@ func TestCosignaturesRefuse(t *testing.T) {
 	}
 	for name, key := range map[string]string{"none": "", "of a log": testVerifier, "another hash": strings.Replace(testWitnessKey, "+", "+0", 1),
 		"cut": testWitnessKey[:len(testWitnessKey)-4], "private": "PRIVATE+KEY+w+00000000+AAAA"} {
-		if _, err := Cosignatures(append(bytes.Clone(signed), line...), key); err == nil || !strings.Contains(err.Error(), "witness key") {
+		if _, err := AddCosignature(signed, line, key); err == nil || !strings.Contains(err.Error(), "witness key") {
 			t.Errorf("the key %s: %v", name, err)
 		}
 	}
@@ -220,7 +220,7 @@ func TestKeep(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 	r, err = Verify(dir, VerifyOptions{Key: testVerifier, Witnesses: []string{testWitnessKey}})
-	if err != nil || !r.OK() || !slices.Equal(r.Cosignatures, []Cosignature{{"w.test", 1700000000}}) {
+	if err != nil || !r.OK() || !slices.Equal(r.Cosignatures, []Witnessed{{"w.test", 1700000000}}) {
 		t.Errorf("%+v, %v", r, err)
 	}
 

@@ -215,8 +215,8 @@ var (
 	urlUser    = regexp.MustCompile(`([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s:@]*:[^/\s@]+@`)
 	urlToken   = regexp.MustCompile(`(https?://)[^/\s:@]{20,}@`)
 	assignment = regexp.MustCompile(`([A-Za-z][A-Za-z0-9_.-]*)(["']?(?: *= *|: *))("[^"]*"|'[^']*'|[^\s"'&;]+)`)
-	// header begins one whose value has several words.
-	header = regexp.MustCompile(`(?i)\b(?:(?:proxy-)?authorization|(?:set-)?cookie)["']?(?: *= *|: *)`)
+	// headerName begins a header whose value has several words.
+	headerName = regexp.MustCompile(`(?i)\b(?:(?:proxy-)?authorization|(?:set-)?cookie)["']?(?: *= *|: *)`)
 	// bearer and basic are credentials without the header's name; the first group is the
 	// scheme, the second what follows.
 	bearer   = regexp.MustCompile(`\b([Bb]earer +)([A-Za-z0-9._~+/=-]{8,})`)
@@ -283,7 +283,7 @@ func redactSchemes(text string) string {
 func redactHeaders(text string) string {
 	var clean strings.Builder
 	done := 0
-	for _, at := range header.FindAllStringIndex(text, -1) {
+	for _, at := range headerName.FindAllStringIndex(text, -1) {
 		if at[0] < done {
 			continue // inside the value of the one before
 		}

@@ -69,8 +69,8 @@ type Report struct {
 
 	// Cosigned says how many entries the newest cosigned checkpoint in the directory
 	// is of, -1 without one; Cosignatures what the witnesses that were named say.
-	Cosigned     int64         `json:"cosigned"`
-	Cosignatures []Cosignature `json:"cosignatures"`
+	Cosigned     int64       `json:"cosigned"`
+	Cosignatures []Witnessed `json:"cosignatures"`
 
 	Bytes int64 `json:"bytes"` // of all entries
 }
@@ -110,7 +110,7 @@ func verify(dir string, o VerifyOptions, pause time.Duration) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("verifier key %q: %w", o.Key, err)
 	}
-	c := &check{v: v, pause: pause, report: &Report{Origin: v.Name(), Kept: -1, Problems: []Problem{}, Intents: []int64{}, Cosigned: -1, Cosignatures: []Cosignature{}}}
+	c := &check{v: v, pause: pause, report: &Report{Origin: v.Name(), Kept: -1, Problems: []Problem{}, Intents: []int64{}, Cosigned: -1, Cosignatures: []Witnessed{}}}
 	for _, key := range o.Witnesses {
 		if err := CheckWitnessKey(key); err != nil {
 			return nil, err
@@ -305,7 +305,7 @@ func (c *check) openJournal(raw []byte) {
 // their word.
 func (c *check) openCosigned(signed []byte) {
 	c.cosigned = nil
-	c.report.Cosigned, c.report.Cosignatures = -1, []Cosignature{}
+	c.report.Cosigned, c.report.Cosignatures = -1, []Witnessed{}
 	if signed == nil {
 		if len(c.witnesses) > 0 {
 			c.report.add(Problem{-1, Missing, cosignedName, "no checkpoint in the directory has cosignatures"})
@@ -323,11 +323,12 @@ func (c *check) openCosigned(signed []byte) {
 	}
 	c.cosigned, c.report.Cosigned = &cp, cp.Size
 	for _, key := range c.witnesses {
-		said, err := Cosignatures(signed, key)
+		said, err := cosigned(signed, key)
 		if err != nil {
-			c.report.add(Problem{-1, BadSignature, cosignedName, err.Error()})
+			c.report.add(Problem{-1, NoCosignature, cosignedName, err.Error()})
+			continue
 		}
-		c.report.Cosignatures = append(c.report.Cosignatures, said...)
+		c.report.Cosignatures = append(c.report.Cosignatures, said)
 	}
 }
 

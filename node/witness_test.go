@@ -236,7 +236,7 @@ func TestWitnessConfig(t *testing.T) {
 	}{
 		"no key":               {Witness{"http://w", ""}, "witness key"},
 		"a log's key":          {Witness{"http://w", "w+11223344+AUy1q/atefv1q7zK/MJp2FzSZR7UuIW1hp8kGu3wpbop"}, "type 4"},
-		"a wrong hash":         {Witness{"http://w", strings.Replace(good, "+", "+0", 1)}, "hash"},
+		"a wrong hash":         {Witness{"http://w", strings.Replace(good, "+", "+0", 1)}, "NAME+ID+KEY"},
 		"no URL":               {Witness{"", good}, "http or https"},
 		"another kind of URL":  {Witness{"ftp://w", good}, "http or https"},
 		"a path without a URL": {Witness{"/w", good}, "http or https"},

@@ -106,7 +106,7 @@ func TestCosign(t *testing.T) {
 			t.Fatalf("step %d: kept %q, want %q (%v)", i, m.kept[origin], cosigned, err)
 		}
 		said, err := audit.Cosignatures(cosigned, c.Key)
-		if err != nil || len(said) != 1 || said[0] != (audit.Cosignature{Witness: "w.test", Time: 1700000000}) {
+		if err != nil || len(said) != 1 || said[0] != (audit.Witnessed{Name: "w.test", Unix: 1700000000}) {
 			t.Fatalf("step %d: %v, %v", i, said, err)
 		}
 		if err := l.Keep(cosigned); err != nil {

@@ -120,7 +120,7 @@ func TestTheirWitness(t *testing.T) {
 		}
 	}
 	r, err := audit.Verify(dir, audit.VerifyOptions{Key: vkey(), Witnesses: []string{c.Key}})
-	if err != nil || !r.OK() || r.Cosigned != 562 || len(r.Cosignatures) != 1 || time.Since(time.Unix(r.Cosignatures[0].Time, 0)) > time.Hour {
+	if err != nil || !r.OK() || r.Cosigned != 562 || len(r.Cosignatures) != 1 || time.Since(time.Unix(r.Cosignatures[0].Unix, 0)) > time.Hour {
 		t.Fatalf("%+v, %v", r, err)
 	}
 	if err := check(t.Context(), dir, vkey(), 2); err != nil { // with cosignatures on the checkpoint
