@@ -1,12 +1,19 @@
 package main
 
 import (
+	"context"
+	"crypto/rand"
 	"encoding/json"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/transparency-dev/tessera"
+	"github.com/transparency-dev/tessera/storage/posix"
+	"golang.org/x/mod/sumdb/note"
 
 	"cal/audit"
 	"cal/nucleus"
@@ -99,5 +106,73 @@ func TestFsckSeesTampering(t *testing.T) {
 	}
 	if err := check(t.Context(), dir, vkey(), 2); err != nil {
 		t.Fatalf("restored: %v", err)
+	}
+}
+
+// The other way round: a log that tessera wrote is one for our Verify, and one byte
+// changed is found.
+func TestTesserasLog(t *testing.T) {
+	secret, public, err := note.GenerateKey(rand.Reader, "tessera.example/log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := note.NewSigner(secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "log")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	driver, err := posix.New(ctx, posix.Config{Path: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	options := tessera.NewAppendOptions().WithCheckpointSigner(signer).WithBatching(256, time.Millisecond).WithCheckpointInterval(100 * time.Millisecond)
+	appender, shutdown, _, err := tessera.NewAppender(ctx, driver, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 600
+	for i := range n {
+		e := entry(i)
+		e.Seq = int64(i)
+		raw, err := nucleus.Canonical(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i%100 == 0 || i == n-1 { // in their order, and not one by one
+			index, err := appender.Add(ctx, tessera.NewEntry(raw))()
+			if err != nil || index.Index != uint64(i) {
+				t.Fatalf("entry %d is %d: %v", i, index.Index, err)
+			}
+			continue
+		}
+		appender.Add(ctx, tessera.NewEntry(raw))
+	}
+	if err := shutdown(ctx); err != nil {
+		t.Fatal(err)
+	}
+	verify := func() *audit.Report {
+		t.Helper()
+		r, err := audit.Verify(dir, audit.VerifyOptions{Key: public})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	if r := verify(); !r.OK() || r.Size != n {
+		t.Fatalf("%d entries: %v", r.Size, r.Problems)
+	}
+	name := filepath.Join(dir, "tile/entries/001")
+	raw, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw[60] ^= 1 // in the first entry
+	if err := os.WriteFile(name, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r := verify(); r.OK() || r.Problems[0].Kind != audit.Changed || r.Problems[0].File != "tile/entries/001" || r.Problems[0].Index != 256 {
+		t.Errorf("one byte changed: %v", r.Problems)
 	}
 }
