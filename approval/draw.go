@@ -189,6 +189,15 @@ func (d *drawing) line(text string) {
 
 func (d *drawing) field(label, value string) { d.line(fmt.Sprintf("  %-11s %s", label, value)) }
 
+// amounts are those of a budget that are not 0.
+func (d *drawing) amounts(label string, a nucleus.Amounts) {
+	for _, of := range nucleus.Dimensions() {
+		if n := *a.Of(of); n != 0 {
+			d.field(label, of.Text(n)+" "+of.Unit())
+		}
+	}
+}
+
 // block adds text line by line. A space at a line's end is made visible.
 func (d *drawing) block(text string) {
 	for _, line := range strings.Split(text, "\n") {
@@ -240,6 +249,8 @@ func (d *drawing) why(ask nucleus.AskRequest) {
 	d.field("policy", quote(ask.Policy))
 	d.field("decided", moment(ask.Context.UnixMilli))
 	d.field("exposure", legs(ask.Context.Exposure))
+	d.amounts("spent", ask.Context.Spent)
+	d.amounts("set aside", ask.Context.Reserved)
 	for _, flag := range []struct {
 		set  bool
 		says string

@@ -504,3 +504,21 @@ func TestPassage(t *testing.T) {
 	pass(time.Minute) // as long as an ask lives here
 	refused("used too late", s, fetch("example.org", 443, "/a"), "grant")
 }
+
+// The second lock judges the budget by what the permit says is spent.
+func TestSpentBudgetIsRefused(t *testing.T) {
+	l := newLock(t)
+	l.p.boot.Policy = json.RawMessage(`{"operations":{"read_files":"always"},"budget":{"tokens":100}}`)
+	if err := l.p.adopt(); err != nil {
+		t.Fatal(err)
+	}
+	action := readAction("a")
+	for spent, refused := range map[int64]bool{99: false, 100: true} {
+		permit := l.permit(action)
+		permit.Context.Spent.Tokens = spent
+		_, refusal := l.p.admit(Call{Op: nucleus.ReadFiles, Permit: l.sign(permit)}, &action, nil)
+		if (refusal != nil) != refused || refused && (refusal.Rule != "budget.tokens" || !strings.Contains(refusal.Message, "100 of 100 tokens")) {
+			t.Errorf("%d tokens of 100 are spent: %v", spent, refusal)
+		}
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -50,9 +51,10 @@ type newSub struct {
 	repo        nucleus.RepoStatus
 	from        nucleus.RepoRecord // the parent's of it
 	commit      string
+	budget      nucleus.Amounts // as it was asked for
 
-	reserved bool // counted in the root session's making; its mutex guards it
-	held     bool // origin has a hold for the pod's life; the pod's mutex guards it
+	account string // counted in the root session's making, with this account; its mutex guards it
+	held    bool   // origin has a hold for the pod's life; the pod's mutex guards it
 }
 
 // beyond says which bound of the root session stands in the way. The caller holds its mutex.
@@ -75,21 +77,34 @@ func (s *newSub) beyond() string {
 	return ""
 }
 
-// reserve takes the place that beyond saw. The caller holds the root session's mutex.
-func (s *newSub) reserve() {
-	if s != nil {
-		s.reserved = true
-		s.parent.root.making++
+// reserve takes the place that beyond saw, and sets the budget aside. An error of kind denied
+// says that there is not so much. The caller holds the root session's mutex.
+func (s *newSub) reserve() error {
+	if s == nil {
+		return nil
 	}
+	root := s.parent.root
+	if err := root.openAccount(s.pod.record.ID, s.parent.record.ID, s.budget); err != nil {
+		return err
+	}
+	s.account = s.pod.record.ID
+	root.making++
+	return nil
 }
 
-// joined gives the place up for the one that the pod itself has now. The caller holds the root session's
-// mutex.
-func (s *newSub) joined() {
-	if s != nil && s.reserved {
-		s.reserved = false
-		s.parent.root.making--
+// joined gives the place and the account to the pod, which may have got the name of a spare
+// meanwhile. The caller holds the root session's mutex.
+func (s *newSub) joined() error {
+	root := s.parent.root
+	if s.account == "" {
+		return nil
 	}
+	if err := root.renameAccount(s.account, s.pod.record.ID); err != nil {
+		return err
+	}
+	s.account = ""
+	root.making--
+	return nil
 }
 
 // settle gives back what a pod that did not come to be was to have.
@@ -97,9 +112,17 @@ func (s *newSub) settle() {
 	if s == nil {
 		return
 	}
-	s.parent.root.mu.Lock()
-	defer s.parent.root.mu.Unlock()
-	s.joined()
+	root := s.parent.root
+	root.mu.Lock()
+	defer root.mu.Unlock()
+	if s.account == "" {
+		return
+	}
+	if err := root.closeAccount(s.account); err != nil {
+		slog.Error("the budget of a pod that was not made is not given back", "pod", s.parent.record.ID, "error", err)
+	}
+	s.account = ""
+	root.making--
 }
 
 // orphaned is an error when the pod above has ended. The caller holds the node's mutex,
@@ -289,7 +312,7 @@ func (n *Node) endSubs(ctx context.Context, actor string, p *Pod) error {
 
 // derive works out the pod that args ask for from the record of the one that asks. With
 // agent it has the asking pod's agent and the route to its model.
-func (n *Node) derive(ctx context.Context, p *Pod, args tools.NewPod, agent bool) (*Pod, error) {
+func (n *Node) derive(ctx context.Context, p *Pod, args tools.NewPod, agent bool) (*newSub, error) {
 	from := p.record.Spec
 	spec := nucleus.PodSpec{
 		Driver: p.record.Driver, Require: from.Require, Mode: from.Mode, Image: from.Image, Resources: from.Resources, Watched: from.Watched,
@@ -298,9 +321,13 @@ func (n *Node) derive(ctx context.Context, p *Pod, args tools.NewPod, agent bool
 	if agent {
 		spec.Agent, spec.Model = from.Agent, from.Model
 	}
-	effective, err := p.delegated(args.Policy)
+	requested, err := requestedPolicy(args.Policy)
 	if err != nil {
 		return nil, err
+	}
+	effective, budget := policy.Delegate(p.policy, requested), nucleus.NoLimit()
+	if requested != nil {
+		budget = requested.Budget() // set aside whole, or refused
 	}
 	if spec.Mode, err = narrowMode(from.Mode, args.Mode); err != nil {
 		return nil, err
@@ -342,20 +369,20 @@ func (n *Node) derive(ctx context.Context, p *Pod, args tools.NewPod, agent bool
 		child.record.Sub.Depth = p.record.Sub.Depth + 1
 	}
 	child.record.Untrusted = p.record.Untrusted
-	return child, child.setPolicy(effective)
+	child.asked = &newSub{parent: p, pod: child, budget: budget}
+	return child.asked, child.setPolicy(effective)
 }
 
-// delegated is the policy of a pod for which raw was asked: a profile's name, a whole
-// policy, or nothing.
-func (p *Pod) delegated(raw json.RawMessage) (*policy.Policy, error) {
+// requestedPolicy reads a profile's name or a whole policy; nil for neither.
+func requestedPolicy(raw json.RawMessage) (*policy.Policy, error) {
 	if len(raw) == 0 || string(raw) == "null" {
-		return policy.Delegate(p.policy, nil), nil
+		return nil, nil
 	}
 	requested, err := resolvePolicy(raw)
 	if err != nil {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "policy: %v", err)
 	}
-	return policy.Delegate(p.policy, requested), nil
+	return requested, nil
 }
 
 func narrowMode(from nucleus.Mode, want string) (nucleus.Mode, error) {
@@ -408,18 +435,19 @@ func narrowResources(from, want nucleus.Resources) (nucleus.Resources, error) {
 
 // prepareCreate resolves a pod without an agent.
 func (n *Node) prepareCreate(ctx context.Context, p *Pod, r request, args tools.NewPod, pre *prepared) error {
-	child, err := n.derive(ctx, p, args, false)
+	sub, err := n.derive(ctx, p, args, false)
 	if err != nil {
 		return err
 	}
+	child := sub.pod
 	pre.action.Sub = child.asAction(nucleus.SubCreate)
-	leftOut, err := n.goAlong(ctx, p, child, r.op, args.Repo, pre)
+	leftOut, err := n.goAlong(ctx, sub, r.op, args.Repo, pre)
 	if err != nil || pre.effect != nil {
 		return err
 	}
 	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
 		if err := n.create(ctx, r.caller.KeyID, child); err != nil {
-			return nil, err
+			return nil, n.abandon(ctx, r.caller.KeyID, child, err)
 		}
 		status := child.subStatus()
 		status.LeftOut = leftOut
@@ -438,33 +466,41 @@ func (n *Node) prepareSpawn(ctx context.Context, p *Pod, r request, args tools.S
 	if err != nil {
 		return err
 	}
-	child, err := n.derive(ctx, p, args.NewPod, true)
+	sub, err := n.derive(ctx, p, args.NewPod, true)
 	if err != nil {
 		return err
 	}
+	child := sub.pod
 	if child.record.Spec.Mode != p.record.Spec.Mode {
 		return nucleus.Errorf(nucleus.KindInvalid, "mode %s: the agent of this pod was prepared for %s (manage_pods create makes a pod without an agent)", child.record.Spec.Mode, p.record.Spec.Mode)
 	}
 	s := child.asAction(nucleus.SubSpawn)
 	s.Task, s.Agent, s.Keep = args.Task, p.record.Spec.Agent.Name, args.Keep
 	pre.action.Sub = s
-	leftOut, err := n.goAlong(ctx, p, child, r.op, args.Repo, pre)
+	leftOut, err := n.goAlong(ctx, sub, r.op, args.Repo, pre)
 	if err != nil || pre.effect != nil {
 		return err
 	}
 	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
-		if err := n.create(ctx, r.caller.KeyID, child); err != nil {
-			return nil, err
+		err := n.create(ctx, r.caller.KeyID, child)
+		if err == nil {
+			err = n.startErrand(ctx, child, r.caller.KeyID, argv, leftOut)
 		}
-		if err := n.startErrand(ctx, child, r.caller.KeyID, args.Task, argv, leftOut); err != nil {
-			if endErr := n.DeletePod(ctx, r.caller.KeyID, child.record.ID); endErr != nil {
-				err = nucleus.Errorf(nucleus.AsError(err).Kind, "%v; and pod %s could not be removed: %v", err, child.record.ID, endErr)
-			}
-			return nil, err
+		if err != nil {
+			return nil, n.abandon(ctx, r.caller.KeyID, child, err)
 		}
 		return n.collect(ctx, p, child, r.caller.KeyID, until, args.Keep)
 	}
 	return nil
+}
+
+// abandon removes a pod that did not come to serve, and says why it did not.
+func (n *Node) abandon(ctx context.Context, actor string, child *Pod, why error) error {
+	err := n.DeletePod(ctx, actor, child.record.ID)
+	if err == nil || nucleus.AsError(err).Kind == nucleus.KindNotFound {
+		return why
+	}
+	return nucleus.Errorf(nucleus.AsError(why).Kind, "%v; and pod %s could not be removed: %v", why, child.record.ID, err)
 }
 
 // asAction is the pod as an action shows it.
@@ -478,8 +514,8 @@ func (p *Pod) asAction(do nucleus.SubDo) *nucleus.Sub {
 
 // goAlong takes the repository that goes along into quarantine, as for a push. It returns what
 // of the working tree stays. pre.effect is set where the policy will say no.
-func (n *Node) goAlong(ctx context.Context, p, child *Pod, op nucleus.Op, name string, pre *prepared) (leftOut string, err error) {
-	sub := &newSub{parent: p, pod: child}
+func (n *Node) goAlong(ctx context.Context, sub *newSub, op nucleus.Op, name string, pre *prepared) (leftOut string, err error) {
+	p := sub.parent
 	if name != "" || len(p.record.Repos) > 0 {
 		if sub.repo, sub.from, err = p.storedRepo(name); err != nil {
 			return "", err
@@ -490,7 +526,7 @@ func (n *Node) goAlong(ctx context.Context, p, child *Pod, op nucleus.Op, name s
 		return "", nil
 	}
 	pre.effect = nil
-	pre.sub, child.asked = sub, sub
+	pre.sub = sub
 	if sub.repo.Name == "" {
 		return "", nil
 	}

@@ -233,7 +233,7 @@ func TestDelegationSharesExposure(t *testing.T) {
 			if strings.HasPrefix(name, "control") {
 				return
 			}
-			stored, err := openSession("s-1", p.record.Workspace)
+			stored, err := openSession("s-1", p.record.Workspace, p.dir)
 			if err != nil || !stored.exposure.Has(both) {
 				t.Errorf("stored with the root's workspace: %v, %v", stored.exposure.Names(), err)
 			}
@@ -670,4 +670,110 @@ func TestDelegationNetwork(t *testing.T) {
 		t.Errorf("the passage of a pod below is open to the one above")
 	}
 	h.asks(h.get(narrow, other))
+}
+
+// A sub-pod's budget is set aside from the asking pod's, in the section that decides: what is
+// left for one is not had by two; what a pod that did not come to be, or ended, did not spend
+// comes back.
+func TestDelegationBudget(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	var own map[string]any
+	if err := json.Unmarshal(policyOf(delegating), &own); err != nil {
+		t.Fatal(err)
+	}
+	own["budget"] = object{"usd": 5, "tokens": 1000}
+	p := h.pod(specOf("w", document(t, own)), nil)
+	asked := func(usd float64) object {
+		return object{"policy": object{"operations": object{"read_files": "always"}, "budget": object{"usd": usd}}}
+	}
+	left := func() nucleus.Amounts {
+		p.root.mu.Lock()
+		defer p.root.mu.Unlock()
+		return p.root.left(p.record.ID)
+	}
+	const usd = 1_000_000
+	h.createTry(p, asked(5.01)).want(t, nucleus.KindDenied, "budget.usd")
+	h.createTry(p, asked(6)).want(t, nucleus.KindDenied, "budget.usd")
+	if left().MicroUSD != 5*usd || len(h.node.below(p)) != 0 {
+		t.Fatalf("left %+v", left())
+	}
+	// Three at once, for three apiece of five.
+	var wg sync.WaitGroup
+	got := make([]answer, 3)
+	for i := range got {
+		wg.Go(func() { got[i] = h.createTry(p, asked(3)) })
+	}
+	wg.Wait()
+	made := 0
+	for _, a := range got {
+		if a.Status == http.StatusOK {
+			made++
+		} else {
+			a.want(t, nucleus.KindDenied, "budget.usd", "2.00 USD are left")
+		}
+	}
+	if made != 1 || left().MicroUSD != 2*usd {
+		t.Fatalf("%d made, left %+v", made, left())
+	}
+	sub, _ := h.node.pod(h.node.below(p)[0].Pod)
+	if got := sub.policy.Budget(); got.MicroUSD != 3*usd || got.Tokens != 1000 {
+		t.Errorf("the sub-pod's policy has %+v", got)
+	}
+	// What it spends is its own; in what it states no limit it draws on the one above.
+	p.root.mu.Lock()
+	err := p.root.spend(sub.record.ID, nucleus.Amounts{MicroUSD: usd, Tokens: 400})
+	p.root.mu.Unlock()
+	if err != nil || left().MicroUSD != 2*usd || left().Tokens != 600 {
+		t.Errorf("left %+v, %v", left(), err)
+	}
+	h.kill()
+	h.start()
+	p, _ = h.node.pod(p.record.ID)
+	sub, _ = h.node.pod(sub.record.ID)
+	if left().MicroUSD != 2*usd || left().Tokens != 600 {
+		t.Errorf("after a restart left %+v", left())
+	}
+	h.end(p, sub)
+	if left().MicroUSD != 4*usd || left().Tokens != 600 {
+		t.Errorf("after its end left %+v", left())
+	}
+	// One that does not start gives all back.
+	h.mu.Lock()
+	h.boot = func(*inside, *nucleus.BootReply) bool { return false }
+	h.mu.Unlock()
+	h.createTry(p, asked(4)).want(t, nucleus.KindFailed)
+	h.mu.Lock()
+	h.boot = nil
+	h.mu.Unlock()
+	if left().MicroUSD != 4*usd {
+		t.Errorf("after a start that failed left %+v", left())
+	}
+	// So does one that the machine does not admit.
+	h.mu.Lock()
+	h.behave = func(m *inside, c *callInside) (guest.CallResult, bool) {
+		return m.sign(c.permit, guest.CallResult{Error: nucleus.Errorf(nucleus.KindForbidden, "no")}, nucleus.OutcomeRefused), true
+	}
+	h.mu.Unlock()
+	h.createTry(p, asked(4)).want(t, nucleus.KindForbidden)
+	h.mu.Lock()
+	h.behave = nil
+	h.mu.Unlock()
+	if left().MicroUSD != 4*usd || len(h.node.below(p)) != 0 {
+		t.Errorf("after a refusal of the machine left %+v", left())
+	}
+	// And one that was set aside when the node was killed.
+	p.root.mu.Lock()
+	err = p.root.openAccount("p-never", p.record.ID, nucleus.Amounts{MicroUSD: usd, Tokens: nucleus.Unlimited, Millis: nucleus.Unlimited})
+	p.root.mu.Unlock()
+	if err != nil || left().MicroUSD != 3*usd {
+		t.Fatal(left(), err)
+	}
+	h.kill()
+	h.start()
+	p, _ = h.node.pod(p.record.ID)
+	if left().MicroUSD != 4*usd {
+		t.Errorf("after a crash between left %+v", left())
+	}
+	h.create(p, asked(4))
 }

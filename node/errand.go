@@ -124,7 +124,7 @@ func (e *errand) finish(exit guest.AgentExit) {
 }
 
 // startErrand starts the pod's agent on a task.
-func (n *Node) startErrand(ctx context.Context, p *Pod, actor, task string, argv []string, leftOut string) error {
+func (n *Node) startErrand(ctx context.Context, p *Pod, actor string, argv []string, leftOut string) error {
 	e := &errand{file: errandPath(p.dir), done: make(chan struct{}), state: errandFile{LeftOut: leftOut}}
 	if err := durable.Store(e.file, e.state); err != nil {
 		return err

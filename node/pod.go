@@ -300,7 +300,7 @@ func (p *Pod) joinSession() error {
 	var root *rootSession
 	if p.record.Sub == nil {
 		var err error
-		if root, err = openSession(p.record.Session, p.record.Workspace); err != nil {
+		if root, err = openSession(p.record.Session, p.record.Workspace, p.dir); err != nil {
 			return err
 		}
 	} else {
@@ -315,8 +315,16 @@ func (p *Pod) joinSession() error {
 	p.mu.Unlock()
 	root.mu.Lock()
 	defer root.mu.Unlock()
+	if p.asked != nil {
+		if err := p.asked.joined(); err != nil {
+			return err
+		}
+	} else if p.record.Sub == nil {
+		if err := root.openAccount(p.record.ID, "", p.policy.Budget()); err != nil {
+			return err
+		}
+	}
 	root.pods[p] = true
-	p.asked.joined()
 	return nil
 }
 
@@ -330,6 +338,9 @@ func (p *Pod) leaveSession() {
 	root.mu.Lock()
 	defer root.mu.Unlock()
 	delete(root.pods, p)
+	if err := root.closeAccount(p.record.ID); err != nil {
+		slog.Error("what a pod did not spend is not given back", "pod", p.record.ID, "error", err)
+	}
 }
 
 // podID is short enough for a person to type and for a socket's path.

@@ -60,6 +60,30 @@ func (n *Node) recover(ctx context.Context) error {
 			return fmt.Errorf("removing what is left of pod %s: %w", l.name, err)
 		}
 	}
+	return n.closeLostAccounts()
+}
+
+// closeLostAccounts gives back what was set aside for pods that did not come to be, or are gone.
+func (n *Node) closeLostAccounts() error {
+	n.mu.Lock()
+	pods := n.podList()
+	n.mu.Unlock()
+	for _, p := range pods {
+		if p.record.Sub != nil {
+			continue
+		}
+		p.root.mu.Lock()
+		var err error
+		for id := range p.root.budget.Accounts {
+			if _, gone := n.pod(id); gone != nil {
+				err = errors.Join(err, p.root.closeAccount(id))
+			}
+		}
+		p.root.mu.Unlock()
+		if err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

@@ -152,9 +152,11 @@ func needsOf(err error) *needsApproval {
 // context is what a decision about the pod depends on now. The caller holds the
 // session's mutex.
 func (p *Pod) context(now time.Time) nucleus.Context {
-	return nucleus.Context{
+	c := nucleus.Context{
 		Exposure: p.root.exposure, UntrustedRepo: p.record.Untrusted, Contained: p.record.Spec.Mode == nucleus.Contained, UnixMilli: now.UnixMilli(),
 	}
+	c.Spent, c.Reserved = p.root.budget.used(p.record.ID)
+	return c
 }
 
 // decide is the critical section of a root session: decide, use up the grant, add
@@ -177,6 +179,15 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (ruli
 	open := p.root.passage(p.record.ID, pre.action, now)
 	if decision.Verdict == nucleus.Ask && open == nil && approval == nil {
 		return ruling{}, &needsApproval{decision, state, p.root.beside()}
+	}
+	if decision.Verdict != nucleus.Deny {
+		if err := pre.sub.reserve(); err != nil {
+			e := nucleus.AsError(err)
+			if e.Kind != nucleus.KindDenied {
+				return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
+			}
+			decision = nucleus.Decision{Verdict: nucleus.Deny, Rule: e.Rule, Why: e.Message}
+		}
 	}
 	permit := nucleus.Permit{
 		ID: nucleus.NewID("r-"), Pod: p.record.ID, Boot: p.record.Boot, Session: p.record.Session,
@@ -214,7 +225,6 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (ruli
 	if err := n.expose(p, decision.Takes, placed && decision.Verdict == nucleus.Ask, string(r.op)+" "+describe(pre.action)); err != nil {
 		return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
-	pre.sub.reserve()
 	entry.Exposure = p.root.exposure.Names()
 	if err := n.salts.Put(permit.ID, pre.salt); err != nil {
 		return ruling{}, logFailure(err)

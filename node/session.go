@@ -11,8 +11,8 @@ import (
 	"cal/nucleus"
 )
 
-// rootSession is the exposure that a session and all its sub-agents and sub-pods
-// share. Its mutex is the critical section of a request: decide, add legs, append
+// rootSession is the exposure and the budget that a session and all its sub-agents and
+// sub-pods share. Its mutex is the critical section of a request: decide, add legs, append
 // the intent.
 type rootSession struct {
 	id string // of the session that began it
@@ -25,6 +25,7 @@ type rootSession struct {
 	through  nucleus.Legs       // of the exposure: what passages alone have taken
 	evidence []nucleus.Evidence // which entry took each leg
 	passages []passage          // see passage.go
+	budget   *ledger            // see budget.go
 }
 
 type exposureFile struct {
@@ -33,12 +34,19 @@ type exposureFile struct {
 	Evidence []nucleus.Evidence `json:"evidence,omitempty"`
 }
 
+// budgetFile is what a root session has spent, in the directory of its first pod.
+const budgetFile = "budget.json"
+
 // openSession reads the exposure that is stored with a workspace: a new session
-// starts with it.
-func openSession(id, workspaceDir string) (*rootSession, error) {
+// starts with it. id is the session's; what it has spent lies in podDir.
+func openSession(id, workspaceDir, podDir string) (*rootSession, error) {
 	s := &rootSession{id: id, pods: map[*Pod]bool{}, file: filepath.Join(workspaceDir, "exposure.json")}
+	var err error
+	if s.budget, err = openLedger(filepath.Join(podDir, budgetFile)); err != nil {
+		return nil, err
+	}
 	var stored exposureFile
-	err := durable.Load(s.file, &stored)
+	err = durable.Load(s.file, &stored)
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil
 	}

@@ -43,4 +43,9 @@ type Context struct {
 	Contained     bool  `json:"contained,omitempty"`      // contained mode
 	DirectNetwork bool  `json:"direct_network,omitempty"` // the machine has a network that does not pass the gateway
 	UnixMilli     int64 `json:"unix_ms"`                  // now, UTC
+
+	// Of the budget that the session draws on, before the action: what is used up, and
+	// what is set aside for sub-pods.
+	Spent    Amounts `json:"spent,omitzero"`
+	Reserved Amounts `json:"reserved,omitzero"`
 }

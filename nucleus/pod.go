@@ -188,6 +188,9 @@ type PodStatus struct {
 	Reason       string       `json:"reason,omitempty"` // why it failed or stopped
 }
 
+// Live reports whether the pod has not come to its end.
+func (s PodStatus) Live() bool { return s.State != "failed" && s.State != "stopped" }
+
 // RepoStatus is a repository in a pod with its label.
 type RepoStatus struct {
 	Name    string `json:"name"`

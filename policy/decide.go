@@ -16,6 +16,8 @@ import (
 //	operations.OP         its level
 //	action                the part that must be judged is missing
 //	window                now is outside
+//	budget.usd, budget.tokens, budget.seconds
+//	                      nothing is left of it
 //	paths                 a path that is absolute, has "..", or is not clean
 //	paths.roots           no root holds the path
 //	paths.blocked         a blocked pattern matches it
@@ -43,6 +45,9 @@ func (p *Policy) Decide(a nucleus.Action, c nucleus.Context) nucleus.Decision {
 		return deny(opRules[i], fmt.Sprintf("%s never allows %s", p.title(), a.Op))
 	case !p.window.contains(c.UnixMilli):
 		return deny("window", p.window.explain(c.UnixMilli))
+	}
+	if d, over := p.budget.over(&c); over {
+		return deny(d.Rule(), p.budget.explain(d, &c))
 	}
 	s := p.scope(&a)
 	if s.denied {

@@ -114,6 +114,9 @@ func (p *Policy) change(a *nucleus.Action, c nucleus.Context, d nucleus.Decision
 	case d.Rule == "window":
 		q.window = always
 		return q.seal(), "window: one that holds " + formatTime(c.UnixMilli)
+	case strings.HasPrefix(d.Rule, "budget."):
+		q.budget = noBudgetLimit
+		return q.seal(), d.Rule + ": a larger one, or none"
 	case d.Rule == "paths.roots", d.Rule == "paths.blocked":
 		return q.open(a, d.Rule)
 	case d.Rule == "commands" && len(a.Command.Env) > 0:

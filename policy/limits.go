@@ -1,16 +1,51 @@
 package policy
 
 import (
+	"fmt"
 	"math"
 	"time"
+
+	"cal/nucleus"
 )
 
 // unlimited is the budget of a policy that states none.
-const unlimited = math.MaxInt64
+const unlimited = nucleus.Unlimited
 
 // budget bounds what a session may use up. Its zero value is nothing.
 type budget struct {
 	microUSD, tokens, seconds int64
+}
+
+// Budget is what p lets a session use up; a dimension that it does not limit is
+// nucleus.Unlimited.
+func (p *Policy) Budget() nucleus.Amounts { return p.budget.amounts() }
+
+func (b budget) amounts() nucleus.Amounts {
+	a := nucleus.Amounts{MicroUSD: b.microUSD, Tokens: b.tokens, Millis: unlimited}
+	if b.seconds <= unlimited/1000 {
+		a.Millis = b.seconds * 1000
+	}
+	return a
+}
+
+// over names the first dimension of which nothing is left.
+func (b budget) over(c *nucleus.Context) (nucleus.Dimension, bool) {
+	limits := b.amounts()
+	for _, d := range nucleus.Dimensions() {
+		if d.Over(nucleus.AddAmounts(*c.Spent.Of(d), *c.Reserved.Of(d)), *limits.Of(d)) {
+			return d, true
+		}
+	}
+	return 0, false
+}
+
+func (b budget) explain(d nucleus.Dimension, c *nucleus.Context) string {
+	limits := b.amounts()
+	text := fmt.Sprintf("the budget is spent: %s of %s %s", d.Text(*c.Spent.Of(d)), d.Text(*limits.Of(d)), d.Unit())
+	if reserved := *c.Reserved.Of(d); reserved > 0 {
+		text += fmt.Sprintf(", and %s are set aside for sub-pods", d.Text(reserved))
+	}
+	return text
 }
 
 var noBudgetLimit = budget{unlimited, unlimited, unlimited}

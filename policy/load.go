@@ -323,22 +323,11 @@ func readMethods(n *node) (methods, error) {
 const maxInteger = 1<<53 - 1
 
 func (l *loader) budget(n *node) error {
-	limit := func(target *int64, read func(*node) (int64, error)) func(*node) error {
-		return func(n *node) (err error) {
-			if *target, err = read(n); err == nil {
-				l.notSupported(n, "a budget")
-			}
-			return err
-		}
-	}
-	whole := func(what string) func(*node) (int64, error) {
-		return func(n *node) (int64, error) { return n.integer(what, 0, maxInteger) }
-	}
 	b := &l.policy.budget
 	return n.fields("budget",
-		field{"usd", limit(&b.microUSD, readUSD)},
-		field{"tokens", limit(&b.tokens, whole("budget.tokens"))},
-		field{"seconds", limit(&b.seconds, whole("budget.seconds"))},
+		field{"usd", func(n *node) (err error) { b.microUSD, err = readUSD(n); return err }},
+		field{"tokens", func(n *node) (err error) { b.tokens, err = n.integer("budget.tokens", 0, maxInteger); return err }},
+		field{"seconds", func(n *node) (err error) { b.seconds, err = n.integer("budget.seconds", 0, maxInteger); return err }},
 	)
 }
 

@@ -161,9 +161,6 @@ func TestLoadRefuses(t *testing.T) {
 		{"trusted_origins: [github.com/my-org/*]", `is no pattern`},
 		{"trusted_origins: [\"github.com/../**\"]", `is no pattern`},
 		// scopes that nothing enforces yet
-		{"name: a\nbudget:\n  usd: 5", `f:3: a budget is not supported yet`},
-		{"budget: {tokens: 0}", `f:1: a budget is not supported yet`},
-		{"budget: {seconds: 3600}", `f:1: a budget is not supported yet`},
 		{"obligations: {git_push: {approvals: 2}}", `f:1: obligations.git_push.approvals 2 (a quorum above 1) is not supported yet`},
 	} {
 		p, err := Load("f", []byte(c.text))

@@ -56,7 +56,7 @@ func TestPure(t *testing.T) {
 }
 
 func TestDecideAllocatesNothingToAllow(t *testing.T) {
-	p := load(t, attacked)
+	p := Meet(load(t, attacked), load(t, "operations: {read_files: always, run_bash: always, web_fetch: always}\nhosts: any\nbudget: {usd: 1, tokens: 1, seconds: 1}"))
 	for _, a := range []func(){
 		func() { allowed(t, p, actionRead) },
 		func() { allowed(t, p, actionRun) },

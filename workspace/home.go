@@ -128,7 +128,7 @@ func (h Home) DeleteWorkspace(ctx context.Context, name string) error {
 			return err
 		}
 		for _, p := range pods {
-			if p.Workspace == name && p.State != "failed" && p.State != "stopped" {
+			if p.Workspace == name && p.Live() {
 				return fmt.Errorf("workspace %q is in use by pod %s (cal vm stop %s)", name, p.ID, p.ID)
 			}
 		}
@@ -169,7 +169,7 @@ func runningPods(ctx context.Context, c *client.Client) int {
 	}
 	running := 0
 	for _, p := range pods {
-		if p.State != "failed" && p.State != "stopped" {
+		if p.Live() {
 			running++
 		}
 	}

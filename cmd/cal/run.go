@@ -220,25 +220,40 @@ func (s *session) run(ctx context.Context, o workspace.RunOptions) (int, error) 
 }
 
 // agent starts or joins the agent and stays with it: when the node ends, another is
-// started, takes the machine up again, and the session goes on.
+// started, takes the machine up again, and the session goes on. A node that ends while it
+// is joined is one that ended.
 func (s *session) agent(ctx context.Context, req client.AgentRequest) (int, error) {
-	for {
+	const mostInARow = 5
+	for failed := 0; ; req.Attach = true {
 		stream, err := s.node.Agent(ctx, s.pod.ID, req)
-		if err != nil {
+		if err == nil {
+			var code int
+			code, err = s.relay(ctx, stream)
+			stream.Close()
+			if !errors.Is(err, errNodeGone) {
+				return code, err
+			}
+			failed = 0
+			fmt.Fprint(os.Stderr, "\r\ncal: the node ended; starting another\r\n")
+		} else if failed++; !req.Attach || failed > mostInARow || !unanswered(err) {
 			return 0, err
 		}
-		code, err := s.relay(ctx, stream)
-		stream.Close()
-		if !errors.Is(err, errNodeGone) {
-			return code, err
+		node, startErr := s.home.Node(ctx)
+		if startErr != nil {
+			return 0, startErr
 		}
-		fmt.Fprint(os.Stderr, "\r\ncal: the node ended; starting another\r\n")
-		if s.node, err = s.home.Node(ctx); err != nil {
-			return 0, err
+		s.node = node
+		if failed == 0 {
+			continue
 		}
-		req.Attach = true
+		if pod, statusErr := node.Pod(ctx, s.pod.ID); statusErr == nil && !pod.Live() {
+			return 0, err // what the node said of it
+		}
 	}
 }
+
+// unanswered reports whether the node may have ended before it answered.
+func unanswered(err error) bool { return nucleus.AsError(err).Kind == nucleus.KindUnavailable }
 
 // errNodeGone says that the connection to the node ended in the middle of a stream.
 var errNodeGone = errors.New("the connection to the node ended")

@@ -69,7 +69,7 @@ func TestNodeDies(t *testing.T) {
 		kills = 100
 	}
 	e := testenv.New(t)
-	work := &steps{n: 2 * kills, hold: make(chan struct{})}
+	work := &steps{n: 3 * kills / 2, hold: make(chan struct{})}
 	model := script.Anthropic(work.turn)
 	url, stop, err := model.Start()
 	if err != nil {
@@ -100,9 +100,11 @@ func TestNodeDies(t *testing.T) {
 			t.Fatal(err)
 		}
 		e.Cal("node", "start").Want(t, 0)
-		testenv.Eventually(t, 20*time.Second, fmt.Sprintf("after kill %d the session goes on beyond %d calls", i, before), func() bool {
-			return work.tries.Load() > before
-		})
+		if i%2 == 0 { // else the next kill comes while the agent's terminal is being joined again
+			testenv.Eventually(t, 20*time.Second, fmt.Sprintf("after kill %d the session goes on beyond %d calls", i, before), func() bool {
+				return work.tries.Load() > before
+			})
+		}
 		if now := e.Sandboxes(); !slices.Equal(now, sandboxes) {
 			t.Fatalf("after kill %d the sandboxes are %v, before %v", i, now, sandboxes)
 		}
