@@ -372,7 +372,7 @@ func TestDelegationCarriesCommits(t *testing.T) {
 	a := h.createTry(p, object{})
 	a.want(t, "", "")
 	var made subStatus
-	if err := json.Unmarshal([]byte(a.Body), &made); err != nil || made.Base != head || made.Branch != "cal/sub/"+made.Pod {
+	if err := json.Unmarshal([]byte(a.Body), &made); err != nil || made.Base != head || !strings.HasPrefix(made.LeftOut, "1 files") || made.Branch != "cal/sub/"+made.Pod {
 		t.Fatalf("%v, %v; want base %s", a, err, head)
 	}
 	child, _ := h.node.pod(made.Pod)
@@ -776,4 +776,35 @@ func TestDelegationBudget(t *testing.T) {
 		t.Errorf("after a crash between left %+v", left())
 	}
 	h.create(p, asked(4))
+}
+
+// A pod that was decided while the one above it lived is not made once that one has ended and
+// looked for what is below it.
+func TestDelegationAfterTheEnd(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	p := h.pod(specOf("w", policyOf(delegating)), nil)
+	derived := func() *newSub {
+		sub, err := h.node.derive(h.context(), p, tools.NewPod{}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sub
+	}
+	if err := h.node.create(h.context(), "test", derived().pod); err != nil { // control
+		t.Fatal(err)
+	}
+	late := derived()
+	if err := h.node.stopDeciding(p, "test"); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.node.endSubs(h.context(), "test", p); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.node.create(h.context(), "test", late.pod); err == nil || !strings.Contains(err.Error(), "nothing was done") {
+		t.Errorf("made: %v", err)
+	}
+	if len(h.node.below(p)) != 0 {
+		t.Error("a pod is left below one that has ended")
+	}
 }

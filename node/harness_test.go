@@ -911,10 +911,26 @@ func (m *inside) add(stream *wire.Stream, in tools.Incoming) (any, error) {
 	return tools.UnbundleResult{Repo: in.Repo, Commit: in.Commit, Branch: in.Branch}, err
 }
 
+// worktree is a commit of what lies in the working tree; HEAD where nothing has changed.
+func (m *inside) worktree(repo string) (string, error) {
+	if changed, err := m.git(repo, "status", "--porcelain"); err != nil || changed == "" {
+		return "HEAD", err
+	}
+	if _, err := m.git(repo, "add", "-A"); err != nil {
+		return "", err
+	}
+	defer m.git(repo, "reset", "-q")
+	return m.git(repo, "stash", "create")
+}
+
 func (m *inside) bundle(stream *wire.Stream, b tools.Bundle) (any, error) {
 	ref := b.Ref
 	if ref == tools.WorktreeRef {
-		if _, err := m.git(b.Repo, "update-ref", ref, "HEAD"); err != nil {
+		at, err := m.worktree(b.Repo)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := m.git(b.Repo, "update-ref", ref, at); err != nil {
 			return nil, err
 		}
 	}
