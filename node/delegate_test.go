@@ -417,8 +417,7 @@ func TestDelegationCarriesCommits(t *testing.T) {
 	h.kill()
 	h.start()
 	p, _ = h.node.pod(p.record.ID)
-	child, err = h.node.pod(made.Pod)
-	if err != nil {
+	if _, err := h.node.pod(made.Pod); err != nil {
 		t.Fatal(err)
 	}
 	newer := inside.commit("newer.txt", "x\n")
