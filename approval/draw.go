@@ -2,6 +2,7 @@ package approval
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"cal/nucleus"
+	"cal/policy/command"
 )
 
 // View says how an ask is drawn. The zero value is 80 columns, long parts cut.
@@ -83,6 +85,7 @@ func Summary(ask nucleus.AskRequest) string {
 	case a.Connect != nil:
 		line += " " + Visible(a.Connect.Host) + ":" + strconv.Itoa(a.Connect.Port)
 	case a.Command != nil:
+		line += " (" + command.Of(*a.Command).Class.String() + ")"
 		for _, arg := range a.Command.Argv {
 			line += " " + quote(arg)
 		}
@@ -404,8 +407,9 @@ func (d *drawing) command(c *nucleus.Command) {
 	if c == nil {
 		return
 	}
+	d.reading(command.Of(*c))
 	if c.Script {
-		d.field("note", "arbitrary code: a shell runs the script below")
+		d.field("note", "a shell runs the script below")
 	}
 	for i, arg := range c.Argv {
 		d.text(fmt.Sprintf("argv[%d]", i), arg)
@@ -420,6 +424,68 @@ func (d *drawing) command(c *nucleus.Command) {
 		d.field("note", "runs on a terminal")
 	}
 	d.files("names file", c.Files)
+}
+
+// Of the programs in a command a screen shows so many, and of each so much: they are
+// read from the argv below, which stands there whole.
+const (
+	maxPrograms = 12
+	maxProgram  = 160
+)
+
+// reading says what was understood of a command: its class, in plain words, and the
+// programs in it, the worst first.
+func (d *drawing) reading(r command.Reading) {
+	d.field("class", r.Class.String()+": "+r.Class.Says())
+	d.field("because", quote(r.Why))
+	programs := programsOf(r)
+	shown := len(programs)
+	if shown > maxPrograms && !d.whole {
+		shown, d.cut = maxPrograms, true
+	}
+	for _, p := range programs[:shown] {
+		if len(p.argv) > maxProgram && !d.whole {
+			p.argv, d.cut = p.argv[:maxProgram]+" ...", true
+		}
+		if p.times > 1 {
+			p.argv += fmt.Sprintf(" (%d times)", p.times)
+		}
+		d.field("runs", p.class.String()+": "+p.argv)
+	}
+	if n := len(programs) - shown; n > 0 {
+		d.field("runs", fmt.Sprintf("and %d more, none of a worse class", n))
+	}
+}
+
+type ranProgram struct {
+	class command.Class
+	argv  string // quoted
+	times int
+}
+
+// programsOf is each program of a reading once, the worst first. A word that is not known
+// before it runs is a ? without quotes.
+func programsOf(r command.Reading) []ranProgram {
+	var all []ranProgram
+	place := map[ranProgram]int{}
+	for _, part := range r.Parts {
+		words := make([]string, len(part.Argv))
+		for i, word := range part.Argv {
+			if words[i] = quote(word); word == "?" {
+				words[i] = "?"
+			}
+		}
+		p := ranProgram{class: part.Class, argv: strings.Join(words, " ")}
+		if at, seen := place[p]; seen {
+			all[at].times++
+			continue
+		}
+		place[p] = len(all)
+		p.times = 1
+		all = append(all, p)
+	}
+	slices.SortStableFunc(all, func(a, b ranProgram) int { return cmp.Compare(b.class, a.class) })
+	return all
 }
 
 func (d *drawing) files(label string, files []nucleus.File) {

@@ -56,7 +56,7 @@ func Arguments(op nucleus.Op) []string {
 	case nucleus.WebFetch:
 		return []string{"url", "method", "headers", "body"}
 	case nucleus.NetConnect:
-		return []string{"host", "port"}
+		return []string{"host", "port", "method", "path"}
 	case nucleus.SpawnAgent:
 		return []string{"task", "wait_s", "keep", "policy", "mode", "driver", "require", "resources", "env", "repo"}
 	case nucleus.ManagePods:
@@ -183,6 +183,12 @@ func (e *Evaluator) resolve(a *nucleus.Action, args arguments, repo string) (err
 		}
 	case nucleus.NetConnect:
 		a.Connect = &nucleus.Connect{Host: strings.ToLower(args.Host), Port: args.Port}
+		if args.Method != "" || args.Path != nil { // one request in plain HTTP
+			if args.Method == "" || args.Path == nil {
+				return errors.New("a request in plain HTTP has a method and a path")
+			}
+			a.Fetch = &nucleus.Fetch{Method: args.Method, Host: a.Connect.Host, Port: args.Port, Path: *args.Path}
+		}
 	case nucleus.SpawnAgent:
 		a.Sub = &nucleus.Sub{Do: nucleus.SubSpawn}
 	case nucleus.ManagePods:
