@@ -40,7 +40,9 @@ func newWitnessed() *witnessed {
 func (w *witnessed) trust(key string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.key = key
+	if w.key != key { // a log begun anew, as memoryLog does
+		w.key, w.kept = key, nil
+	}
 }
 
 func (w *witnessed) Log(string) (string, []byte, error) {

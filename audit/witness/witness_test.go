@@ -267,7 +267,7 @@ func TestClient(t *testing.T) {
 		"a cosignature of an older checkpoint": func(rw http.ResponseWriter, r *http.Request) { rw.Write(good) },
 		"nothing":                              func(rw http.ResponseWriter, r *http.Request) {},
 		"noise":                                func(rw http.ResponseWriter, r *http.Request) { rw.Write([]byte("— w.test AAAA\n\n\x00")) },
-		"a page":                               func(rw http.ResponseWriter, r *http.Request) { http.Error(rw, "hello", 418) },
+		"a page":                               func(rw http.ResponseWriter, r *http.Request) { http.Error(rw, "hello", http.StatusTeapot) },
 		"a conflict that goes on for ever":     conflicts(1, 2, 3, 4, 5, 6),
 		"a conflict without a size":            conflicts(0),
 		"a conflict of a negative size":        conflicts(-1),
