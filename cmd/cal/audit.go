@@ -161,10 +161,11 @@ func keptByAuthority(ctx context.Context, key string) ([]byte, error) {
 	authority := approvals.New(home.AuthoritySocket())
 	defer authority.Close()
 	kept, err := authority.Witnessed(ctx, nucleus.LogOrigin)
-	if kind := nucleus.AsError(err).Kind; err != nil && (kind == nucleus.KindUnavailable || kind == nucleus.KindNotFound) {
+	var refused *nucleus.Error
+	switch {
+	case errors.As(err, &refused) && (refused.Kind == nucleus.KindUnavailable || refused.Kind == nucleus.KindNotFound):
 		return nil, nil
-	}
-	if err != nil || kept.Checkpoint == "" {
+	case err != nil || kept.Checkpoint == "":
 		return nil, err
 	}
 	if kept.Key != key {
