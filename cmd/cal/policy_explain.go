@@ -145,10 +145,8 @@ func policySimulate() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if dir == "" {
-				if dir, err = logDir(); err != nil {
-					return err
-				}
+			if dir, err = (&logFlags{dir: dir}).place(); err != nil {
+				return err
 			}
 			result, err := trial.Run(p, audit.Read(dir, 0))
 			if err != nil {

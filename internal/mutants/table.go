@@ -79,6 +79,11 @@ var mutants = []mutant{
 	{"the order sees budgets", "policy/policy.go", " && a.budget.leq(b.budget)", "", "TestLatticeLaws"},
 	{"the order sees origins", "policy/policy.go", " && a.origins.leq(b.origins)", "", "TestLatticeLaws"},
 
+	// delegation
+	{"a delegated policy is a meet", "policy/delegate.go", "return Meet(Nu(p), requested)", "return requested", "TestDelegateIsBelow"},
+	{"what must be asked for above must be asked for below", "policy/delegate.go", "return Meet(Nu(p), requested)", "return Meet(p, requested)", "TestDelegateIsBelow"},
+	{"a pod with more is denied, whoever made it", "policy/delegate.go", "if !Leq(child, Nu(p)) {", "if !Leq(child, Nu(p)) && false {", "TestDecideHoldsDelegation"},
+
 	// nu
 	{"nu lowers push", "policy/policy.go", "case opGitPush, opCreatePR:", "case opCreatePR:", "TestGateExhaustive"},
 	{"nu lowers fetches only where hosts is any", "policy/policy.go", "if !p.hosts.any {\n\t\t\treturn false", "if false {\n\t\t\treturn false", "TestGateExhaustive"},
