@@ -1,7 +1,9 @@
 package approval
 
 import (
+	"bytes"
 	"cmp"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -89,6 +91,8 @@ func Summary(ask nucleus.AskRequest) string {
 		}
 	case a.Job != nil:
 		line += " background command " + Visible(a.Job.ID)
+	case a.Sub != nil:
+		line = strings.TrimRight(fmt.Sprintf("%s %s %s %s", line, Visible(string(a.Sub.Do)), Visible(a.Sub.Pod), Visible(a.Sub.Task)), " ")
 	case a.Commit != nil:
 		line += " " + Visible(a.Commit.Repo) + ": " + Visible(a.Commit.Message)
 	case len(a.Files) > 0:
@@ -339,9 +343,46 @@ func (d *drawing) action(ask nucleus.AskRequest) {
 			d.field("action", "read its output")
 		}
 	}
+	d.sub(a.Sub)
 	d.field("arguments", quote(a.Args))
 	d.field("digest", quote(ask.Digest))
 	d.end(a)
+}
+
+// sub says what is done to a pod below the one that asks. The policy of a new one is
+// its own document, a line for each value.
+func (d *drawing) sub(s *nucleus.Sub) {
+	if s == nil {
+		return
+	}
+	d.field("do", quote(string(s.Do)))
+	for _, f := range []struct{ label, value string }{
+		{"pod", s.Pod}, {"agent", s.Agent}, {"driver", s.Driver}, {"tier", string(s.Tier)}, {"mode", string(s.Mode)},
+		{"repository", s.Repo}, {"branch", s.Branch}, {"commit", s.Commit},
+	} {
+		if f.value != "" {
+			d.field(f.label, quote(f.value))
+		}
+	}
+	if r := s.Resources; r != nil {
+		d.field("resources", fmt.Sprintf("cpu %d, memory_mb %d, pids %d (0: the default)", r.CPU, r.MemoryMB, r.Pids))
+	}
+	for _, name := range s.Env {
+		d.field("env", quote(name))
+	}
+	if s.Keep {
+		d.field("note", "the pod stays when its agent has ended")
+	}
+	if len(s.Policy) > 0 {
+		var lines bytes.Buffer
+		if err := json.Indent(&lines, s.Policy, "", " "); err != nil { // signed, so it is JSON
+			lines.Write(s.Policy)
+		}
+		d.text("policy", lines.String())
+	}
+	if s.Do == nucleus.SubSpawn {
+		d.text("task", s.Task)
+	}
 }
 
 // passage says what a grant opens beyond the request that it was asked for.

@@ -23,6 +23,7 @@ import (
 //	paths.blocked         a blocked pattern matches it
 //	commands, commands[i] no rule, or the rule that matched
 //	hosts, hosts[i]       no rule, or the rule that matched
+//	delegation            the pod that is asked for has more than this one
 //	nu                    allowed always, but the policy enables all three legs
 //	trifecta              the session has met private data and untrusted content
 //
@@ -146,6 +147,8 @@ func (p *Policy) scope(a *nucleus.Action) scoped {
 		return p.scopeFetch(a.Fetch)
 	case nucleus.NetConnect:
 		return p.scopeConnect(a.Connect, a.Fetch)
+	case nucleus.ManagePods, nucleus.SpawnAgent:
+		return p.scopeSub(a.Op, a.Sub)
 	}
 	return scoped{}
 }

@@ -21,6 +21,7 @@ import (
 //	"do"       header Call, FrameJSON args -> FrameStdout/FrameStderr*, FrameResult Result
 //	"bundle"   header Bundle          -> FrameData*, FrameData empty, FrameResult Result    (repository out)
 //	"unbundle" header Unbundle, FrameData*, FrameData empty -> FrameResult Result          (repository in)
+//	"incoming" header Incoming, FrameData*, FrameData empty -> FrameResult Result          (branch into a repository)
 //
 // The proxy is wire.Host of the session, the worker wire.Guest. For "resolve" the
 // arguments follow as FrameJSON too. While a "do" of run_bash runs, the caller may send
@@ -37,6 +38,7 @@ const (
 	StreamDo       = "do"
 	StreamBundle   = "bundle"
 	StreamUnbundle = "unbundle"
+	StreamIncoming = "incoming"
 )
 
 // MaxArgs is the largest argument document in bytes: a request body's limit.
@@ -96,4 +98,14 @@ type Unbundle struct {
 	Shallow []string          `json:"shallow,omitempty"` // commits of its history whose parents are not in the bundle
 	Remotes map[string]string `json:"remotes,omitempty"`
 	Config  map[string]string `json:"config,omitempty"` // git settings to write, e.g. user.name
+}
+
+// Incoming puts a pack into Repo, which is there, and makes or moves Branch to Commit. The
+// pack holds what Base does not reach. A branch that is checked out, or that would lose commits,
+// is left alone.
+type Incoming struct {
+	Repo   string `json:"repo"`
+	Branch string `json:"branch"`
+	Commit string `json:"commit"`
+	Base   string `json:"base"`
 }

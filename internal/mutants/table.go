@@ -49,6 +49,11 @@ var mutants = []mutant{
 	{"program: a path is code", "policy/program/program.go", "return kinds[name] != 0 || strings.IndexByte(name, '/') >= 0", "return kinds[name] != 0", "TestRuns"},
 	{"program: a version is no other program", "policy/program/program.go", "kinds[trimmed] != 0 {\n\t\treturn trimmed", "false {\n\t\treturn trimmed", "TestRuns"},
 
+	// delegation
+	{"a delegated policy is a meet", "policy/delegate.go", "return Meet(Nu(p), requested)", "return requested", "TestDelegateIsBelow"},
+	{"what must be asked for above must be asked for below", "policy/delegate.go", "return Meet(Nu(p), requested)", "return Meet(p, requested)", "TestDelegateIsBelow"},
+	{"a pod with more is denied, whoever made it", "policy/delegate.go", "if !Leq(child, Nu(p)) {", "if !Leq(child, Nu(p)) && false {", "TestDecideHoldsDelegation"},
+
 	// nu
 	{"nu lowers push", "policy/policy.go", "case opGitPush, opCreatePR:", "case opCreatePR:", "TestGateExhaustive"},
 	{"nu lowers fetches only where hosts is any", "policy/policy.go", "if !p.hosts.any {\n\t\t\treturn false", "if false {\n\t\t\treturn false", "TestGateExhaustive"},
