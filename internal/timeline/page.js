@@ -33,6 +33,7 @@
     current = mark;
     mark.setAttribute("tabindex", "0");
     mark.focus();
+    show(mark);
   };
   const jump = (mark) => {
     const row = byEntry.get(mark.dataset.e);

@@ -310,6 +310,7 @@ func hostile(address string) *session {
 // What is written in the log does not run, load or hide anything in the reader's browser.
 // The control: without the escaping and the policy it does.
 func TestHostileTextIsText(t *testing.T) {
+	t.Parallel()
 	var hits atomic.Int64
 	var seen atomic.Value
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -372,6 +373,7 @@ func TestHostileTextIsText(t *testing.T) {
 // The page works: its script runs under the policy, marks are reached by keys, and lead to
 // their entries.
 func TestPageInABrowser(t *testing.T) {
+	t.Parallel()
 	for name, s := range map[string]*session{"five": short5(), "long": long(2000)} {
 		r := s.receipt(t)
 		page := write(t, r)
