@@ -25,9 +25,54 @@ const agentInit = "/.nucleus/init" // this program, in the agent's own root
 // agentHost holds the one agent of a session. The agent outlives the wire: its
 // output waits, bounded, for the node that comes back.
 type agentHost struct {
-	proxy *Proxy
-	mu    sync.Mutex
-	run   *agentRun
+	proxy   *Proxy
+	mu      sync.Mutex
+	run     *agentRun
+	started chan struct{} // closed, and made anew, when another agent has started
+}
+
+// watch tells the node whether an agent runs, whoever is joined to it, and hands signals
+// of the node's own to the agent.
+func (h *agentHost) watch(stream *wire.Stream) {
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		for {
+			kind, payload, err := stream.Recv(64)
+			if err != nil {
+				return
+			}
+			if run, _ := h.current(); run != nil && kind == wire.FrameSignal && !run.ended() {
+				run.input(kind, payload)
+			}
+		}
+	}()
+	for {
+		run, started := h.current()
+		running := run != nil && !run.ended()
+		if stream.SendJSON(wire.FrameJSON, AgentState{Running: running}) != nil {
+			return
+		}
+		exited := make(chan struct{}) // never
+		if running {
+			exited = run.exited
+		}
+		select {
+		case <-exited:
+		case <-started:
+		case <-gone:
+			return
+		}
+	}
+}
+
+func (h *agentHost) current() (*agentRun, <-chan struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.started == nil {
+		h.started = make(chan struct{})
+	}
+	return h.run, h.started
 }
 
 func (h *agentHost) start(stream *wire.Stream) {
@@ -57,6 +102,10 @@ func (h *agentHost) start(stream *wire.Stream) {
 	run, err := begin(start, program)
 	if err == nil {
 		h.run = run
+		if h.started != nil {
+			close(h.started)
+			h.started = nil
+		}
 	}
 	h.mu.Unlock()
 	if err != nil {

@@ -62,6 +62,7 @@ const (
 	StreamRepo   = "repo"   // node: header RepoCall; spliced to the worker's bundle or unbundle
 	StreamAgent  = "agent"  // node: header AgentStart; a terminal or pipes until FrameResult
 	StreamAttach = "attach" // node: header AgentAttach; joins the running agent
+	StreamWatch  = "watch"  // node: FrameJSON AgentState <- at once and at each change; FrameSignal -> the agent
 	StreamAPI    = "api"    // proxy: one HTTP connection to the node's API
 	StreamSOCKS  = "socks"  // proxy: header Connection; one SOCKS5 connection
 	StreamHTTP   = "http"   // proxy: header Connection; one HTTP proxy connection
@@ -83,6 +84,11 @@ type AgentProgram struct {
 	Argv []string          `json:"argv"`
 	Env  map[string]string `json:"env,omitempty"`
 	Home map[string][]byte `json:"home,omitempty"`
+}
+
+// AgentState says whether the machine's agent runs.
+type AgentState struct {
+	Running bool `json:"running"`
 }
 
 // WorkDir is the agent's working directory, below its HOME.

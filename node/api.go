@@ -326,6 +326,10 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) 
 	}
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
+	p.settle()
+	if err := p.overspent(false); err != nil {
+		return nucleus.Entry{}, err
+	}
 	if len(names) > 0 {
 		takes := nucleus.Private
 		if p.record.Untrusted {
@@ -360,7 +364,12 @@ func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, mac
 			return
 		}
 		if kind == wire.FrameResult {
-			switch exit, err := readExit(payload); {
+			exit, err := readExit(payload)
+			if why := p.stoppedBy(); why != nil && err == nil && !tookOver(exit) && !exit.Refused {
+				exit.Error = why
+				payload = data(exit)
+			}
+			switch {
 			case err != nil || tookOver(exit):
 			case exit.Refused && start.Kind != "":
 				n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, exit.Error)

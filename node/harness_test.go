@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -49,6 +50,7 @@ type host struct {
 	forge     Forge
 	storage   Limits
 	clock     *clock
+	ticks     atomic.Int64  // nanoseconds that the host's monotonic clock is ahead
 	spare     time.Duration // Config.SpareLife
 	node      *Node
 	operator  ed25519.PrivateKey
@@ -61,6 +63,7 @@ type host struct {
 	attach   func() error
 	sign     func(*inside, guest.SignCall) guest.SignReply // nil: as guest.Proxy does
 	agent    func(*wire.Stream)
+	watch    func(*wire.Stream) // nil: no agent runs
 }
 
 type clock struct {
@@ -122,12 +125,14 @@ func memory() string {
 	return ""
 }
 
+func (h *host) monotonic() time.Duration { return monotonic() + time.Duration(h.ticks.Load()) }
+
 func (h *host) open() (*Node, error) {
 	proxy, err := os.Executable()
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare}
+	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare, Monotonic: h.monotonic}
 	if h.authority != nil {
 		c.Authority = h.authority.socket
 	}
@@ -546,6 +551,15 @@ func (m *inside) serve(session *wire.Session) {
 				m.repo(stream)
 			case guest.StreamSign:
 				m.signConnection(stream)
+			case guest.StreamWatch:
+				m.host.mu.Lock()
+				watch := m.host.watch
+				m.host.mu.Unlock()
+				if watch != nil {
+					watch(stream)
+				} else if stream.SendJSON(wire.FrameJSON, guest.AgentState{}) == nil {
+					stream.Recv(64)
+				}
 			case guest.StreamAgent:
 				var program guest.AgentProgram
 				if m.host.agent != nil && stream.RecvJSON(wire.FrameJSON, 1<<20, &program) == nil {

@@ -30,6 +30,7 @@ import (
 	"cal/approval/spent"
 	"cal/audit"
 	"cal/egress"
+	"cal/egress/prices"
 	"cal/internal/durable"
 	"cal/internal/keyfile"
 	"cal/machine"
@@ -47,7 +48,10 @@ type Config struct {
 	Storage   Limits           // of what machines can make the host store
 	Stop      func()           // ends the program, for POST /v1/stop
 	SpareLife time.Duration    // how long a machine made ahead waits for a pod; 0: none is made
+	Prices    *prices.Table    // of models; nil: the built-in ones
 	Now       func() time.Time // nil: the system's clock
+
+	Monotonic func() time.Duration // on this host, for all its processes; nil: the system's clock
 }
 
 // Node is the control plane of one person. Make it with Open.
@@ -94,6 +98,12 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	if config.Now == nil {
 		config.Now = time.Now
 	}
+	if config.Prices == nil {
+		config.Prices = prices.Builtin()
+	}
+	if config.Monotonic == nil {
+		config.Monotonic = monotonic
+	}
 	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
 	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
@@ -112,6 +122,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	keeping, stop := context.WithCancel(context.WithoutCancel(ctx))
 	n.stopKeeping = stop
 	n.serving.Go(func() { n.keepLog(keeping) })
+	n.serving.Go(func() { n.keepBudgets(keeping) })
 	return n, nil
 }
 
@@ -247,6 +258,7 @@ func (n *Node) Close() error {
 		n.stopKeeping()
 	}
 	n.serving.Wait()
+	n.storeClocks()
 	var errs []error
 	if n.verifier != nil {
 		errs = append(errs, durable.Store(n.lastFile(), map[string]int64{"unix_ms": n.config.Now().UnixMilli()}))

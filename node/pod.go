@@ -61,8 +61,12 @@ type Pod struct {
 	recording sync.Mutex     // held while the record of a repository is read and written anew
 	fetching  sync.Mutex     // held while what the workspace keeps of a repository is replaced
 
+	agentClock bool // the pod's clock runs for its agent; the root session's mutex guards it
+
 	mu      sync.Mutex // of the fields below, and of root and machine while the pod starts
 	session *wire.Session
+	watched *wire.Stream                             // on which the machine says whether its agent runs
+	calls   map[*wire.Stream]context.CancelCauseFunc // commands that run
 	state   string
 	reason  string
 	removed bool // nothing of the machine is left
@@ -503,6 +507,9 @@ func (p *Pod) serve() {
 		defer n.serving.Done()
 		p.acceptStreams(session)
 	}()
+	if p.record.Spec.Agent != nil {
+		n.serving.Go(func() { p.watchAgent(session) })
+	}
 	n.serving.Add(1)
 	go func() {
 		defer n.serving.Done()
@@ -553,6 +560,7 @@ func (n *Node) wireEnded(p *Pod) {
 
 // pausePod takes note that a machine was stopped for exceeding a watched limit.
 func (n *Node) pausePod(p *Pod, reason string) {
+	p.freeze(true)
 	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodPause, Data: data(map[string]any{"reason": reason})})
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -567,6 +575,15 @@ func (n *Node) ResumePod(ctx context.Context, actor, id string) error {
 	if err != nil {
 		return err
 	}
+	if err := n.resume(ctx, actor, p); err != nil {
+		return err
+	}
+	p.freeze(false)
+	return nil
+}
+
+func (n *Node) resume(ctx context.Context, actor string, p *Pod) error {
+	id := p.record.ID
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.state != statePaused {
@@ -835,6 +852,7 @@ func (n *Node) teardown(p *Pod) error {
 	if err != nil {
 		return fmt.Errorf("removing the machine of pod %s: %w", p.record.ID, err)
 	}
+	p.forgetBudget()
 	if err := idmap.RemoveAll(ctx, p.dir); err != nil {
 		return err
 	}
@@ -873,7 +891,9 @@ func (p *Pod) status() nucleus.PodStatus {
 	s.Network, s.Environments = p.policy.Network(), p.record.Spec.Image.Environments()
 	if root != nil {
 		s.Exposure = root.legs().Names()
+		s.Budget = p.budgetStatus(root)
 	}
+	s.Policy, s.Asks = p.policy.Name(), p.asks.waiting(p.node.config.Now().UnixMilli())
 	if p.record.Spec.Agent != nil {
 		s.Agent = p.record.Spec.Agent.Name
 	}
