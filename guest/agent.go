@@ -16,6 +16,7 @@ import (
 
 	"github.com/creack/pty"
 
+	"cal/guest/tools"
 	"cal/nucleus"
 	"cal/wire"
 )
@@ -31,36 +32,63 @@ type agentHost struct {
 	started chan struct{} // closed, and made anew, when another agent has started
 }
 
-// watch tells the node whether an agent runs, whoever is joined to it, and hands signals
-// of the node's own to the agent.
-func (h *agentHost) watch(stream *wire.Stream) {
-	gone := make(chan struct{})
+// watch tells the node what runs, whoever is joined to the agent, and hands on its signals.
+func (h *agentHost) watch(ctx context.Context, stream *wire.Stream) {
+	jobs, err := h.proxy.worker.Open(ctx, tools.StreamJobs, nil)
+	if err != nil {
+		return
+	}
+	defer jobs.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	go func() {
-		defer close(gone)
+		defer cancel()
 		for {
 			kind, payload, err := stream.Recv(64)
 			if err != nil {
 				return
 			}
-			if run, _ := h.current(); run != nil && kind == wire.FrameSignal && !run.ended() {
+			if kind != wire.FrameSignal {
+				continue
+			}
+			if run, _ := h.current(); run != nil && !run.ended() {
 				run.input(kind, payload)
+			}
+			jobs.Send(kind, payload)
+		}
+	}()
+	states := make(chan tools.JobState)
+	go func() {
+		defer cancel()
+		for {
+			var state tools.JobState
+			if jobs.RecvJSON(wire.FrameJSON, 64<<10, &state) != nil {
+				return
+			}
+			select {
+			case states <- state:
+			case <-ctx.Done():
+				return
 			}
 		}
 	}()
+	var state WorkState
 	for {
 		run, started := h.current()
-		running := run != nil && !run.ended()
-		if stream.SendJSON(wire.FrameJSON, AgentState{Running: running}) != nil {
+		state.Agent = run != nil && !run.ended()
+		if stream.SendJSON(wire.FrameJSON, state) != nil {
 			return
 		}
 		exited := make(chan struct{}) // never
-		if running {
+		if state.Agent {
 			exited = run.exited
 		}
 		select {
 		case <-exited:
 		case <-started:
-		case <-gone:
+		case jobs := <-states:
+			state.Jobs = jobs.Running
+		case <-ctx.Done():
 			return
 		}
 	}

@@ -297,7 +297,7 @@ func (p *Proxy) handle(ctx context.Context, stream *wire.Stream) {
 	case StreamAttach:
 		p.agent.attach(stream)
 	case StreamWatch:
-		p.agent.watch(stream)
+		p.agent.watch(ctx, stream)
 	case StreamSign:
 		p.sign(ctx, stream)
 	default:

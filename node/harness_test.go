@@ -557,7 +557,7 @@ func (m *inside) serve(session *wire.Session) {
 				m.host.mu.Unlock()
 				if watch != nil {
 					watch(stream)
-				} else if stream.SendJSON(wire.FrameJSON, guest.AgentState{}) == nil {
+				} else if stream.SendJSON(wire.FrameJSON, guest.WorkState{}) == nil {
 					stream.Recv(64)
 				}
 			case guest.StreamAgent:

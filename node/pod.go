@@ -61,11 +61,11 @@ type Pod struct {
 	recording sync.Mutex     // held while the record of a repository is read and written anew
 	fetching  sync.Mutex     // held while what the workspace keeps of a repository is replaced
 
-	agentClock bool // the pod's clock runs for its agent; the root session's mutex guards it
+	working bool // something runs that no request waits for; the root session's mutex guards it
 
 	mu      sync.Mutex // of the fields below, and of root and machine while the pod starts
 	session *wire.Session
-	watched *wire.Stream                             // on which the machine says whether its agent runs
+	watched *wire.Stream                             // on which the machine says what runs
 	calls   map[*wire.Stream]context.CancelCauseFunc // commands that run
 	state   string
 	reason  string
@@ -507,9 +507,7 @@ func (p *Pod) serve() {
 		defer n.serving.Done()
 		p.acceptStreams(session)
 	}()
-	if p.record.Spec.Agent != nil {
-		n.serving.Go(func() { p.watchAgent(session) })
-	}
+	n.serving.Go(func() { p.watchWork(session) })
 	n.serving.Add(1)
 	go func() {
 		defer n.serving.Done()

@@ -35,9 +35,6 @@ func (n *Node) beginModelCall(ctx context.Context, call egress.ModelCall) error 
 	if err != nil {
 		return err
 	}
-	if why := p.ended(); why != "" {
-		return &nucleus.Error{Kind: nucleus.KindUnavailable, Rule: rulePod, Message: why}
-	}
 	entry := nucleus.Entry{Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall}
 	if err := n.holdModelCall(ctx, p, call); err != nil {
 		e := nucleus.AsError(err)
@@ -62,6 +59,9 @@ func (n *Node) holdModelCall(ctx context.Context, p *Pod, call egress.ModelCall)
 	defer s.mu.Unlock()
 	for {
 		p.settle()
+		if why := p.ended(); why != "" {
+			return &nucleus.Error{Kind: nucleus.KindUnavailable, Rule: rulePod, Message: why}
+		}
 		if err := p.overspent(!call.Free); err != nil {
 			return err
 		}
@@ -117,7 +117,7 @@ func (n *Node) endModelCall(call egress.ModelCall) error {
 		}
 		var amounts nucleus.Amounts
 		if amounts.Tokens = call.Tokens.Sum(); amounts.Tokens > 0 {
-			known := false
+			var known bool
 			amounts.MicroUSD, known = n.config.Prices.Cost(model, call.Service, call.Tokens)
 			entry.Unpriced = !known
 		}
@@ -176,8 +176,8 @@ func spentError(d nucleus.Dimension, spent, reserved, limit int64) *nucleus.Erro
 	return &nucleus.Error{Kind: nucleus.KindDenied, Rule: d.Rule(), Message: d.Explain(spent, reserved, limit)}
 }
 
-// The clock of a pod runs while its agent does, while a request of it is being carried
-// out, and while a call to its model is under way; once, however many do. It stands while a
+// The clock of a pod runs while its agent or a background command does, while a request of
+// it is being carried out, and while a call to its model is under way; once, however many do. It stands while a
 // request waits for a person, and while the machine is paused.
 
 // monotonic is CLOCK_MONOTONIC: it cannot be set, and goes on from one process to the next.
@@ -229,14 +229,15 @@ func (p *Pod) freeze(frozen bool) {
 	p.root.budget.Accounts[p.record.ID].frozen = frozen
 }
 
-// agentRuns sets whether the pod's agent runs, as far as the node knows.
-func (p *Pod) agentRuns(runs bool) {
+// works sets whether something runs in the pod that no request waits for, by the word of
+// its machine: the agent, or a background command.
+func (p *Pod) works(runs bool) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
-	if p.agentClock == runs {
+	if p.working == runs {
 		return
 	}
-	if p.agentClock = runs; runs {
+	if p.working = runs; runs {
 		p.enter()
 	} else {
 		p.leave()
@@ -451,17 +452,17 @@ func (p *Pod) endWork(why *nucleus.Error) {
 	}
 }
 
-// idleWithin waits until neither agent nor command of the pod runs.
+// idleWithin waits until nothing of the pod runs.
 func (p *Pod) idleWithin(patience time.Duration) bool {
 	over := time.After(patience)
 	poll := time.NewTicker(50 * time.Millisecond)
 	defer poll.Stop()
 	for {
 		p.root.mu.Lock()
-		agent := p.agentClock
+		working := p.working
 		p.root.mu.Unlock()
 		p.mu.Lock()
-		idle := !agent && len(p.calls) == 0
+		idle := !working && len(p.calls) == 0
 		p.mu.Unlock()
 		if idle || !p.live() {
 			return true
@@ -476,9 +477,9 @@ func (p *Pod) idleWithin(patience time.Duration) bool {
 	}
 }
 
-// watchAgent hears from the machine when its agent starts and ends, whether or not anybody
-// is joined to it, on one wire until that ends.
-func (p *Pod) watchAgent(session *wire.Session) {
+// watchWork hears from the machine what runs there that no request waits for, on one wire
+// until that ends.
+func (p *Pod) watchWork(session *wire.Session) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	stream, err := session.Open(ctx, guest.StreamWatch, nil)
 	cancel()
@@ -490,12 +491,12 @@ func (p *Pod) watchAgent(session *wire.Session) {
 	p.watched = stream
 	p.mu.Unlock()
 	for {
-		var state guest.AgentState
+		var state guest.WorkState
 		if err := stream.RecvJSON(wire.FrameJSON, 64<<10, &state); err != nil {
 			return
 		}
-		p.agentRuns(state.Running)
-		if why := p.stoppedBy(); why != nil && state.Running {
+		p.works(state.Agent || state.Jobs)
+		if why := p.stoppedBy(); why != nil && (state.Agent || state.Jobs) {
 			p.node.endWork(p, why)
 		}
 	}
