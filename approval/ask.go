@@ -121,18 +121,18 @@ func checkParts(a nucleus.Action) error {
 	}
 	present := map[string]bool{
 		"files": len(a.Files) > 0, "command": a.Command != nil, "fetch": a.Fetch != nil,
-		"connect": a.Connect != nil, "push": a.Push != nil, "pr": a.PR != nil, "commit": a.Commit != nil, "job": a.Job != nil,
+		"connect": a.Connect != nil, "push": a.Push != nil, "pr": a.PR != nil, "commit": a.Commit != nil, "job": a.Job != nil, "sub": a.Sub != nil,
 	}
 	want := map[nucleus.Op]string{
 		nucleus.ReadFiles: "files", nucleus.WriteFiles: "files", nucleus.EditFiles: "files",
 		nucleus.GlobSearch: "files", nucleus.GrepSearch: "files", nucleus.RunBash: "command",
 		nucleus.WebFetch: "fetch", nucleus.NetConnect: "connect", nucleus.GitPush: "push",
-		nucleus.CreatePR: "pr", nucleus.GitCommit: "commit",
+		nucleus.CreatePR: "pr", nucleus.GitCommit: "commit", nucleus.ManagePods: "sub", nucleus.SpawnAgent: "sub",
 	}[a.Op]
 	if a.Op == nucleus.RunBash && a.Job != nil && a.Command == nil {
 		want = "job"
 	}
-	for _, part := range []string{"files", "command", "fetch", "connect", "push", "pr", "commit", "job"} {
+	for _, part := range []string{"files", "command", "fetch", "connect", "push", "pr", "commit", "job", "sub"} {
 		switch {
 		case part == want && !present[part]:
 			return fmt.Errorf("%s without its %s", a.Op, part)

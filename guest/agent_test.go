@@ -382,6 +382,45 @@ func TestMCP(t *testing.T) {
 	}
 }
 
+// A call in a pod below is a request for that pod, signed for it; a pod's own manage_pods is not.
+func TestMCPCallsBelow(t *testing.T) {
+	seen := make(chan string, 16)
+	var l *lock
+	l = machineWithNode(t, func(w http.ResponseWriter, r *http.Request) {
+		v := wire.Verifier{Keys: func(id string) (wire.Key, bool) {
+			return wire.Key{ID: "b-1", Ed25519: l.p.key.Public().(ed25519.PublicKey), Role: wire.AgentRole, Pod: "p-1"}, id == "b-1"
+		}}
+		_, body, signed, err := v.Verify(r, "nucleus")
+		if err != nil {
+			wire.WriteError(w, nucleus.AsError(err))
+			return
+		}
+		seen <- r.URL.Path + " " + signed.Pod + " " + string(body)
+		w.Write([]byte(`{}`))
+	})
+	for args, want := range map[string]string{
+		`{"action":"call","pod":"p-sub","operation":"read_files","arguments":{"path":"a"}}`: `/v1/pods/p-sub/tools/read_files p-sub {"path":"a"}`,
+		`{"action":"call","pod":"p-sub","operation":"bash_stop","arguments":{"id":"j"}}`:    `/v1/pods/p-sub/tools/run_bash p-sub {"stop":"j"}`,
+		`{"action":"list"}`: `/v1/pods/p-1/tools/manage_pods p-1 {"action":"list"}`,
+	} {
+		if r := l.p.callTool(deadline(t), l.p.api(), "manage_pods", json.RawMessage(args)); r.IsError {
+			t.Errorf("%s: %+v", args, r.Content[0])
+			continue
+		}
+		if got := <-seen; got != want {
+			t.Errorf("%s: the node saw %s, want %s", args, got, want)
+		}
+	}
+	for _, args := range []string{
+		`{"action":"call","pod":"p-sub"}`, `{"action":"call","operation":"read_files","arguments":{"path":"a"}}`, `{"action":"call","pod":"../p-1","operation":"read_files","arguments":{"path":"a"}}`,
+		`{"action":"call","pod":"p-sub","operation":"read_files","arguments":{"path":7}}`, `{"action":"call","pod":"p-sub","operation":"execute"}`,
+	} {
+		if r := l.p.callTool(deadline(t), l.p.api(), "manage_pods", json.RawMessage(args)); !r.IsError || len(seen) > 0 {
+			t.Errorf("%s: %+v", args, r.Content[0])
+		}
+	}
+}
+
 // A node that is gone is said, within the caller's time.
 func TestMCPWithoutNode(t *testing.T) {
 	l := newLock(t)

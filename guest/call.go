@@ -432,6 +432,7 @@ func cut(s string, n int) string {
 type RepoCall struct {
 	Out *tools.Bundle   `json:"out,omitempty"`
 	In  *tools.Unbundle `json:"in,omitempty"`
+	Add *tools.Incoming `json:"add,omitempty"` // a branch into a repository that is there
 }
 
 func (p *Proxy) repo(ctx context.Context, stream *wire.Stream) {
@@ -444,8 +445,10 @@ func (p *Proxy) repo(ctx context.Context, stream *wire.Stream) {
 		result, err = p.work(ctx, tools.StreamBundle, call.Out, nil, stream)
 	case call.In != nil:
 		result, err = p.work(ctx, tools.StreamUnbundle, call.In, nil, stream)
+	case call.Add != nil:
+		result, err = p.work(ctx, tools.StreamIncoming, call.Add, nil, stream)
 	default:
-		err = fmt.Errorf("neither in nor out")
+		err = fmt.Errorf("neither in, nor out, nor add")
 	}
 	if err != nil {
 		result.Error = nucleus.Errorf(nucleus.KindFailed, "repository transfer: %v", err)

@@ -16,6 +16,7 @@ import (
 
 	"cal/guest/tools"
 	"cal/nucleus"
+	"cal/policy"
 	"cal/wire"
 )
 
@@ -25,6 +26,9 @@ func (p *Proxy) mcpHandler() http.Handler {
 	client := p.api()
 	server := mcp.NewServer(&mcp.Implementation{Name: "cal", Version: Version}, nil)
 	for _, tool := range tools.Describe() {
+		if op := nucleus.Op(tool.Name); op.Delegates() && p.policy.Level(op) == policy.Never {
+			continue // long, and of no use to most agents
+		}
 		server.AddTool(&mcp.Tool{Name: tool.Name, Description: tool.Description, InputSchema: tool.InputSchema},
 			func(ctx context.Context, req *mcp.CallToolRequest) (*mcp.CallToolResult, error) {
 				return p.callTool(ctx, client, req.Params.Name, req.Params.Arguments), nil
@@ -49,8 +53,12 @@ func serveMCP(l net.Listener, h http.Handler) {
 func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, args json.RawMessage) *mcp.CallToolResult {
 	op, args, err := tools.Operation(name, args)
 	var value json.RawMessage
+	pod := p.boot.Pod
+	if err == nil && op == nucleus.ManagePods {
+		op, args, pod, err = p.inPod(op, args)
+	}
 	if err == nil {
-		value, err = p.request(ctx, client, op, args)
+		value, err = p.request(ctx, client, pod, op, args)
 	}
 	if err != nil {
 		e := nucleus.AsError(err)
@@ -62,8 +70,23 @@ func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, 
 	return &mcp.CallToolResult{Content: toolContent(op, value)}
 }
 
-func (p *Proxy) request(ctx context.Context, client *http.Client, op nucleus.Op, args json.RawMessage) (json.RawMessage, error) {
-	value, err := p.requestOnce(ctx, client, op, args)
+// inPod turns a call of a tool in a pod below this one into the request that it is: the
+// node decides it under that pod's policy.
+func (p *Proxy) inPod(op nucleus.Op, args json.RawMessage) (nucleus.Op, json.RawMessage, string, error) {
+	decoded, err := tools.Decode(op, args)
+	if err != nil {
+		return op, nil, "", err
+	}
+	call := decoded.(tools.PodsArgs)
+	if call.Action != tools.SubCall {
+		return op, args, p.boot.Pod, nil
+	}
+	inner, args, err := tools.Operation(call.Operation, call.Arguments)
+	return inner, args, call.Pod, err
+}
+
+func (p *Proxy) request(ctx context.Context, client *http.Client, pod string, op nucleus.Op, args json.RawMessage) (json.RawMessage, error) {
+	value, err := p.requestOnce(ctx, client, pod, op, args)
 	if err == nil || nucleus.AsError(err).Kind != nucleus.KindUnauthenticated {
 		return value, err
 	}
@@ -71,7 +94,7 @@ func (p *Proxy) request(ctx context.Context, client *http.Client, op nucleus.Op,
 	if askErr := p.askTime(ctx, client); askErr != nil {
 		return nil, err
 	}
-	return p.requestOnce(ctx, client, op, args)
+	return p.requestOnce(ctx, client, pod, op, args)
 }
 
 // askTime asks the node what its wall clock shows, and the era that its requests are
@@ -108,8 +131,8 @@ func (p *Proxy) signer() wire.Signer {
 	return signer
 }
 
-func (p *Proxy) requestOnce(ctx context.Context, client *http.Client, op nucleus.Op, args json.RawMessage) (json.RawMessage, error) {
-	url := fmt.Sprintf("http://nucleus/v1/pods/%s/tools/%s?wait=%d", p.boot.Pod, op, p.config.WaitAsk)
+func (p *Proxy) requestOnce(ctx context.Context, client *http.Client, pod string, op nucleus.Op, args json.RawMessage) (json.RawMessage, error) {
+	url := fmt.Sprintf("http://nucleus/v1/pods/%s/tools/%s?wait=%d", pod, op, p.config.WaitAsk)
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(args))
 	if err != nil {
 		return nil, err
@@ -117,7 +140,7 @@ func (p *Proxy) requestOnce(ctx context.Context, client *http.Client, op nucleus
 	req.GetBody = nil // signed for one use: never sent twice
 	req.Header.Set("Content-Type", "application/json")
 	signer := p.signer()
-	if err := signer.Sign(req, p.boot.Pod, args); err != nil {
+	if err := signer.Sign(req, pod, args); err != nil {
 		return nil, err
 	}
 	resp, err := client.Do(req)

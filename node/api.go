@@ -80,12 +80,13 @@ func (n *Node) operator(next verifiedHandler) http.HandlerFunc {
 	}
 }
 
-// ofPod routes are for the operator and for the agent of the pod itself.
+// ofPod routes are for the operator, for the agent of the pod itself, and for the agents of the
+// pods above it, whose policies let them manage pods.
 func (n *Node) ofPod(next verifiedHandler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		n.authenticated(w, r, func(w http.ResponseWriter, r *http.Request, v verified) error {
 			id := r.PathValue("id")
-			if v.caller.Role != wire.Operator && v.caller.Pod != id {
+			if v.caller.Role != wire.Operator && v.caller.Pod != id && !n.manages(v.caller.Pod, id) {
 				return nucleus.Errorf(nucleus.KindForbidden, "key %s belongs to pod %s, not to %s", v.caller.KeyID, v.caller.Pod, id)
 			}
 			if v.signed.Pod != id {
@@ -260,13 +261,16 @@ func (n *Node) agent(w http.ResponseWriter, r *http.Request, v verified) error {
 	if agent == nil {
 		return nucleus.Errorf(nucleus.KindInvalid, "pod %s was made without an agent", p.record.ID)
 	}
+	if p.errandOf() != nil {
+		return nucleus.Errorf(nucleus.KindConflict, "pod %s runs a sub-agent of pod %s, which gets what it says", p.record.ID, p.record.Sub.Parent)
+	}
 	stream, err := wire.Upgrade(w, r)
 	if err != nil {
 		return err
 	}
 	defer stream.Close()
 	// The connection is the stream's from here: errors travel in its result.
-	machine, start, err := n.openAgent(context.WithoutCancel(r.Context()), p, v.caller.KeyID, body)
+	machine, start, err := n.openAgent(context.WithoutCancel(r.Context()), p, v.caller.KeyID, body, agent.Argv)
 	if err != nil {
 		sendExit(stream, nucleus.AsError(err))
 		return nil
@@ -281,9 +285,9 @@ func sendExit(stream *wire.Stream, e *nucleus.Error) {
 	stream.SendJSON(wire.FrameResult, guest.AgentExit{ExitCode: -1, Error: e})
 }
 
-// openAgent starts the agent in the machine, or joins it. start is the entry that
+// openAgent starts the agent in the machine with argv, or joins it. start is the entry that
 // recorded the start, before it was made.
-func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.AgentRequest) (machine *wire.Stream, start nucleus.Entry, err error) {
+func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.AgentRequest, argv []string) (machine *wire.Stream, start nucleus.Entry, err error) {
 	session, err := p.wire()
 	if err != nil {
 		return nil, start, err
@@ -297,7 +301,7 @@ func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.
 		}
 		return machine, start, nil
 	}
-	if start, err = n.recordAgentStart(p, actor, body); err != nil {
+	if start, err = n.recordAgentStart(p, actor, body, argv); err != nil {
 		return nil, start, err
 	}
 	machine, err = session.Open(ctx, guest.StreamAgent, guest.AgentStart{TTY: body.TTY, Rows: body.Rows, Cols: body.Cols})
@@ -307,7 +311,7 @@ func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.
 		return nil, start, err
 	}
 	agent := p.record.Spec.Agent
-	if err := machine.SendJSON(wire.FrameJSON, guest.AgentProgram{Argv: agent.Argv, Env: agent.Env, Home: agent.Home}); err != nil {
+	if err := machine.SendJSON(wire.FrameJSON, guest.AgentProgram{Argv: argv, Env: agent.Env, Home: agent.Home}); err != nil {
 		machine.Close()
 		err = p.lost(err)
 		n.recordAgentRefused(p, actor, start, nucleus.OutcomeUnknown, nucleus.AsError(err))
@@ -317,7 +321,7 @@ func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.
 }
 
 // recordAgentStart logs the start and, as reads, the instruction files handed over.
-func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) (nucleus.Entry, error) {
+func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest, argv []string) (nucleus.Entry, error) {
 	names := []string{}
 	for name := range p.record.Spec.Agent.Home {
 		if instruction, ok := strings.CutPrefix(name, guest.WorkDir+"/"); ok {
@@ -341,7 +345,7 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest) 
 	}
 	start, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionStart, Exposure: p.root.exposure.Names(),
-		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": p.record.Spec.Agent.Argv, "tty": body.TTY, "instructions": names}),
+		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": argv, "tty": body.TTY, "instructions": names}),
 	})
 	if err != nil {
 		return start, logFailure(err)
@@ -365,8 +369,8 @@ func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, mac
 		}
 		if kind == wire.FrameResult {
 			exit, err := readExit(payload)
-			if why := p.stoppedBy(); why != nil && err == nil && !tookOver(exit) && !exit.Refused {
-				exit.Error = why
+			if err == nil {
+				exit = p.endOf(exit)
 				payload = data(exit)
 			}
 			switch {

@@ -293,7 +293,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if ok {
 		return known, true, nil
 	}
-	if p.root.open(pre.action, now) {
+	if p.root.open(p.record.ID, pre.action, now) {
 		return pendingAsk{}, false, nil
 	}
 	if err := pre.sent.await(); err != nil {
@@ -411,7 +411,7 @@ func (n *Node) useGrant(p *Pod, a *approved, action nucleus.Action, permit strin
 	opened := passage{used: used{&a.ask, a.grant.ID, a.token}}
 	values := map[string]any{"token": a.token}
 	if q := a.ask.Passage; q != nil {
-		opened.op, opened.host, opened.port, opened.exposure = action.Op, q.Host, q.Port, q.Exposure
+		opened.pod, opened.op, opened.host, opened.port, opened.exposure = p.record.ID, action.Op, q.Host, q.Port, q.Exposure
 		opened.until = now.UnixMilli() + min(q.Millis, passageLife.Milliseconds())
 		values["passage"] = map[string]any{"host": q.Host, "port": q.Port, "exposure": q.Exposure.Names(), "until_ms": opened.until}
 	}
@@ -472,10 +472,14 @@ func (n *Node) registerRequesters(ctx context.Context, p *Pod) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	err = n.asks.RegisterPod(ctx, p.record.ID, map[string][]byte{
+	keys := map[string][]byte{
 		OperatorKey:   operator.Public().(ed25519.PublicKey),
 		p.record.Boot: p.record.OutcomeKey,
-	})
+	}
+	for _, above := range n.above(p) {
+		keys[above.record.Boot] = above.record.OutcomeKey
+	}
+	err = n.asks.RegisterPod(ctx, p.record.ID, keys)
 	if err != nil {
 		slog.Warn("the authority does not know who may ask for a pod; what needs an approval will be refused", "pod", p.record.ID, "error", err)
 	}

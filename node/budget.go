@@ -227,6 +227,23 @@ func (s *rootSession) closeAccount(pod string) error {
 	return l.store()
 }
 
+// renameAccount gives the account of a pod that was not there yet the name that the pod got. The
+// caller holds the session's mutex.
+func (s *rootSession) renameAccount(from, to string) error {
+	l := s.budget
+	if from == to {
+		return nil
+	}
+	l.Accounts[to] = l.Accounts[from]
+	delete(l.Accounts, from)
+	if err := l.store(); err != nil {
+		l.Accounts[from] = l.Accounts[to]
+		delete(l.Accounts, to)
+		return err
+	}
+	return nil
+}
+
 func (l *ledger) settle(pod string, a *account) {
 	for id, below := range l.Accounts {
 		if below.Parent == pod && !below.Closed {

@@ -16,7 +16,7 @@ import (
 )
 
 func newSession(t interface{ Fatal(...any) }, dir string) *rootSession {
-	s, err := openSession(dir, dir)
+	s, err := openSession("s-1", dir, dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func TestBudgetIsDebitedFromTheParent(t *testing.T) {
 	must(s.closeAccount("free"))
 	left("root", 3)
 
-	again, err := openSession(filepath.Dir(s.file), filepath.Dir(s.file))
+	again, err := openSession("s-1", filepath.Dir(s.file), filepath.Dir(s.file))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -149,7 +149,7 @@ func TestGrantWhilePodEnds(t *testing.T) {
 // agentStream is the person's end of an agent's stream, as the API gives it.
 func (h *host) startAgent(p *Pod, body client.AgentRequest) (*wire.Stream, nucleus.Entry) {
 	h.t.Helper()
-	machine, start, err := h.node.openAgent(h.context(), p, "operator", body)
+	machine, start, err := h.node.openAgent(h.context(), p, "operator", body, p.record.Spec.Agent.Argv)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -63,7 +64,9 @@ type host struct {
 	attach   func() error
 	sign     func(*inside, guest.SignCall) guest.SignReply // nil: as guest.Proxy does
 	agent    func(*wire.Stream)
-	watch    func(*wire.Stream) // nil: no agent runs
+	watch    func(*wire.Stream)                              // nil: no agent runs
+	program  func(*inside, guest.AgentProgram, *wire.Stream) // in place of agent
+	joined   func(*inside, *wire.Stream)                     // who attaches to an agent
 }
 
 type clock struct {
@@ -560,11 +563,20 @@ func (m *inside) serve(session *wire.Session) {
 				} else if stream.SendJSON(wire.FrameJSON, guest.WorkState{}) == nil {
 					stream.Recv(64)
 				}
+			case guest.StreamAttach:
+				if m.host.joined != nil {
+					m.host.joined(m, stream)
+				}
 			case guest.StreamAgent:
 				var program guest.AgentProgram
-				if m.host.agent != nil && stream.RecvJSON(wire.FrameJSON, 1<<20, &program) == nil {
-					m.host.agent(stream)
+				if m.host.agent == nil && m.host.program == nil || stream.RecvJSON(wire.FrameJSON, 1<<20, &program) != nil {
+					return
 				}
+				if m.host.program != nil {
+					m.host.program(m, program, stream)
+					return
+				}
+				m.host.agent(stream)
 			}
 		})
 	}
@@ -813,6 +825,8 @@ func (m *inside) repo(stream *wire.Stream) {
 	var err error
 	if call.In != nil {
 		value, err = m.unbundle(stream, *call.In)
+	} else if call.Add != nil {
+		value, err = m.add(stream, *call.Add)
 	} else {
 		value, err = m.bundle(stream, *call.Out)
 	}
@@ -889,10 +903,48 @@ func (m *inside) unbundle(stream *wire.Stream, u tools.Unbundle) (any, error) {
 	return tools.UnbundleResult{Repo: u.Repo, Commit: u.Commit, Branch: u.Branch}, nil
 }
 
+// add takes a branch of another machine in.
+func (m *inside) add(stream *wire.Stream, in tools.Incoming) (any, error) {
+	var pack bytes.Buffer
+	for {
+		kind, payload, err := stream.Recv(1 << 20)
+		if err != nil || kind != wire.FrameData {
+			return nil, fmt.Errorf("frame %q: %w", kind, err)
+		}
+		if len(payload) == 0 {
+			break
+		}
+		pack.Write(payload)
+	}
+	cmd := exec.Command("git", "index-pack", "--stdin", "--fix-thin")
+	cmd.Dir, cmd.Stdin = m.dir(in.Repo), &pack
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("index-pack: %w: %s", err, out)
+	}
+	_, err := m.git(in.Repo, "update-ref", "refs/heads/"+in.Branch, in.Commit)
+	return tools.UnbundleResult{Repo: in.Repo, Commit: in.Commit, Branch: in.Branch}, err
+}
+
+// worktree is a commit of what lies in the working tree; HEAD where nothing has changed.
+func (m *inside) worktree(repo string) (string, error) {
+	if changed, err := m.git(repo, "status", "--porcelain"); err != nil || changed == "" {
+		return "HEAD", err
+	}
+	if _, err := m.git(repo, "add", "-A"); err != nil {
+		return "", err
+	}
+	defer m.git(repo, "reset", "-q")
+	return m.git(repo, "stash", "create")
+}
+
 func (m *inside) bundle(stream *wire.Stream, b tools.Bundle) (any, error) {
 	ref := b.Ref
 	if ref == tools.WorktreeRef {
-		if _, err := m.git(b.Repo, "update-ref", ref, "HEAD"); err != nil {
+		at, err := m.worktree(b.Repo)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := m.git(b.Repo, "update-ref", ref, at); err != nil {
 			return nil, err
 		}
 	}

@@ -71,10 +71,11 @@ type Node struct {
 	spares   spares
 	lock     *os.File
 
-	mu      sync.Mutex
-	pods    map[string]*Pod
-	agents  map[string]wire.Key // boot id -> key of the agent inside
-	serving sync.WaitGroup
+	mu         sync.Mutex
+	pods       map[string]*Pod
+	modelCalls map[string]*Pod     // of the calls under way
+	agents     map[string]wire.Key // boot id -> key of the agent inside
+	serving    sync.WaitGroup
 
 	stopKeeping context.CancelFunc
 	closing     chan struct{} // closed when the node gives its machines up
@@ -104,7 +105,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	if config.Monotonic == nil {
 		config.Monotonic = monotonic
 	}
-	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
+	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, modelCalls: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
 	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {

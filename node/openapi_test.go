@@ -104,9 +104,13 @@ func TestAPIDescribesTheTypes(t *testing.T) {
 		"AgentRequest": client.AgentRequest{}, "AgentExit": client.AgentExit{}, "StreamResult": client.StreamResult{},
 		"ReadArgs": tools.ReadArgs{}, "WriteArgs": tools.WriteArgs{}, "EditArgs": tools.EditArgs{}, "GlobArgs": tools.GlobArgs{}, "GrepArgs": tools.GrepArgs{},
 		"RunArgs": tools.RunArgs{}, "CommitArgs": tools.CommitArgs{}, "PushArgs": tools.PushArgs{}, "PRArgs": tools.PRArgs{}, "FetchArgs": tools.FetchArgs{},
+		"SpawnArgs": tools.SpawnArgs{}, "PodsArgs": tools.PodsArgs{},
 	} {
 		var fields, required []string
 		for _, f := range reflect.VisibleFields(reflect.TypeOf(value)) {
+			if f.Anonymous {
+				continue
+			}
 			tag, options, _ := strings.Cut(f.Tag.Get("json"), ",")
 			fields = append(fields, tag)
 			if options == "" {

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -75,7 +76,7 @@ func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepare
 		return err
 	}
 	pre.action.Push.New = commit
-	pre.detail = pushDetail(ctx, q, repo.Base, old, commit)
+	pre.detail = pushDetail(ctx, q, cmp.Or(stored.PersonBase, repo.Base), old, commit)
 	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
 		if err := q.Push(ctx, url, commit, ref, old); err != nil {
 			return nil, nucleus.Errorf(nucleus.KindFailed, "%v", err)

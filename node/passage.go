@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -24,6 +25,7 @@ import (
 
 // passage is one open passage of a session.
 type passage struct {
+	pod      string // whose machine knows it
 	op       nucleus.Op
 	host     string
 	port     int
@@ -41,13 +43,13 @@ type used struct {
 // passageLife is how long a passage stands at most.
 const passageLife = time.Hour
 
-// passage returns the open passage that a goes through, nil for none. The caller holds
+// passage returns the open passage of a pod that a goes through, nil for none. The caller holds
 // the session's mutex.
-func (s *rootSession) passage(a nucleus.Action, now time.Time) *passage {
+func (s *rootSession) passage(pod string, a nucleus.Action, now time.Time) *passage {
 	host, port, placed := a.Place()
 	for i := range s.passages {
 		p := &s.passages[i]
-		if placed && p.op == a.Op && p.host == host && p.port == port && s.stands(p, now) {
+		if placed && p.pod == pod && p.op == a.Op && p.host == host && p.port == port && s.stands(p, now) {
 			return p
 		}
 	}
@@ -55,10 +57,10 @@ func (s *rootSession) passage(a nucleus.Action, now time.Time) *passage {
 }
 
 // open reports whether a passage lets a through now.
-func (s *rootSession) open(a nucleus.Action, now time.Time) bool {
+func (s *rootSession) open(pod string, a nucleus.Action, now time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.passage(a, now) != nil
+	return s.passage(pod, a, now) != nil
 }
 
 func (s *rootSession) stands(p *passage, now time.Time) bool {
@@ -85,31 +87,27 @@ func (s *rootSession) admits(ask nucleus.AskRequest, a nucleus.Action) error {
 	return nil
 }
 
-// closeUncovered forgets the passages that have ended and closes every connection which
-// would not be let in now. The caller holds the session's mutex.
-func (n *Node) closeUncovered(p *Pod) {
+// closeUncovered forgets the passages that have ended and closes every connection of the
+// session's pods which would not be let in now. The caller holds the session's mutex.
+func (n *Node) closeUncovered(root *rootSession) {
 	now := n.config.Now()
-	var standing []passage
-	for i := range p.root.passages {
-		if p.root.stands(&p.root.passages[i], now) {
-			standing = append(standing, p.root.passages[i])
-		}
+	root.passages = slices.DeleteFunc(root.passages, func(q passage) bool { return !root.stands(&q, now) })
+	for p := range root.pods {
+		state := p.context(now)
+		n.gateway.CloseAll(egress.Peer{Pod: p.record.ID, Session: p.record.Session}, func(a egress.Attempt) bool {
+			if a.Via == egress.ViaModel {
+				return true // named by the person at launch
+			}
+			action := connectAction(a)
+			switch p.policy.Decide(action, state).Verdict {
+			case nucleus.Allow:
+				return true
+			case nucleus.Ask:
+				return root.passage(p.record.ID, action, now) != nil
+			}
+			return false
+		})
 	}
-	p.root.passages = standing
-	state := p.context(now)
-	n.gateway.CloseAll(egress.Peer{Pod: p.record.ID, Session: p.record.Session}, func(a egress.Attempt) bool {
-		if a.Via == egress.ViaModel {
-			return true // named by the person at launch
-		}
-		action := connectAction(a)
-		switch p.policy.Decide(action, state).Verdict {
-		case nucleus.Allow:
-			return true
-		case nucleus.Ask:
-			return p.root.passage(action, now) != nil
-		}
-		return false
-	})
 }
 
 // endPassages closes what went through passages whose time has passed.
@@ -127,7 +125,7 @@ func (n *Node) endPassages() {
 		root.mu.Lock()
 		for i := range root.passages {
 			if !root.stands(&root.passages[i], n.config.Now()) {
-				n.closeUncovered(p)
+				n.closeUncovered(root)
 				break
 			}
 		}

@@ -959,7 +959,7 @@ func TestExposureThroughPassages(t *testing.T) {
 	p := h.private("w", connects(ordinary+" git_push", site))
 	h.authority.grant(h.asks(h.get(p, site)).Ask, nil)
 	h.get(p, site).want(t, "")
-	stored, err := openSession(p.record.Workspace, p.dir)
+	stored, err := openSession("s-1", p.record.Workspace, p.dir)
 	if err != nil {
 		t.Fatal(err)
 	}

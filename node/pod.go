@@ -49,6 +49,7 @@ type Pod struct {
 	machine machine.Machine
 	seq     atomic.Uint64
 	asks    askBook
+	asked   *newSub       // what the pod was asked for with; nil: by the person, or adopted
 	route   *egress.Route // to the agent's model; nil: none
 	laps    laps          // of its start
 	ahead   string        // the note of the spare that its machine was; empty: of none
@@ -60,6 +61,7 @@ type Pod struct {
 	acting    sync.WaitGroup // effects on the host that have begun
 	recording sync.Mutex     // held while the record of a repository is read and written anew
 	fetching  sync.Mutex     // held while what the workspace keeps of a repository is replaced
+	ending    sync.Mutex     // held while what came of its errand is brought back
 
 	working bool // something runs that no request waits for; the root session's mutex guards it
 
@@ -69,7 +71,8 @@ type Pod struct {
 	calls   map[*wire.Stream]context.CancelCauseFunc // commands that run
 	state   string
 	reason  string
-	removed bool // nothing of the machine is left
+	removed bool    // nothing of the machine is left
+	errand  *errand // of its agent, where another pod's agent gave it a task
 
 	started chan struct{} // closed when the start has come to an end
 	gone    chan struct{} // closed when removed
@@ -93,6 +96,7 @@ type record struct {
 	Epoch      uint64               `json:"epoch"`     // counts nodes; sequences of different nodes never meet
 	Created    string               `json:"created"`
 	Version    string               `json:"version"` // of the programs in the machine
+	Sub        *subRecord           `json:"sub,omitempty"`
 }
 
 var podRef = regexp.MustCompile(`^r-[A-Za-z0-9]{1,64}$`)
@@ -109,16 +113,29 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 	}
 	l.lap("plan")
 	p.laps = l
+	if err := n.create(ctx, actor, p); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// create starts the machine of a pod that is worked out.
+func (n *Node) create(ctx context.Context, actor string, p *Pod) error {
 	n.awaitRemoval(ctx, p.record.Workspace)
 	driver, err := n.driver(p.record.Driver)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if made := n.spares.take(ctx, driver, p.machineSpec(n), spec.Workspace != ""); made != nil {
+	if made := n.spares.take(ctx, driver, p.machineSpec(n), p.record.Spec.Workspace != ""); made != nil {
 		p.become(made)
 	}
+	p.nameBranch()
 	n.mu.Lock()
 	err = n.inTheWay(p)
+	if err == nil && p.asked != nil {
+		// From here on the end of the pod above finds it.
+		err = p.asked.orphaned()
+	}
 	if err == nil {
 		n.pods[p.record.ID] = p
 	}
@@ -127,14 +144,14 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 		if downErr := n.teardown(p); downErr != nil {
 			slog.Error("removing a spare machine", "pod", p.record.ID, "error", downErr)
 		}
-		return nil, err
+		return err
 	}
 	defer close(p.started)
-	if err := n.startPod(ctx, actor, p, driver); err != nil {
+	err = n.startPod(ctx, actor, p, driver)
+	if err != nil {
 		n.failPod(p, err)
-		return nil, err
 	}
-	return p, nil
+	return err
 }
 
 // inTheWay says which pod stands in the way of a new one. The caller holds the mutex.
@@ -205,6 +222,16 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	if err != nil {
 		return nil, err
 	}
+	p := n.newPod(spec, driver)
+	effective, err := n.labelRepos(ctx, p, declared)
+	if err != nil {
+		return nil, err
+	}
+	return p, p.setPolicy(effective)
+}
+
+// newPod is a pod of which nothing exists yet.
+func (n *Node) newPod(spec nucleus.PodSpec, driver machine.Driver) *Pod {
 	id := podID()
 	p := &Pod{node: n, dir: n.dirs.Pod(id), state: stateStarting, started: make(chan struct{}), gone: make(chan struct{})}
 	p.record = record{
@@ -216,11 +243,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	if spec.Workspace != "" {
 		p.record.Workspace = n.dirs.Workspace(spec.Workspace)
 	}
-	effective, err := n.labelRepos(ctx, p, declared)
-	if err != nil {
-		return nil, err
-	}
-	return p, p.setPolicy(effective)
+	return p
 }
 
 // checkResources holds limits to what a machine can have; 0 leaves the default.
@@ -260,26 +283,69 @@ func resolvePolicy(raw json.RawMessage) (*policy.Policy, error) {
 
 // open takes up what a pod needs beside its machine.
 func (p *Pod) open() error {
-	root, err := openSession(p.record.Workspace, p.dir)
-	if err != nil {
+	if err := p.joinSession(); err != nil {
 		return err
 	}
-	if err := root.openAccount(p.record.ID, "", p.policy.Budget()); err != nil {
-		return err
-	}
-	p.mu.Lock()
-	p.root = root
-	p.mu.Unlock()
+	p.root.mu.Lock()
 	start := policy.Start(nucleus.Context{Contained: p.record.Spec.Mode == nucleus.Contained, UntrustedRepo: p.record.Untrusted})
-	if err := p.root.grow(start, false, func(leg string) nucleus.Evidence {
-		return nucleus.Evidence{Seq: p.node.log.Size(), Leg: leg, What: "contained mode: the agent reads without asking"}
-	}); err != nil {
+	err := p.node.expose(p, start, false, "contained mode: the agent reads without asking")
+	p.root.mu.Unlock()
+	if err != nil {
 		return err
 	}
 	if m := p.record.Spec.Model; m != nil {
 		p.route, err = p.node.gateway.NewRoute(*m)
 	}
 	return err
+}
+
+// joinSession takes up the pod's root session: its own, or that of the pod above it.
+func (p *Pod) joinSession() error {
+	var root *rootSession
+	if p.record.Sub == nil {
+		var err error
+		if root, err = openSession(p.record.Session, p.record.Workspace, p.dir); err != nil {
+			return err
+		}
+	} else {
+		above, err := p.node.pod(p.record.Sub.Parent)
+		if err != nil {
+			return fmt.Errorf("the pod above it is gone: %w", err)
+		}
+		root = above.root
+	}
+	p.mu.Lock()
+	p.root = root
+	p.mu.Unlock()
+	root.mu.Lock()
+	defer root.mu.Unlock()
+	if p.asked != nil {
+		if err := p.asked.joined(); err != nil {
+			return err
+		}
+	} else if p.record.Sub == nil {
+		if err := root.openAccount(p.record.ID, "", p.policy.Budget()); err != nil {
+			return err
+		}
+	}
+	root.pods[p] = true
+	return nil
+}
+
+func (p *Pod) leaveSession() {
+	p.mu.Lock()
+	root := p.root
+	p.mu.Unlock()
+	if root == nil {
+		return
+	}
+	root.mu.Lock()
+	defer root.mu.Unlock()
+	p.settle()
+	delete(root.pods, p)
+	if err := root.closeAccount(p.record.ID); err != nil {
+		slog.Error("what a pod did not spend is not given back", "pod", p.record.ID, "error", err)
+	}
 }
 
 // podID is short enough for a person to type and for a socket's path.
@@ -318,7 +384,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 	}
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodCreate,
-		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace, "spare": p.ahead != ""}),
+		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace, "spare": p.ahead != "", "sub": p.record.Sub}),
 	}); err != nil {
 		return logFailure(err)
 	}
@@ -354,6 +420,9 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 	}
 	p.serve()
 	if err := n.importRepos(ctx, p, actor); err != nil {
+		return err
+	}
+	if err := n.importSub(ctx, p, actor); err != nil {
 		return err
 	}
 	p.laps.lap("repos")
@@ -703,6 +772,9 @@ func (n *Node) failPod(p *Pod, cause error) {
 	p.mu.Unlock()
 	slog.Error("pod failed", "pod", p.record.ID, "cause", cause)
 	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 2000)})})
+	if err := n.endSubs(context.Background(), "", p); err != nil {
+		slog.Error("removing the pods below a failed pod", "pod", p.record.ID, "error", err)
+	}
 	if err := n.teardown(p); err != nil {
 		slog.Error("removing a failed pod", "pod", p.record.ID, "error", err)
 	}
@@ -729,6 +801,7 @@ func (n *Node) ofRef(name string) string {
 }
 
 // DeletePod stops the machine and forgets the pod, which is named by its id or its ref; a named workspace stays.
+// The pods below it end first.
 func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 	p, err := n.pod(n.ofRef(name))
 	if err != nil {
@@ -755,6 +828,9 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 		if err := n.stopDeciding(p, actor); err != nil {
 			return err
 		}
+	}
+	if err := n.endSubs(ctx, actor, p); err != nil {
+		return err
 	}
 	if !removed { // also what an earlier attempt could not remove
 		if err := n.teardown(p); err != nil {
@@ -840,7 +916,9 @@ func (n *Node) teardown(p *Pod) error {
 		p.route.Close()
 	}
 	p.disconnect()
+	p.leaveSession()
 	p.asks.clear()
+	p.asked.release()
 	var err error
 	if p.machine != nil {
 		err = p.machine.Destroy(ctx)
@@ -885,6 +963,9 @@ func (p *Pod) status() nucleus.PodStatus {
 	s := nucleus.PodStatus{
 		ID: p.record.ID, Workspace: p.record.Spec.Workspace, State: state, Reason: reason, Driver: p.record.Driver, Tier: p.record.Tier,
 		Mode: p.record.Spec.Mode, Session: p.record.Session, Boot: p.record.Boot, Created: p.record.Created, Repos: p.record.Repos, Exposure: []string{},
+	}
+	if sub := p.record.Sub; sub != nil {
+		s.Parent, s.RootSession = sub.Parent, sub.Session
 	}
 	s.Network, s.Environments = p.policy.Network(), p.record.Spec.Image.Environments()
 	if root != nil {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"cal/guest"
@@ -32,22 +33,72 @@ func (n *Node) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Those that agents asked for after the pods above them, without which they are removed.
+	left := make([]leftPod, 0, len(entries))
 	for _, e := range entries {
-		dir := filepath.Join(n.dirs.Pods(), e.Name())
-		p, err := n.adopt(ctx, dir)
+		l := leftPod{name: e.Name(), dir: filepath.Join(n.dirs.Pods(), e.Name())}
+		l.err = durable.Load(filepath.Join(l.dir, podFile), &l.record)
+		left = append(left, l)
+	}
+	slices.SortStableFunc(left, func(a, b leftPod) int { return a.record.depth() - b.record.depth() })
+	for _, l := range left {
+		p, err := n.adopt(ctx, l)
 		if err == nil {
 			n.mu.Lock()
 			n.pods[p.record.ID] = p
 			n.mu.Unlock()
 			p.serve()
+			err = n.adoptErrand(p)
+			if err == nil {
+				continue
+			}
+			n.failPod(p, err)
 			continue
 		}
-		slog.Warn("pod cannot be adopted; removing what is left of it", "pod", e.Name(), "cause", err)
-		if err := n.remove(ctx, dir, e.Name(), err); err != nil {
-			return fmt.Errorf("removing what is left of pod %s: %w", e.Name(), err)
+		slog.Warn("pod cannot be adopted; removing what is left of it", "pod", l.name, "cause", err)
+		if err := n.remove(ctx, l.dir, l.name, err); err != nil {
+			return fmt.Errorf("removing what is left of pod %s: %w", l.name, err)
+		}
+	}
+	return n.closeLostAccounts()
+}
+
+// closeLostAccounts gives back what was set aside for pods that did not come to be, or are gone.
+func (n *Node) closeLostAccounts() error {
+	n.mu.Lock()
+	pods := n.podList()
+	n.mu.Unlock()
+	for _, p := range pods {
+		if p.record.Sub != nil {
+			continue
+		}
+		p.root.mu.Lock()
+		var err error
+		for id := range p.root.budget.Accounts {
+			if _, gone := n.pod(id); gone != nil {
+				err = errors.Join(err, p.root.closeAccount(id))
+			}
+		}
+		p.root.mu.Unlock()
+		if err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// leftPod is what an earlier node has left of a pod.
+type leftPod struct {
+	name, dir string
+	record    record
+	err       error // of reading the record
+}
+
+func (r record) depth() int {
+	if r.Sub == nil {
+		return 0
+	}
+	return r.Sub.Depth
 }
 
 // closeIntents writes what recovery knows of requests that a dead node had begun.
@@ -66,11 +117,16 @@ func (n *Node) closeIntents() error {
 const adoptDeadline = 20 * time.Second
 
 // adopt attaches a new wire to a running machine.
-func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
-	p := &Pod{node: n, dir: dir, state: stateRunning, gone: make(chan struct{})}
-	if err := durable.Load(filepath.Join(dir, podFile), &p.record); err != nil {
-		return nil, err
+func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
+	if left.err != nil {
+		return nil, left.err
 	}
+	p := &Pod{node: n, dir: left.dir, record: left.record, state: stateRunning, gone: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			p.leaveSession()
+		}
+	}()
 	// What a node and its machine say to one another is of one version, as at the boot.
 	if p.record.Version != nucleus.Version {
 		return nil, fmt.Errorf("its machine is of version %q, this node of %s", p.record.Version, nucleus.Version)
@@ -78,7 +134,6 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	if len(p.record.OutcomeKey) == 0 {
 		return nil, errors.New("its machine had not answered yet")
 	}
-	var err error
 	if p.policy, err = policy.Load(podFile, p.record.Policy); err != nil {
 		return nil, err
 	}
@@ -102,7 +157,7 @@ func (n *Node) adopt(ctx context.Context, dir string) (*Pod, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, adoptDeadline)
 	defer cancel()
-	adopted, err := driver.Adopt(ctx, machineDir(dir))
+	adopted, err := driver.Adopt(ctx, machineDir(p.dir))
 	if err != nil {
 		return nil, err
 	}

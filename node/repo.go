@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -249,6 +250,11 @@ func (p *Pod) handOver(ctx context.Context, origin git.Repo, r nucleus.Repo, pla
 	if err != nil {
 		return err
 	}
+	return p.handOverFor(ctx, origin, r, place, commit, replace, remotes)
+}
+
+// handOverFor is handOver of a repository whose remotes are known from elsewhere.
+func (p *Pod) handOverFor(ctx context.Context, origin git.Repo, r nucleus.Repo, place, commit string, replace bool, remotes map[string]string) error {
 	shown := map[string]string{}
 	for name, url := range remotes {
 		shown[name] = git.WithoutCredentials(url)
@@ -257,29 +263,31 @@ func (p *Pod) handOver(ctx context.Context, origin git.Repo, r nucleus.Repo, pla
 	if err != nil {
 		return err
 	}
-	err = p.sendBundle(ctx, origin, tools.Unbundle{
+	unbundle := tools.Unbundle{
 		Repo: place, Branch: r.Branch, Commit: commit, Replace: replace, Shallow: shallow, Remotes: shown,
 		Config: map[string]string{"user.name": p.record.Spec.Identity.Name, "user.email": p.record.Spec.Identity.Email},
-	})
+	}
+	err = p.sendRepo(ctx, guest.RepoCall{In: &unbundle}, func(out io.Writer) error { return origin.WriteBundle(ctx, out, commit) })
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindFailed, "handing over %s: %v", origin.Dir, err)
 	}
 	return nil
 }
 
-func (p *Pod) sendBundle(ctx context.Context, origin git.Repo, in tools.Unbundle) error {
+// sendRepo sends what write writes to the machine's repository.
+func (p *Pod) sendRepo(ctx context.Context, call guest.RepoCall, write func(io.Writer) error) error {
 	session, err := p.wire()
 	if err != nil {
 		return err
 	}
-	stream, err := session.Open(ctx, guest.StreamRepo, guest.RepoCall{In: &in})
+	stream, err := session.Open(ctx, guest.StreamRepo, call)
 	if err != nil {
 		return err
 	}
 	defer stream.Close()
 	stop := context.AfterFunc(ctx, func() { stream.Close() })
 	defer stop()
-	if err := origin.WriteBundle(ctx, frameWriter{stream}, in.Commit); err != nil {
+	if err := write(frameWriter{stream}); err != nil {
 		return err
 	}
 	if err := stream.Send(wire.FrameData, nil); err != nil {

@@ -39,6 +39,7 @@ type prepared struct {
 	ask    *nucleus.AskRequest                                            // what its grant was given for, once it has one
 	effect func(context.Context, nucleus.Permit) (json.RawMessage, error) // on the host; nil: in the machine
 	sent   *transfer                                                      // what was taken from the machine for it
+	sub    *newSub                                                        // the pod that is asked for
 }
 
 // The one path that a request takes:
@@ -51,6 +52,7 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 		return nil, n.refuseUnresolved(p, r, err)
 	}
 	defer pre.sent.drop()
+	defer func() { pre.sub.settle() }()
 	r.laps.lap("resolve")
 	ruled, err := n.decide(p, r, pre, nil)
 	if needed := needsOf(err); needed != nil {
@@ -94,6 +96,8 @@ func (n *Node) prepare(ctx context.Context, p *Pod, r request) (prepared, error)
 		err = n.preparePR(ctx, p, canonical, &pre)
 	case nucleus.WebFetch:
 		err = n.prepareFetch(p, canonical, &pre)
+	case nucleus.SpawnAgent, nucleus.ManagePods:
+		err = n.prepareSub(ctx, p, r, canonical, &pre)
 	default:
 		err = n.prepareInGuest(ctx, p, r, canonical, &pre)
 	}
@@ -175,9 +179,21 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (ruli
 	if why := p.ended(); why != "" {
 		decision = nucleus.Decision{Verdict: nucleus.Deny, Rule: rulePod, Why: why}
 	}
-	open := p.root.passage(pre.action, now)
+	if why := pre.sub.beyond(); why != "" && decision.Verdict != nucleus.Deny {
+		decision = nucleus.Decision{Verdict: nucleus.Deny, Rule: ruleDelegation, Why: why}
+	}
+	open := p.root.passage(p.record.ID, pre.action, now)
 	if decision.Verdict == nucleus.Ask && open == nil && approval == nil {
 		return ruling{}, &needsApproval{decision, state, p.root.beside()}
+	}
+	if decision.Verdict != nucleus.Deny {
+		if err := pre.sub.reserve(); err != nil {
+			e := nucleus.AsError(err)
+			if e.Kind != nucleus.KindDenied {
+				return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
+			}
+			decision = nucleus.Decision{Verdict: nucleus.Deny, Rule: e.Rule, Why: e.Message}
+		}
 	}
 	permit := nucleus.Permit{
 		ID: nucleus.NewID("r-"), Pod: p.record.ID, Boot: p.record.Boot, Session: p.record.Session,
@@ -498,6 +514,8 @@ func describe(a nucleus.Action) string {
 		return a.Fetch.URL
 	case a.Connect != nil:
 		return a.Connect.Host
+	case a.Sub != nil:
+		return string(a.Sub.Do)
 	case len(a.Files) > 0:
 		return a.Files[0].Path
 	}

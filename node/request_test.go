@@ -308,7 +308,7 @@ func TestExposureIsDurable(t *testing.T) {
 	stored := make(chan nucleus.Legs, 1)
 	h.mu.Lock()
 	h.behave = func(_ *inside, c *callInside) (guest.CallResult, bool) {
-		s, err := openSession(p.record.Workspace, p.dir)
+		s, err := openSession("s-1", p.record.Workspace, p.dir)
 		if err == nil {
 			stored <- s.exposure
 		} else {

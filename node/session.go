@@ -15,7 +15,11 @@ import (
 // sub-pods share. Its mutex is the critical section of a request: decide, add legs, append
 // the intent.
 type rootSession struct {
+	id string // of the session that began it
+
 	mu       sync.Mutex
+	pods     map[*Pod]bool // whose machines may be there
+	making   int           // pods that were decided and have not joined
 	file     string
 	exposure nucleus.Legs
 	through  nucleus.Legs       // of the exposure: what passages alone have taken
@@ -35,9 +39,9 @@ type exposureFile struct {
 const budgetFile = "budget.json"
 
 // openSession reads the exposure that is stored with a workspace: a new session
-// starts with it. What it has spent lies in podDir.
-func openSession(workspaceDir, podDir string) (*rootSession, error) {
-	s := &rootSession{file: filepath.Join(workspaceDir, "exposure.json")}
+// starts with it. id is the session's; what it has spent lies in podDir.
+func openSession(id, workspaceDir, podDir string) (*rootSession, error) {
+	s := &rootSession{id: id, pods: map[*Pod]bool{}, file: filepath.Join(workspaceDir, "exposure.json")}
 	var err error
 	if s.budget, err = openLedger(filepath.Join(podDir, budgetFile)); err != nil {
 		return nil, err
@@ -97,7 +101,8 @@ const bothLegs = nucleus.Private | nucleus.Untrusted
 
 // expose adds legs to the session of a pod. Once private data and untrusted content
 // have met, and when passages end by it, connections that were let in before lose their
-// right and are closed. The caller holds the session's mutex.
+// right and are closed, those of the other pods of the session too. The caller holds the
+// session's mutex.
 func (n *Node) expose(p *Pod, takes nucleus.Legs, passage bool, what string) error {
 	met, beside := p.root.exposure.Has(bothLegs), p.root.beside()
 	if err := p.root.grow(takes, passage, func(leg string) nucleus.Evidence {
@@ -106,7 +111,7 @@ func (n *Node) expose(p *Pod, takes nucleus.Legs, passage bool, what string) err
 		return err
 	}
 	if !met && p.root.exposure.Has(bothLegs) || p.root.beside() != beside {
-		n.closeUncovered(p)
+		n.closeUncovered(p.root)
 	}
 	return nil
 }

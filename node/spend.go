@@ -45,6 +45,7 @@ func (n *Node) beginModelCall(ctx context.Context, call egress.ModelCall) error 
 	}
 	entry.Data = data(modelEntry{ModelCall: call})
 	if _, err = n.log.Append(entry); err != nil {
+		n.ofCall(call.ID)
 		p.root.mu.Lock()
 		defer p.root.mu.Unlock()
 		p.root.release(call.ID)
@@ -93,7 +94,20 @@ func (n *Node) holdModelCall(ctx context.Context, p *Pod, call egress.ModelCall)
 		}
 	}
 	p.enter()
+	n.mu.Lock()
+	n.modelCalls[call.ID] = p
+	n.mu.Unlock()
 	return nil
+}
+
+// ofCall is the pod whose call has ended. It may have ended itself meanwhile: what it spent
+// is spent all the same, by the pod above it.
+func (n *Node) ofCall(id string) *Pod {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	p := n.modelCalls[id]
+	delete(n.modelCalls, id)
+	return p
 }
 
 // release gives back what was held for a call. The caller holds the mutex.
@@ -110,7 +124,7 @@ func (s *rootSession) release(call string) {
 func (n *Node) endModelCall(call egress.ModelCall) error {
 	entry := modelEntry{ModelCall: call}
 	var storeErr error
-	if p, err := n.pod(call.Pod); err == nil {
+	if p := n.ofCall(call.ID); p != nil {
 		model := call.Model
 		if model == "" {
 			model = call.Requested
@@ -195,7 +209,7 @@ func (n *Node) tick() int64 { return n.config.Monotonic().Milliseconds() }
 // mutex, as for the following.
 func (p *Pod) settle() {
 	a := p.root.budget.Accounts[p.record.ID]
-	if a.running == 0 {
+	if a == nil || a.running == 0 {
 		return
 	}
 	now := p.node.tick()
@@ -252,7 +266,10 @@ const maxGap = 2 * time.Minute
 // ran then. The caller holds the session's mutex.
 func (p *Pod) takeUp() error {
 	a := p.root.budget.Accounts[p.record.ID]
-	if a == nil || a.Since == 0 || a.running > 0 {
+	if a == nil {
+		return fmt.Errorf("pod %s has no account in its session's budget", p.record.ID)
+	}
+	if a.Since == 0 {
 		return nil
 	}
 	gap := min(max(0, p.node.tick()-a.Since), maxGap.Milliseconds())
@@ -303,28 +320,15 @@ func (n *Node) sessions() []*rootSession {
 	return all
 }
 
-// members are the pods of a root session.
-func (n *Node) members(s *rootSession) []*Pod {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	var members []*Pod
-	for _, p := range n.pods {
-		p.mu.Lock()
-		if p.root == s && !p.removed {
-			members = append(members, p)
-		}
-		p.mu.Unlock()
-	}
-	return members
-}
-
 func (n *Node) storeClocks() {
 	for _, s := range n.sessions() {
-		members := n.members(s)
 		s.mu.Lock()
 		moved := false
-		for _, p := range members {
+		for p := range s.pods {
 			a := s.budget.Accounts[p.record.ID]
+			if a == nil {
+				continue
+			}
 			before := a.Spent.Millis
 			p.settle()
 			if moved = moved || a.Spent.Millis != before || a.stored != a.Spent.Millis; moved {
@@ -344,16 +348,19 @@ func (n *Node) storeClocks() {
 // and tokens that are set aside for sub-pods may come back; time may not be used twice
 // meanwhile, so a pod whose time is all set aside is ended too.
 func (n *Node) stopSpent(s *rootSession) {
-	for _, p := range n.members(s) {
-		s.mu.Lock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for p := range s.pods {
 		p.settle()
+	}
+	for p := range s.pods {
 		a := s.budget.Accounts[p.record.ID]
-		if a.Stopped == "" && p.live() {
-			if d, payer := p.spentUp(); payer != nil {
-				n.stopPod(p, a, d, payer)
-			}
+		if a == nil || a.Stopped != "" || !p.live() {
+			continue
 		}
-		s.mu.Unlock()
+		if d, payer := p.spentUp(); payer != nil {
+			n.stopPod(p, a, d, payer)
+		}
 	}
 }
 
@@ -385,7 +392,7 @@ func (n *Node) stopPod(p *Pod, a *account, d nucleus.Dimension, payer *account) 
 		Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindSessionBudget, Rule: d.Rule(), Exposure: p.root.exposure.Names(),
 		Data: data(map[string]any{"dimension": d.String(), "limit": d.Number(limit), "spent": d.Number(spent), "reserved": d.Number(reserved)}),
 	})
-	n.closeUncovered(p)
+	n.closeUncovered(p.root)
 	n.endWork(p, spentError(d, spent, reserved, limit))
 }
 
@@ -416,6 +423,14 @@ func (p *Pod) stoppedBy() *nucleus.Error {
 		}
 	}
 	return nil
+}
+
+// endOf is how the pod's agent ended, with the budget as the reason where it was that.
+func (p *Pod) endOf(exit guest.AgentExit) guest.AgentExit {
+	if why := p.stoppedBy(); why != nil && !exit.Refused && !tookOver(exit) {
+		exit.Error = why
+	}
+	return exit
 }
 
 // endGrace is how long an agent, and a command, has to end after it was told to.

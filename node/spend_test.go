@@ -343,7 +343,7 @@ func TestTheEndOfTheTime(t *testing.T) {
 	if b := p.status().Budget; b.Stopped != "budget.seconds" || *b.Seconds.Left != 0 {
 		t.Errorf("status %+v", b)
 	}
-	if _, _, err := h.node.openAgent(h.context(), p, "operator", client.AgentRequest{}); nucleus.AsError(err).Rule != "budget.seconds" {
+	if _, _, err := h.node.openAgent(h.context(), p, "operator", client.AgentRequest{}, []string{"/agent"}); nucleus.AsError(err).Rule != "budget.seconds" {
 		t.Errorf("another agent: %v", err)
 	}
 }

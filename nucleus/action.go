@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 )
 
 // Action is a request in its resolved form: what will happen, with every name
@@ -21,6 +22,7 @@ type Action struct {
 	Push    *Push    `json:"push,omitempty"`
 	PR      *PR      `json:"pr,omitempty"`
 	Commit  *Commit  `json:"commit,omitempty"`
+	Sub     *Sub     `json:"sub,omitempty"`
 }
 
 // File is one path an operation touches. Path is relative to the workspace
@@ -98,6 +100,41 @@ type Commit struct {
 	Name    string   `json:"name"`
 	Email   string   `json:"email"`
 }
+
+// Sub is what spawn_agent and manage_pods do to the pods below the one that asks.
+// A pod that is to be made is here whole: nothing of it is left to who makes it.
+type Sub struct {
+	Do        SubDo           `json:"do"`
+	Pod       string          `json:"pod,omitempty"`       // which; empty for create, spawn and list
+	Task      string          `json:"task,omitempty"`      // spawn: the sub-agent's, in full
+	Agent     string          `json:"agent,omitempty"`     // spawn: the agent's name
+	Policy    json.RawMessage `json:"policy,omitempty"`    // create, spawn: the policy of the new pod, canonical
+	Driver    string          `json:"driver,omitempty"`    // create, spawn
+	Tier      Tier            `json:"tier,omitempty"`      // create, spawn
+	Mode      Mode            `json:"mode,omitempty"`      // create, spawn
+	Resources *Resources      `json:"resources,omitempty"` // create, spawn: as they are stated
+	Env       []string        `json:"env,omitempty"`       // create, spawn: names of what is handed to its tools
+	Repo      string          `json:"repo,omitempty"`      // create, spawn: goes along; fetch: comes back
+	Commit    string          `json:"commit,omitempty"`    // of Repo
+	Branch    string          `json:"branch,omitempty"`    // create, spawn: whose commit it is; fetch: what it becomes here
+	Keep      bool            `json:"keep,omitempty"`      // spawn, wait: the pod stays when its agent has ended
+}
+
+// SubDo says what is done to a pod below another.
+type SubDo string
+
+// What spawn_agent (spawn) and manage_pods (the others) do.
+const (
+	SubSpawn  SubDo = "spawn"
+	SubCreate SubDo = "create"
+	SubList   SubDo = "list"
+	SubWait   SubDo = "wait"
+	SubFetch  SubDo = "fetch"
+	SubDelete SubDo = "delete"
+)
+
+// Makes reports whether a pod is made.
+func (s SubDo) Makes() bool { return s == SubSpawn || s == SubCreate }
 
 // Salt is the 32 random bytes that go into one request's digest, so that a
 // digest shown in a receipt does not give away what it does not show.

@@ -8,6 +8,9 @@ const MaxEntry = 65535
 // LogOrigin names the node's log in its checkpoints (C2SP tlog-checkpoint).
 const LogOrigin = "cal/node-log"
 
+// AuthorityLogOrigin names the log of the authority.
+const AuthorityLogOrigin = "cal/authority-log"
+
 // Entry is one line of the log. It is stored as canonical JSON. Fields that do
 // not apply are absent. Args are the shown arguments: secrets redacted, cut
 // visibly at 4 KiB.

@@ -45,7 +45,16 @@ func (o Op) Valid() bool {
 
 // OnHost reports whether o takes effect on the host: the machine admits it, and the
 // node acts.
-func (o Op) OnHost() bool { return o == GitPush || o == CreatePR || o == WebFetch }
+func (o Op) OnHost() bool {
+	switch o {
+	case GitPush, CreatePR, WebFetch, ManagePods, SpawnAgent:
+		return true
+	}
+	return false
+}
+
+// Delegates reports whether o is about the pods below the one that asks.
+func (o Op) Delegates() bool { return o == ManagePods || o == SpawnAgent }
 
 // UnmarshalText refuses names that are not operations.
 func (o *Op) UnmarshalText(text []byte) error {

@@ -2,6 +2,7 @@ package nucleus
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 )
 
@@ -27,6 +28,12 @@ func (t Tier) Satisfies(want Tier) bool {
 		return t == TierVM || t == TierKernel
 	}
 	return t == want && want == TierNone
+}
+
+// AtLeast reports whether t is as strong as u or stronger.
+func (t Tier) AtLeast(u Tier) bool {
+	strength := map[Tier]int{TierVM: 3, TierKernel: 2, TierEmulated: 1}
+	return strength[t] >= strength[u]
 }
 
 // Mode says what the agent's process may do itself.
@@ -111,6 +118,37 @@ type Agent struct {
 	Argv []string          `json:"argv"`
 	Env  map[string]string `json:"env,omitempty"`
 	Home map[string][]byte `json:"home,omitempty"` // files put into its empty HOME
+
+	// Task is the argv by which it works on a task without a terminal, as a sub-agent: one
+	// element, TaskHere, stands for the task. Empty: it cannot.
+	Task []string `json:"task,omitempty"`
+}
+
+// TaskHere is the element of Agent.Task that stands for the task.
+const TaskHere = "{task}"
+
+// ForTask is the argv that works on a task. A task that could be read as an option is an
+// error unless "--" stands before its place.
+func (a Agent) ForTask(task string) ([]string, error) {
+	place := -1
+	for i, arg := range a.Task {
+		if arg == TaskHere && place < 0 {
+			place = i
+		} else if arg == TaskHere {
+			return nil, Errorf(KindInvalid, "agent %s: the task has several places", a.Name)
+		}
+	}
+	switch {
+	case len(a.Task) == 0:
+		return nil, Errorf(KindInvalid, "agent %s is not known to work on a task by itself", a.Name)
+	case place < 1:
+		return nil, Errorf(KindInvalid, "agent %s: the task has no place in its arguments", a.Name)
+	case strings.HasPrefix(task, "-") && !slices.Contains(a.Task[:place], "--"):
+		return nil, Errorf(KindInvalid, "the task begins with \"-\", which agent %s would read as an option", a.Name)
+	}
+	argv := slices.Clone(a.Task)
+	argv[place] = task
+	return argv, nil
 }
 
 // Model is the route to the agent's model. Key is a secret: the node keeps it
@@ -138,6 +176,8 @@ type PodStatus struct {
 	Mode         Mode         `json:"mode"`
 	Network      bool         `json:"network"` // the policy lets something be reached besides the model
 	Session      string       `json:"session"`
+	Parent       string       `json:"parent,omitempty"`       // the pod that asked for it
+	RootSession  string       `json:"root_session,omitempty"` // the session whose exposure and budget it shares; empty: its own
 	Boot         string       `json:"boot,omitempty"`
 	Agent        string       `json:"agent,omitempty"`
 	Environments []string     `json:"environments"` // as Image.Environments

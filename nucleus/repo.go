@@ -4,9 +4,10 @@ package nucleus
 // host: what a name in a request stands for is looked up here, never in the
 // machine's configuration. The node writes it; the person's side reads it.
 type RepoRecord struct {
-	Path       string            `json:"path"`   // of the person's repository
-	Branch     string            `json:"branch"` // the agent's
-	Base       string            `json:"base"`   // commit it started from
+	Path       string            `json:"path"`                  // of the person's repository
+	Branch     string            `json:"branch"`                // the agent's
+	Base       string            `json:"base"`                  // commit it started from
+	PersonBase string            `json:"person_base,omitempty"` // in a pod that an agent asked for: the commit that the person brought
 	Trusted    bool              `json:"trusted"`
 	BaseBranch string            `json:"base_branch"`          // the person's
 	Remotes    map[string]string `json:"remotes"`              // name -> URL, with whatever credentials the person wrote

@@ -13,25 +13,44 @@ import (
 // "**" any number of them, only last. All else is compared byte by byte; nothing
 // is split or joined.
 //
-// A wildcard stands for no program that runs others: as the program for no shell,
-// interpreter, wrapper or path, and behind a wrapper for none of their names and no
-// option that holds a command. Who allows arbitrary code has to name it.
+// A wildcard stands for no program that runs others: as the program, and as the one
+// behind a wrapper, for no shell, interpreter, wrapper or path, and for no option of a
+// wrapper that holds a command. Who allows arbitrary code has to name it. An argument
+// that is not run may be called as it likes.
+//
+// Where a program stands depends on the words before it, for which a wildcard may stand
+// too. So the order takes every word behind a wrapper for one that may be run: it calls
+// fewer rules below others than it could, and a meet may be stricter than both.
 type argv struct {
 	head []string
 	tail bool // ends with "**"
 }
 
-// mustBeNamed reports whether no wildcard stands for the argument i of a command
-// with the given program, which is "*" where it is not known; a wildcard is
-// already no wrapper.
-func mustBeNamed(first string, i int, arg string) bool {
+// mayRun reports whether argument i of a pattern may be what a wildcard does not stand
+// for, in any command that the pattern matches.
+func (a argv) mayRun(i int) bool {
+	arg, first := a.head[i], a.head[0]
 	switch {
 	case arg == "*":
 		return false
 	case i == 0:
 		return program.Runs(arg)
+	case first == "*" || !program.Wraps(first):
+		return false
+	case isProgram(arg):
+		return true
 	}
-	return first != "*" && program.Wraps(first) && (program.Named(arg) || program.Hands(first, arg))
+	for _, wrapper := range a.head[:i] {
+		if program.Hands(wrapper, arg) {
+			return true
+		}
+	}
+	return false
+}
+
+// isProgram reports whether a word, where a program may stand, is one that must be named.
+func isProgram(arg string) bool {
+	return program.Named(arg) || program.Runs(arg) && arg[0] != '-'
 }
 
 func (a argv) leq(b argv) bool {
@@ -42,7 +61,7 @@ func (a argv) leq(b argv) bool {
 		if i < len(b.head) && b.head[i] == arg {
 			continue
 		}
-		if i < len(b.head) && b.head[i] != "*" || mustBeNamed(a.head[0], i, arg) {
+		if i < len(b.head) && b.head[i] != "*" || a.mayRun(i) {
 			return false
 		}
 	}
@@ -102,13 +121,39 @@ func isStar(arg string) bool { return arg == "*" }
 
 // hides reports whether a wildcard stands where args must be named.
 func (a argv) hides(args []string) bool {
-	for i, arg := range args {
-		if (i >= len(a.head) || a.head[i] == "*") && mustBeNamed(args[0], i, arg) {
-			return true
+	if len(args) == 0 {
+		return false
+	}
+	if a.wild(0) && program.Runs(args[0]) {
+		return true
+	}
+	for at := 0; program.Wraps(args[at]); {
+		next, sure := program.Behind(args[at:])
+		next += at
+		for i := at + 1; i < len(args); i++ {
+			if i > next && sure {
+				break // the program's own arguments
+			}
+			if a.wild(i) && (program.Hands(args[at], args[i]) || i >= next && isProgram(args[i]) || i < next && assignsProgram(args[i])) {
+				return true
+			}
 		}
+		if !sure || next >= len(args) {
+			return false
+		}
+		at = next
 	}
 	return false
 }
+
+// assignsProgram reports whether a word before the program is a variable that holds the
+// path of a shell or the like.
+func assignsProgram(word string) bool {
+	return strings.IndexByte(word, '=') > 0 && word[0] != '-' && program.Named(word)
+}
+
+// wild reports whether a wildcard stands for argument i.
+func (a argv) wild(i int) bool { return i >= len(a.head) || a.head[i] == "*" }
 
 func parseArgv(elements []string) (argv, error) {
 	if len(elements) == 0 {

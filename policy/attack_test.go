@@ -19,7 +19,7 @@ name: attacked
 operations: {read_files: always, grep_search: always, run_bash: always, git_commit: always, web_fetch: always, net_connect: always}
 paths:
   roots: {only: ["app", "lib/core"]}
-  blocked: ["**/.env*", "**/*.pem", "*.key", "token", "app/secret", "app/*/private"]
+  blocked: ["**/.env*", "**/*.pem", "*.key", "token", "app/secret", "app/*/private", "v?v", "ab*ba"]
 commands: {only: [[git, status], [go, test, "**"], [ls, "*"], ["**"], [bash, "-c", "make all"]]}
 hosts:
   only:
@@ -70,6 +70,9 @@ func TestAttacksOnPaths(t *testing.T) {
 		{"whole name", "app/token", "deny paths.blocked"},
 		{"anchored directory", "app/secret/x/y", "deny paths.blocked"},
 		{"anchored with star", "app/x/private", "deny paths.blocked"},
+		{"question mark is one character", "app/vxv", "deny paths.blocked"},
+		{"question mark is one character of any alphabet", "app/vüv", "deny paths.blocked"},
+		{"star is none", "app/abba", "deny paths.blocked"},
 
 		{"a root itself", "app", "allow"},
 		{"a deeper root", "lib/core/x.go", "allow"},
@@ -81,6 +84,8 @@ func TestAttacksOnPaths(t *testing.T) {
 		{"environment", "app/environment.go", "allow"},
 		{"anchored elsewhere", "app/x/secret", "allow"},
 		{"star is one segment", "app/x/y/private", "allow"},
+		{"question mark is not none", "app/vv", "allow"},
+		{"what stands before a star and behind it do not overlap", "app/aba", "allow"},
 		{"unicode", "app/größe.go", "allow"},
 		{"spaces", "app/a file.go", "allow"},
 	} {
@@ -155,7 +160,7 @@ func TestAttacksOnCommands(t *testing.T) {
 
 // A wildcard names no arbitrary code: each class of it beside benign twins.
 func TestAttacksOnWildcards(t *testing.T) {
-	p := load(t, `{operations: {run_bash: always}, commands: {only: [["**"], [env, "**"], [timeout, "*", "**"], [xargs, "**"], [sudo, "**"], [watch, "**"], [bash, -c, "*"], [python3, tool.py, "**"], [cargo, test, "**"]]}}`)
+	p := load(t, `{operations: {run_bash: always}, commands: {only: [["**"], [env, "**"], [timeout, "*", "**"], [xargs, "**"], [sudo, "**"], [watch, "**"], [find, "**"], [nice, "**"], [strace, "**"], [bash, -c, "*"], [python3, tool.py, "**"], [cargo, test, "**"]]}}`)
 	for _, c := range []struct {
 		class string
 		argv  []string
@@ -175,6 +180,21 @@ func TestAttacksOnWildcards(t *testing.T) {
 		{"shell behind two wrappers", []string{"timeout", "5", "nice", "sh"}, nucleus.Deny},
 		{"interpreter behind xargs", []string{"xargs", "-n1", "perl", "-e", "x"}, nucleus.Deny},
 		{"find -exec", []string{"find", ".", "-exec", "sh", "{}", ";"}, nucleus.Deny},
+		{"find -execdir behind a test", []string{"find", ".", "-name", "x", "-execdir", "/bin/bash", "{}", "+"}, nucleus.Deny},
+		{"find runs a file by its path", []string{"find", ".", "-ok", "./x", ";"}, nucleus.Deny},
+		{"find runs a wrapper", []string{"find", ".", "-exec", "env", "ls", ";"}, nucleus.Deny},
+		{"find runs a second command", []string{"find", ".", "-exec", "ls", ";", "-exec", "sh", ";"}, nucleus.Deny},
+		{"path behind a wrapper", []string{"timeout", "5", "./x"}, nucleus.Deny},
+		{"path to another directory behind a wrapper", []string{"timeout", "5", "/tmp/ls"}, nucleus.Deny},
+		{"path behind a wrapper with options", []string{"timeout", "-k", "1", "--signal=KILL", "5", "./x"}, nucleus.Deny},
+		{"path behind joined options", []string{"xargs", "-n1", "-I{}", "./x"}, nucleus.Deny},
+		{"path behind the end of options", []string{"nice", "-n", "5", "--", "x/y"}, nucleus.Deny},
+		{"path behind variables", []string{"env", "-i", "A=b", "C=./d", "./x"}, nucleus.Deny},
+		{"path behind two wrappers", []string{"timeout", "5", "env", "./x"}, nucleus.Deny},
+		{"path behind an option that is not known", []string{"nice", "--odd", "ls", "./x"}, nucleus.Deny},
+		{"shell behind an option that may take a value", []string{"xargs", "--max-lines", "sh"}, nucleus.Deny},
+		{"path behind a wrapper that is not known well", []string{"strace", "-o", "x", "./x"}, nucleus.Deny},
+		{"shell in a variable", []string{"env", "SHELL=/bin/bash", "make"}, nucleus.Deny},
 		{"command in an option", []string{"env", "-S", "bash -c x"}, nucleus.Deny},
 		{"command joined to an option", []string{"env", "-ivSbash -c x"}, nucleus.Deny},
 		{"command in a long option", []string{"env", "--split-string=bash -c x"}, nucleus.Deny},
@@ -189,6 +209,16 @@ func TestAttacksOnWildcards(t *testing.T) {
 		{"option that holds no command", []string{"env", "-u", "A", "-i", "git", "status"}, nucleus.Allow},
 		{"option that opens no shell", []string{"sudo", "-n", "-u", "bin", "ls", "-l"}, nucleus.Allow},
 		{"benign program behind two named wrappers", []string{"timeout", "5", "ls", "x"}, nucleus.Allow},
+		{"the name of a shell as find's argument", []string{"find", ".", "-name", "bash"}, nucleus.Allow},
+		{"the name of an interpreter as find's argument", []string{"find", "/usr/bin", "-iname", "python3", "-o", "-path", "./node"}, nucleus.Allow},
+		{"find in a directory", []string{"find", "./src", "-newer", "a/sh", "-print"}, nucleus.Allow},
+		{"find runs a benign program", []string{"find", ".", "-exec", "grep", "-l", "bash", "{}", "+"}, nucleus.Allow},
+		{"find -exec and a name behind it", []string{"find", ".", "-exec", "grep", "x", "{}", ";", "-name", "bash"}, nucleus.Allow},
+		{"the argument of a program behind a wrapper", []string{"timeout", "5", "grep", "-r", "bash", "./x"}, nucleus.Allow},
+		{"packages of a program behind a wrapper", []string{"timeout", "-s", "KILL", "5", "go", "test", "./..."}, nucleus.Allow},
+		{"a file of a wrapper's option", []string{"xargs", "-a", "./list", "rm"}, nucleus.Allow},
+		{"a directory in a variable", []string{"env", "GOCACHE=/tmp/c", "go", "test"}, nucleus.Allow},
+		{"a program of the system behind a wrapper", []string{"nice", "-n", "5", "/usr/bin/git", "status"}, nucleus.Allow},
 		{"the name of a shell as an argument", []string{"grep", "-r", "bash", "."}, nucleus.Allow},
 		{"a name that begins like one", []string{"env", "shellcheck", "x"}, nucleus.Allow},
 		{"a name that begins like an interpreter", []string{"nodemon-like"}, nucleus.Allow},
@@ -318,6 +348,35 @@ func TestAttacksOnRequests(t *testing.T) {
 		{"any method of a path", "BREW", "path.example", "/a", "allow"},
 	} {
 		check(t, c.class, nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Method: c.method, Host: c.host, Port: 443, Path: c.path}}, c.want)
+		check(t, c.class+" (plain HTTP)", plainAction(c.method, c.host, 443, c.path), c.want)
+	}
+}
+
+// plainAction is a request that a program sends to the HTTP proxy.
+func plainAction(method, host string, port int, path string) nucleus.Action {
+	return nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: host, Port: port}, Fetch: &nucleus.Fetch{Method: method, Host: host, Port: port, Path: path}}
+}
+
+// A request in plain HTTP is judged for the host that is connected to, and takes the legs
+// of a connection, whoever the rule trusts.
+func TestAttacksOnPlainRequests(t *testing.T) {
+	elsewhere := plainAction("GET", "api.example", 443, "/repos/x")
+	elsewhere.Connect.Host = "evil.example"
+	check(t, "request to another host", elsewhere, "deny action")
+	elsewhere = plainAction("GET", "x.wild.example", 443, "/")
+	elsewhere.Connect.Port = 80
+	check(t, "request to another port", elsewhere, "deny action")
+	check(t, "host that is not clean", plainAction("GET", "evil\x00.wild.example", 443, "/"), "deny hosts")
+	check(t, "a rule for connections", plainAction("BREW", "x.wild.example", 443, "/a/../b"), "allow")
+
+	p := load(t, `{operations: {net_connect: always, web_fetch: always}, hosts: {only: [{host: a.example, port: 80, methods: [GET], path: "/x/**", trusted: true}]}}`)
+	met := nucleus.Context{Exposure: nucleus.Private | nucleus.Untrusted}
+	plain := plainAction("GET", "a.example", 80, "/x/y")
+	if d := p.Decide(plain, met); d.Verdict != nucleus.Ask || d.Rule != "trifecta" {
+		t.Errorf("plain HTTP under a trusted rule: %+v", d)
+	}
+	if d := p.Decide(nucleus.Action{Op: nucleus.WebFetch, Fetch: plain.Fetch}, met); d.Verdict != nucleus.Allow {
+		t.Errorf("the fetch under a trusted rule: %+v", d)
 	}
 }
 

@@ -23,6 +23,7 @@ import (
 //	paths.blocked         a blocked pattern matches it
 //	commands, commands[i] no rule, or the rule that matched
 //	hosts, hosts[i]       no rule, or the rule that matched
+//	delegation            the pod that is asked for has more than this one
 //	nu                    allowed always, but the policy enables all three legs
 //	trifecta              the session has met private data and untrusted content
 //
@@ -34,7 +35,8 @@ import (
 // directory and the files that argv names, a commit by its paths, which are
 // relative to its repository (all of the repository when it names none). A push
 // and a pull request are judged by level and gate: their remote comes from the
-// workspace's record.
+// workspace's record. A connection is judged by host and port; with a Fetch it is one
+// request in plain HTTP, judged by method and path too, and takes the legs of a connection.
 func (p *Policy) Decide(a nucleus.Action, c nucleus.Context) nucleus.Decision {
 	i := opIndex(a.Op)
 	switch {
@@ -144,7 +146,9 @@ func (p *Policy) scope(a *nucleus.Action) scoped {
 	case nucleus.WebFetch:
 		return p.scopeFetch(a.Fetch)
 	case nucleus.NetConnect:
-		return p.scopeConnect(a.Connect)
+		return p.scopeConnect(a.Connect, a.Fetch)
+	case nucleus.ManagePods, nucleus.SpawnAgent:
+		return p.scopeSub(a.Op, a.Sub)
 	}
 	return scoped{}
 }
@@ -268,9 +272,14 @@ func (p *Policy) scopeFetch(f *nucleus.Fetch) scoped {
 	return found
 }
 
-func (p *Policy) scopeConnect(c *nucleus.Connect) scoped {
+// scopeConnect judges a connection, or one request in plain HTTP, which the gateway sees
+// whole. No rule is trusted here: nothing proves who answers.
+func (p *Policy) scopeConnect(c *nucleus.Connect, plain *nucleus.Fetch) scoped {
 	if c == nil {
 		return outside("action", "net_connect names no host")
+	}
+	if plain != nil && (plain.Host != c.Host || plain.Port != c.Port) {
+		return outside("action", "net_connect is for %s port %d, and its request for %s port %d", c.Host, c.Port, plain.Host, plain.Port)
 	}
 	asked, ok := readPeer(c.Host)
 	if !ok {
@@ -285,10 +294,13 @@ func (p *Policy) scopeConnect(c *nucleus.Connect) scoped {
 		if !r.opens(asked, c.Port) {
 			continue
 		}
-		if r.opaque() {
+		if r.opaque() || plain != nil && r.opensRequest(methodOf(plain.Method), plain.Path) {
 			return scoped{rule: p.hostNames[i]}
 		}
 		inside = true
+	}
+	if inside && plain != nil {
+		return outside("hosts", "no rule of hosts allows %s %s to %s port %d", plain.Method, plain.Path, c.Host, c.Port)
 	}
 	if inside {
 		return outside("hosts", "the rules for %s port %d allow single requests, not a connection that nobody looks into", c.Host, c.Port)

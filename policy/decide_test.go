@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"strings"
@@ -49,6 +50,10 @@ func sample(op nucleus.Op) nucleus.Action {
 		a.Fetch = &nucleus.Fetch{Method: "GET", Host: "example.org", Port: 443, Path: "/x"}
 	case nucleus.NetConnect:
 		a.Connect = &nucleus.Connect{Host: "example.org", Port: 443}
+	case nucleus.ManagePods:
+		a.Sub = &nucleus.Sub{Do: nucleus.SubList}
+	case nucleus.SpawnAgent:
+		a.Sub = &nucleus.Sub{Do: nucleus.SubSpawn, Task: "t", Policy: json.RawMessage(`{"operations":{}}`)}
 	}
 	return a
 }
@@ -238,7 +243,7 @@ func TestMissingPartDenies(t *testing.T) {
 		if d := Top().Decide(full, nucleus.Context{}); d.Verdict == nucleus.Deny {
 			t.Errorf("%s: %+v", op, d)
 		}
-		needsPart := full.Files != nil || full.Command != nil || full.Commit != nil || full.Fetch != nil || full.Connect != nil
+		needsPart := full.Files != nil || full.Command != nil || full.Commit != nil || full.Fetch != nil || full.Connect != nil || full.Sub != nil
 		d := Top().Decide(bare, nucleus.Context{})
 		if needsPart != (d.Verdict == nucleus.Deny && d.Rule == "action") {
 			t.Errorf("%s without its part: %+v", op, d)

@@ -164,7 +164,7 @@ func (p *Policy) openHost(a *nucleus.Action) (*Policy, string) {
 	var r hostRule
 	var err error
 	switch {
-	case a.Connect != nil && validPort(a.Connect.Port):
+	case a.Connect != nil && a.Fetch == nil && validPort(a.Connect.Port):
 		if r, err = parseHost(a.Connect.Host); err == nil {
 			r.port, r.methods, r.anyPath = uint16(a.Connect.Port), allMethods, true
 		}
@@ -270,6 +270,13 @@ func (r hostRule) examples() []nucleus.Action {
 	return all
 }
 
+// plain is a request as a program sends it to the HTTP proxy.
+func plain(a nucleus.Action) nucleus.Action {
+	f := *a.Fetch
+	f.URL = "http" + strings.TrimPrefix(f.URL, "https")
+	return nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: f.Host, Port: f.Port}, Fetch: &f}
+}
+
 func fetchAction(method, host string, port int, name string) nucleus.Action {
 	shown := host
 	if addr, err := netip.ParseAddr(host); err == nil && addr.Is6() {
@@ -286,11 +293,14 @@ func Step(a nucleus.Action) string {
 	switch {
 	case a.Command != nil:
 		step["argv"] = a.Command.Argv
+	case a.Connect != nil:
+		step["host"], step["port"] = a.Connect.Host, a.Connect.Port
+		if a.Fetch != nil {
+			step["method"], step["path"] = a.Fetch.Method, a.Fetch.Path
+		}
 	case a.Fetch != nil:
 		step["url"] = a.Fetch.URL
 		step.add("method", a.Fetch.Method, a.Fetch.Method != "GET")
-	case a.Connect != nil:
-		step["host"], step["port"] = a.Connect.Host, a.Connect.Port
 	case len(a.Files) > 0:
 		step["path"] = a.Files[0].Path
 	}

@@ -366,6 +366,42 @@ func checkRules[R rule[R], A any](t *testing.T, rules []R, atoms []A, holds func
 	}
 }
 
+// checkCautiousRules is checkRules for rules whose order and meet may be stricter than
+// what they hold: never looser, and still an order with greatest lower bounds.
+func checkCautiousRules[R rule[R], A any](t *testing.T, rules []R, atoms []A, holds func(R, A) bool) {
+	t.Helper()
+	inside := make([][]bool, len(rules))
+	for i, r := range rules {
+		for _, atom := range atoms {
+			inside[i] = append(inside[i], holds(r, atom))
+		}
+	}
+	for i, a := range rules {
+		for j, b := range rules {
+			m, met := a.meet(b)
+			for k, atom := range atoms {
+				if met && holds(m, atom) && !(inside[i][k] && inside[j][k]) {
+					t.Fatalf("meet of %v and %v is %v and holds %+v", a, b, m, atom)
+				}
+				if a.leq(b) && inside[i][k] && !inside[j][k] {
+					t.Fatalf("%v <= %v, and only the first holds %+v", a, b, atom)
+				}
+			}
+			if a.leq(b) != (met && m.String() == a.String()) || met && !(m.leq(a) && m.leq(b)) {
+				t.Fatalf("%v <= %v is %v, and their meet %v", a, b, a.leq(b), m)
+			}
+			for _, c := range rules {
+				if c.leq(a) && c.leq(b) && !(met && c.leq(m)) {
+					t.Fatalf("%v is below %v and %v, and not below their meet %v", c, a, b, m)
+				}
+				if a.leq(b) && b.leq(c) && !a.leq(c) {
+					t.Fatalf("%v <= %v <= %v, and the first is not below the last", a, b, c)
+				}
+			}
+		}
+	}
+}
+
 // words lists all sequences of letters with the given lengths.
 func words(letters []string, low, high int) (all [][]string) {
 	var grow func([]string)
@@ -386,14 +422,29 @@ func words(letters []string, low, high int) (all [][]string) {
 func TestRulesExhaustive(t *testing.T) {
 	t.Run("commands", func(t *testing.T) {
 		var rules []argv
-		for _, head := range words([]string{"a", "*", "env", "sh"}, 0, 2) {
+		for _, head := range words([]string{"a", "*", "./x", "sh"}, 0, 2) {
 			rules = append(rules, argv{head: head, tail: true})
 			if len(head) > 0 {
 				rules = append(rules, argv{head: head})
 			}
 		}
-		checkRules(t, rules, words([]string{"a", "b", "env", "sh"}, 0, 3), func(r argv, args []string) bool { return r.matches(args) })
+		checkRules(t, rules, words([]string{"a", "b", "./x", "sh", "env"}, 0, 3), argv.matches)
 	})
+	for wrapper, option := range map[string]string{"env": "-u", "timeout": "-k", "xargs": "--odd", "sudo": "-s", "strace": "-o", "find": "-exec"} {
+		t.Run("commands of "+wrapper, func(t *testing.T) {
+			var rules []argv
+			for _, head := range words([]string{"a", "*", "./x", "sh", option, "env"}, 0, 2) {
+				head = append([]string{wrapper}, head...)
+				rules = append(rules, argv{head: head}, argv{head: head, tail: true})
+			}
+			rules = append(rules, argv{tail: true}, argv{head: []string{"*"}}, argv{head: []string{"*", "a"}, tail: true})
+			var atoms [][]string
+			for _, args := range words([]string{"a", "./x", "sh", option, "env"}, 0, 3) {
+				atoms = append(atoms, append([]string{wrapper}, args...))
+			}
+			checkCautiousRules(t, rules, append(atoms, []string{"a"}, []string{"b", "sh"}), argv.matches)
+		})
+	}
 	t.Run("roots", func(t *testing.T) {
 		rules := []root{".", "a", "ab", "a/b", "a/b/c", "b"}
 		checkRules(t, rules, []string{".", "a", "ab", "a/b", "a/bc", "a/b/c", "b", "b/c", "c"}, func(r root, name string) bool {
@@ -442,6 +493,7 @@ func TestRulesExhaustive(t *testing.T) {
 				atoms = append(atoms, atom{nucleus.Action{Op: nucleus.NetConnect, Connect: &nucleus.Connect{Host: host, Port: port}}, false})
 				for _, method := range []string{"GET", "HEAD", "BREW"} {
 					for _, path := range []string{"/", "/r", "/r/s", "/r/../q"} {
+						atoms = append(atoms, atom{plainAction(method, host, port, path), false})
 						for _, trust := range []bool{false, true} {
 							atoms = append(atoms, atom{nucleus.Action{Op: nucleus.WebFetch, Fetch: &nucleus.Fetch{Host: host, Port: port, Method: method, Path: path}}, trust})
 						}

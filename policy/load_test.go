@@ -32,6 +32,9 @@ func TestLoadRefuses(t *testing.T) {
 		{"name: a\n\tb: c", `f:`},
 		{"name: \"a\x00\"", `f:`},
 		{strings.Repeat("#", MaxDocument+1), `f:1: the document has more than 1048576 bytes`},
+		{"name: a\n" + strings.Repeat("#\n", maxMarks/2), `f:32769: the document has more than 65536 lines and marks`},
+		{"[" + strings.Repeat("1,", maxMarksJSON) + "1]", `f:1: the document has more than 98304 lines and marks`},
+		{"name: " + strings.Repeat("x", 100_000) + "\n", ` [cut: `},
 		// YAML that reads differently than it looks
 		{"operations: &x {read_files: always}", `f:1: anchor &x`},
 		{"name: a\noperations: *x", `f:2: not YAML: alias *x`},
@@ -170,42 +173,127 @@ func TestLoadRefuses(t *testing.T) {
 	}
 }
 
-// The largest documents, of the shapes that cost a reader most, are refused in
-// bounded memory.
+// No document costs a reader more than this, in bytes and time: the shapes that cost
+// most, as large as they may be, and filled up with marks to the last that is read.
 func TestLoadIsBounded(t *testing.T) {
-	fill := func(head, part, tail string) string {
-		return head + strings.Repeat(part, (MaxDocument-len(head)-len(tail))/len(part)) + tail
-	}
-	for name, text := range map[string]string{
-		"lists":            fill("a: [", "[],", "]"),
-		"keys":             fill("", "a: b\n", ""),
-		"flow keys":        fill("{", "a,", "}"),
-		"comments":         fill("", "#\n", ""),
-		"escapes":          fill(`name: "`, `\n`, `"`),
-		"anchors":          fill("", "- &a x\n", ""),
-		"aliases":          fill("a: &a [x]\nb: [", "*a,", "]"),
-		"documents":        fill("", "---\n", ""),
-		"open lists":       fill("", "[", ""),
-		"open objects":     fill("", `{"a":`, ""),
-		"block lists":      fill("", "- ", ""),
-		"JSON lists":       fill(`{"a":[`, "[],", "[]]}"),
-		"JSON, deep":       strings.Repeat("[", MaxDocument/2) + strings.Repeat("]", MaxDocument/2),
-		"rules":            fill("commands: {only: [", "[a],", "]}"),
-		"blocked patterns": fill("paths: {blocked: [", "a,", "]}"),
-		"long pattern":     fill(`paths: {blocked: ["`, "*a", `["]}`),
+	const most, mostTime = 64 << 20, 10 * time.Second
+	long := strings.Repeat("x", 12)
+	for name, shape := range map[string]struct{ head, part, tail string }{
+		"lists":               {"a: [", "[],", "]"},
+		"pairs in a list":     {"a: [", "a: b,", "]"},
+		"keys":                {"", "a: b\n", ""},
+		"long flow keys":      {"{", "aa" + long + ",", "}"},
+		"comments at lines":   {"", "a: b #" + long + "\n", ""},
+		"comments over lines": {"", "#" + long + "\n- b\n", ""},
+		"comments in flow":    {"{", "a #" + long + "\n,", "}"},
+		"numbered escapes":    {`name: "`, `\u0041`, `"`},
+		"words":               {"name: ", "x ", ""},
+		"letters":             {"name: ", "é", ""},
+		"other line breaks":   {"name: a", "\u0085x", ""},
+		"lines of a block":    {"name: |\n", " x\n", ""},
+		"long tag":            {"!", "x", " a"},
+		"long alias":          {"name: *", "x", ""},
+		"spaces":              {"", " ", "a: b"},
+		"anchors and tags":    {"[", "&a !b c,", "]"},
+		"aliases":             {"a: &a [x]\nb: [", "*a,", "]"},
+		"directives":          {"", "%TAG !a! b\n", "--- a"},
+		"documents":           {"", "---\n", ""},
+		"open lists":          {"", "[", ""},
+		"open mappings":       {"", "{a: ", ""},
+		"block lists":         {"", "- ", ""},
+		"block keys":          {"", "? ", ""},
+		"wide and deep":       {strings.Repeat("[", 9000), "a,", ""},
+		"JSON numbers":        {`{"a":[`, "1,", "1]}"},
+		"JSON keys":           {`{"a":{`, `"":"",`, `"":1}}`},
+		"JSON string":         {`{"name":"`, `\t`, `"}`},
+		"rules":               {"commands: {only: [", "[a],", "]}"},
+		"blocked patterns":    {"paths: {blocked: [", "a,", "]}"},
+		"long pattern":        {`paths: {blocked: ["`, "*a", `"], x: y}`},
+		"not UTF-8":           {"", "\xff", ""},
 	} {
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		started := time.Now()
-		if p, err := Load("f", []byte(text)); err == nil || p != nil || !strings.HasPrefix(err.Error(), "f:") {
-			t.Errorf("%s: %v", name, err)
+		parts := (MaxDocument - len(shape.head) - len(shape.tail)) / len(shape.part)
+		filled := 0 // parts below the bound on marks
+		if per := marksOf(shape.part); per > 0 {
+			bound := maxMarks
+			if strings.HasPrefix(name, "JSON") {
+				bound = maxMarksJSON
+			}
+			filled = min(parts, (bound-marksOf(shape.head)-marksOf(shape.tail))/per)
 		}
-		runtime.ReadMemStats(&after)
-		// The parser makes a node of some 300 bytes for a value of two.
-		if used, took := after.TotalAlloc-before.TotalAlloc, time.Since(started); used > 1<<30 || took > 20*time.Second {
-			t.Errorf("%s: %d MB allocated, %s", name, used>>20, took)
+		for _, n := range []int{parts, filled} {
+			text := []byte(shape.head + strings.Repeat(shape.part, n) + shape.tail)
+			if n == 0 {
+				continue
+			}
+			started := time.Now()
+			var err error
+			bytes := allocated(func() { _, err = Load("f", text) })
+			took := time.Since(started)
+			if err == nil || !strings.HasPrefix(err.Error(), "f:") || len(err.Error()) > 1200 {
+				t.Errorf("%s, %d parts: %.2000v", name, n, err)
+			}
+			t.Logf("%s, %d parts: %d MB, %s", name, n, bytes>>20, took)
+			if bytes > most || took > mostTime {
+				t.Errorf("%s, %d parts: %d MB allocated in %s; want at most %d MB in %s", name, n, bytes>>20, took, most>>20, mostTime)
+			}
+		}
+	}
+}
+
+func marksOf(s string) int {
+	low, high := 0, len(s)+1 // the first bound that s keeps
+	for low < high {
+		if middle := (low + high) / 2; checkMarks([]byte(s), middle) == nil {
+			high = middle
 		} else {
-			t.Logf("%s: %d MB allocated, %s", name, used>>20, took)
+			low = middle + 1
+		}
+	}
+	return low
+}
+
+// allocated is how many bytes do allocates in all; it never holds more at once.
+func allocated(do func()) uint64 {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	do()
+	runtime.ReadMemStats(&after)
+	return after.TotalAlloc - before.TotalAlloc
+}
+
+// Policies that are large and honest are read: the benign twins of the bounds.
+func TestLoadLarge(t *testing.T) {
+	rules := func(n int) map[string]string {
+		var block, flow strings.Builder
+		block.WriteString("# a large policy\nhosts:\n  only:\n")
+		flow.WriteString("hosts: {only: [\n")
+		for i := range n {
+			fmt.Fprintf(&block, "  - host: h%d.example.org # the host of team-%d\n    port: 443\n    methods: [GET, HEAD, POST]\n    path: \"/a/%d/**\"\n", i, i, i)
+			fmt.Fprintf(&flow, "  {host: h%d.example.org, port: 443, methods: [GET, HEAD, POST], path: \"/a/%d/**\"},\n", i, i)
+		}
+		block.WriteString("commands:\n  only:\n")
+		flow.WriteString("]}\ncommands: {only: [\n")
+		for i := range n {
+			fmt.Fprintf(&block, "  - [make, \"t%d\", \"--flag=a-b\", \"x:y\", \"**\"]\n", i)
+			fmt.Fprintf(&flow, "  [make, \"t%d\", \"--flag=a-b\", \"x:y\", \"**\"],\n", i)
+		}
+		flow.WriteString("]}\n")
+		return map[string]string{"block": block.String(), "flow": flow.String()}
+	}
+	for _, n := range []int{1000, 1800} {
+		for style, text := range rules(n) {
+			p, err := Load("f", []byte(text))
+			if err != nil {
+				t.Errorf("%d hosts and commands, %s: %v", n, style, err)
+				continue
+			}
+			canonical, err := p.Canonical()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if back, err := Load("f", canonical); err != nil || !Equal(back, p) || len(p.hosts.only) != n || len(p.commands.only) != n {
+				t.Errorf("%d hosts and commands, %s: %d and %d are read, and back with %v", n, style, len(p.hosts.only), len(p.commands.only), err)
+			}
 		}
 	}
 }

@@ -20,6 +20,39 @@ const MaxDocument = 1 << 20
 
 const maxDepth = 12
 
+// A parser makes a node of hundreds of bytes of a mark and a letter. So the marks that
+// can begin or end a value are counted before anything is parsed: a policy of 1,000 rules
+// for hosts and 1,000 for commands has some 30,000. In JSON, the form that Canonical
+// writes and whose reader needs less, there may be half as many more: what was
+// read from YAML can be read back.
+const (
+	maxMarks     = 1 << 16
+	maxMarksJSON = maxMarks + maxMarks/2
+)
+
+// checkMarks refuses a document with more than most marks. A dash is one only where
+// something that is not printed stands behind it, else it is a letter of a word.
+func checkMarks(data []byte, most int) error {
+	marks, line := 0, 1
+	for i, c := range data {
+		switch c {
+		case '\n':
+			line++
+			marks++
+		case ',', '[', ']', '{', '}', ':', '?', '#', '&', '*', '!', '|', '>', '%', '\r':
+			marks++
+		case '-':
+			if i+1 == len(data) || data[i+1] <= ' ' || data[i+1] > '~' {
+				marks++
+			}
+		}
+		if marks > most {
+			return &lineError{line, fmt.Sprintf("the document has more than %d lines and marks (, : - [ ] { } and the like); no more are read", most)}
+		}
+	}
+	return nil
+}
+
 // node is a value of a YAML or JSON document with the line that it stands on.
 type node struct {
 	kind  kind
@@ -48,7 +81,16 @@ type lineError struct {
 	message string
 }
 
-func (e *lineError) Error() string { return strconv.Itoa(e.line) + ": " + e.message }
+// Error shows at most so much of a message that it can be read; what was wanted stands
+// at its end.
+func (e *lineError) Error() string {
+	message := e.message
+	const head, tail = 600, 300
+	if cut := len(message) - head - tail; cut > 0 {
+		message = strings.ToValidUTF8(message[:head], "") + fmt.Sprintf(" [cut: %d bytes] ", cut) + strings.ToValidUTF8(message[head+cut:], "")
+	}
+	return strconv.Itoa(e.line) + ": " + message
+}
 
 // describe is what a reader found, for messages.
 func (n *node) describe() string {
@@ -74,7 +116,13 @@ func parse(data []byte) (*node, error) {
 	case !utf8.Valid(data):
 		return nil, &lineError{1, "the document is not UTF-8"}
 	case json.Valid(data):
+		if err := checkMarks(data, maxMarksJSON); err != nil {
+			return nil, err
+		}
 		return parseJSON(data)
+	}
+	if err := checkMarks(data, maxMarks); err != nil {
+		return nil, err
 	}
 	return parseYAML(data)
 }
@@ -135,7 +183,7 @@ func fromYAML(y *yaml.Node, depth int) (*node, error) {
 	}
 	switch y.Kind {
 	case yaml.MappingNode:
-		n.kind = mapping
+		n.kind, n.keys, n.items = mapping, make([]node, 0, len(y.Content)/2), make([]*node, 0, len(y.Content)/2)
 		for i := 0; i+1 < len(y.Content); i += 2 {
 			key, err := fromYAML(y.Content[i], depth+1)
 			if err != nil {
@@ -148,7 +196,7 @@ func fromYAML(y *yaml.Node, depth int) (*node, error) {
 			n.keys, n.items = append(n.keys, *key), append(n.items, value)
 		}
 	case yaml.SequenceNode:
-		n.kind = list
+		n.kind, n.items = list, make([]*node, 0, len(y.Content))
 		for _, item := range y.Content {
 			value, err := fromYAML(item, depth+1)
 			if err != nil {

@@ -116,10 +116,15 @@ func (p *Policy) hostSteps(op nucleus.Op) (all []nucleus.Action) {
 	for _, r := range rules {
 		if op == nucleus.NetConnect && r.opaque() {
 			all = append(all, r.examples()...)
-		} else if op == nucleus.WebFetch {
-			request := r
-			request.methods = r.methods &^ (1 << len(methodNames))
-			all = append(all, request.examples()...)
+			continue
+		}
+		request := r
+		request.methods = r.methods &^ (1 << len(methodNames))
+		for _, a := range request.examples() {
+			if op == nucleus.NetConnect {
+				a = plain(a)
+			}
+			all = append(all, a)
 		}
 	}
 	return all

@@ -3,9 +3,11 @@ package main
 import (
 	"crypto/ed25519"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
-	"strconv"
+	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -17,119 +19,103 @@ import (
 )
 
 func auditCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "audit", Short: "Read and verify the log", Example: "  cal audit verify"}
-	cmd.AddCommand(auditLogCommand(), auditShowCommand(), auditKeyCommand(), auditVerifyCommand())
+	cmd := &cobra.Command{Use: "audit", Short: "Read, verify and prove the log", Example: "  cal audit log --decision deny\n  cal audit verify"}
+	cmd.AddCommand(auditLogCommand(), auditShowCommand(), auditKeyCommand(), auditVerifyCommand(), auditProveCommand(), auditVerifyReceiptCommand(), auditExportCommand())
 	return cmd
 }
 
-func logDir() (string, error) {
+// logFlags name a log that is read: this host's own where they are empty.
+type logFlags struct{ dir, key string }
+
+func (l *logFlags) addDir(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&l.dir, "log", "", "directory of the log (default: this host's)")
+}
+
+func (l *logFlags) addKey(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&l.key, "key", "", "verifier key in signed-note form (default: this host's)")
+}
+
+func (l *logFlags) place() (string, error) {
+	if l.dir != "" {
+		return l.dir, nil
+	}
 	home, err := workspace.OpenHome()
 	return home.Log(), err
 }
 
-func auditLogCommand() *cobra.Command {
-	var pod, op, decision, kind string
-	var asJSON bool
-	cmd := &cobra.Command{
-		Use: "log", Short: "List the entries", Example: "  cal audit log --op git_push --decision deny", Args: args(cobra.NoArgs),
-		RunE: func(*cobra.Command, []string) error {
-			dir, err := logDir()
-			if err != nil {
-				return err
-			}
-			list := []nucleus.Entry{}
-			for e, err := range audit.Read(dir, 0) {
-				if err != nil {
-					return err
-				}
-				if match(pod, e.Pod) && match(op, string(e.Op)) && match(decision, string(e.Verdict)) && match(kind, e.Kind) {
-					list = append(list, e)
-				}
-			}
-			return printList(list, asJSON, "SEQ\tTIME\tPOD\tKIND\tOPERATION\tDECISION\tRULE\tSTATUS", func(e nucleus.Entry) string {
-				return strings.Join([]string{strconv.FormatInt(e.Seq, 10), e.Time[:min(len(e.Time), 19)], e.Pod, e.Kind, string(e.Op), string(e.Verdict), e.Rule, e.Status}, "\t")
-			})
-		},
+func (l *logFlags) verifier() (string, error) {
+	if l.key != "" {
+		return l.key, nil
 	}
-	f := cmd.Flags()
-	f.StringVar(&pod, "pod", "", "only this pod")
-	f.StringVar(&op, "op", "", "only this operation")
-	f.StringVar(&decision, "decision", "", "only allow, ask or deny")
-	f.StringVar(&kind, "kind", "", "only this kind, e.g. request.intent")
-	f.BoolVar(&asJSON, "json", false, "as JSON")
-	return cmd
-}
-
-func match(want, got string) bool { return want == "" || want == got }
-
-func auditShowCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "show N", Short: "Show one entry", Example: "  cal audit show 12", Args: args(cobra.ExactArgs(1)),
-		RunE: func(_ *cobra.Command, given []string) error {
-			n, err := strconv.ParseInt(given[0], 10, 64)
-			if err != nil || n < 0 {
-				return usageError{fmt.Errorf("%q is no entry number", given[0])}
-			}
-			dir, err := logDir()
-			if err != nil {
-				return err
-			}
-			for e, err := range audit.Read(dir, n) {
-				if err != nil {
-					return err
-				}
-				enc := json.NewEncoder(os.Stdout)
-				enc.SetIndent("", "  ")
-				return enc.Encode(e)
-			}
-			return fmt.Errorf("the log has no entry %d", n)
-		},
-	}
-}
-
-func verifierKey() (string, error) {
 	home, err := workspace.OpenHome()
 	if err != nil {
 		return "", err
 	}
-	key, err := keyfile.Load(home.LogKey())
+	key, err := publicKey(home.LogKey(), nucleus.LogOrigin)
 	if err != nil {
-		return "", fmt.Errorf("no log yet: %w", err)
+		return "", fmt.Errorf("no log yet, and no --key: %w", err)
 	}
-	return audit.VerifierKey(nucleus.LogOrigin, key.Public().(ed25519.PublicKey)), nil
+	return key, nil
+}
+
+func (l *logFlags) both() (dir, key string, err error) {
+	if dir, err = l.place(); err == nil {
+		key, err = l.verifier()
+	}
+	return dir, key, err
+}
+
+func publicKey(file, origin string) (string, error) {
+	key, err := keyfile.Load(file)
+	if err != nil {
+		return "", err
+	}
+	return audit.VerifierKey(origin, key.Public().(ed25519.PublicKey)), nil
 }
 
 func auditKeyCommand() *cobra.Command {
-	return &cobra.Command{
+	var asJSON bool
+	cmd := &cobra.Command{
 		Use: "key", Short: "Print the key that verifies the log, in signed-note form", Example: "  cal audit key > log.vkey", Args: args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
-			key, err := verifierKey()
+			key, err := new(logFlags).verifier()
+			if err == nil && asJSON {
+				return json.NewEncoder(os.Stdout).Encode(map[string]string{"origin": nucleus.LogOrigin, "key": key})
+			}
 			if err == nil {
 				fmt.Println(key)
 			}
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	return cmd
 }
 
+// verified is the report on one log, and on how it fits the other.
+type verified struct {
+	Dir string `json:"dir"`
+	*audit.Report
+	Compared string          `json:"compared_with,omitempty"` // the authority's log
+	Contrary []audit.Problem `json:"contradicts,omitempty"`
+}
+
+func (v verified) problems() int { return len(v.Problems) + v.More + len(v.Contrary) }
+
 func auditVerifyCommand() *cobra.Command {
-	var key, checkpoint string
+	var log logFlags
+	var checkpoint string
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use: "verify [DIR]", Short: "Check every entry, tile and signature; says what is wrong and where",
+		Use: "verify [DIR]", Short: "Check every entry, tile and signature; says what is wrong, of what kind and where",
+		Long: "Check every entry, tile and signature; says what is wrong, of what kind and where.\n" +
+			"Without DIR it is this host's log, and the authority's, and whether the two contradict one another.",
 		Example: "  cal audit verify\n  cal audit verify copy/ --key \"$(cat log.vkey)\" --checkpoint kept.txt", Args: args(cobra.MaximumNArgs(1)),
 		RunE: func(_ *cobra.Command, given []string) error {
-			dir, err := logDir()
+			log.dir = strings.Join(given, "")
+			dir, key, err := log.both()
 			if err != nil {
 				return err
-			}
-			if len(given) == 1 {
-				dir = given[0]
-			}
-			if key == "" {
-				if key, err = verifierKey(); err != nil {
-					return err
-				}
 			}
 			o := audit.VerifyOptions{Key: key}
 			if checkpoint != "" {
@@ -141,30 +127,85 @@ func auditVerifyCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return printReport(dir, report, asJSON)
+			all := []verified{{Dir: dir, Report: report}}
+			if log.dir == "" {
+				if all, err = withAuthority(all); err != nil {
+					return err
+				}
+			}
+			return printReports(all, asJSON)
 		},
 	}
-	cmd.Flags().StringVar(&key, "key", "", "verifier key in signed-note form (default: this host's)")
+	log.addKey(cmd)
 	cmd.Flags().StringVar(&checkpoint, "checkpoint", "", "a checkpoint that was kept elsewhere; shows truncation and rewriting")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	return cmd
 }
 
-func printReport(dir string, report *audit.Report, asJSON bool) error {
+// withAuthority adds the report on the authority's log, where there is one that this
+// user can read.
+func withAuthority(all []verified) ([]verified, error) {
+	home, err := workspace.OpenHome()
+	if err != nil {
+		return all, err
+	}
+	dir := filepath.Join(home.AuthorityDir(), "log")
+	key, err := publicKey(filepath.Join(home.AuthorityDir(), "log.key"), nucleus.AuthorityLogOrigin)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+		return all, nil
+	}
+	if err != nil {
+		return all, err
+	}
+	report, err := audit.Verify(dir, audit.VerifyOptions{Key: key})
+	if err != nil {
+		return all, err
+	}
+	all = append(all, verified{Dir: dir, Report: report})
+	if all[0].problems() > 0 || !report.OK() {
+		return all, nil // what is wrong already may hide more
+	}
+	all[0].Compared = dir
+	all[0].Contrary, err = audit.Compare(all[0].Dir, dir)
+	return all, err
+}
+
+func printReports(all []verified, asJSON bool) error {
+	wrong, where := 0, ""
+	for _, v := range all {
+		if n := v.problems(); n > 0 {
+			wrong += n
+			where = v.Dir
+		}
+	}
 	if asJSON {
-		if err := json.NewEncoder(os.Stdout).Encode(report); err != nil {
-			return err
+		for _, v := range all {
+			if err := json.NewEncoder(os.Stdout).Encode(v); err != nil {
+				return err
+			}
 		}
 	} else {
-		for _, p := range report.Problems {
-			fmt.Println(p)
-		}
-		if report.OK() {
-			fmt.Printf("%s: %d entries, all as they were written\n", dir, report.Size)
+		for _, v := range all {
+			v.print()
 		}
 	}
-	if !report.OK() {
-		return fmt.Errorf("the log in %s is not as it was written: %s", dir, count(len(report.Problems), "problem"))
+	if wrong > 0 {
+		return fmt.Errorf("the log in %s is not as it was written: %s", where, count(wrong, "problem"))
 	}
 	return nil
+}
+
+func (v verified) print() {
+	for _, p := range append(v.Problems, v.Contrary...) {
+		fmt.Println(p)
+	}
+	if v.More > 0 {
+		fmt.Printf("and %s more\n", count(v.More, "problem"))
+	}
+	if v.OK() {
+		fmt.Printf("%s: %d entries, all as they were written\n", v.Dir, v.Size)
+	}
+	if v.Compared != "" && len(v.Contrary) == 0 {
+		fmt.Println("each grant that was used is in the authority's log, each ask that it was shown in this one")
+	}
 }

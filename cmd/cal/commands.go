@@ -141,7 +141,7 @@ func vmCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return printList(pods, asJSON, "POD\tWORKSPACE\tSTATE\tTIER\tMODE\tAGENT\tEXPOSURE\tCREATED", podRow)
+				return printList(pods, asJSON, "POD\tPARENT\tWORKSPACE\tSTATE\tTIER\tMODE\tAGENT\tEXPOSURE\tCREATED", podRow)
 			})
 		},
 	}
@@ -280,5 +280,5 @@ func authority(given []string) error {
 }
 
 func podRow(p nucleus.PodStatus) string {
-	return strings.Join([]string{p.ID, p.Workspace, p.State, string(p.Tier), string(p.Mode), p.Agent, strings.Join(p.Exposure, "+"), p.Created}, "\t")
+	return strings.Join([]string{p.ID, p.Parent, p.Workspace, p.State, string(p.Tier), string(p.Mode), p.Agent, strings.Join(p.Exposure, "+"), p.Created}, "\t")
 }

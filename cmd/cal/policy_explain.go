@@ -71,7 +71,7 @@ func explain(name, step string, exposure nucleus.Legs) (explained, error) {
 		result.Where = path + ":" + strconv.Itoa(line)
 	}
 	if c := action.Command; c != nil {
-		reading := command.Read(c.Argv)
+		reading := command.Of(*c)
 		result.Class = reading.Class.String() + " (" + reading.Why + ")"
 		for _, part := range reading.Parts {
 			result.Runs = append(result.Runs, fmt.Sprintf("%s: %s (%s)", part.Class, strings.Join(part.Argv, " "), part.Why))
@@ -145,10 +145,8 @@ func policySimulate() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if dir == "" {
-				if dir, err = logDir(); err != nil {
-					return err
-				}
+			if dir, err = (&logFlags{dir: dir}).place(); err != nil {
+				return err
 			}
 			result, err := trial.Run(p, audit.Read(dir, 0))
 			if err != nil {

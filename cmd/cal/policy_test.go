@@ -170,9 +170,13 @@ func TestStepsHaveTheArgumentsOfTheTools(t *testing.T) {
 		nucleus.ReadFiles: tools.ReadArgs{}, nucleus.WriteFiles: tools.WriteArgs{}, nucleus.EditFiles: tools.EditArgs{},
 		nucleus.GlobSearch: tools.GlobArgs{}, nucleus.GrepSearch: tools.GrepArgs{}, nucleus.RunBash: tools.RunArgs{},
 		nucleus.GitCommit: tools.CommitArgs{}, nucleus.GitPush: tools.PushArgs{}, nucleus.CreatePR: tools.PRArgs{}, nucleus.WebFetch: tools.FetchArgs{},
+		nucleus.SpawnAgent: tools.SpawnArgs{}, nucleus.ManagePods: tools.PodsArgs{},
 	} {
 		var want []string
 		for _, field := range reflect.VisibleFields(reflect.TypeOf(of)) {
+			if field.Anonymous {
+				continue
+			}
 			name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
 			want = append(want, name)
 		}

@@ -249,7 +249,7 @@ func newAsk(t *testing.T, id string, argv ...string) nucleus.AskRequest {
 	salt, now := nucleus.NewSalt(), time.Now().UnixMilli()
 	ask := nucleus.AskRequest{
 		ID: id, Pod: "p-1", Workspace: "w", Session: "s-1", Boot: "b-1", Requester: "agent", Request: signedRequest(t, http.MethodPost, "http://nucleus/v1/pods/p-1/tools/run_bash", "p-1", string(args)),
-		Action: nucleus.Action{Op: nucleus.RunBash, Args: nucleus.SHA256(args), Command: &nucleus.Command{Argv: argv, Dir: ".", Binary: "/usr/bin/env"}},
+		Action: nucleus.Action{Op: nucleus.RunBash, Args: nucleus.SHA256(args), Command: &nucleus.Command{Argv: argv, Dir: ".", Binary: "/usr/bin/" + argv[0]}},
 		Salt:   salt[:], Policy: nucleus.SHA256([]byte("policy")), Rule: "operations.run_bash", Why: "this profile asks", Tier: "kernel", Mode: "mediated",
 		Context: nucleus.Context{UnixMilli: now}, Created: now, Expires: now + 300_000, Nonce: "n-1",
 	}
@@ -363,6 +363,8 @@ func TestApprove(t *testing.T) {
 	// The person.
 	p = atPty(t, home, "", "approve", "a-1", "--reason", "looks right")
 	p.expect("what will happen: run_bash")
+	p.expect("class       arbitrary code: ")
+	p.expect(`runs        network: "curl" "evil.example"`)
 	p.expect("grant this once? [y/N] ")
 	p.send("y")
 	p.expect("your phrase: " + phrase)
@@ -394,7 +396,7 @@ func TestApprove(t *testing.T) {
 	}
 	var items []client.Item
 	code, out := withoutTerminal(t, home, "", "list", "--json")
-	if err := json.Unmarshal([]byte(out), &items); code != 0 || err != nil || len(items) != 1 || items[0].Summary != `run_bash "rm" "-r" "x"` {
+	if err := json.Unmarshal([]byte(out), &items); code != 0 || err != nil || len(items) != 1 || items[0].Summary != `run_bash (writes) "rm" "-r" "x"` {
 		t.Errorf("list: %d %v %s", code, err, out)
 	}
 	if code, out := withoutTerminal(t, home, "", "deny", "a-2", "--reason", "keep x"); code != 0 || !strings.Contains(out, "denied") {

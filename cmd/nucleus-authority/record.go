@@ -9,9 +9,6 @@ import (
 	"cal/nucleus"
 )
 
-// logOrigin names the authority's log in its checkpoints.
-const logOrigin = "cal/authority-log"
-
 // recorder is the authority's own log: every ask and decision, in the tile format, under
 // a key of its own.
 type recorder struct{ *audit.Log }
@@ -25,7 +22,7 @@ func openLog(dir string) (recorder, error) {
 	if err != nil {
 		return recorder{}, err
 	}
-	log, err := audit.Open(place, audit.Options{Origin: logOrigin, Key: key})
+	log, err := audit.Open(place, audit.Options{Origin: nucleus.AuthorityLogOrigin, Key: key})
 	return recorder{log}, err
 }
 

@@ -5,8 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"path"
 	"reflect"
+	"regexp"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -107,6 +110,49 @@ type FetchArgs struct {
 	Body    string            `json:"body,omitempty"`
 }
 
+// NewPod says how the pod that spawn_agent or manage_pods asks for differs from the one that
+// asks: it can only have less. There is no argument for image, network, credentials or a
+// path of the host.
+type NewPod struct {
+	Policy    json.RawMessage `json:"policy,omitempty"`    // a profile's name or a whole policy; absent: all that the asking pod has
+	Mode      string          `json:"mode,omitempty"`      // absent: as the asking pod
+	Driver    string          `json:"driver,omitempty"`    // absent: as the asking pod
+	Require   string          `json:"require,omitempty"`   // the tier that is wanted at least
+	Resources json.RawMessage `json:"resources,omitempty"` // a nucleus.Resources; absent: as the asking pod
+	Env       *[]string       `json:"env,omitempty"`       // names of what is handed on; absent: all
+	Repo      string          `json:"repo,omitempty"`      // goes along; may be left out where there is one
+}
+
+// MaxTask is the longest task of a sub-agent, in bytes.
+const MaxTask = 32 << 10
+
+// MaxWait is the longest wait for a sub-agent in one call, in seconds: agents cut longer calls off.
+const MaxWait = 50
+
+// SpawnArgs are the arguments of spawn_agent; its effect is on the host.
+type SpawnArgs struct {
+	Task  string `json:"task"`
+	WaitS *int   `json:"wait_s,omitempty"` // absent: MaxWait
+	Keep  bool   `json:"keep,omitempty"`
+	NewPod
+}
+
+// PodsArgs are the arguments of manage_pods; its effect is on the host. What a pod is made
+// with belongs to "create" alone. "call" is never carried out as manage_pods: the machine's
+// proxy asks the node for Operation in Pod.
+type PodsArgs struct {
+	Action    string          `json:"action"`
+	Pod       string          `json:"pod,omitempty"`
+	WaitS     *int            `json:"wait_s,omitempty"` // of "wait"; absent: MaxWait
+	Keep      bool            `json:"keep,omitempty"`   // of "wait"
+	Operation string          `json:"operation,omitempty"`
+	Arguments json.RawMessage `json:"arguments,omitempty"`
+	NewPod
+}
+
+// SubCall is the action of manage_pods by which an agent calls a tool in a pod below its own.
+const SubCall = "call"
+
 // Decode turns the argument document of an operation into its struct (ReadArgs,
 // WriteArgs, ...). It refuses, naming the argument, what is unknown, missing, of
 // the wrong type or out of range, and a document that has no canonical form. An
@@ -134,6 +180,10 @@ func Decode(op nucleus.Op, raw json.RawMessage) (any, error) {
 		return decode[PRArgs](op, raw)
 	case nucleus.WebFetch:
 		return decode[FetchArgs](op, raw)
+	case nucleus.SpawnAgent:
+		return decode[SpawnArgs](op, raw)
+	case nucleus.ManagePods:
+		return decode[PodsArgs](op, raw)
 	}
 	return nil, invalid(op, "operation %q has no tool", op)
 }
@@ -185,6 +235,9 @@ func decode[T interface{ check() error }](op nucleus.Op, raw json.RawMessage) (a
 func checkMembers(t reflect.Type, members map[string]json.RawMessage) error {
 	known := map[string]bool{}
 	for _, field := range reflect.VisibleFields(t) {
+		if field.Anonymous { // its fields are visible themselves
+			continue
+		}
 		name, options, _ := strings.Cut(field.Tag.Get("json"), ",")
 		known[name] = true
 		value, present := members[name]
@@ -345,6 +398,85 @@ func (a FetchArgs) check() error {
 		return errors.New(`argument "url" is empty`)
 	}
 	return nil
+}
+
+func (a NewPod) check() error {
+	if _, err := a.Limits(); err != nil {
+		return err
+	}
+	return checkOptionalPath("repo", a.Repo)
+}
+
+// Limits are the resources that are asked for; nil: as the asking pod.
+func (a NewPod) Limits() (*nucleus.Resources, error) {
+	if len(a.Resources) == 0 || bytes.Equal(a.Resources, []byte("null")) {
+		return nil, nil
+	}
+	var r nucleus.Resources
+	if err := nucleus.Strict(a.Resources, &r); err != nil {
+		return nil, fmt.Errorf("resources: %v", err)
+	}
+	return &r, nil
+}
+
+func (a NewPod) given() bool {
+	return len(a.Policy)+len(a.Resources) > 0 || a.Env != nil || a.Mode+a.Driver+a.Require != ""
+}
+
+func checkWait(s *int) error {
+	if s != nil && (*s < 0 || *s > MaxWait) {
+		return fmt.Errorf("wait_s %d: want 0 to %d; manage_pods wait goes on waiting", *s, MaxWait)
+	}
+	return nil
+}
+
+// Seconds is how long to wait.
+func Seconds(wait *int) int {
+	if wait == nil {
+		return MaxWait
+	}
+	return *wait
+}
+
+func (a SpawnArgs) check() error {
+	switch {
+	case strings.TrimSpace(a.Task) == "":
+		return errors.New(`argument "task" is empty`)
+	case len(a.Task) > MaxTask:
+		return nucleus.Errorf(nucleus.KindTooLarge, "task of %d bytes, at most %d: put the rest into a file of the repository", len(a.Task), MaxTask)
+	case strings.ContainsRune(a.Task, 0):
+		return errors.New("task contains a NUL character")
+	}
+	return errors.Join(checkWait(a.WaitS), a.NewPod.check())
+}
+
+var podID = regexp.MustCompile(`^p-[a-z0-9]{1,40}$`)
+
+func (a PodsArgs) check() error {
+	has := map[string]bool{
+		"pod": a.Pod != "", "wait_s": a.WaitS != nil, "keep": a.Keep, "repo": a.Repo != "", "operation": a.Operation != "",
+		"arguments": len(a.Arguments) > 0, "policy, mode, driver, require, resources or env": a.NewPod.given(),
+	}
+	known, ok := map[string][]string{
+		string(nucleus.SubCreate): {"repo", "policy, mode, driver, require, resources or env"},
+		string(nucleus.SubList):   {},
+		string(nucleus.SubWait):   {"pod", "wait_s", "keep"},
+		string(nucleus.SubFetch):  {"pod", "repo"},
+		string(nucleus.SubDelete): {"pod"},
+		SubCall:                   {"pod", "operation", "arguments"},
+	}[a.Action]
+	if !ok {
+		return fmt.Errorf("action %q: want create, list, call, wait, fetch or delete", a.Action)
+	}
+	for _, name := range slices.Sorted(maps.Keys(has)) {
+		if has[name] && !slices.Contains(known, name) {
+			return fmt.Errorf("action %s takes no %s", a.Action, name)
+		}
+	}
+	if slices.Contains(known, "pod") && !podID.MatchString(a.Pod) {
+		return fmt.Errorf("pod %q is not the id of a pod", a.Pod)
+	}
+	return errors.Join(checkWait(a.WaitS), a.NewPod.check())
 }
 
 func checkPath(name, p string) error {

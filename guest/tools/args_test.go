@@ -142,7 +142,7 @@ func TestSchemasMatchStructs(t *testing.T) {
 	structs := map[string]any{
 		"read_files": ReadArgs{}, "write_files": WriteArgs{}, "edit_files": EditArgs{}, "glob_search": GlobArgs{}, "grep_search": GrepArgs{},
 		"bash_output": jobArgs{}, "bash_stop": jobArgs{}, "git_commit": CommitArgs{}, "git_push": PushArgs{}, "create_pr": PRArgs{}, "web_fetch": FetchArgs{},
-		"run_bash": RunArgs{},
+		"run_bash": RunArgs{}, "spawn_agent": SpawnArgs{}, "manage_pods": PodsArgs{},
 	}
 	var names []string
 	for _, tool := range Describe() {
@@ -166,7 +166,7 @@ func TestSchemasMatchStructs(t *testing.T) {
 		fields := 0
 		for _, field := range reflect.VisibleFields(reflect.TypeOf(structs[tool.Name])) {
 			name, options, _ := strings.Cut(field.Tag.Get("json"), ",")
-			if tool.Name == "run_bash" && (name == "output" || name == "stop") {
+			if field.Anonymous || tool.Name == "run_bash" && (name == "output" || name == "stop") {
 				continue // tools of their own for an agent
 			}
 			fields++
@@ -181,7 +181,7 @@ func TestSchemasMatchStructs(t *testing.T) {
 			t.Errorf("%s: %d arguments, %d properties", tool.Name, fields, len(schema.Properties))
 		}
 	}
-	want := "read_files write_files edit_files glob_search grep_search run_bash bash_output bash_stop git_commit git_push create_pr web_fetch"
+	want := "read_files write_files edit_files glob_search grep_search run_bash bash_output bash_stop git_commit git_push create_pr web_fetch spawn_agent manage_pods"
 	if got := strings.Join(names, " "); got != want {
 		t.Errorf("tools %s, want %s", got, want)
 	}

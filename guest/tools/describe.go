@@ -48,8 +48,18 @@ func Describe() []Tool {
 			schema("title body", `"title":{"type":"string"},"body":{"type":"string"},"base":{"type":"string","description":"branch to merge into, default the repository's"},"repo":{"type":"string","description":"directory of the repository; needed where the workspace has several"}`)},
 		{string(nucleus.WebFetch), `Make one HTTP request from the host. Policy decides which addresses; it may need an approval.`,
 			schema("url", `"url":{"type":"string"},"method":{"type":"string","description":"default GET"},"headers":{"type":"object","additionalProperties":{"type":"string"}},"body":{"type":"string"}`)},
+		{string(nucleus.SpawnAgent), `Start a sub-agent of your own kind on a task, in a machine of its own, and wait for it. It gets the commits of your branch (not what is uncommitted), never more rights than you, and its budget out of yours. Its branch comes back into your repository as cal/sub/POD. If the state is "running", wait on with manage_pods.`,
+			schema("task", `"task":{"type":"string","description":"all that it is told"},`+waitSchema+newPodSchema)},
+		{string(nucleus.ManagePods), `Pods below your own: machines with the commits of your branch and never more rights than you have. create makes one without an agent, list shows them, call runs one of these tools in it, wait waits for a sub-agent, fetch brings a pod's branch into your repository as cal/sub/POD, delete ends it.`,
+			schema("action", `"action":{"type":"string","enum":["create","list","call","wait","fetch","delete"]},"pod":{"type":"string","description":"id of the pod, for all but create and list"},"operation":{"type":"string","description":"call: the tool, for example run_bash"},"arguments":{"type":"object","description":"call: the tool's arguments"},`+waitSchema+newPodSchema)},
 	}
 }
+
+// The arguments that spawn_agent and manage_pods share.
+const (
+	waitSchema   = `"wait_s":{"type":"integer","minimum":0,"maximum":50,"description":"how long to wait for the sub-agent, default 50"},"keep":{"type":"boolean","description":"keep the pod when its sub-agent has ended"},`
+	newPodSchema = `"policy":{"description":"the new pod's policy: a profile's name, or a policy in which what is left out is not allowed; it is met with yours. Default: yours","type":["string","object"]},"mode":{"type":"string","enum":["mediated","contained"]},"driver":{"type":"string"},"require":{"type":"string","enum":["vm","kernel"]},"resources":{"type":"object","additionalProperties":false,"properties":{"cpu":{"type":"integer"},"memory_mb":{"type":"integer"},"pids":{"type":"integer"}},"description":"at most yours"},"env":{"type":"array","items":{"type":"string"},"description":"names of your variables to hand on, default all"},"repo":{"type":"string","description":"repository that goes along or comes back; needed where the workspace has several"}`
+)
 
 func schema(required, properties string) json.RawMessage {
 	names, _ := json.Marshal(strings.Fields(required)) // strings marshal

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -190,6 +191,89 @@ func TestBundleRoundTrip(t *testing.T) {
 		if _, r := b.bundleOut(b2); r.Error == nil || r.Error.Kind != nucleus.KindNotFound {
 			t.Errorf("%+v: %+v", b2, r)
 		}
+	}
+}
+
+func (b *bench) incoming(header Incoming, data []byte) Result {
+	b.t.Helper()
+	stream := b.open(StreamIncoming, header)
+	if len(data) > 0 {
+		stream.Send(wire.FrameData, data)
+	}
+	stream.Send(wire.FrameData, nil)
+	return b.finish(stream).result
+}
+
+// A branch of another machine arrives beside what is checked out, and takes nothing away.
+func TestIncoming(t *testing.T) {
+	b := newBench(t, nil)
+	repo := b.path("app")
+	newRepository(t, repo)
+	base := hostGit(t, repo, "rev-parse", "HEAD")
+	other := filepath.Join(t.TempDir(), "other")
+	hostGit(t, repo, "clone", "-q", repo, other)
+	commit := func(name string) (id string, pack []byte) {
+		put(t, filepath.Join(other, name), name+"\n")
+		hostGit(t, other, "add", "-A")
+		hostGit(t, other, "commit", "-q", "-m", name)
+		id = hostGit(t, other, "rev-parse", "HEAD")
+		cmd := exec.Command("git", "pack-objects", "-q", "--revs", "--stdout", "--thin")
+		cmd.Dir, cmd.Stdin = other, strings.NewReader(id+"\n^"+base+"\n")
+		pack, err := cmd.Output()
+		check(t, err)
+		return id, pack
+	}
+	// A trap that a plain update-ref springs.
+	trap := filepath.Join(repo, ".git/hooks/reference-transaction")
+	put(t, trap, "#!/bin/sh\ntouch "+b.path("sprung")+"\n")
+	check(t, os.Chmod(trap, 0o755))
+	first, pack := commit("one")
+	in := Incoming{Repo: "app", Branch: "cal/sub/p-x", Commit: first, Base: base}
+	put(t, filepath.Join(repo, "mine.txt"), "not committed")
+	status := hostGit(t, repo, "status", "--porcelain")
+	for name, bad := range map[string]Incoming{
+		"no branch": {Repo: "app", Branch: "--x", Commit: first, Base: base}, "no commit": {Repo: "app", Branch: "b", Commit: "HEAD", Base: base},
+		"no repository": {Repo: "none", Branch: "b", Commit: first, Base: base}, "a lost base": {Repo: "app", Branch: "b", Commit: first, Base: strings.Repeat("1", 40)},
+		"a commit that is not there": {Repo: "app", Branch: "b", Commit: strings.Repeat("1", 40), Base: base},
+	} {
+		if r := b.incoming(bad, pack); r.Error == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+	if r := b.incoming(in, pack[:len(pack)-9]); r.Error == nil {
+		t.Error("a pack that was cut off was taken")
+	}
+	if r := b.incoming(in, pack); r.Error != nil {
+		t.Fatal(r.Error)
+	}
+	at := func() string { return hostGit(t, repo, "rev-parse", "cal/sub/p-x") }
+	if at() != first || hostGit(t, repo, "rev-parse", "HEAD") != base || hostGit(t, repo, "status", "--porcelain") != status {
+		t.Error("the branch is not there, or what is checked out has changed")
+	}
+	second, pack := commit("two")
+	in.Commit = second
+	if r := b.incoming(in, pack); r.Error != nil || at() != second {
+		t.Errorf("further commits: %+v", r)
+	}
+	in.Commit = first
+	if r := b.incoming(in, pack); r.Error == nil || r.Error.Kind != nucleus.KindConflict || at() != second {
+		t.Errorf("fewer commits: %+v", r)
+	}
+	if _, err := os.Stat(b.path("sprung")); err == nil {
+		t.Error("a hook of the repository ran")
+	}
+	hostGit(t, repo, "stash", "-q", "-u")
+	hostGit(t, repo, "checkout", "-q", "cal/sub/p-x")
+	check(t, os.Remove(trap))
+	third, pack := commit("three")
+	in.Commit = third
+	if r := b.incoming(in, pack); r.Error == nil || !strings.Contains(r.Error.Message, "checked out") || at() != second {
+		t.Errorf("into the checked-out branch: %+v", r)
+	}
+	hostGit(t, repo, "checkout", "-q", "-")
+	hostGit(t, repo, "worktree", "add", "-q", filepath.Join(t.TempDir(), "tree"), "cal/sub/p-x")
+	if r := b.incoming(in, pack); r.Error == nil || !strings.Contains(r.Error.Message, "checked out") {
+		t.Errorf("into the branch of another working tree: %+v", r)
 	}
 }
 

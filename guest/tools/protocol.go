@@ -22,6 +22,7 @@ import (
 //	"bundle"   header Bundle          -> FrameData*, FrameData empty, FrameResult Result    (repository out)
 //	"jobs"     -> FrameJSON JobState at once and at each change; FrameSignal ends all background commands
 //	"unbundle" header Unbundle, FrameData*, FrameData empty -> FrameResult Result          (repository in)
+//	"incoming" header Incoming, FrameData*, FrameData empty -> FrameResult Result          (branch into a repository)
 //
 // The proxy is wire.Host of the session, the worker wire.Guest. For "resolve" the
 // arguments follow as FrameJSON too. While a "do" of run_bash runs, the caller may send
@@ -39,6 +40,7 @@ const (
 	StreamBundle   = "bundle"
 	StreamJobs     = "jobs"
 	StreamUnbundle = "unbundle"
+	StreamIncoming = "incoming"
 )
 
 // JobState says whether a background command runs.
@@ -103,4 +105,14 @@ type Unbundle struct {
 	Shallow []string          `json:"shallow,omitempty"` // commits of its history whose parents are not in the bundle
 	Remotes map[string]string `json:"remotes,omitempty"`
 	Config  map[string]string `json:"config,omitempty"` // git settings to write, e.g. user.name
+}
+
+// Incoming puts a pack into Repo, which is there, and makes or moves Branch to Commit. The
+// pack holds what Base does not reach. A branch that is checked out, or that would lose commits,
+// is left alone.
+type Incoming struct {
+	Repo   string `json:"repo"`
+	Branch string `json:"branch"`
+	Commit string `json:"commit"`
+	Base   string `json:"base"`
 }

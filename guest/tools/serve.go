@@ -156,6 +156,14 @@ func (w *worker) serve(ctx context.Context, stream *wire.Stream) {
 			value, err = w.unbundle(ctx, &frameReader{stream: stream}, header)
 		}
 		w.conclude(c, value, 0, err)
+	case StreamIncoming:
+		var header Incoming
+		var value any
+		err := strictHeader(stream.Header, &header)
+		if err == nil {
+			value, err = w.incoming(ctx, &frameReader{stream: stream}, header)
+		}
+		w.conclude(c, value, 0, err)
 	default:
 		c.finish(Result{Error: nucleus.Errorf(nucleus.KindInvalid, "unknown kind of stream %q", stream.Kind)})
 	}

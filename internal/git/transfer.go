@@ -22,15 +22,15 @@ func (r Repo) WriteBundle(ctx context.Context, out io.Writer, commit string) err
 	if _, err := fmt.Fprintf(out, "# v2 git bundle\n%s HEAD\n\n", commit); err != nil {
 		return err
 	}
-	err := r.pack(ctx, out, commit)
+	err := r.WritePack(ctx, out, commit)
 	if promisor, _ := r.Run(ctx, "config", "--get-regexp", `^(extensions\.partialclone|remote\..*\.promisor)$`); err != nil && promisor != "" && ctx.Err() == nil {
 		return fmt.Errorf("%s is a partial clone and lacks objects of %.12s: %w (git fetch --refetch --no-filter)", r.Dir, commit, err)
 	}
 	return err
 }
 
-// pack writes all objects of commit but those of the commits in without.
-func (r Repo) pack(ctx context.Context, out io.Writer, commit string, without ...string) error {
+// WritePack writes all objects of commit but those of the commits in without.
+func (r Repo) WritePack(ctx context.Context, out io.Writer, commit string, without ...string) error {
 	revisions := commit + "\n"
 	for _, id := range without {
 		revisions += "^" + id + "\n"
@@ -173,7 +173,7 @@ func (q Quarantine) Give(ctx context.Context, to Repo, branch, commit, base stri
 	reader, writer := io.Pipe()
 	packed := make(chan error, 1)
 	go func() {
-		err := q.pack(ctx, writer, commit, base)
+		err := q.WritePack(ctx, writer, commit, base)
 		writer.CloseWithError(err)
 		packed <- err
 	}()

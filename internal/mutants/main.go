@@ -13,6 +13,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -34,28 +36,48 @@ func run(ctx context.Context, only string) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
+	var chosen []mutant
+	for _, m := range mutants {
+		if strings.Contains(m.law, only) {
+			chosen = append(chosen, m)
+		}
+	}
 	const row = "%-48s  %-28s  %-28s  %s\n"
 	fmt.Printf(row, "LAW OR RULE", "FILE", "TEST", "CAUGHT")
-	caught, tried := 0, 0
-	for _, m := range mutants {
-		if !strings.Contains(m.law, only) {
-			continue
-		}
-		tried++
-		how, err := m.try(ctx, dir)
-		if err != nil {
-			how = "NOT TRIED: " + err.Error()
-		}
+	caught, tried, started := 0, len(chosen), time.Now()
+	results := tryAll(ctx, dir, chosen)
+	for i, m := range chosen {
+		how := <-results[i]
 		if how == "yes" {
 			caught++
 		}
 		fmt.Printf(row, m.law, m.file, m.test, how)
 	}
-	fmt.Printf("%d of %d mutants were caught\n", caught, tried)
+	fmt.Printf("%d of %d mutants were caught in %s\n", caught, tried, time.Since(started).Round(time.Second))
 	if caught != tried || tried == 0 {
 		return fmt.Errorf("%d of %d mutants live", tried-caught, tried)
 	}
 	return nil
+}
+
+// tryAll tries as many mutants at a time as there are processors. Each has a channel
+// that gets one answer.
+func tryAll(ctx context.Context, dir string, all []mutant) []chan string {
+	results := make([]chan string, len(all))
+	places := make(chan struct{}, runtime.NumCPU())
+	for i, m := range all {
+		results[i] = make(chan string, 1)
+		go func() {
+			places <- struct{}{}
+			defer func() { <-places }()
+			how, err := m.try(ctx, filepath.Join(dir, strconv.Itoa(i)))
+			if err != nil {
+				how = "NOT TRIED: " + err.Error()
+			}
+			results[i] <- how
+		}()
+	}
+	return results
 }
 
 // try runs the named test of the file's package on the mutant. Caught means that the
@@ -71,6 +93,9 @@ func (m mutant) try(ctx context.Context, dir string) (string, error) {
 	}
 	if n := strings.Count(string(raw), m.old); n != 1 {
 		return "", fmt.Errorf("%s holds %q %d times, want once", m.file, m.old, n)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return "", err
 	}
 	changed := filepath.Join(dir, "mutant.go")
 	if err := os.WriteFile(changed, []byte(strings.Replace(string(raw), m.old, m.new, 1)), 0o600); err != nil {
@@ -89,7 +114,7 @@ func (m mutant) try(ctx context.Context, dir string) (string, error) {
 	pkg := filepath.Dir(m.file)
 	args := []string{"test", "-vet=off", "-count=1", "-overlay", overlayFile, "-run", "^" + m.test + "$", "./" + pkg}
 	if pkg == "policy" {
-		args = append(args, "-rapid.nofailfile") // a mutant's failures are no regressions
+		args = append(args, "-rapid.nofailfile", "-rapid.shrinktime=0s") // a mutant's failures are no regressions, and need no small example
 	}
 	out, err := exec.CommandContext(ctx, "go", args...).CombinedOutput()
 	failed := regexp.MustCompile(`(?m)^--- FAIL: ` + regexp.QuoteMeta(m.test) + `\b`).Match(out)

@@ -13,8 +13,12 @@ package command
 
 import (
 	"fmt"
+	"maps"
+	"path"
+	"slices"
 	"strings"
 
+	"cal/nucleus"
 	"cal/policy/program"
 )
 
@@ -23,11 +27,11 @@ type Class uint8
 
 // The classes. A command has the highest of all that it runs.
 const (
-	ReadOnly  Class = iota // reads files and the machine's state
-	Writes                 // changes files in the machine, or builds and tests what is there
-	Network                // talks to other hosts
-	Push                   // publishes: a push, a pull request, a release
-	Arbitrary              // a shell, an interpreter, or what cannot be known
+	ReadOnly Class = iota
+	Writes
+	Network
+	Push
+	Arbitrary // a shell, an interpreter, or what cannot be known
 )
 
 var classNames = [...]string{"read-only", "writes", "network", "push", "arbitrary code"}
@@ -37,6 +41,21 @@ func (c Class) String() string {
 		return classNames[c]
 	}
 	return fmt.Sprintf("Class(%d)", uint8(c))
+}
+
+// Says is the class in plain words.
+func (c Class) Says() string {
+	switch c {
+	case ReadOnly:
+		return "reads files and the machine's state"
+	case Writes:
+		return "changes files in the machine, or builds and tests what is there"
+	case Network:
+		return "talks to other hosts"
+	case Push:
+		return "publishes: a push, a pull request, a release"
+	}
+	return "may do anything a program in this machine can do"
 }
 
 // Reading is what was understood. Class is Arbitrary too where a shell runs; Parts
@@ -61,15 +80,38 @@ const (
 	maxParts  = 200
 )
 
+// Of reads a command as it was resolved: its argv, and whatever else of it can change
+// what runs.
+func Of(c nucleus.Command) Reading {
+	r := reader{}
+	if c.Script {
+		r.raise(Arbitrary, "a shell runs a script")
+	}
+	r.argv(c.Argv)
+	for _, name := range slices.Sorted(maps.Keys(c.Env)) {
+		if !harmlessExport(name) {
+			r.raise(Arbitrary, "sets "+name+", which can change what runs")
+		}
+	}
+	if len(c.Argv) > 0 && c.Binary != "" && path.Base(c.Binary) != path.Base(c.Argv[0]) {
+		r.raise(Arbitrary, "the program that runs is "+c.Binary)
+	}
+	return r.reading
+}
+
 // Read reads an argv.
 func Read(argv []string) Reading {
+	var r reader
+	r.argv(argv)
+	return r.reading
+}
+
+func (r *reader) argv(argv []string) {
 	words := make([]word, len(argv))
 	for i, arg := range argv {
 		words[i] = word{arg, true}
 	}
-	var r reader
 	r.command(words, 0)
-	return r.reading
 }
 
 // word is one argument; text is all of it where it is known.

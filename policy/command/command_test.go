@@ -3,6 +3,8 @@ package command
 import (
 	"strings"
 	"testing"
+
+	"cal/nucleus"
 )
 
 // The classes of attack: wrapper, options before the subcommand, configuration that
@@ -175,6 +177,7 @@ EOF`, ReadOnly, "cat"},
 		{"prefix", `! git push`, Push, "git push"},
 		{"variables", `GIT_SSH_COMMAND=x git fetch`, Network, "git fetch"},
 		{"variables", `x=1 ls`, ReadOnly, "ls"},
+		{"variables", `env x=1 ls`, Arbitrary, "ls"},
 		{"unknown word", `git $x`, Arbitrary, "git ?"},
 		{"unknown word", `$x`, Arbitrary, "?"},
 		{"eval", `eval "git push"`, Push, "git push"},
@@ -207,11 +210,35 @@ EOF`, ReadOnly, "cat"},
 	// Where the script writes or sets what can run, no part may say it; the whole does.
 	for script, want := range map[string]Class{
 		"ls > out": Writes, "cat < /dev/tcp/x/1": Network, "ls > /dev/tcp/x/1": Network, "PATH=. ls": Arbitrary, "LD_PRELOAD=./x ls": Arbitrary, "export BASH_ENV=x": Arbitrary, "ls": ReadOnly,
+		"npm_config_script_shell=./x ls": Arbitrary, "conf=x ls": ReadOnly,
 	} {
 		var r reader
 		r.script(word{script, true}, 0)
 		if r.reading.Class != want {
 			t.Errorf("%s: %s (%s), want %s", script, r.reading.Class, r.reading.Why, want)
+		}
+	}
+}
+
+// What stands beside argv can change what runs.
+func TestOf(t *testing.T) {
+	for _, c := range []struct {
+		class   string
+		command nucleus.Command
+		want    Class
+	}{
+		{"script", nucleus.Command{Argv: []string{"ls"}, Script: true}, Arbitrary},
+		{"variable", nucleus.Command{Argv: []string{"ls"}, Env: map[string]string{"TZ": "x", "LD_PRELOAD": "x"}}, Arbitrary},
+		{"variable of a package manager", nucleus.Command{Argv: []string{"npm", "ls"}, Env: map[string]string{"npm_config_script_shell": "x"}}, Arbitrary},
+		{"variable in lower case", nucleus.Command{Argv: []string{"ls"}, Env: map[string]string{"x": "y"}}, Arbitrary},
+		{"another program", nucleus.Command{Argv: []string{"ls"}, Binary: "/bin/sh"}, Arbitrary},
+		{"nothing", nucleus.Command{}, ReadOnly},
+
+		{"benign", nucleus.Command{Argv: []string{"ls"}, Binary: "/bin/ls", Env: map[string]string{"LANG": "C", "TZ": "UTC"}, Stdin: "x"}, ReadOnly},
+		{"benign", nucleus.Command{Argv: []string{"/usr/bin/git", "push"}, Binary: "/usr/bin/git"}, Push},
+	} {
+		if got := Of(c.command); got.Class != c.want || got.Why == "" {
+			t.Errorf("%s: %+v is %s (%s), want %s", c.class, c.command, got.Class, got.Why, c.want)
 		}
 	}
 }

@@ -78,6 +78,119 @@ func Hands(wrapper, arg string) bool {
 	return false
 }
 
+// grammar is how a wrapper's own words are told from the program's: options that take the
+// next word, or hold their value themselves; options without a value; and how many
+// operands stand before the program. Options that take a value or leave it stand in
+// neither: they are not known.
+type grammar struct {
+	valued, flags map[string]bool
+	operands      int
+	assigns       bool // NAME=value may stand before the program
+}
+
+func rules(operands int, valued, flags string) grammar {
+	g := grammar{valued: map[string]bool{}, flags: map[string]bool{}, operands: operands}
+	for option := range strings.FieldsSeq(valued) {
+		g.valued[option] = true
+	}
+	for option := range strings.FieldsSeq(flags) {
+		g.flags[option] = true
+	}
+	return g
+}
+
+var grammars = func() map[string]grammar {
+	none := rules(0, "", "")
+	table := map[string]grammar{
+		"env":     rules(0, "-u --unset -C --chdir", "-i --ignore-environment -0 --null -v --debug"),
+		"nice":    rules(0, "-n --adjustment", ""),
+		"timeout": rules(1, "-s --signal -k --kill-after", "-v --verbose --foreground --preserve-status"),
+		"xargs": rules(0, "-a --arg-file -d --delimiter -E -I -L -n --max-args -P --max-procs -s --max-chars",
+			"-0 --null -r --no-run-if-empty -t --verbose -p --interactive -x --exit -o --open-tty"),
+		"sudo":   rules(0, "-u --user -g --group -h --host -p --prompt -C -D --chdir -R --chroot -T -U -r -t", "-n --non-interactive -E -H --set-home -k -b --background -P -S --stdin -A"),
+		"doas":   rules(0, "-u -C", "-n"),
+		"stdbuf": rules(0, "-i -o -e --input --output --error", ""),
+		"time":   rules(0, "-f --format -o --output", "-p --portability -v --verbose -a --append -q --quiet"),
+		"setsid": rules(0, "", "-c --ctty -f --fork -w --wait"),
+		"ionice": rules(0, "-c --class -n --classdata", "-t --ignore"),
+		"chrt":   rules(1, "", "-b --batch -f --fifo -i --idle -o --other -r --rr"), "taskset": rules(1, "", "-c --cpu-list"),
+		"command": rules(0, "", "-p -v -V"), "exec": rules(0, "-a", "-c -l"), "unbuffer": rules(0, "", "-p"),
+		"gosu": rules(1, "", ""), "dumb-init": none, "tini": rules(0, "", "-s -g -v"), "nohup": none, "builtin": none,
+	}
+	for _, name := range []string{"env", "sudo"} {
+		g := table[name]
+		g.assigns = true
+		table[name] = g
+	}
+	return table
+}()
+
+// Behind finds the program that a wrapper runs among args, of which the first is the
+// wrapper. at is its index, len(args) where it runs none. Where sure is false the wrapper, or an
+// option of it, is not known well enough: every word from at on may be the program.
+func Behind(args []string) (at int, sure bool) {
+	name := Name(args[0])
+	if name == "find" {
+		return behindFind(args)
+	}
+	g, ok := grammars[name]
+	if !ok {
+		return 1, false
+	}
+	at, sure = g.options(args)
+	if !sure {
+		return at, false
+	}
+	for g.assigns && at < len(args) && strings.IndexByte(args[at], '=') > 0 {
+		at++
+	}
+	return min(at+g.operands, len(args)), true
+}
+
+// options skips the options behind the wrapper.
+func (g *grammar) options(args []string) (at int, sure bool) {
+	for at = 1; at < len(args); {
+		option := args[at]
+		name, _, joined := strings.Cut(option, "=")
+		switch {
+		case option == "--":
+			return at + 1, true
+		case option == "-": // env empties the environment; elsewhere it has no meaning
+			return at, false
+		case !strings.HasPrefix(option, "-"):
+			return at, true
+		case g.valued[option]:
+			at += 2
+		case g.flags[option], joined && strings.HasPrefix(name, "--") && g.valued[name], len(option) > 2 && option[1] != '-' && g.valued[option[:2]]:
+			at++
+		default:
+			return at, false
+		}
+	}
+	return len(args), true
+}
+
+// Executes reports whether arg is an option of find that runs the command behind it.
+func Executes(arg string) bool {
+	return arg == "-exec" || arg == "-execdir" || arg == "-ok" || arg == "-okdir"
+}
+
+// behindFind finds the only command of find; which words belong to one of several is not
+// worked out.
+func behindFind(args []string) (at int, sure bool) {
+	at, sure = len(args), true
+	for i := 1; i < len(args); i++ {
+		if !Executes(args[i]) {
+			continue
+		}
+		if at < len(args) {
+			return at, false
+		}
+		at = i + 1
+	}
+	return at, sure
+}
+
 // Wraps reports whether arg, as a program, runs one that stands among its arguments.
 func Wraps(arg string) bool { return kinds[Name(arg)] == wrapper }
 

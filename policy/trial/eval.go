@@ -122,5 +122,5 @@ func (e *Evaluator) Step(p *policy.Policy, raw []byte, exposure nucleus.Legs) (n
 	}
 	c := nucleus.Context{Exposure: exposure, UntrustedRepo: s.untrusted, UnixMilli: e.UnixMilli}
 	d, _ := s.judge(p, c)
-	return s.action, c, d, nil
+	return s.actionUnder(p), c, d, nil
 }

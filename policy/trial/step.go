@@ -26,6 +26,9 @@ type arguments struct {
 	Method string   `json:"method"`
 	Host   string   `json:"host"`
 	Port   int      `json:"port"`
+	Action string   `json:"action"`
+
+	Policy json.RawMessage `json:"policy"`
 }
 
 // Arguments lists the arguments of each operation that has a tool, net_connect
@@ -53,7 +56,11 @@ func Arguments(op nucleus.Op) []string {
 	case nucleus.WebFetch:
 		return []string{"url", "method", "headers", "body"}
 	case nucleus.NetConnect:
-		return []string{"host", "port"}
+		return []string{"host", "port", "method", "path"}
+	case nucleus.SpawnAgent:
+		return []string{"task", "wait_s", "keep", "policy", "mode", "driver", "require", "resources", "env", "repo"}
+	case nucleus.ManagePods:
+		return []string{"action", "pod", "operation", "arguments", "wait_s", "keep", "policy", "mode", "driver", "require", "resources", "env", "repo"}
 	}
 	return nil
 }
@@ -61,8 +68,9 @@ func Arguments(op nucleus.Op) []string {
 // step is one request of a session.
 type step struct {
 	action     nucleus.Action
-	untrusted  bool  // the machine holds a repository labelled untrusted
-	unresolved error // the arguments stand for nothing; a node denies that before it asks a policy
+	asked      *policy.Policy // of the pod that is asked for; nil: all that the session's policy has
+	untrusted  bool           // the machine holds a repository labelled untrusted
+	unresolved error          // the arguments stand for nothing; a node denies that before it asks a policy
 }
 
 // readStep reads one step of a session. "repo" is the label of the machine's
@@ -111,13 +119,16 @@ func (e *Evaluator) readStep(raw json.RawMessage) (step, error) {
 		return s, err
 	}
 	s.unresolved = e.resolve(&s.action, args, repo)
+	if s.action.Op.Delegates() && s.unresolved == nil && len(args.Policy) > 0 && string(args.Policy) != "null" {
+		s.asked, s.unresolved = e.policy(args.Policy)
+	}
 	return s, nil
 }
 
 // judged are the names in arguments, without those that no decision reads.
 var judged = map[string]bool{
 	"path": true, "argv": true, "script": true, "output": true, "stop": true, "dir": true, "paths": true,
-	"url": true, "method": true, "host": true, "port": true,
+	"url": true, "method": true, "host": true, "port": true, "action": true, "policy": true,
 }
 
 func takeRepo(members map[string]json.RawMessage, isArgument bool) (string, error) {
@@ -172,6 +183,21 @@ func (e *Evaluator) resolve(a *nucleus.Action, args arguments, repo string) (err
 		}
 	case nucleus.NetConnect:
 		a.Connect = &nucleus.Connect{Host: strings.ToLower(args.Host), Port: args.Port}
+		if args.Method != "" || args.Path != nil { // one request in plain HTTP
+			if args.Method == "" || args.Path == nil {
+				return errors.New("a request in plain HTTP has a method and a path")
+			}
+			a.Fetch = &nucleus.Fetch{Method: args.Method, Host: a.Connect.Host, Port: args.Port, Path: *args.Path}
+		}
+	case nucleus.SpawnAgent:
+		a.Sub = &nucleus.Sub{Do: nucleus.SubSpawn}
+	case nucleus.ManagePods:
+		switch do := nucleus.SubDo(args.Action); do {
+		case nucleus.SubCreate, nucleus.SubList, nucleus.SubWait, nucleus.SubFetch, nucleus.SubDelete:
+			a.Sub = &nucleus.Sub{Do: do}
+		default:
+			return fmt.Errorf("action %q: want create, list, wait, fetch or delete; what is called in a pod is judged by its own policy", args.Action)
+		}
 	}
 	return err
 }
@@ -219,8 +245,22 @@ func (s step) judge(p *policy.Policy, c nucleus.Context) (nucleus.Decision, nucl
 		return nucleus.Decision{Verdict: nucleus.Deny, Rule: "resolve", Why: s.unresolved.Error()}, c.Exposure
 	}
 	c.UntrustedRepo = s.untrusted
-	d := p.Decide(s.action, c)
+	d := p.Decide(s.actionUnder(p), c)
 	return d, after(c.Exposure, d)
+}
+
+// actionUnder is the action with the policy that a pod asked for under p would get.
+func (s step) actionUnder(p *policy.Policy) nucleus.Action {
+	if s.action.Sub == nil || !s.action.Sub.Do.Makes() {
+		return s.action
+	}
+	a, sub := s.action, *s.action.Sub
+	var err error
+	if sub.Policy, err = policy.Delegate(p, s.asked).Canonical(); err != nil {
+		sub.Policy = nil // denied: what cannot be written cannot be had
+	}
+	a.Sub = &sub
+	return a
 }
 
 // after is the exposure once a decision has been carried out.

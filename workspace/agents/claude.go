@@ -2,6 +2,7 @@ package agents
 
 import (
 	"encoding/json"
+	"slices"
 	"strconv"
 
 	"cal/nucleus"
@@ -77,6 +78,7 @@ func startClaude(d Definition, l Launch) (start, error) {
 		s.argv = append(s.argv, "--mcp-config", string(config))
 	}
 	s.argv = append(s.argv, l.Args...)
+	s.task = append(slices.Clone(s.argv), "--print", "--", nucleus.TaskHere)
 	if l.Prompt != "" {
 		s.argv = append(s.argv, "--print", "--", l.Prompt)
 	}

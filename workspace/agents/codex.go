@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"slices"
 
 	"cal/nucleus"
 )
@@ -101,8 +102,10 @@ func startCodex(_ Definition, l Launch) (start, error) {
 		env:  map[string]string{"OPENAI_API_KEY": Placeholder},
 		home: map[string][]byte{".codex/config.toml": config.Bytes()},
 	}
+	exec := []string{"exec", "--skip-git-repo-check"}
+	s.task = append(append(slices.Clone(exec), l.Args...), "--", nucleus.TaskHere)
 	if l.Prompt != "" {
-		s.argv = append(s.argv, "exec", "--skip-git-repo-check")
+		s.argv = append(s.argv, exec...)
 	}
 	s.argv = append(s.argv, l.Args...)
 	if l.Prompt != "" {

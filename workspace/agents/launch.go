@@ -41,6 +41,7 @@ type Launch struct {
 // start is what a recipe adds.
 type start struct {
 	argv []string // after the program
+	task []string // the same for nucleus.Agent.Task; empty: it cannot work on a task by itself
 	env  map[string]string
 	home map[string][]byte
 }
@@ -90,13 +91,17 @@ func (d Definition) Agent(in Install, l Launch) (nucleus.Agent, error) {
 			s.home[path.Join(dir, d.Instructions[0])] = text
 		}
 	}
-	return nucleus.Agent{
+	agent := nucleus.Agent{
 		Name: d.Name,
 		Root: root,
 		Argv: append([]string{d.guestPath(d.Program)}, s.argv...),
 		Env:  s.env,
 		Home: s.home,
-	}, nil
+	}
+	if len(s.task) > 0 {
+		agent.Task = append([]string{agent.Argv[0]}, s.task...)
+	}
+	return agent, nil
 }
 
 func (l Launch) check() error {

@@ -198,3 +198,57 @@ func TestModel(t *testing.T) {
 		t.Errorf("no hint: %v", err)
 	}
 }
+
+// Every agent works on a task by itself: the task is one argument, behind "--", whatever it says.
+func TestTask(t *testing.T) {
+	const task = "--dangerously-skip-permissions {task} $(id)"
+	for _, d := range definitions {
+		for _, mode := range []nucleus.Mode{nucleus.Mediated, nucleus.Contained} {
+			for _, prompt := range []string{"", "go"} {
+				agent, err := d.Agent(fake(t), launch(mode, prompt))
+				if err != nil {
+					t.Fatal(err)
+				}
+				argv, err := agent.ForTask(task)
+				if err != nil {
+					t.Fatalf("%s: %v", d.Name, err)
+				}
+				if n := len(argv); argv[n-1] != task || argv[n-2] != "--" || argv[0] != agent.Argv[0] || slices.Contains(argv, "go") {
+					t.Errorf("%s %s: %q", d.Name, mode, argv)
+				}
+				// As it is launched with a prompt.
+				prompted, err := d.Agent(fake(t), launch(mode, task))
+				if err != nil || !slices.Equal(prompted.Argv, argv) {
+					t.Errorf("%s %s: %q, with a prompt %q, %v", d.Name, mode, argv, prompted.Argv, err)
+				}
+			}
+		}
+	}
+}
+
+func TestOwnTask(t *testing.T) {
+	for text, want := range map[string]string{
+		"task: [run, '{task}']": "", "": "not known", "task: [run]": "0 elements", "task: ['{task}', '{task}']": "2 elements", "task: ['--prompt={task}']": "0 elements",
+	} {
+		file := filepath.Join(t.TempDir(), "mine.yaml")
+		if err := os.WriteFile(file, []byte("program: /bin/true\nmodel: anthropic\n"+text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		d, in, err := Own(file)
+		if err == nil {
+			var agent nucleus.Agent
+			if agent, err = d.Agent(in, launch(nucleus.Mediated, "")); err == nil {
+				var argv []string
+				if argv, err = agent.ForTask("do {model_url}"); err == nil && (argv[1] != "run" || argv[2] != "do {model_url}") {
+					t.Errorf("%s: %q", text, argv)
+				}
+				if _, err := agent.ForTask("-x"); err == nil {
+					t.Errorf("%s: an option is taken for a task", text)
+				}
+			}
+		}
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+}

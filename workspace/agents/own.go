@@ -11,14 +11,18 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"cal/nucleus"
 )
 
 // ownFile is an agent that the person describes: ~/.cal/agents/NAME.yaml. In Args
-// and Env {prompt}, {mcp_url}, {model_url} and {placeholder} stand for their values.
+// and Env {prompt}, {mcp_url}, {model_url} and {placeholder} stand for their values. Task are the
+// arguments by which it works as a sub-agent: one whole element, {task}, stands for the task.
 type ownFile struct {
 	Program string            `yaml:"program"` // absolute path of a native program
 	Args    []string          `yaml:"args"`
 	Model   string            `yaml:"model"` // "anthropic" or "openai"
+	Task    []string          `yaml:"task"`
 	Env     map[string]string `yaml:"env"`
 }
 
@@ -50,6 +54,9 @@ func (own ownFile) definition(name string) (Definition, error) {
 	if !filepath.IsAbs(own.Program) {
 		return Definition{}, fmt.Errorf("program %q is no absolute path", own.Program)
 	}
+	if n := len(slices.DeleteFunc(slices.Clone(own.Task), func(arg string) bool { return arg != nucleus.TaskHere })); len(own.Task) > 0 && n != 1 {
+		return Definition{}, fmt.Errorf("task has %d elements that are %s, want one", n, nucleus.TaskHere)
+	}
 	i := slices.IndexFunc(definitions, func(d Definition) bool { return d.ModelProtocol == own.Model })
 	if i < 0 {
 		return Definition{}, fmt.Errorf("model %q: want anthropic or openai", own.Model)
@@ -67,6 +74,12 @@ func (own ownFile) start(_ Definition, l Launch) (start, error) {
 	s := start{env: map[string]string{}, home: map[string][]byte{}}
 	for _, arg := range own.Args {
 		s.argv = append(s.argv, fill.Replace(arg))
+	}
+	for _, arg := range own.Task {
+		if arg != nucleus.TaskHere {
+			arg = fill.Replace(arg)
+		}
+		s.task = append(s.task, arg)
 	}
 	for name, value := range maps.All(own.Env) {
 		s.env[name] = fill.Replace(value)

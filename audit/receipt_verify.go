@@ -1,0 +1,232 @@
+package audit
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"cal/nucleus"
+
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+)
+
+// VerifyReceiptOptions say what is believed. Key is required.
+type VerifyReceiptOptions struct {
+	Key       string   // of the log: what VerifierKey returned
+	Witnesses []string // keys of witnesses, all of which must have cosigned the checkpoint
+}
+
+// Receipt is what a receipt, or a proof of one entry, proves: each of the entries is in
+// the log at its place. It does not prove that they are all of their session. Between is
+// how many of the log's entries lie between the first and the last and are not shown; with
+// none, nothing was left out there. What came before the first and after the last, nobody
+// can tell from it.
+type Receipt struct {
+	Origin     string            `json:"origin"`
+	Size       int64             `json:"size"` // entries under the checkpoint
+	Root       string            `json:"root"` // base64
+	Checkpoint string            `json:"checkpoint"`
+	Session    string            `json:"session,omitempty"` // empty for a proof of one entry
+	First      int64             `json:"first"`
+	Last       int64             `json:"last"`
+	Between    int64             `json:"between_not_shown"`
+	Open       []int64           `json:"intents_open"`       // intents with a permit whose outcome is not shown
+	Signed     int               `json:"outcomes_signed"`    // outcomes whose machine's signature was checked
+	Unchecked  int               `json:"outcomes_unchecked"` // outcomes whose key is not in the receipt
+	Witnesses  []Witnessed       `json:"witnesses"`
+	Entries    []json.RawMessage `json:"entries"` // canonical, as they were hashed
+}
+
+// Witnessed is a cosignature that was checked.
+type Witnessed struct {
+	Name string `json:"name"`
+	Unix int64  `json:"unix"` // seconds, by the witness's clock
+}
+
+// VerifyReceipt checks a receipt or a proof with nothing but the keys. A refusal is a
+// *ReceiptError and says of what kind; another error says that a key is unusable. Input
+// of any size is safe.
+func VerifyReceipt(raw []byte, o VerifyReceiptOptions) (*Receipt, error) {
+	if IsProof(raw) {
+		return verifyProof(raw, o)
+	}
+	r, err := parseReceipt(raw)
+	if err != nil {
+		return nil, err
+	}
+	v, err := believe(r.note, o)
+	if err != nil {
+		return nil, err
+	}
+	if last := r.indexes[len(r.indexes)-1]; last >= v.Size {
+		return nil, refuse(Extra, "entry %d is beyond the checkpoint of %d entries", last, v.Size)
+	}
+	leaves := make([]tlog.Hash, len(r.entries))
+	for i, entry := range r.entries {
+		leaves[i] = tlog.RecordHash(entry)
+	}
+	root, need, ok := fold(r.indexes, leaves, r.hashes, v.Size)
+	switch {
+	case !ok && len(r.hashes) < need:
+		return nil, refuse(Missing, "these entries need %d hashes, %d are there: an entry or a hash was taken out", need, len(r.hashes))
+	case !ok:
+		return nil, refuse(Extra, "these entries need %d hashes, %d are there: an entry or a hash was put in", need, len(r.hashes))
+	case root.String() != v.Root:
+		return nil, refuse(Changed, "entries and hashes lead to root %s, the checkpoint says %s", root, v.Root)
+	}
+	v.Session = r.session
+	return v, v.read(r.indexes, r.entries)
+}
+
+func verifyProof(raw []byte, o VerifyReceiptOptions) (*Receipt, error) {
+	if len(raw) > MaxReceipt {
+		return nil, refuse(TooLarge, "%d bytes, a proof has at most %d", len(raw), MaxReceipt)
+	}
+	entry, index, path, signed, err := parseProof(raw)
+	if err != nil {
+		return nil, err
+	}
+	v, err := believe(signed, o)
+	if err != nil {
+		return nil, err
+	}
+	root, err := tlog.ParseHash(v.Root)
+	if err != nil {
+		return nil, err
+	}
+	if index >= v.Size {
+		return nil, refuse(Extra, "entry %d is beyond the checkpoint of %d entries", index, v.Size)
+	}
+	if err := tlog.CheckRecord(path, v.Size, root, index, tlog.RecordHash(entry)); err != nil {
+		return nil, refuse(Changed, "entry %d and the hashes do not lead to the checkpoint's root: %v", index, err)
+	}
+	if g, err := look(entry); err != nil || g.seq != index {
+		return nil, refuse(Changed, "the entry at %d is numbered %d", index, g.seq)
+	}
+	return v, v.read([]int64{index}, [][]byte{entry})
+}
+
+// believe checks the signatures under a checkpoint.
+func believe(signed []byte, o VerifyReceiptOptions) (*Receipt, error) {
+	key, err := note.NewVerifier(strings.TrimSpace(o.Key))
+	if err != nil {
+		return nil, fmt.Errorf("verifier key %q: %w", o.Key, err)
+	}
+	cp, err := openCheckpoint(signed, key)
+	switch {
+	case errors.Is(err, errSignature):
+		return nil, refuse(BadSignature, "the checkpoint: %v", err)
+	case err != nil:
+		return nil, malformed("the checkpoint: %v", err)
+	}
+	v := &Receipt{
+		Origin: cp.Origin, Size: cp.Size, Root: cp.Root.String(), Checkpoint: string(signed),
+		Open: []int64{}, Witnesses: []Witnessed{}, Entries: []json.RawMessage{},
+	}
+	for _, key := range o.Witnesses {
+		w, err := cosigned(signed, key)
+		if err != nil {
+			return nil, err
+		}
+		v.Witnesses = append(v.Witnesses, w)
+	}
+	return v, nil
+}
+
+// read takes in what the entries say, which are proved, and checks what can be checked
+// of it.
+func (v *Receipt) read(indexes []int64, raw [][]byte) error {
+	v.First, v.Last = indexes[0], indexes[len(indexes)-1]
+	v.Between = v.Last - v.First + 1 - int64(len(indexes))
+	keys, open := map[string][]byte{}, map[string]int64{}
+	for i, raw := range raw {
+		e, err := decode(raw)
+		if err != nil {
+			return malformed("entry %d: %v", indexes[i], err)
+		}
+		if v.Session != "" && e.Session != v.Session {
+			return refuse(Foreign, "entry %d is of session %q, the receipt of %q", e.Seq, e.Session, v.Session)
+		}
+		switch {
+		case e.Kind == nucleus.KindPodStart:
+			var start struct {
+				Boot string `json:"boot"`
+				Key  []byte `json:"outcome_key"`
+			}
+			if json.Unmarshal(e.Data, &start) == nil && start.Boot != "" {
+				keys[start.Boot] = start.Key
+			}
+		case e.Kind == nucleus.KindIntent && e.Permit != "":
+			open[e.Permit] = e.Seq
+		case e.Kind == nucleus.KindOutcome:
+			delete(open, e.Permit)
+			if err := v.checkOutcome(e, keys); err != nil {
+				return err
+			}
+		}
+		v.Entries = append(v.Entries, raw)
+	}
+	v.Open = append(v.Open, slices.Sorted(maps.Values(open))...)
+	return nil
+}
+
+// checkOutcome checks the machine's signature over an outcome, or over its admission of
+// what the node did on the host. What the node signed itself, nobody can check here: its
+// entry stands under the log's key alone.
+func (v *Receipt) checkOutcome(e nucleus.Entry, keys map[string][]byte) error {
+	statement := e.Outcome
+	if statement == nil {
+		return nil
+	}
+	var says nucleus.Outcome
+	if err := json.Unmarshal(statement.Payload, &says); err != nil {
+		return refuse(BadOutcome, "entry %d: %v", e.Seq, err)
+	}
+	if e.Op.OnHost() {
+		if statement = says.Admission; statement == nil {
+			v.Unchecked++
+			return nil
+		}
+	}
+	key, ok := keys[says.Boot]
+	if !ok {
+		v.Unchecked++
+		return nil
+	}
+	var payload json.RawMessage // which may say more than this program knows
+	var signed nucleus.Outcome
+	err := statement.Open(key, nucleus.DomainOutcome, &payload)
+	if err == nil {
+		err = json.Unmarshal(payload, &signed)
+	}
+	if err != nil {
+		return refuse(BadOutcome, "entry %d: what the machine is to have signed: %v", e.Seq, err)
+	}
+	if signed.Permit != e.Permit || signed.Pod != e.Pod {
+		return refuse(BadOutcome, "entry %d is of permit %s, the machine signed for %s", e.Seq, e.Permit, signed.Permit)
+	}
+	v.Signed++
+	return nil
+}
+
+// Says is what a receipt proves, in sentences for a person.
+func (v *Receipt) Says() []string {
+	says := []string{fmt.Sprintf("%s: %d of the %d entries under the checkpoint, each in the log at its place", v.Origin, len(v.Entries), v.Size)}
+	if v.Session == "" {
+		return says
+	}
+	between := "no entry of the log lies between them that is not shown"
+	switch {
+	case v.Between == 1:
+		between = "1 entry of the log lies between them and is not shown: whose it is, this receipt does not prove"
+	case v.Between > 1:
+		between = fmt.Sprintf("%d entries of the log lie between them and are not shown: whose they are, this receipt does not prove", v.Between)
+	}
+	return append(says,
+		fmt.Sprintf("session %s, from entry %d to entry %d; %s", v.Session, v.First, v.Last, between),
+		"it does not prove that the session had no other entry before the first or after the last")
+}

@@ -1,0 +1,174 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"cal/audit"
+)
+
+func auditProveCommand() *cobra.Command {
+	var log logFlags
+	var session, checkpoint, output string
+	var text bool
+	cmd := &cobra.Command{
+		Use: "prove N | prove --session S", Short: "Make a proof of one entry, or a receipt of a session, that a stranger can verify",
+		Long: "Make a proof of one entry (a C2SP tlog-proof with the entry in it), or a receipt of a session: all its entries, the\n" +
+			"proof that they are in the log, and the signed checkpoint. doc/log.md has the formats. What is not shown is not given\n" +
+			"away: digests are salted.",
+		Example: "  cal audit prove 12 > 12.tlog-proof\n  cal audit prove --session last -o session.receipt", Args: args(cobra.MaximumNArgs(1)),
+		RunE: func(_ *cobra.Command, given []string) error {
+			if (len(given) == 1) == (session != "") {
+				return usageError{errors.New("want the number of an entry or --session (cal audit log --kind session.start lists them)")}
+			}
+			dir, key, err := log.both()
+			if err != nil {
+				return err
+			}
+			var raw []byte
+			if session == "" {
+				n, err := entryNumber(given[0])
+				if err != nil {
+					return err
+				}
+				if checkpoint != "" || text {
+					return usageError{errors.New("--checkpoint and --text are for --session")}
+				}
+				if _, raw, err = audit.Prove(dir, key, n); err != nil {
+					return err
+				}
+				return writeOut(output, raw)
+			}
+			o := audit.ReceiptOptions{Key: key, Text: text}
+			if o.Session, err = findSession(dir, session); err != nil {
+				return err
+			}
+			if checkpoint != "" {
+				if o.Checkpoint, err = os.ReadFile(checkpoint); err != nil {
+					return err
+				}
+			}
+			if raw, err = audit.NewReceipt(dir, o); err != nil {
+				return err
+			}
+			return writeOut(output, raw)
+		},
+	}
+	log.addDir(cmd)
+	log.addKey(cmd)
+	f := cmd.Flags()
+	f.StringVar(&session, "session", "", "a receipt of this session; last is the newest one")
+	f.StringVar(&checkpoint, "checkpoint", "", "a cosigned checkpoint of this log to prove it under (default: the newest)")
+	f.StringVarP(&output, "output", "o", "", "write it there (default: standard output)")
+	f.BoolVar(&text, "text", false, "leave the entries of a receipt unpacked, to be read")
+	return cmd
+}
+
+func writeOut(file string, raw []byte) error {
+	if file == "" || file == "-" {
+		_, err := os.Stdout.Write(raw)
+		return err
+	}
+	return os.WriteFile(file, raw, 0o600)
+}
+
+func auditVerifyReceiptCommand() *cobra.Command {
+	var log logFlags
+	var witnesses []string
+	var session string
+	var asJSON, entries bool
+	cmd := &cobra.Command{
+		Use: "verify-receipt FILE", Short: "Verify a receipt or a proof with nothing but the key; says what it proves",
+		Example: "  cal audit verify-receipt session.receipt --key \"$(cat log.vkey)\"\n  cal audit verify-receipt session.receipt --witness \"$(cat witness.vkey)\" --json", Args: args(cobra.ExactArgs(1)),
+		RunE: func(_ *cobra.Command, given []string) error {
+			key, err := log.verifier()
+			if err != nil {
+				return err
+			}
+			raw, err := readReceipt(given[0])
+			if err != nil {
+				return err
+			}
+			v, err := audit.VerifyReceipt(raw, audit.VerifyReceiptOptions{Key: key, Witnesses: witnesses})
+			if err == nil && session != "" && v.Session != session {
+				err = &audit.ReceiptError{Kind: audit.Foreign, Detail: fmt.Sprintf("it is of session %q, wanted is %q", v.Session, session)}
+			}
+			if err != nil {
+				return refusedReceipt(given[0], err, asJSON)
+			}
+			return printReceipt(given[0], v, asJSON, entries)
+		},
+	}
+	log.addKey(cmd)
+	f := cmd.Flags()
+	f.StringArrayVar(&witnesses, "witness", nil, "key of a witness that must have cosigned the checkpoint; may be given again")
+	f.StringVar(&session, "session", "", "refuse it if it is of another session")
+	f.BoolVar(&entries, "entries", false, "list its entries too")
+	f.BoolVar(&asJSON, "json", false, "as JSON, with the entries")
+	return cmd
+}
+
+// readReceipt reads a file, "-" standard input, no further than a receipt may be long.
+func readReceipt(name string) ([]byte, error) {
+	file := os.Stdin
+	if name != "-" {
+		var err error
+		if file, err = os.Open(name); err != nil {
+			return nil, err
+		}
+		defer file.Close()
+	}
+	return io.ReadAll(io.LimitReader(file, audit.MaxReceipt+1))
+}
+
+func refusedReceipt(name string, err error, asJSON bool) error {
+	var refused *audit.ReceiptError
+	if !errors.As(err, &refused) {
+		return err
+	}
+	if asJSON {
+		if err := json.NewEncoder(os.Stdout).Encode(map[string]any{"ok": false, "kind": refused.Kind, "detail": refused.Detail}); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("%s proves nothing: %w", name, err)
+}
+
+func printReceipt(name string, v *audit.Receipt, asJSON, entries bool) error {
+	if asJSON {
+		return json.NewEncoder(os.Stdout).Encode(struct {
+			OK bool `json:"ok"`
+			*audit.Receipt
+			Says []string `json:"says"`
+		}{true, v, v.Says()})
+	}
+	if entries {
+		out := newListing(os.Stdout, false)
+		for _, raw := range v.Entries {
+			if err := out.add(raw); err != nil {
+				return err
+			}
+		}
+		if err := out.flush(); err != nil {
+			return err
+		}
+		fmt.Println()
+	}
+	fmt.Printf("%s: as it was signed\n", name)
+	for _, line := range v.Says() {
+		fmt.Println("  " + line)
+	}
+	for _, w := range v.Witnesses {
+		fmt.Printf("  cosigned by %s, %s by its clock\n", w.Name, time.Unix(w.Unix, 0).UTC().Format(time.RFC3339))
+	}
+	if len(v.Witnesses) == 0 {
+		fmt.Println("  no cosignature was asked for: the log's key alone vouches for the checkpoint")
+	}
+	return nil
+}

@@ -1,0 +1,338 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/ed25519"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"cal/audit"
+	"cal/internal/keyfile"
+	"cal/nucleus"
+)
+
+// auditHome makes a home whose log has one session with a refusal and hostile text, and
+// the log of an authority beside it. It returns the directory that cal runs in.
+func auditHome(t *testing.T) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	home := filepath.Join(dir, "home")
+	writeLog(t, filepath.Join(home, "log"), filepath.Join(home, "keys", "log.key"), nucleus.LogOrigin, sessionEntries(t, home)...)
+	ask := nucleus.Entry{Kind: nucleus.KindApprovalAsk, Ask: "a-1", Digest: "d1", Session: "s-1", Op: nucleus.GitPush}
+	grant := nucleus.Entry{Kind: nucleus.KindApprovalGrant, Ask: "a-1", Digest: "d1", Session: "s-1", Op: nucleus.GitPush, Grants: []string{"g-1"}}
+	writeLog(t, filepath.Join(home, "authority", "log"), filepath.Join(home, "authority", "log.key"), nucleus.AuthorityLogOrigin, ask, grant)
+	return dir
+}
+
+func writeLog(t *testing.T, dir, keyFile, origin string, entries ...nucleus.Entry) {
+	t.Helper()
+	for _, place := range []string{dir, filepath.Dir(keyFile)} {
+		if err := os.MkdirAll(place, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	key, err := keyfile.LoadOrMake(keyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	l, err := audit.Open(dir, audit.Options{Origin: origin, Key: key, Now: func() time.Time { now = now.Add(time.Second); return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if _, err := l.Append(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// sessionEntries are entries of session s-1 with one of s-2 among them; their salts go
+// into home.
+func sessionEntries(t *testing.T, home string) []nucleus.Entry {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Join(home, "keys"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	salts, err := audit.OpenSalts(filepath.Join(home, "keys", "salts"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	call := func(permit string, a nucleus.Action) nucleus.Entry {
+		salt := nucleus.NewSalt()
+		digest, err := a.Digest(salt)
+		if err == nil {
+			err = salts.Put(permit, salt)
+		}
+		args, _ := json.Marshal(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return nucleus.Entry{Kind: nucleus.KindIntent, Pod: "p-1", Session: "s-1", Actor: "b-1", Op: a.Op, Digest: digest, Args: args, Verdict: nucleus.Allow, Rule: "operations." + string(a.Op), Permit: permit}
+	}
+	push := json.RawMessage(`{"op":"git_push","push":{"ref":"refs/heads/x","remote":"https://git.example.org/a"}}`)
+	entries := []nucleus.Entry{
+		{Kind: nucleus.KindPodCreate, Pod: "p-1", Session: "s-1", Actor: "operator"},
+		call("r-1", nucleus.Action{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: "a\x1b[2J\u202egpj.exe"}}}),
+		{Kind: nucleus.KindPodCreate, Pod: "p-2", Session: "s-2", Actor: "operator"},
+		call("r-2", nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: []string{"curl", "--token", "hunter2hunter2"}}}),
+		{Kind: nucleus.KindApprovalAsk, Pod: "p-1", Session: "s-1", Op: nucleus.GitPush, Verdict: nucleus.Ask, Rule: "trifecta", Ask: "a-1", Digest: "d1", Args: push},
+		{Kind: nucleus.KindApprovalUse, Pod: "p-1", Session: "s-1", Op: nucleus.GitPush, Ask: "a-1", Grants: []string{"g-1"}},
+		{Kind: nucleus.KindIntent, Pod: "p-1", Session: "s-1", Op: nucleus.NetConnect, Verdict: nucleus.Deny, Rule: "hosts", Status: nucleus.OutcomeRefused, Args: json.RawMessage(`{"connect":{"host":"evil.example","port":443},"op":"net_connect"}`)},
+	}
+	if err := salts.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return entries
+}
+
+// want runs cal and checks its exit code and what it says; it returns standard output.
+func want(t *testing.T, dir string, code int, says string, given ...string) string {
+	t.Helper()
+	out, errs, got := cal(t, dir, "", given...)
+	if got != code || !strings.Contains(out+errs, says) {
+		t.Errorf("cal %s: exit code %d, want %d, and %q in\n%s%s", strings.Join(given, " "), got, code, says, out, errs)
+	}
+	return out
+}
+
+func TestAuditLog(t *testing.T) {
+	dir := auditHome(t)
+	table := want(t, dir, 0, "SEQ  TIME", "audit", "log")
+	if strings.Count(table, "\n") != 8 || strings.ContainsAny(table, "\x1b\u202e") || !strings.Contains(table, `a\u{1b}[2J\u{202e}gpj.exe`) {
+		t.Errorf("got %q", table)
+	}
+	for _, c := range []struct {
+		args  []string
+		lines string // sequence numbers
+	}{
+		{nil, "0123456"},
+		{[]string{"--pod", "p-1"}, "013456"},
+		{[]string{"--session", "s-1", "--operation", "git_push"}, "45"},
+		{[]string{"--session", "last"}, "2"},
+		{[]string{"--decision", "deny"}, "6"},
+		{[]string{"--kind", "approval.*"}, "45"},
+		{[]string{"--host", "Evil.example"}, "6"},
+		{[]string{"--host", "git.example.org"}, "4"},
+		{[]string{"--actor", "operator"}, "02"},
+		{[]string{"--since", "2026-01-02T03:04:10Z"}, "456"},
+		{[]string{"--until", "2026-01-02 03:04:07"}, "0"},
+		{[]string{"-n", "2", "--pod", "p-1"}, "56"},
+		{[]string{"--log", filepath.Join(dir, "home", "authority", "log")}, "01"},
+	} {
+		out := want(t, dir, 0, "", append([]string{"audit", "log", "--json"}, c.args...)...)
+		got := ""
+		for line := range strings.Lines(out) {
+			canonical, err := nucleus.CanonicalJSON([]byte(line))
+			if err != nil || string(canonical)+"\n" != line {
+				t.Errorf("%v: not a canonical entry: %q", c.args, line)
+			}
+			var e nucleus.Entry
+			if err := json.Unmarshal(canonical, &e); err != nil {
+				t.Error(err)
+			}
+			got += string(rune('0' + e.Seq))
+		}
+		if got != c.lines {
+			t.Errorf("%v: got entries %s, want %s", c.args, got, c.lines)
+		}
+	}
+	want(t, dir, 0, "none of 7 entries matches", "audit", "log", "--pod", "p-9")
+	want(t, dir, 2, "unknown operation", "audit", "log", "--operation", "push")
+	want(t, dir, 2, "unknown decision", "audit", "log", "--decision", "maybe")
+	want(t, dir, 2, "neither a time", "audit", "log", "--since", "yesterday")
+	want(t, dir, 1, "no such file", "audit", "log", "--log", "nowhere")
+}
+
+func TestAuditFollow(t *testing.T) {
+	dir := auditHome(t)
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), program, "audit", "log", "--follow", "--json", "--kind", nucleus.KindPodStop)
+	cmd.Env = append(os.Environ(), "CAL_TEST_PROGRAM=1", "CAL_HOME="+filepath.Join(dir, "home"))
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	writeLog(t, filepath.Join(dir, "home", "log"), filepath.Join(dir, "home", "keys", "log.key"), nucleus.LogOrigin,
+		nucleus.Entry{Kind: nucleus.KindPodResume, Pod: "p-1"}, nucleus.Entry{Kind: nucleus.KindPodStop, Pod: "p-1"})
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil || !strings.Contains(line, `"seq":8`) {
+		t.Errorf("got %q, %v", line, err)
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("an interrupted --follow: %v", err)
+	}
+}
+
+func TestAuditShow(t *testing.T) {
+	dir := auditHome(t)
+	text := want(t, dir, 0, "the digest is that of the salt and these arguments", "audit", "show", "1", "--reveal")
+	if strings.ContainsAny(text, "\x1b\u202e") || !strings.Contains(text, `a\u001b[2J\u202egpj.exe`) {
+		t.Errorf("got %q", text)
+	}
+	var shown struct {
+		Entry  nucleus.Entry
+		Reveal revealed
+	}
+	if err := json.Unmarshal([]byte(want(t, dir, 0, "", "audit", "show", "1", "--reveal", "--json")), &shown); err != nil || !shown.Reveal.Matches || shown.Reveal.Digest != shown.Entry.Digest {
+		t.Errorf("got %+v, %v", shown, err)
+	}
+	// A redacted argument is shown to be what it is by who knows it.
+	want(t, dir, 1, "redacted or cut", "audit", "show", "3", "--reveal")
+	whole := filepath.Join(dir, "whole.json")
+	for argument, code := range map[string]int{"hunter2hunter2": 0, "hunter3hunter3": 1} {
+		raw, err := nucleus.Canonical(nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: []string{"curl", "--token", argument}}})
+		if err == nil {
+			err = os.WriteFile(whole, raw, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		want(t, dir, code, "digest", "audit", "show", "3", "--reveal", "--args", whole)
+	}
+	want(t, dir, 1, "no permit and digest", "audit", "show", "0", "--reveal")
+	want(t, dir, 1, "no entry 99", "audit", "show", "99")
+	want(t, dir, 2, "no entry number", "audit", "show", "1x")
+}
+
+func TestAuditVerify(t *testing.T) {
+	dir := auditHome(t)
+	want(t, dir, 0, "7 entries, all as they were written", "audit", "verify")
+	want(t, dir, 0, "each grant that was used is in the authority's log", "audit", "verify")
+	key := strings.TrimSpace(want(t, dir, 0, nucleus.LogOrigin, "audit", "key"))
+	log := filepath.Join(dir, "home", "log")
+	kept := filepath.Join(dir, "kept")
+	signed, err := os.ReadFile(filepath.Join(log, "checkpoint"))
+	if err == nil {
+		err = os.WriteFile(kept, signed, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	tamper := func(change func(copied string)) string {
+		copied := filepath.Join(t.TempDir(), "copy")
+		if err := os.CopyFS(copied, os.DirFS(log)); err != nil {
+			t.Fatal(err)
+		}
+		change(copied)
+		return copied
+	}
+	bundle := filepath.Join("tile", "entries", "000.p", "7")
+	edit := func(old, new string) func(string) {
+		return func(copied string) {
+			for _, name := range []string{bundle, "journal"} {
+				file := filepath.Join(copied, name)
+				raw, err := os.ReadFile(file)
+				if err == nil {
+					err = os.WriteFile(file, bytes.Replace(raw, []byte(old), []byte(new), 1), 0o600)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	want(t, dir, 0, "all as they were written", "audit", "verify", tamper(func(string) {}), "--key", key)
+	changed := tamper(edit(`"deny"`, `"deno"`))
+	want(t, dir, 1, "changed, entry 6, tile/entries/000.p/7", "audit", "verify", changed, "--key", key)
+	var report struct{ Problems []audit.Problem }
+	if err := json.Unmarshal([]byte(want(t, dir, 1, "", "audit", "verify", changed, "--key", key, "--json")), &report); err != nil || len(report.Problems) != 1 || report.Problems[0].Kind != audit.Changed || report.Problems[0].Index != 6 {
+		t.Errorf("got %+v, %v", report, err)
+	}
+	// The holder of the key writes another log, and a shorter one.
+	other := t.TempDir()
+	writeLog(t, filepath.Join(other, "log"), filepath.Join(dir, "home", "keys", "log.key"), nucleus.LogOrigin, make7()...)
+	want(t, dir, 0, "7 entries, all as they were written", "audit", "verify", filepath.Join(other, "log"), "--key", key)
+	want(t, dir, 1, "fork", "audit", "verify", filepath.Join(other, "log"), "--key", key, "--checkpoint", kept)
+	short := t.TempDir()
+	writeLog(t, filepath.Join(short, "log"), filepath.Join(dir, "home", "keys", "log.key"), nucleus.LogOrigin, make7()[:3]...)
+	want(t, dir, 1, "truncated", "audit", "verify", filepath.Join(short, "log"), "--key", key, "--checkpoint", kept)
+	// In the place of the log it forgets what the authority was shown.
+	if err := os.RemoveAll(log); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(other, "log"), log); err != nil {
+		t.Fatal(err)
+	}
+	want(t, dir, 1, "missing: the authority was shown ask a-1", "audit", "verify")
+}
+
+func make7() []nucleus.Entry {
+	list := make([]nucleus.Entry, 7)
+	for i := range list {
+		list[i] = nucleus.Entry{Kind: nucleus.KindPodResume, Pod: "p-1"}
+	}
+	return list
+}
+
+func TestAuditReceipt(t *testing.T) {
+	dir := auditHome(t)
+	key := strings.TrimSpace(want(t, dir, 0, "", "audit", "key"))
+	file := filepath.Join(dir, "s.receipt")
+	want(t, dir, 0, "", "audit", "prove", "--session", "s-1", "-o", file)
+	elsewhere := t.TempDir() // a stranger has the file and the key
+	want(t, elsewhere, 0, "from entry 0 to entry 6; 1 entry of the log lies between them and is not shown", "audit", "verify-receipt", file, "--key", key)
+	want(t, elsewhere, 0, "evil.example", "audit", "verify-receipt", file, "--key", key, "--entries")
+	want(t, elsewhere, 1, "no log yet, and no --key", "audit", "verify-receipt", file)
+	want(t, elsewhere, 1, "foreign", "audit", "verify-receipt", file, "--key", key, "--session", "s-2")
+	want(t, elsewhere, 1, "no cosignature", "audit", "verify-receipt", file, "--key", key,
+		"--witness", audit.WitnessKey("w", make(ed25519.PublicKey, ed25519.PublicKeySize)))
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw[len(raw)-20] ^= 1
+	if err := os.WriteFile(file, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var refused struct {
+		OK   bool
+		Kind audit.ProblemKind
+	}
+	if err := json.Unmarshal([]byte(want(t, elsewhere, 1, "changed", "audit", "verify-receipt", file, "--key", key, "--json")), &refused); err != nil || refused.OK || refused.Kind != audit.Changed {
+		t.Errorf("got %+v, %v", refused, err)
+	}
+	proof := want(t, dir, 0, "c2sp.org/tlog-proof@v1", "audit", "prove", "3")
+	out, errs, code := cal(t, elsewhere, proof, "audit", "verify-receipt", "-", "--key", key)
+	if code != 0 || !strings.Contains(out, "1 of the 7 entries under the checkpoint") {
+		t.Errorf("%d: %s%s", code, out, errs)
+	}
+	want(t, dir, 2, "--session", "audit", "prove")
+	want(t, dir, 2, "--session", "audit", "prove", "1", "--session", "s-1")
+	want(t, dir, 1, "no entry of session s-9", "audit", "prove", "--session", "s-9")
+	want(t, dir, 1, "no entry 7", "audit", "prove", "7")
+}
+
+func TestAuditExport(t *testing.T) {
+	dir := auditHome(t)
+	out := strings.Split(strings.TrimSpace(want(t, dir, 0, "", "audit", "export", "--session", "s-1")), "\n")
+	if len(out) != 7 {
+		t.Fatalf("%d lines, want six entries and a checkpoint", len(out))
+	}
+	var end struct{ Checkpoint string }
+	if err := json.Unmarshal([]byte(out[6]), &end); err != nil {
+		t.Fatal(err)
+	}
+	key := want(t, dir, 0, "", "audit", "key")
+	if cp, err := audit.ParseCheckpoint([]byte(end.Checkpoint), key); err != nil || cp.Size != 7 {
+		t.Errorf("got %+v, %v", cp, err)
+	}
+}
