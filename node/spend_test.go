@@ -440,3 +440,53 @@ func TestTimeWithoutANode(t *testing.T) {
 		})
 	}
 }
+
+// A sub-pod that draws on the pod above it ends both when nothing is left; one that has an
+// amount of its own ends alone. A call that its end cut off is paid for.
+func TestSubPodsSpend(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	var own map[string]any
+	if err := json.Unmarshal(policyOf(delegating), &own); err != nil {
+		t.Fatal(err)
+	}
+	own["budget"] = object{"tokens": 10_000}
+	p := h.pod(specOf("w", document(t, own)), map[string]string{"a": "text"})
+	reads := func(of object) object {
+		return object{"policy": object{"operations": object{"read_files": "always"}, "budget": of}}
+	}
+	stopped := func(p *Pod) string { return p.status().Budget.Stopped }
+	apart := h.create(p, reads(object{"tokens": 1000}))
+	if err := h.callModel(apart, callOf(apart, "mc-1"), egress.Tokens{Output: 1500}); err != nil {
+		t.Fatal(err)
+	}
+	if stopped(apart) != "budget.tokens" || stopped(p) != "" {
+		t.Errorf("stopped are %q and above it %q", stopped(apart), stopped(p))
+	}
+	if left := *p.status().Budget.Tokens.Left; left != 8500 {
+		t.Errorf("left %v, want 10000 less 1000 and the 500 beyond", left)
+	}
+	h.end(p, apart)
+	sharing := h.create(p, reads(object{}))
+	cut := callOf(sharing, "mc-2")
+	if err := (*gate)(h.node).ModelCall(h.context(), cut); err != nil {
+		t.Fatal(err)
+	}
+	h.end(p, sharing)
+	cut.Done, cut.Tokens, cut.Estimated = true, egress.Tokens{Input: 100, Output: 400}, true
+	if err := (*gate)(h.node).ModelCall(h.context(), cut); err != nil {
+		t.Fatal(err)
+	}
+	if left := *p.status().Budget.Tokens.Left; left != 8000 {
+		t.Errorf("left %v: the call of a pod that was deleted meanwhile is not paid for", left)
+	}
+	sharing = h.create(p, reads(object{}))
+	h.readA(p).want(t, "")
+	if err := h.callModel(sharing, callOf(sharing, "mc-3"), egress.Tokens{Output: 8000}); err != nil {
+		t.Fatal(err)
+	}
+	if stopped(sharing) != "budget.tokens" || stopped(p) != "budget.tokens" {
+		t.Errorf("stopped are %q and above it %q", stopped(sharing), stopped(p))
+	}
+	h.readA(p).want(t, nucleus.KindDenied, "10000 of 10000 tokens")
+}
