@@ -971,6 +971,8 @@ func (p *Pod) status() nucleus.PodStatus {
 	if root != nil {
 		s.Exposure = root.legs().Names()
 		s.Budget = p.budgetStatus(root)
+	} else {
+		s.Budget = budgetPlan(p.policy.Budget())
 	}
 	s.Policy, s.Asks = p.policy.Name(), p.asks.waiting(p.node.config.Now().UnixMilli())
 	if p.record.Spec.Agent != nil {

@@ -539,3 +539,14 @@ func (p *Pod) budgetStatus(s *rootSession) *nucleus.Budget {
 	}
 	return b
 }
+
+// budgetPlan is the budget of a pod that has not begun.
+func budgetPlan(limits nucleus.Amounts) *nucleus.Budget {
+	b := &nucleus.Budget{}
+	for _, d := range nucleus.Dimensions() {
+		if limit := *limits.Of(d); limit != nucleus.Unlimited {
+			b.Of(d).Limit, b.Of(d).Left = new(d.Number(limit)), new(d.Number(limit))
+		}
+	}
+	return b
+}

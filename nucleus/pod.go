@@ -187,8 +187,8 @@ type PodStatus struct {
 	Created      string       `json:"created"`
 	Reason       string       `json:"reason,omitempty"` // why it failed or stopped
 	Policy       string       `json:"policy,omitempty"` // its name, where it has one
-	Budget       *Budget      `json:"budget,omitempty"` // absent before the pod starts
-	Asks         []string     `json:"asks,omitempty"`   // ids of asks that wait for a person
+	Budget       *Budget      `json:"budget,omitempty"`
+	Asks         []string     `json:"asks,omitempty"` // ids of asks that wait for a person
 }
 
 // Budget is what a pod's session has used up. Where it has no limit of its own but a pod

@@ -158,7 +158,7 @@ func (s *session) sayBudget(ctx context.Context) {
 	defer cancel()
 	pod, err := s.node.Pod(ctx, s.pod.ID)
 	if err == nil && pod.Budget.Limited() {
-		fmt.Fprintln(os.Stderr, "cal: budget:", budgetLine(pod.Budget))
+		fmt.Fprintln(os.Stderr, "cal: budget:", workspace.Budget(pod.Budget))
 	}
 }
 

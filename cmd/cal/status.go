@@ -13,6 +13,7 @@ import (
 
 	"cal/node/client"
 	"cal/nucleus"
+	"cal/workspace"
 )
 
 func statusCommand() *cobra.Command {
@@ -69,7 +70,7 @@ func printStatus(out io.Writer, pods []nucleus.PodStatus) error {
 		line("exposure", "%s", orWord(strings.Join(p.Exposure, ", "), "none"))
 		if b := p.Budget; b != nil {
 			for _, d := range nucleus.Dimensions() {
-				line(d.Unit(), "%s", spending(d, b.Of(d)))
+				line(d.Unit(), "%s", workspace.Spending(d, b.Of(d)))
 			}
 			if b.Stopped != "" {
 				line("ended by", "%s", b.Stopped)
@@ -105,28 +106,4 @@ func quoted(names []string) []string {
 		out = append(out, fmt.Sprintf("%q", name))
 	}
 	return out
-}
-
-// spending says one dimension: "1.25 of 5.00, 3.75 left".
-func spending(d nucleus.Dimension, s *nucleus.Spending) string {
-	text := func(number float64) string { return d.Text(d.Amount(number)) }
-	if s.Limit == nil {
-		return text(s.Spent) + ", no limit"
-	}
-	said := text(s.Spent) + " of " + text(*s.Limit)
-	if s.Reserved > 0 {
-		said += ", " + text(s.Reserved) + " set aside for sub-pods"
-	}
-	return said + ", " + text(*s.Left) + " left"
-}
-
-// budgetLine says in one line what has a limit.
-func budgetLine(b *nucleus.Budget) string {
-	var parts []string
-	for _, d := range nucleus.Dimensions() {
-		if s := b.Of(d); s.Limit != nil {
-			parts = append(parts, d.Unit()+" "+spending(d, s))
-		}
-	}
-	return strings.Join(parts, "; ")
 }
