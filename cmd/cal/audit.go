@@ -20,7 +20,7 @@ import (
 
 func auditCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "audit", Short: "Read, verify and prove the log", Example: "  cal audit log --decision deny\n  cal audit verify"}
-	cmd.AddCommand(auditLogCommand(), auditShowCommand(), auditKeyCommand(), auditVerifyCommand(), auditProveCommand(), auditVerifyReceiptCommand(), auditExportCommand())
+	cmd.AddCommand(auditLogCommand(), auditShowCommand(), auditKeyCommand(), auditVerifyCommand(), auditProveCommand(), auditVerifyReceiptCommand(), auditTimelineCommand(), auditExportCommand())
 	return cmd
 }
 
