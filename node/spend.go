@@ -35,6 +35,9 @@ func (n *Node) beginModelCall(ctx context.Context, call egress.ModelCall) error 
 	if err != nil {
 		return err
 	}
+	if err := n.witness.allow(); err != nil {
+		return err
+	}
 	entry := nucleus.Entry{Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall}
 	if err := n.holdModelCall(ctx, p, call); err != nil {
 		e := nucleus.AsError(err)
