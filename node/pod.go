@@ -854,6 +854,9 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 func (n *Node) stopDeciding(p *Pod, actor string) error {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
+	if p.ended() != "" { // whoever deletes it too was first
+		return nil
+	}
 	if _, err := n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()}); err != nil {
 		return logFailure(err)
 	}
