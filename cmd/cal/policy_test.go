@@ -127,7 +127,7 @@ func TestPolicyForPrograms(t *testing.T) {
 		{"too many arguments", "list x", "", "", `(cal policy list --help)`, 2},
 		{"a directory", "check .", "", "", "policy ./. is no regular file and no pipe (d---------)", 1},
 		{"a device without end", "check /dev/zero", "", "", "policy /dev/zero is no regular file and no pipe", 1},
-		{"a pipe that nobody writes to", "check pipe.yaml", "", "", "./pipe.yaml:1: the document is empty", 1},
+		{"a pipe that nobody writes to", "check pipe.yaml", "", "", "pipe.yaml:1: the document is empty", 1},
 		{"a pipe, by another command", "meet default pipe.yaml", "", "", "pipe.yaml:1: the document is empty", 1},
 		{"a file that is too large", "check large.yaml", "", "", "large.yaml:1: the document has more than 1048576 bytes", 1},
 		{"an empty session", "eval", `{"policy": {}, "session": []}`, `{"decisions":[]}` + "\n", "", 0},
