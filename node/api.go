@@ -330,6 +330,10 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest, 
 	}
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
+	p.settle()
+	if err := p.overspent(false); err != nil {
+		return nucleus.Entry{}, err
+	}
 	if len(names) > 0 {
 		takes := nucleus.Private
 		if p.record.Untrusted {
@@ -364,7 +368,12 @@ func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, mac
 			return
 		}
 		if kind == wire.FrameResult {
-			switch exit, err := readExit(payload); {
+			exit, err := readExit(payload)
+			if err == nil {
+				exit = p.endOf(exit)
+				payload = data(exit)
+			}
+			switch {
 			case err != nil || tookOver(exit):
 			case exit.Refused && start.Kind != "":
 				n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, exit.Error)

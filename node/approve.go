@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -85,6 +86,20 @@ func (b *askBook) remove(id string) {
 		delete(b.asks, id)
 		p.pre.sent.drop()
 	}
+}
+
+// waiting lists the asks that a person can still answer.
+func (b *askBook) waiting(now int64) []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var ids []string
+	for id, p := range b.asks {
+		if p.refused == nil && now < p.until {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
 }
 
 // clear forgets all asks of a pod that has ended.

@@ -193,6 +193,7 @@ func (n *Node) followErrand(p *Pod, e *errand, actor string, start nucleus.Entry
 			if err != nil {
 				exit = guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(err)}
 			}
+			exit = p.endOf(exit)
 			if exit.Refused {
 				n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, exit.Error)
 			} else {
