@@ -343,9 +343,13 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest, 
 			return nucleus.Entry{}, logFailure(err)
 		}
 	}
+	shown := make([]string, len(argv)) // a prompt may be longer than an entry
+	for i, arg := range argv {
+		shown[i] = cut(arg, 2000)
+	}
 	start, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionStart, Exposure: p.root.exposure.Names(),
-		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": argv, "tty": body.TTY, "instructions": names}),
+		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": shown, "tty": body.TTY, "instructions": names}),
 	})
 	if err != nil {
 		return start, logFailure(err)

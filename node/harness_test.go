@@ -152,6 +152,7 @@ func (h *host) start() {
 		h.t.Fatal("opening the node: ", err)
 	}
 	h.node = n
+	h.clock.pass(time.Millisecond) // what is signed now is after the node's start, however quick that was
 	if h.operator, err = keyfile.Load(n.operatorKeyFile()); err != nil {
 		h.t.Fatal(err)
 	}
@@ -647,7 +648,7 @@ func (m *inside) call(stream *wire.Stream) {
 	if err := nucleus.Strict(stream.Header, &c.call); err != nil {
 		return
 	}
-	if err := stream.RecvJSON(wire.FrameJSON, 64<<10, &c.args); err != nil {
+	if err := stream.RecvJSON(wire.FrameJSON, 4<<20, &c.args); err != nil {
 		return
 	}
 	if result, send := m.answer(c); send {
