@@ -465,6 +465,37 @@ func TestReceiptCosigned(t *testing.T) {
 			wantRefused(t, raw, VerifyReceiptOptions{Witnesses: []string{witness}}, c.kind)
 		}
 	}
+	// What lies in the log cosigned is taken, if it covers the session.
+	l := mustOpen(t, dir, testOptions())
+	cosigned := cosign(signed, "cal/authority", key, 1700000000)
+	if err := l.Keep(cosigned); err != nil {
+		t.Fatal(err)
+	}
+	covered := func() bool {
+		_, err := VerifyReceipt(mustReceipt(t, dir, ReceiptOptions{Session: "s-a"}), VerifyReceiptOptions{Key: testVerifier, Witnesses: []string{witness}})
+		_, proof, proofErr := Prove(dir, testVerifier, 3)
+		if proofErr == nil {
+			_, proofErr = VerifyReceipt(proof, VerifyReceiptOptions{Key: testVerifier, Witnesses: []string{witness}})
+		}
+		if proofErr != nil {
+			t.Errorf("a proof under the cosigned checkpoint: %v", proofErr)
+		}
+		return err == nil
+	}
+	if !covered() {
+		t.Error("a receipt is not under the cosigned checkpoint that covers it")
+	}
+	appendAll(t, l, callEntries(t, "s-b", 7)...)
+	if !covered() {
+		t.Error("a receipt is not under the cosigned checkpoint, though only another session went on")
+	}
+	appendAll(t, l, callEntries(t, "s-a", 7)...)
+	if covered() {
+		t.Error("the cosigned checkpoint does not cover the session, and was taken")
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
 	for _, key := range []string{"", "x", testVerifier, witness + "x", strings.Replace(witness, "cal/", "cel/", 1)} {
 		_, err := VerifyReceipt(plain, VerifyReceiptOptions{Key: testVerifier, Witnesses: []string{key}})
 		var refused *ReceiptError
