@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -87,6 +88,20 @@ func (b *askBook) remove(id string) {
 	}
 }
 
+// waiting lists the asks that a person can still answer.
+func (b *askBook) waiting(now int64) []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var ids []string
+	for id, p := range b.asks {
+		if p.refused == nil && now < p.until {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
 // clear forgets all asks of a pod that has ended.
 func (b *askBook) clear() {
 	b.mu.Lock()
@@ -136,6 +151,32 @@ func (p pendingAsk) sameAs(r request, action nucleus.Action, beside nucleus.Legs
 		return q.Host == host && q.Port == port && (p.refused != nil || beside&bothLegs&^q.Exposure == 0)
 	}
 	return p.ask.Requester == r.caller.KeyID && sameAction(p.pre.action, action)
+}
+
+// open is how many asks for places wait for the person.
+func (b *askBook) open(now int64) int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	open := 0
+	for _, p := range b.asks {
+		if p.ask.Passage != nil && p.refused == nil && now < p.until {
+			open++
+		}
+	}
+	return open
+}
+
+// openElsewhere is how many asks for places of the session's other pods wait.
+func (p *Pod) openElsewhere() int {
+	p.root.mu.Lock()
+	defer p.root.mu.Unlock()
+	open := 0
+	for other := range p.root.pods {
+		if other != p {
+			open += other.asks.open(p.node.config.Now().UnixMilli())
+		}
+	}
+	return open
 }
 
 func (b *askBook) drop(id string) {
@@ -280,6 +321,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if ok {
 		return known, true, nil
 	}
+	open += p.openElsewhere()
 	if p.root.open(p.record.ID, pre.action, now) {
 		return pendingAsk{}, false, nil
 	}
@@ -311,10 +353,13 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 // newAsk makes the ask for a request; open is how many asks for places wait.
 func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval, open int) (nucleus.AskRequest, error) {
 	ask := nucleus.AskRequest{
-		ID: nucleus.NewID("a-"), Pod: p.record.ID, Workspace: p.record.Spec.Workspace, Session: p.record.Session, Boot: p.record.Boot,
+		ID: nucleus.NewID("a-"), Pod: p.record.ID, Workspace: n.workspaceOf(p), Session: p.record.Session, Boot: p.record.Boot,
 		Requester: r.caller.KeyID, Action: pre.action, Digest: pre.digest, Salt: pre.salt[:],
 		Policy: p.digest, Rule: needed.decision.Rule, Why: needed.decision.Why, Context: needed.context,
 		Tier: string(p.record.Tier), Mode: string(p.record.Spec.Mode), Detail: pre.detail, Evidence: p.root.shown(), Nonce: nucleus.NewID("n-"),
+	}
+	if sub := p.record.Sub; sub != nil {
+		ask.Detail = append([]nucleus.Detail{{Title: "pod", Text: "pod " + p.record.ID + " was asked for by the agent of pod " + sub.Parent}}, ask.Detail...)
 	}
 	signed := r.signed
 	if host, port, placed := pre.action.Place(); placed {
@@ -326,7 +371,7 @@ func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, need
 		if err != nil {
 			return ask, err
 		}
-		ask.Detail = append(detail, pre.detail...)
+		ask.Detail = append(ask.Detail, detail...)
 		ask.Passage = &nucleus.Passage{Host: host, Port: port, Exposure: needed.beside | nucleus.WayOut, Millis: passageLife.Milliseconds()}
 	}
 	if r.attempt != nil {

@@ -26,6 +26,7 @@ type rootSession struct {
 	evidence []nucleus.Evidence // which entry took each leg
 	passages []passage          // see passage.go
 	budget   *ledger            // see budget.go
+	freed    chan struct{}      // closed, and made anew, when a call to the model ends
 }
 
 type exposureFile struct {

@@ -234,8 +234,7 @@ func TestNodeDiesUnderSubAgent(t *testing.T) {
 	}
 	t.Cleanup(stop)
 	e.Vars["ANTHROPIC_BASE_URL"], e.Vars["ANTHROPIC_API_KEY"] = url, "key-"+random()
-	e.Write(filepath.Join(e.CAL, "agents", "steady.yaml"), fmt.Sprintf(
-		"program: %s\nargs: [\"{prompt}\"]\ntask: [\"{task}\"]\nmodel: anthropic\nenv: {ANTHROPIC_BASE_URL: \"{model_url}\", ANTHROPIC_API_KEY: \"{placeholder}\", CAL_MCP_URL: \"{mcp_url}\"}\n", e.Build("./internal/e2e/steady")))
+	steadyAgent(e)
 	run := e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--agent", "steady", "--policy", delegation(e), "--prompt", "work"))
 	testenv.Eventually(t, 30*time.Second, "the sub-agent works", func() bool { return begun.Load() != nil && pod.Load() != nil })
 	sandboxes := e.Sandboxes()
@@ -264,4 +263,140 @@ func TestNodeDiesUnderSubAgent(t *testing.T) {
 	}
 	e.Verify()
 	wantPaired(t, e)
+}
+
+// TestSubPodNeedsThePerson has a pod asked for under a policy that asks: the authority's own
+// program shows what it will be, and a grant makes one.
+func TestSubPodNeedsThePerson(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	repo := e.Repo("greeter", greeter())
+	e.Cal("node", "start").Want(t, 0)
+	node := e.Client()
+	pod, err := node.CreatePod(e.Context(), nucleus.PodSpec{
+		Mode: nucleus.Mediated, Image: nucleus.Image{Kind: "host"}, Repos: []nucleus.Repo{{Name: "greeter", Path: repo.Dir, Branch: "agent/x"}}, Workspace: "mine",
+		Identity: nucleus.Identity{Name: "Test Person", Email: "person@example.org"},
+		Policy:   json.RawMessage(`{"operations":{"read_files":"always","run_bash":"always","git_push":"ask","manage_pods":"ask"}}`),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tool := func(pod string, op nucleus.Op, args any) (json.RawMessage, *nucleus.Error) {
+		value, err := node.Tool(e.Context(), pod, op, args)
+		if err != nil {
+			return nil, nucleus.AsError(err)
+		}
+		return value, nil
+	}
+	commit := func(pod, message string) {
+		value, refused := tool(pod, nucleus.RunBash, map[string]any{"script": "cd greeter && echo x > " + message + " && git add -A && git commit -qm " + message})
+		if refused != nil || !strings.Contains(string(value), `"exit_code":0`) {
+			t.Fatalf("%s, %+v", value, refused)
+		}
+	}
+	commit(pod.ID, "above")
+	create := map[string]any{"action": "create", "policy": map[string]any{"operations": map[string]any{"run_bash": "always", "git_push": "always"}}}
+	_, refused := tool(pod.ID, nucleus.ManagePods, create)
+	if refused == nil || refused.Ask == "" {
+		t.Fatalf("%+v", refused)
+	}
+	screen := e.Grant(refused.Ask)
+	for _, text := range []string{"the policy of the new pod", `"git_push": "ask"`, `"run_bash": "always"`, `"create"`, `"gvisor"`, "kernel", `"greeter"`, `"mine"`, "agent/x"} {
+		if !strings.Contains(screen, text) {
+			t.Errorf("the authority did not show %s\n%s", text, screen)
+		}
+	}
+	if strings.Contains(screen, "read_files") {
+		t.Errorf("the authority showed the asking pod's policy\n%s", screen)
+	}
+	value, refused := tool(pod.ID, nucleus.ManagePods, create)
+	var made struct{ Pod, Branch string }
+	if refused != nil || json.Unmarshal(value, &made) != nil {
+		t.Fatalf("%s, %+v", value, refused)
+	}
+	// A push from below shows all that is new on the remote, and where it comes from.
+	commit(made.Pod, "below")
+	push := map[string]any{"branch": made.Branch}
+	_, refused = tool(made.Pod, nucleus.GitPush, push)
+	if refused == nil || refused.Ask == "" {
+		t.Fatalf("%+v", refused)
+	}
+	screen = e.Grant(refused.Ask)
+	for _, text := range []string{"asked for by the agent of pod " + pod.ID, made.Pod, `"mine"`, "Test Person <person@example.org> below", "Test Person <person@example.org> above"} {
+		if !strings.Contains(screen, text) {
+			t.Errorf("the authority did not show %s\n%s", text, screen)
+		}
+	}
+	if _, refused := tool(made.Pod, nucleus.GitPush, push); refused != nil {
+		t.Errorf("%+v", refused)
+	}
+	if log := repo.Git("ls-remote", "--heads", "origin", made.Branch); !strings.Contains(log, made.Branch) {
+		t.Errorf("the remote has %q", log)
+	}
+	if err := node.DeletePod(e.Context(), pod.ID); err != nil {
+		t.Error(err)
+	}
+	if pods, err := node.Pods(e.Context()); err != nil || len(pods) != 0 || len(e.LeftOfMachines()) != 0 {
+		t.Errorf("%+v, %v, left %v", pods, err, e.LeftOfMachines())
+	}
+	e.Verify()
+}
+
+// TestSubAgentHasItsOwnBudget lets a sub-agent spend what was set aside for it: it ends, its parent
+// hears why and goes on.
+func TestSubAgentHasItsOwnBudget(t *testing.T) {
+	e := testenv.New(t)
+	repo := e.Repo("greeter", greeter())
+	call := func(tool string, args map[string]any) script.Step {
+		return script.Step{Server: "cal", Tool: tool, Args: args}
+	}
+	spawn := func(tokens int) script.Step {
+		return call("spawn_agent", map[string]any{"task": subTask, "policy": map[string]any{
+			"operations": map[string]any{"run_bash": "always"}, "budget": map[string]any{"tokens": tokens},
+		}})
+	}
+	above := []script.Step{spawn(2_000_000), spawn(5), call("run_bash", map[string]any{"script": "echo on"}), {Text: "MAIN-DONE"}}
+	model := script.Anthropic(func(turn script.Turn) script.Step {
+		if strings.Contains(turn.Prompt, "SUBTASK") {
+			return call("run_bash", map[string]any{"script": "sleep 0.2"}) // on and on
+		}
+		return above[min(turn.N, len(above)-1)]
+	})
+	url, stop, err := model.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	e.Vars["ANTHROPIC_BASE_URL"], e.Vars["ANTHROPIC_API_KEY"] = url, "key-"+random()
+	steadyAgent(e)
+	e.Write(filepath.Join(e.CAL, "policies", "limited.yaml"), `operations: {run_bash: always, spawn_agent: always, manage_pods: always}
+budget: {tokens: 1000000}
+`)
+	e.Cal("run", "--repo", repo.Dir, "--agent", "steady", "--policy", "limited", "--prompt", "work").Want(t, 0, "MAIN-DONE")
+	var got []script.Result
+	for _, r := range model.Conversation() {
+		if !strings.Contains(r.Turn.Prompt, "SUBTASK") && len(r.Turn.Results) > len(got) {
+			got = r.Turn.Results
+		}
+	}
+	for i, wants := range [][]string{{`"rule":"budget.tokens"`, "are left"}, {`"state":"failed"`, "budget.tokens"}, {"on"}} {
+		for _, want := range wants {
+			if len(got) <= i || !strings.Contains(got[i].Text, want) {
+				t.Errorf("result %d: want %q in %v", i, want, got)
+			}
+		}
+	}
+	if ended := e.Entries(of(nucleus.KindSessionBudget, "")); len(ended) != 1 {
+		t.Errorf("%d sessions were ended by their budget, want the sub-agent's", len(ended))
+	}
+	if left := e.LeftOfMachines(); len(left) > 0 {
+		t.Errorf("left behind: %s", strings.Join(left, "\n"))
+	}
+	e.Verify()
+}
+
+// steadyAgent describes the agent "steady", which can be a sub-agent.
+func steadyAgent(e *testenv.Env) {
+	e.Write(filepath.Join(e.CAL, "agents", "steady.yaml"), fmt.Sprintf(
+		"program: %s\nargs: [\"{prompt}\"]\ntask: [\"{task}\"]\nmodel: anthropic\nenv: {ANTHROPIC_BASE_URL: \"{model_url}\", ANTHROPIC_API_KEY: \"{placeholder}\", CAL_MCP_URL: \"{mcp_url}\"}\n", e.Build("./internal/e2e/steady")))
 }
