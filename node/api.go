@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"cal/audit"
 	"cal/guest"
 	"cal/node/client"
 	"cal/nucleus"
@@ -341,7 +342,7 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest, 
 	}
 	start, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionStart, Exposure: p.root.exposure.Names(),
-		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": argv, "tty": body.TTY, "instructions": names}),
+		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": audit.Shown(argv), "tty": body.TTY, "instructions": names}),
 	})
 	if err != nil {
 		return start, logFailure(err)

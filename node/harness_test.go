@@ -64,6 +64,7 @@ type host struct {
 	agent    func(*wire.Stream)
 	program  func(*inside, guest.AgentProgram, *wire.Stream) // in place of agent
 	joined   func(*inside, *wire.Stream)                     // who attaches to an agent
+	onAttach func(*inside)                                   // a later node has come
 }
 
 type clock struct {
@@ -484,8 +485,11 @@ func (m *inside) startWorker(ctx context.Context) (end func(), err error) {
 // takeWire is what guest.Proxy does with a later node: it wants a proof.
 func (m *inside) takeWire(ctx context.Context, a fake.Attach, wires *sync.WaitGroup) {
 	m.host.mu.Lock()
-	refuse := m.host.attach
+	refuse, came := m.host.attach, m.host.onAttach
 	m.host.mu.Unlock()
+	if came != nil {
+		came(m)
+	}
 	if refuse != nil {
 		a.Answer(refuse())
 		return
@@ -632,7 +636,7 @@ func (m *inside) call(stream *wire.Stream) {
 	if err := nucleus.Strict(stream.Header, &c.call); err != nil {
 		return
 	}
-	if err := stream.RecvJSON(wire.FrameJSON, 64<<10, &c.args); err != nil {
+	if err := stream.RecvJSON(wire.FrameJSON, 4<<20, &c.args); err != nil {
 		return
 	}
 	if result, send := m.answer(c); send {
