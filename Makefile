@@ -46,8 +46,9 @@ test: all agents ## everything that must hold; prints its ten slowest tests
 
 test-long: all agents mutants ## the slow ones: more kills, more rounds, mutants
 	CAL_LONG=1 internal/test.sh ./...
+	cd bench/log && $(GO) test -count=1 . # our log, read by programs of others
 
-mutants: ## break each law and rule of the policy in turn: a test must notice
+mutants: ## break each law and rule of policy and log in turn: a test must notice
 	$(GO) run ./internal/mutants
 
 bench: all agents ## measurements, into bench/README.md

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -139,5 +140,21 @@ func BenchmarkPublish(b *testing.B) {
 		if err := l.Publish(); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+func BenchmarkShown(b *testing.B) {
+	source, err := os.ReadFile("verify.go")
+	if err != nil {
+		b.Fatal(err)
+	}
+	for name, v := range map[string]any{
+		"path": map[string]string{"path": "src/main.go"}, "256KB": map[string]string{"path": "x", "content": strings.Repeat(string(source), 1+(256<<10)/len(source))},
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				Shown(v)
+			}
+		})
 	}
 }

@@ -38,6 +38,14 @@ func VerifierKey(origin string, public ed25519.PublicKey) string {
 	return key
 }
 
+// CheckKey says why key is not what VerifierKey returns.
+func CheckKey(key string) error {
+	if _, err := note.NewVerifier(key); err != nil {
+		return fmt.Errorf("verifier key %q: %w", key, err)
+	}
+	return nil
+}
+
 // ParseCheckpoint checks the signature of a signed note by the log's key, a
 // VerifierKey, and returns what it says. Signatures of others are ignored.
 func ParseCheckpoint(signed []byte, key string) (Checkpoint, error) {

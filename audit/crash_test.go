@@ -13,6 +13,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"cal/nucleus"
 )
@@ -155,7 +156,7 @@ func (f *hostileFile) Sync() error {
 // in its place, and a log that failed says so until it is reopened.
 func TestEveryOperationFails(t *testing.T) {
 	operations, _ := failAt(t, -1, fails, false)
-	if operations < 40 {
+	if operations < 60 {
 		t.Fatalf("only %d operations", operations)
 	}
 	failed := 0
@@ -236,11 +237,27 @@ func failAt(t *testing.T, at int, mode string, inProcess bool) (operations int, 
 		l.Close()
 		l = reopened(t, dir, life)
 	}
+	// What cannot be kept of a witness's word costs the log nothing.
+	kept := func() {
+		line, err := Cosign(l.Published(), "w.test", testWitness, time.Unix(1700000000, 0))
+		if err == nil {
+			err = l.Keep(append(l.Published(), line...))
+		}
+		if err == nil {
+			return
+		}
+		seen = true
+		if !errors.Is(err, errDisk) || errors.Is(err, ErrFailed) {
+			t.Errorf("%s: keeping a cosigned checkpoint: %v", life(), err)
+		}
+		h.mend()
+	}
 	for _, n := range []int{3, 2, 0, 4} {
 		for range n {
 			mend(appendOne())
 		}
 		mend(l.Publish())
+		kept()
 	}
 	mend(appendOne())
 	if err := l.Close(); err != nil {

@@ -39,6 +39,7 @@ import (
 
 const (
 	checkpointName = "checkpoint"
+	cosignedName   = "cosigned"
 	lockName       = "lock"
 
 	// A journal longer than this is published by the append that made it so.
@@ -102,8 +103,9 @@ type Log struct {
 	now    func() time.Time
 
 	// The locks are taken in this order. tiles is held while tiles are written,
-	// which appends need not wait for, and guards nothing but that.
+	// which appends need not wait for.
 	tiles sync.Mutex
+	kept  int64 // size of the cosigned checkpoint
 
 	// disk is held while the journal is written, one group at a time.
 	disk      sync.Mutex
@@ -121,7 +123,9 @@ type Log struct {
 	note  []byte
 	size  int64
 	root  tlog.Hash
-	open  map[string]nucleus.Entry // by permit: intents without outcome
+	// public is the checkpoint of the tiles, under the log's signature alone.
+	public []byte
+	open   map[string]nucleus.Entry // by permit: intents without outcome
 }
 
 // Pending is an entry on its way to the disk.
@@ -464,6 +468,9 @@ func (l *Log) rebase(e *edition) error {
 	l.recent = slices.Clone(l.recent[from-l.first:])
 	l.first = from
 	l.tree.forget(l.published)
+	l.mu.Lock()
+	l.public = e.note
+	l.mu.Unlock()
 	l.removePartials(e.from, e.tree.size)
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"cal/internal/durable"
@@ -526,4 +527,90 @@ func TestBegunAndFailed(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantOK(t, dir, nil, size+2)
+}
+
+// gated is a disk whose syncs wait for the test.
+type gated struct {
+	FS
+	asked chan int64 // the size of the journal when a sync begins
+	go_   chan struct{}
+}
+
+type gatedFile struct {
+	File
+	g       *gated
+	written int64
+}
+
+func (g *gated) Append(name string) (File, error) {
+	f, err := g.FS.Append(name)
+	return &gatedFile{File: f, g: g}, err
+}
+
+func (f *gatedFile) Write(p []byte) (int, error) {
+	n, err := f.File.Write(p)
+	f.written += int64(n)
+	return n, err
+}
+
+func (f *gatedFile) Sync() error {
+	f.g.asked <- f.written
+	<-f.g.go_
+	return f.File.Sync()
+}
+
+// While a sync has not returned nobody is told that an entry is durable, neither those
+// of its group nor those that come later; one sync then tells a whole group.
+func TestNothingIsAcknowledgedBeforeItsSync(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	under, err := openFiles(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk := &gated{FS: under, asked: make(chan int64), go_: make(chan struct{})}
+	o := testOptions()
+	o.FS = disk
+	l := mustOpen(t, dir, o)
+	const writers = 64
+	var told atomic.Int64
+	var group sync.WaitGroup
+	entered := make(chan struct{}, writers)
+	begin := func(n int) {
+		for i := range n {
+			group.Go(func() {
+				p, err := l.Begin(entryNumber(i))
+				entered <- struct{}{}
+				if err == nil {
+					_, err = p.Wait()
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				told.Add(1)
+			})
+		}
+		for range n {
+			<-entered
+		}
+	}
+	begin(1)
+	<-disk.asked // the first one's sync has begun
+	begin(writers - 1)
+	if n, size := told.Load(), l.Size(); n != 0 || size != 0 {
+		t.Errorf("before any sync: %d were told, the size is %d", n, size)
+	}
+	disk.go_ <- struct{}{}
+	<-disk.asked // the others', one for all of them
+	if n, size := told.Load(), l.Size(); n > 1 || size != 1 {
+		t.Errorf("after one sync: %d were told, the size is %d", n, size)
+	}
+	disk.go_ <- struct{}{}
+	group.Wait()
+	if n, size := told.Load(), l.Size(); n != writers || size != writers {
+		t.Errorf("after two syncs: %d were told, the size is %d", n, size)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantOK(t, dir, nil, writers)
 }

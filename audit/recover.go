@@ -34,6 +34,9 @@ func (l *Log) load() error {
 	if err != nil {
 		return err
 	}
+	if err := l.checkCosigned(j, s); err != nil {
+		return err
+	}
 	l.tree, l.recent, l.first, l.published = s.tree, s.recent, s.first, j.base.Size
 	l.records = nil // whatever the journal holds goes into tiles now
 	signed := j.note
@@ -59,9 +62,13 @@ func (l *Log) load() error {
 	if err != nil {
 		return err
 	}
+	own, err := l.signer.ownSignature(signed)
+	if err != nil {
+		return err
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.note, l.err = signed, nil
+	l.note, l.public, l.err = signed, own, nil
 	return nil
 }
 
@@ -232,6 +239,38 @@ func (l *Log) checkPublished(j *journal, s *state) (signed []byte, stale bool, e
 		return nil, false, fmt.Errorf("the checkpoint of %d entries has root %s, the journal's is %s", cp.Size, cp.Root, root)
 	}
 	return signed, cp.Size != j.end(), nil
+}
+
+// checkCosigned compares the cosigned checkpoint with the journal, or, where it is
+// older, with the tiles below.
+func (l *Log) checkCosigned(j *journal, s *state) error {
+	l.kept = 0
+	signed, err := l.fs.ReadFile(cosignedName, maxCheckpoint)
+	if isMissing(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	cp, err := openCheckpoint(signed, l.signer)
+	if err != nil {
+		return fmt.Errorf("%s: %w", cosignedName, err)
+	}
+	if cp.Size > j.end() {
+		return fmt.Errorf("truncated: the cosigned checkpoint is of %d entries, the journal ends at %d", cp.Size, j.end())
+	}
+	// One that was published lies at the end of a record.
+	root := s.roots[cp.Size]
+	if cp.Size < j.base.Size {
+		if root, err = rootAt(cp.Size, j.base, l.fs.ReadFile); err != nil {
+			return err
+		}
+	}
+	if root != cp.Root {
+		return fmt.Errorf("the cosigned checkpoint of %d entries has root %s, the log's is %s", cp.Size, cp.Root, root)
+	}
+	l.kept = cp.Size
+	return nil
 }
 
 // markTorn appends an entry that tells of the bytes of an append that did not

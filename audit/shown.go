@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -94,12 +95,27 @@ func isPlain(v any) bool {
 func redactPairs(list []any) {
 	for i := 0; i+1 < len(list); i++ {
 		flag, ok := list[i].(string)
+		if ok && (flag == "--user" || flag == "-u" && isCurl(list)) {
+			if next, ok := list[i+1].(string); ok {
+				if name, password, ok := strings.Cut(next, ":"); ok && strings.Trim(password, "0123456789") != "" && !strings.Contains(password, redacted) {
+					list[i+1] = name + ":" + redacted
+				}
+			}
+		}
 		if ok && strings.HasPrefix(flag, "-") && !strings.ContainsAny(flag, "= ") && secretName(flag) {
 			if next, ok := list[i+1].(string); ok && next != "" && !strings.HasPrefix(next, "-") {
 				list[i+1] = redacted
 			}
 		}
 	}
+}
+
+// isCurl tells curl's -u, whose value is a name and a password, from others.
+func isCurl(argv []any) bool {
+	return slices.ContainsFunc(argv, func(v any) bool {
+		text, ok := v.(string)
+		return ok && (text == "curl" || strings.HasSuffix(text, "/curl"))
+	})
 }
 
 // secretWords name secrets; the name is split into words at case changes,
@@ -115,6 +131,7 @@ var secretWords = map[string]bool{
 var secretPairs = map[string]bool{
 	"api key": true, "private key": true, "access key": true, "signing key": true,
 	"encryption key": true, "auth key": true, "session key": true, "pass phrase": true,
+	"account key": true, "shared key": true, "session id": true, "amz signature": true,
 }
 
 func secretName(name string) bool {
@@ -162,7 +179,7 @@ var tokens = []struct {
 	hint string
 	form *regexp.Regexp
 }{
-	{"gh", regexp.MustCompile(`\bgh[pousr]_[A-Za-z0-9]{20,}`)},
+	{"gh", regexp.MustCompile(`\bgh[pousr]_[A-Za-z0-9_]{20,}`)},
 	{"github_pat_", regexp.MustCompile(`github_pat_[A-Za-z0-9_]{20,}`)},
 	{"glpat-", regexp.MustCompile(`glpat-[A-Za-z0-9_-]{16,}`)},
 	{"sk-", regexp.MustCompile(`\bsk-[A-Za-z0-9_-]{16,}`)},
@@ -170,21 +187,26 @@ var tokens = []struct {
 	{"_test_", regexp.MustCompile(`\b[sr]k_test_[A-Za-z0-9]{16,}`)},
 	{"AKIA", regexp.MustCompile(`\bAKIA[A-Z0-9]{16}\b`)},
 	{"ASIA", regexp.MustCompile(`\bASIA[A-Z0-9]{16}\b`)},
+	{"GOCSPX-", regexp.MustCompile(`\bGOCSPX-[A-Za-z0-9_-]{20,}`)},
+	{"1//", regexp.MustCompile(`\b1//[A-Za-z0-9_-]{30,}`)},
 	{"AIza", regexp.MustCompile(`\bAIza[A-Za-z0-9_-]{30,}`)},
 	{"ya29.", regexp.MustCompile(`\bya29\.[A-Za-z0-9_-]{20,}`)},
 	{"xox", regexp.MustCompile(`\bxox[abeoprs]-[A-Za-z0-9-]{10,}`)},
+	{"xapp-", regexp.MustCompile(`\bxapp-[0-9]-[A-Za-z0-9-]{20,}`)},
+	{"hooks.slack.com", regexp.MustCompile(`hooks\.slack\.com/(services|workflows|triggers)/[A-Za-z0-9_/-]+`)},
 	{"npm_", regexp.MustCompile(`\bnpm_[A-Za-z0-9]{30,}`)},
 	{"pypi-", regexp.MustCompile(`\bpypi-[A-Za-z0-9_-]{30,}`)},
 	{"hf_", regexp.MustCompile(`\bhf_[A-Za-z0-9]{30,}`)},
 	{"SG.", regexp.MustCompile(`\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}`)},
+	{"hvs.", regexp.MustCompile(`\bhvs\.[A-Za-z0-9_-]{20,}`)},
+	{"dckr_pat_", regexp.MustCompile(`\bdckr_pat_[A-Za-z0-9_-]{20,}`)},
 	{"dop_v1_", regexp.MustCompile(`\bdop_v1_[a-f0-9]{32,}`)},
 	{"eyJ", regexp.MustCompile(`\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*`)},
 	{"v4.", regexp.MustCompile(`\bv4\.(public|local)\.[A-Za-z0-9_-]{40,}`)},
 	{"AGE-", regexp.MustCompile(`AGE-(PLUGIN-[A-Z0-9-]+|SECRET-KEY)-1[A-Z0-9]{20,}`)},
 	{"PRIVATE+KEY+", regexp.MustCompile(`PRIVATE\+KEY\+[^\s"]+`)},
 	{"PRIVATE KEY", regexp.MustCompile(`(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----|$)`)},
-	{"earer ", regexp.MustCompile(`\b[Bb]earer +[A-Za-z0-9._~+/=-]{8,}`)},
-	{"asic ", regexp.MustCompile(`\b[Bb]asic +[A-Za-z0-9+/=]{8,}`)},
+	{"Signature=", regexp.MustCompile(`\bSignature=[A-Za-z0-9%+/=]{16,}`)},
 }
 
 // urlUser is the password in a URL; assignment is NAME=value and "Name: value",
@@ -192,7 +214,14 @@ var tokens = []struct {
 var (
 	urlUser    = regexp.MustCompile(`([a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s:@]*:[^/\s@]+@`)
 	urlToken   = regexp.MustCompile(`(https?://)[^/\s:@]{20,}@`)
-	assignment = regexp.MustCompile(`([A-Za-z][A-Za-z0-9_.-]*)(["']?(?:=|: *))("[^"]*"|'[^']*'|[^\s"'&;]+)`)
+	assignment = regexp.MustCompile(`([A-Za-z][A-Za-z0-9_.-]*)(["']?(?: *= *|: *))("[^"]*"|'[^']*'|[^\s"'&;]+)`)
+	// headerName begins a header whose value has several words.
+	headerName = regexp.MustCompile(`(?i)\b(?:(?:proxy-)?authorization|(?:set-)?cookie)["']?(?: *= *|: *)`)
+	// bearer and basic are credentials without the header's name; the first group is the
+	// scheme, the second what follows.
+	bearer   = regexp.MustCompile(`\b([Bb]earer +)([A-Za-z0-9._~+/=-]{8,})`)
+	basic    = regexp.MustCompile(`\b([Bb]asic +)([A-Za-z0-9+/=]{8,})`)
+	curlUser = regexp.MustCompile(`(\bcurl\b[^\n|;&]*? (?:-u|--user)[ =]*["']?[^\s:"']+:)[^\s"']+`)
 )
 
 func redactText(text string) string {
@@ -205,8 +234,13 @@ func redactText(text string) string {
 		text = urlUser.ReplaceAllString(text, "${1}"+redacted+"@")
 		text = urlToken.ReplaceAllString(text, "${1}"+redacted+"@")
 	}
+	text = redactSchemes(text)
+	text = redactRandom(text)
 	if !strings.ContainsAny(text, "=:") {
 		return text
+	}
+	if lower := strings.ToLower(text); strings.Contains(lower, "cookie") || strings.Contains(lower, "authorization") {
+		text = redactHeaders(text)
 	}
 	return assignment.ReplaceAllStringFunc(text, func(match string) string {
 		parts := assignment.FindStringSubmatch(match)
@@ -215,6 +249,62 @@ func redactText(text string) string {
 		}
 		return parts[1] + parts[2] + redacted
 	})
+}
+
+// redactSchemes replaces what follows "Bearer" and "Basic", unless it is a word.
+func redactSchemes(text string) string {
+	if strings.Contains(text, "earer ") {
+		text = bearer.ReplaceAllStringFunc(text, func(match string) string {
+			parts := bearer.FindStringSubmatch(match)
+			if len(parts[2]) < 20 && !strings.ContainsAny(parts[2], "0123456789._~+/=") {
+				return match
+			}
+			return parts[1] + redacted
+		})
+	}
+	if strings.Contains(text, "asic ") {
+		text = basic.ReplaceAllStringFunc(text, func(match string) string {
+			parts := basic.FindStringSubmatch(match)
+			pair, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(parts[2], "="))
+			if err != nil || !strings.Contains(string(pair), ":") {
+				return match
+			}
+			return parts[1] + redacted
+		})
+	}
+	if strings.Contains(text, "curl") {
+		text = curlUser.ReplaceAllString(text, "${1}"+redacted)
+	}
+	return text
+}
+
+// redactHeaders replaces the values of headers that are secret as a whole: to the end
+// of the line, or of the quotes around header or value.
+func redactHeaders(text string) string {
+	var clean strings.Builder
+	done := 0
+	for _, at := range headerName.FindAllStringIndex(text, -1) {
+		if at[0] < done {
+			continue // inside the value of the one before
+		}
+		from, until := at[1], "\r\n"
+		if quote := text[from:]; quote != "" && (quote[0] == '"' || quote[0] == '\'') {
+			from, until = from+1, until+quote[:1]
+		} else if at[0] > 0 && (text[at[0]-1] == '"' || text[at[0]-1] == '\'') {
+			until += text[at[0]-1 : at[0]]
+		}
+		end := len(text)
+		if n := strings.IndexAny(text[from:], until); n >= 0 {
+			end = from + n
+		}
+		if from == end {
+			continue
+		}
+		clean.WriteString(text[done:from])
+		clean.WriteString(redacted)
+		done = end
+	}
+	return clean.String() + text[done:]
 }
 
 // cutMark begins what says that something is missing.

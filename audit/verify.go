@@ -66,7 +66,13 @@ type Report struct {
 	Problems   []Problem `json:"problems"`       // by place; at most 100
 	More       int       `json:"more,omitempty"` // problems that are not listed
 	Intents    []int64   `json:"intents_open"`   // intents without outcome
-	Bytes      int64     `json:"bytes"`          // of all entries
+
+	// Cosigned says how many entries the newest cosigned checkpoint in the directory
+	// is of, -1 without one; Cosignatures what the witnesses that were named say.
+	Cosigned     int64       `json:"cosigned"`
+	Cosignatures []Witnessed `json:"cosignatures"`
+
+	Bytes int64 `json:"bytes"` // of all entries
 }
 
 // OK reports whether nothing is wrong.
@@ -84,6 +90,10 @@ func (r *Report) add(p Problem) {
 type VerifyOptions struct {
 	Key        string // of the log: what VerifierKey returned
 	Checkpoint []byte // a signed checkpoint kept elsewhere; nil: none
+
+	// Witnesses are keys that WitnessKey returned: each must have cosigned a checkpoint
+	// of this log that is in the directory.
+	Witnesses []string
 }
 
 // Verify reads a whole log and recomputes its tree. It needs the directory and
@@ -100,7 +110,13 @@ func verify(dir string, o VerifyOptions, pause time.Duration) (*Report, error) {
 	if err != nil {
 		return nil, fmt.Errorf("verifier key %q: %w", o.Key, err)
 	}
-	c := &check{v: v, pause: pause, report: &Report{Origin: v.Name(), Kept: -1, Problems: []Problem{}, Intents: []int64{}}}
+	c := &check{v: v, pause: pause, report: &Report{Origin: v.Name(), Kept: -1, Problems: []Problem{}, Intents: []int64{}, Cosigned: -1, Cosignatures: []Witnessed{}}}
+	for _, key := range o.Witnesses {
+		if err := CheckWitnessKey(key); err != nil {
+			return nil, err
+		}
+		c.witnesses = append(c.witnesses, key)
+	}
 	if o.Checkpoint != nil {
 		kept, err := openCheckpoint(o.Checkpoint, v)
 		if err != nil {
@@ -125,6 +141,9 @@ type check struct {
 	report *Report
 	kept   *Checkpoint
 	pause  time.Duration
+
+	witnesses []string
+	cosigned  *Checkpoint // in the directory
 
 	files   map[string]bool // the files below tile/, listed before anything was read
 	edge    map[string][]byte
@@ -227,7 +246,11 @@ func (c *check) snapshot() error {
 }
 
 func (c *check) trySnapshot() (again bool, err error) {
-	signed, err := c.readCheckpoint()
+	cosigned, err := c.readNote(cosignedName) // never newer than the checkpoint read next
+	if err != nil {
+		return false, err
+	}
+	signed, err := c.readNote(checkpointName)
 	if err != nil {
 		return false, err
 	}
@@ -240,19 +263,20 @@ func (c *check) trySnapshot() (again bool, err error) {
 	}
 	c.report.Problems, c.report.More = []Problem{}, 0
 	c.openJournal(raw)
+	c.openCosigned(cosigned)
 	if err := c.choose(signed); err != nil {
 		return false, err
 	}
 	if err := c.readEdge(); err != nil {
 		return false, err
 	}
-	now, err := c.readCheckpoint()
+	now, err := c.readNote(checkpointName)
 	return !bytes.Equal(now, signed), err
 }
 
-// readCheckpoint reads the public checkpoint; nil if there is none.
-func (c *check) readCheckpoint() ([]byte, error) {
-	signed, err := c.dir.ReadFile(checkpointName, maxCheckpoint)
+// readNote reads a signed checkpoint; nil if there is none.
+func (c *check) readNote(name string) ([]byte, error) {
+	signed, err := c.dir.ReadFile(name, maxCheckpoint)
 	if isMissing(err) {
 		return nil, nil
 	}
@@ -275,6 +299,37 @@ func (c *check) openJournal(raw []byte) {
 		c.report.add(Problem{j.end(), Torn, journalName, fmt.Sprintf("%d bytes after the last record are no whole record", len(j.tail))})
 	}
 	c.journal = j
+}
+
+// openCosigned reads what witnesses signed. Whoever names witnesses wants to see
+// their word.
+func (c *check) openCosigned(signed []byte) {
+	c.cosigned = nil
+	c.report.Cosigned, c.report.Cosignatures = -1, []Witnessed{}
+	if signed == nil {
+		if len(c.witnesses) > 0 {
+			c.report.add(Problem{-1, Missing, cosignedName, "no checkpoint in the directory has cosignatures"})
+		}
+		return
+	}
+	cp, err := openCheckpoint(signed, c.v)
+	if err != nil {
+		kind := Changed
+		if errors.Is(err, errSignature) {
+			kind = BadSignature
+		}
+		c.report.add(Problem{-1, kind, cosignedName, err.Error()})
+		return
+	}
+	c.cosigned, c.report.Cosigned = &cp, cp.Size
+	for _, key := range c.witnesses {
+		said, err := cosigned(signed, key)
+		if err != nil {
+			c.report.add(Problem{-1, NoCosignature, cosignedName, err.Error()})
+			continue
+		}
+		c.report.Cosignatures = append(c.report.Cosignatures, said)
+	}
 }
 
 // choose settles which checkpoint the tiles are compared with: the public one,
@@ -372,6 +427,9 @@ func (c *check) collectClaims() {
 	claims(c.public, Changed, checkpointName, "the checkpoint")
 	if c.kept != nil {
 		claims(*c.kept, Fork, "", "the checkpoint kept elsewhere")
+	}
+	if c.cosigned != nil {
+		claims(*c.cosigned, Fork, cosignedName, "the cosigned checkpoint")
 	}
 	if c.journal == nil {
 		return
@@ -715,6 +773,9 @@ func (c *check) conclude() {
 	}
 	if c.kept != nil && c.kept.Size > size {
 		c.report.add(Problem{size, Truncated, "", fmt.Sprintf("the checkpoint kept elsewhere is of %d entries, %d are there", c.kept.Size, size)})
+	}
+	if c.cosigned != nil && c.cosigned.Size > size {
+		c.report.add(Problem{size, Truncated, cosignedName, fmt.Sprintf("the cosigned checkpoint is of %d entries, %d are there", c.cosigned.Size, size)})
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.files)) {
 		c.stray(name, size)

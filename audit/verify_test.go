@@ -27,31 +27,6 @@ func detected(t *testing.T, dir, what string) {
 	}
 }
 
-// Every bit that matters: each byte of each file of a log, flipped.
-func TestEveryByteFlipIsDetected(t *testing.T) {
-	for name, dir := range smallLogs(t) {
-		t.Run(name, func(t *testing.T) {
-			wantOK(t, dir, nil, 4)
-			flips := 0
-			for file, content := range contents(t, dir) {
-				path := filepath.Join(dir, file)
-				for i := range len(content) {
-					changed := []byte(content)
-					changed[i] ^= 1 << (i % 8)
-					write(t, path, string(changed))
-					detected(t, dir, fmt.Sprintf("byte %d of %s flipped", i, file))
-					flips++
-				}
-				write(t, path, content)
-			}
-			wantOK(t, dir, nil, 4)
-			if flips < 800 {
-				t.Fatalf("only %d bytes were flipped", flips)
-			}
-		})
-	}
-}
-
 // Tiles above level 0, which a small log does not have.
 func TestUpperTiles(t *testing.T) {
 	dir := makeLog(t, 600)
@@ -111,86 +86,6 @@ func TestJournalAndTilesOverlap(t *testing.T) {
 	write(t, path, old)
 	mustOpen(t, dir, testOptions()).Close()
 	wantOK(t, dir, nil, 10)
-}
-
-// smallLogs are logs of four short entries, one intent among them without
-// outcome: closed, and as a crash leaves it, half of it in the journal.
-func smallLogs(t *testing.T) map[string]string {
-	t.Helper()
-	closed, crashed := filepath.Join(t.TempDir(), "closed"), filepath.Join(t.TempDir(), "crashed")
-	l := mustOpen(t, closed, testOptions())
-	for i := range 4 {
-		if _, err := l.Append(nucleus.Entry{Kind: nucleus.KindIntent, Permit: fmt.Sprint(i / 2)}); err != nil {
-			t.Fatal(err)
-		}
-		if i == 1 {
-			if err := l.Publish(); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	copyDir(t, closed, crashed)
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return map[string]string{"closed": closed, "crashed": crashed}
-}
-
-// Each file cut at each length, or gone.
-func TestEveryCutIsDetected(t *testing.T) {
-	for name, dir := range smallLogs(t) {
-		t.Run(name, func(t *testing.T) {
-			for file, content := range contents(t, dir) {
-				if file == lockName {
-					continue
-				}
-				path := filepath.Join(dir, file)
-				boundary := recordBoundaries(t, file, content)
-				for n := range len(content) {
-					if boundary[n] {
-						continue // a log that ended earlier; see TestTruncation
-					}
-					write(t, path, content[:n])
-					detected(t, dir, fmt.Sprintf("%s cut to %d bytes", file, n))
-				}
-				write(t, path, content+"x")
-				detected(t, dir, file+" with a byte more")
-				if file != journalName { // a copy without the journal is a log, too
-					if err := os.Remove(path); err != nil {
-						t.Fatal(err)
-					}
-					detected(t, dir, file+" removed")
-				}
-				write(t, path, content)
-			}
-			wantOK(t, dir, nil, 4)
-		})
-	}
-}
-
-// recordBoundaries are the lengths at which a journal is whole.
-func recordBoundaries(t *testing.T, file, content string) map[int]bool {
-	if file != journalName {
-		return nil
-	}
-	at := map[int]bool{}
-	j, err := parseJournal([]byte(content), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	end := len(journalMagic)
-	for end < len(content) {
-		payload, ok := unframe([]byte(content[end:]))
-		if !ok {
-			t.Fatal("a record that is not whole")
-		}
-		end += frameHeader + len(payload)
-		at[end] = true
-	}
-	if len(at) != len(j.records)+1 {
-		t.Fatalf("%d boundaries, %d records", len(at), len(j.records))
-	}
-	return at
 }
 
 func write(t testing.TB, path, content string) {

@@ -31,6 +31,7 @@ import (
 
 	"cal/approval"
 	"cal/approval/client"
+	"cal/audit/witness"
 	"cal/nucleus"
 )
 
@@ -82,6 +83,7 @@ type Authority struct {
 	sealed   []byte
 	store    *store
 	lock     *os.File
+	witness  *witness.Witness
 
 	mu       sync.Mutex // one change of an ask at a time
 	changed  chan struct{}
@@ -112,7 +114,11 @@ func Open(cfg Config) (*Authority, error) {
 	if cfg.Recorder == nil {
 		cfg.Recorder = s
 	}
-	return &Authority{cfg: cfg, identity: identity, sealed: sealed, store: s, lock: lock, changed: make(chan struct{})}, nil
+	a := &Authority{cfg: cfg, identity: identity, sealed: sealed, store: s, lock: lock, changed: make(chan struct{})}
+	if err := a.openWitness(); err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	return a, nil
 }
 
 // Close releases database and lock.

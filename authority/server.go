@@ -207,6 +207,7 @@ func (a *Authority) handler() http.Handler {
 	route("POST /v1/grants/{id}/used", asker, func(r *http.Request, _ int) (any, error) {
 		return struct{}{}, a.Used(r.PathValue("id"))
 	})
+	a.witnessRoutes(mux, route)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		answer(w, nil, nucleus.Errorf(nucleus.KindNotFound, "there is no %s %s", r.Method, r.URL.Path))
 	})
@@ -214,7 +215,7 @@ func (a *Authority) handler() http.Handler {
 }
 
 func (a *Authority) info(uid int) client.Info {
-	info := client.Info{Approver: a.identity.Approver, PublicKey: a.identity.PublicKey, Approvals: client.OtherUser}
+	info := client.Info{Approver: a.identity.Approver, PublicKey: a.identity.PublicKey, Approvals: client.OtherUser, Witness: a.witness.PublicKey()}
 	if uid == os.Geteuid() || uid == 0 { // root can be any user
 		info.Approvals = client.SameUser
 	}

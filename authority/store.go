@@ -10,6 +10,7 @@ import (
 	_ "modernc.org/sqlite" // the driver "sqlite"
 
 	"cal/approval/client"
+	"cal/audit/witness"
 	"cal/nucleus"
 )
 
@@ -41,6 +42,11 @@ CREATE TABLE IF NOT EXISTS asks (
 	used_ms INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX IF NOT EXISTS asks_state ON asks (state, expires_ms);
+CREATE TABLE IF NOT EXISTS logs (
+	origin TEXT PRIMARY KEY,
+	key TEXT NOT NULL,
+	checkpoint BLOB
+) STRICT;
 CREATE TABLE IF NOT EXISTS record (
 	seq INTEGER PRIMARY KEY,
 	entry TEXT NOT NULL
@@ -218,4 +224,33 @@ func (s *store) list(state string, now int64) (items []client.Item, err error) {
 		items = append(items, i)
 	}
 	return items, unavailable(rows.Err())
+}
+
+// Log implements witness.Store.
+func (s *store) Log(origin string) (key string, signed []byte, err error) {
+	err = s.db.QueryRow("SELECT key, checkpoint FROM logs WHERE origin = ?", origin).Scan(&key, &signed)
+	if errors.Is(err, sql.ErrNoRows) {
+		err = witness.ErrUnknownLog
+	}
+	return key, signed, err
+}
+
+// Keep implements witness.Store.
+func (s *store) Keep(origin string, signed []byte) error {
+	result, err := s.db.Exec("UPDATE logs SET checkpoint = ? WHERE origin = ?", signed, origin)
+	return exactlyOne(result, err)
+}
+
+// addLog keeps a key unless the log has one, and returns the one it has.
+func (s *store) addLog(origin, key string) (string, error) {
+	if _, err := s.db.Exec("INSERT INTO logs (origin, key) VALUES (?, ?) ON CONFLICT DO NOTHING", origin, key); err != nil {
+		return "", err
+	}
+	known, _, err := s.Log(origin)
+	return known, err
+}
+
+func (s *store) forgetLog(origin string) error {
+	_, err := s.db.Exec("DELETE FROM logs WHERE origin = ?", origin)
+	return err
 }

@@ -14,6 +14,8 @@ import (
 	"cal/approval"
 	approvals "cal/approval/client"
 	"cal/approval/spent"
+	"cal/audit"
+	"cal/audit/witness"
 	"cal/internal/keyfile"
 	"cal/nucleus"
 )
@@ -327,6 +329,9 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	}); err != nil {
 		return pendingAsk{}, false, logFailure(err)
 	}
+	if _, _, err := n.witness.show(ctx); err != nil {
+		return pendingAsk{}, false, witnessFailure(err)
+	}
 	if _, err := n.asks.Submit(ctx, ask); err != nil {
 		return pendingAsk{}, false, authorityFailure(err)
 	}
@@ -389,6 +394,17 @@ func (s *rootSession) shown() []nucleus.Evidence {
 
 func authorityFailure(err error) error {
 	return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority cannot be reached: %v (start it with: nucleus-authority serve)", err)
+}
+
+// witnessFailure tells an authority that contradicts the log from one that does not
+// answer.
+func witnessFailure(err error) error {
+	var refused *nucleus.Error
+	contradicts := errors.Is(err, witness.ErrFork) || errors.Is(err, witness.ErrAhead) || errors.Is(err, witness.ErrSignature) || errors.Is(err, audit.ErrFailed)
+	if contradicts || errors.As(err, &refused) && refused.Kind == nucleus.KindConflict {
+		return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority does not vouch for the log: %v", err)
+	}
+	return authorityFailure(err)
 }
 
 func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reason string) (*nucleus.Error, error) {

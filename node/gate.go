@@ -99,6 +99,9 @@ func grants(a egress.Attempt) []string {
 }
 
 func (g *gate) ModelCall(_ context.Context, call egress.ModelCall) error {
+	if err := g.witness.allow(); err != nil {
+		return err
+	}
 	_, err := (*Node)(g).log.Append(nucleus.Entry{
 		Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall, Data: data(call),
 	})

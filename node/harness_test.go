@@ -47,6 +47,7 @@ type host struct {
 	home      string
 	driver    *fake.Driver
 	authority *authorityStub // nil: none is configured
+	witnesses []Witness      // required
 	forge     Forge
 	storage   Limits
 	clock     *clock
@@ -131,7 +132,7 @@ func (h *host) open() (*Node, error) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare}
+	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare, Witnesses: h.witnesses}
 	if h.authority != nil {
 		c.Authority = h.authority.socket
 	}
@@ -985,6 +986,7 @@ type authorityStub struct {
 	changed chan struct{}
 	keys    map[string]map[string][]byte
 	server  *http.Server
+	witness *witnessed
 }
 
 func newAuthority(t testing.TB) *authorityStub {
@@ -994,7 +996,7 @@ func newAuthority(t testing.TB) *authorityStub {
 		t.Fatal(err)
 	}
 	a := &authorityStub{t: t, socket: filepath.Join(dir, "s"), name: "person", asks: map[string]nucleus.AskRequest{},
-		status: map[string]approvals.Status{}, changed: make(chan struct{}), keys: map[string]map[string][]byte{}}
+		status: map[string]approvals.Status{}, changed: make(chan struct{}), keys: map[string]map[string][]byte{}, witness: newWitnessed()}
 	a.newKey()
 	a.start()
 	t.Cleanup(func() { a.stop(); os.RemoveAll(dir) })
@@ -1021,8 +1023,15 @@ func (a *authorityStub) start() {
 	mux.HandleFunc("GET /v1/info", func(w http.ResponseWriter, _ *http.Request) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		json.NewEncoder(w).Encode(approvals.Info{Approver: a.name, PublicKey: a.public, Approvals: approvals.SameUser})
+		json.NewEncoder(w).Encode(approvals.Info{Approver: a.name, PublicKey: a.public, Approvals: approvals.SameUser, Witness: a.witness.PublicKey()})
 	})
+	mux.HandleFunc("POST "+approvals.WitnessPrefix+"/logs", func(w http.ResponseWriter, r *http.Request) {
+		var log approvals.Log
+		json.NewDecoder(r.Body).Decode(&log)
+		a.witness.trust(log.Key)
+		w.Write([]byte("{}"))
+	})
+	mux.Handle("POST "+approvals.WitnessPrefix+"/add-checkpoint", a.witness)
 	mux.HandleFunc("POST /v1/pods", func(w http.ResponseWriter, r *http.Request) {
 		var p approvals.Pod
 		json.NewDecoder(r.Body).Decode(&p)
@@ -1311,5 +1320,8 @@ func (h *host) memoryLog() *memoryFS {
 		h.t.Fatal(err)
 	}
 	h.node.log = log
+	if h.node.witness, err = newWitnesses(log, key.Public().(ed25519.PublicKey), h.node.asks, nil); err != nil {
+		h.t.Fatal(err)
+	}
 	return disk
 }

@@ -43,6 +43,7 @@ type Config struct {
 	Drivers   []machine.Driver // strongest first
 	Proxy     string           // the static nucleus-tool-proxy
 	Authority string           // socket of the approval daemon; "" means that nobody can approve
+	Witnesses []Witness        // required: without their cosignatures no effect begins
 	GitHub    Forge            // for create_pr
 	Storage   Limits           // of what machines can make the host store
 	Stop      func()           // ends the program, for POST /v1/stop
@@ -57,6 +58,7 @@ type Node struct {
 	key      ed25519.PrivateKey
 	log      *audit.Log
 	salts    *audit.Salts
+	witness  *witnesses
 	gateway  *egress.Gateway
 	spent    *spent.Store
 	asks     *approvals.Client
@@ -112,6 +114,10 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	keeping, stop := context.WithCancel(context.WithoutCancel(ctx))
 	n.stopKeeping = stop
 	n.serving.Go(func() { n.keepLog(keeping) })
+	if len(config.Witnesses) > 0 { // so that the first effects need not wait
+		_ = n.witness.round(ctx) // what came of it counts in allow
+	}
+	n.serving.Go(func() { n.witness.keep(keeping) })
 	return n, nil
 }
 
@@ -128,6 +134,9 @@ func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
 // begin gives an entry its place, like append. One that cannot be written afterwards
 // is not begun again: its place was part of a decision.
 func (n *Node) begin(e nucleus.Entry) (*audit.Pending, error) {
+	if err := n.witness.allow(); err != nil {
+		return nil, err
+	}
 	pending, err := n.log.Begin(e)
 	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
 		return pending, err
@@ -188,6 +197,9 @@ func (n *Node) open(ctx context.Context) error {
 	}
 	if n.config.Authority != "" {
 		n.asks = approvals.New(n.config.Authority)
+	}
+	if n.witness, err = newWitnesses(n.log, logKey.Public().(ed25519.PublicKey), n.asks, n.config.Witnesses); err != nil {
+		return err
 	}
 	n.gateway = egress.New(egress.Config{Gate: (*gate)(n)})
 	public := operator.Public().(ed25519.PublicKey)

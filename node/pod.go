@@ -456,6 +456,9 @@ func data(v any) json.RawMessage {
 }
 
 func logFailure(err error) error {
+	if errors.Is(err, errUnwitnessed) {
+		return nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
+	}
 	return nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: the log cannot be written: %v", err)
 }
 

@@ -63,4 +63,6 @@ const (
 	KindKeyNew         = "key.new"
 	KindLogOpen        = "log.open"
 	KindLogTorn        = "log.torn"
+	KindLogFork        = "log.fork"   // a witness's: the log's key signed two histories
+	KindLogForget      = "log.forget" // a witness's: it gave up what it kept of a log
 )

@@ -106,7 +106,7 @@ next:
 				continue next
 			}
 		}
-		return 0, fmt.Errorf("unknown leg %q", name)
+		return 0, fmt.Errorf("unknown leg %q; want private, untrusted or way_out", name)
 	}
 	return l, nil
 }

@@ -94,6 +94,9 @@ func TestAttacksOnPaths(t *testing.T) {
 		check(t, c.class+" (search)", nucleus.Action{Op: nucleus.GrepSearch, Files: files[1:]}, c.want)
 		check(t, c.class+" (named by a command)", nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{
 			Argv: []string{"git", "status"}, Dir: "app", Files: files}}, c.want)
+		if c.path != "" { // the workspace
+			check(t, c.class+" (directory of a command)", nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: []string{"git", "status"}, Dir: c.path}}, c.want)
+		}
 	}
 }
 

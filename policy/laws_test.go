@@ -462,7 +462,7 @@ func TestRulesExhaustive(t *testing.T) {
 	})
 	t.Run("hosts", func(t *testing.T) {
 		var rules []hostRule
-		for _, host := range []string{"a.com", "x.a.com", "*.a.com", "10.0.0.0/8", "10.1.2.3"} {
+		for _, host := range []string{"a.com", "x.a.com", "*.a.com", "10.0.0.0/8", "10.0.0.0/16", "10.1.2.3"} {
 			for _, m := range []methods{allMethods, 2, 6} {
 				for _, path := range []string{"", "/", "/**", "/r", "/r/**"} {
 					for _, trusted := range []bool{false, true} {
@@ -485,7 +485,7 @@ func TestRulesExhaustive(t *testing.T) {
 			trust  bool
 		}
 		var atoms []atom
-		for _, host := range []string{"a.com", "x.a.com", "y.x.a.com", "10.1.2.3", "10.9.9.9"} {
+		for _, host := range []string{"a.com", "x.a.com", "y.x.a.com", "10.0.1.2", "10.1.2.3", "10.9.9.9"} {
 			for _, port := range []int{80, 443} {
 				if port == 80 && host != "a.com" {
 					continue

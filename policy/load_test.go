@@ -500,7 +500,10 @@ func FuzzLoad(f *testing.F) {
 		}
 		Top().Decide(sample(nucleus.ReadFiles), nucleus.Context{})
 		for _, op := range nucleus.Ops() {
-			p.Decide(sample(op), nucleus.Context{})
+			d := p.Decide(sample(op), nucleus.Context{})
+			if line := Place(p, data, d.Rule, sample(op)); line < 0 || line > 1+strings.Count(string(data), "\n")+strings.Count(string(data), "\r")+strings.Count(string(data), "\u0085")+strings.Count(string(data), "\u2028")+strings.Count(string(data), "\u2029") {
+				t.Fatalf("%q: %s stands in line %d", data, d.Rule, line)
+			}
 		}
 	})
 }

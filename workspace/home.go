@@ -94,7 +94,15 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := startDaemon(program, filepath.Join(h.Dir, "run", "node.log"), "--home", h.Dir, "--authority", h.AuthoritySocket()); err != nil {
+	config, err := h.Config()
+	if err != nil {
+		return nil, err
+	}
+	args := []string{"--home", h.Dir, "--authority", h.AuthoritySocket()}
+	for _, w := range config.Log.Witnesses {
+		args = append(args, "--witness", w.URL+" "+w.Key)
+	}
+	if err := startDaemon(program, filepath.Join(h.Dir, "run", "node.log"), args...); err != nil {
 		return nil, err
 	}
 	return h.awaitNode(ctx)

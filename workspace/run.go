@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"cal/image"
@@ -130,7 +131,7 @@ func (h Home) PolicyFile(name string) (path string, raw []byte, err error) {
 	if !strings.ContainsAny(name, "/.") {
 		path = filepath.Join(h.Dir, "policies", name+".yaml")
 	}
-	file, err := os.Open(path)
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // nobody may write to a pipe
 	if errors.Is(err, os.ErrNotExist) {
 		return path, nil, nucleus.Errorf(nucleus.KindInvalid, "policy %q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
 	}
@@ -138,6 +139,13 @@ func (h Home) PolicyFile(name string) (path string, raw []byte, err error) {
 		return path, nil, err
 	}
 	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return path, nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return path, nil, fmt.Errorf("policy %s is no regular file (%s)", path, info.Mode().Type())
+	}
 	raw, err = io.ReadAll(io.LimitReader(file, policy.MaxDocument+1))
 	return path, raw, err
 }

@@ -41,6 +41,7 @@ type Info struct {
 	Approver  string `json:"approver"`
 	PublicKey []byte `json:"public_key"` // Ed25519
 	Approvals string `json:"approvals"`  // SameUser or OtherUser
+	Witness   string `json:"witness"`    // audit.WitnessKey of its cosignatures
 }
 
 // Status is what came of an ask. Token is there when it was granted, Reason is
@@ -80,6 +81,26 @@ type Pod struct {
 	Pod  string            `json:"pod"`
 	Keys map[string][]byte `json:"requester_keys"`
 }
+
+// Log registers the key of a log that is to be witnessed, an audit.VerifierKey.
+type Log struct {
+	Key string `json:"key"`
+}
+
+// Witnessed is what the built-in witness keeps of a log.
+type Witnessed struct {
+	Origin     string `json:"origin"`
+	Key        string `json:"key"`        // of the log
+	Checkpoint string `json:"checkpoint"` // signed and cosigned; empty before the first
+	Witness    string `json:"witness"`    // key of the witness
+}
+
+// WitnessPrefix is the path below which the authority is a C2SP tlog-witness;
+// WitnessURL the submission prefix for a client that uses HTTP.
+const (
+	WitnessPrefix = "/v1/witness"
+	WitnessURL    = "http://authority" + WitnessPrefix
+)
 
 // MaxWait is the longest that the authority holds one request open.
 const MaxWait = 60 * time.Second
@@ -172,6 +193,25 @@ func (c *Client) Decide(ctx context.Context, id string, d Decision) (status Stat
 func (c *Client) Used(ctx context.Context, grant string) error {
 	return c.call(ctx, http.MethodPost, "/v1/grants/"+url.PathEscape(grant)+"/used", struct{}{}, nil)
 }
+
+// RegisterLog makes the key of a log known, once: the same key again is accepted,
+// another is a conflict.
+func (c *Client) RegisterLog(ctx context.Context, key string) error {
+	return c.call(ctx, http.MethodPost, WitnessPrefix+"/logs", Log{key}, nil)
+}
+
+// Witnessed returns what the built-in witness keeps of a log.
+func (c *Client) Witnessed(ctx context.Context, origin string) (w Witnessed, err error) {
+	return w, c.call(ctx, http.MethodGet, WitnessPrefix+"/checkpoint?origin="+url.QueryEscape(origin), nil, &w)
+}
+
+// ForgetLog makes the built-in witness give up what it knows of a log.
+func (c *Client) ForgetLog(ctx context.Context, origin string) error {
+	return c.call(ctx, http.MethodDelete, WitnessPrefix+"/checkpoint?origin="+url.QueryEscape(origin), nil, nil)
+}
+
+// HTTP reaches the authority for whoever speaks C2SP with its witness.
+func (c *Client) HTTP() *http.Client { return &c.http }
 
 func askPath(id string) string { return "/v1/asks/" + url.PathEscape(id) }
 

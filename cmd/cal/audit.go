@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/ed25519"
 	"encoding/json"
 	"errors"
@@ -9,9 +10,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
+	approvals "cal/approval/client"
 	"cal/audit"
 	"cal/internal/keyfile"
 	"cal/nucleus"
@@ -20,7 +23,7 @@ import (
 
 func auditCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "audit", Short: "Read, verify and prove the log", Example: "  cal audit log --decision deny\n  cal audit verify"}
-	cmd.AddCommand(auditLogCommand(), auditShowCommand(), auditKeyCommand(), auditVerifyCommand(), auditProveCommand(), auditVerifyReceiptCommand(), auditExportCommand())
+	cmd.AddCommand(auditLogCommand(), auditShowCommand(), auditKeyCommand(), auditVerifyCommand(), auditProveCommand(), auditVerifyReceiptCommand(), auditTimelineCommand(), auditExportCommand())
 	return cmd
 }
 
@@ -105,23 +108,28 @@ func (v verified) problems() int { return len(v.Problems) + v.More + len(v.Contr
 func auditVerifyCommand() *cobra.Command {
 	var log logFlags
 	var checkpoint string
+	var witnesses []string
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use: "verify [DIR]", Short: "Check every entry, tile and signature; says what is wrong, of what kind and where",
 		Long: "Check every entry, tile and signature; says what is wrong, of what kind and where.\n" +
-			"Without DIR it is this host's log, and the authority's, and whether the two contradict one another.",
+			"Without DIR it is this host's log, and the authority's, and whether the two contradict one another;\n" +
+			"where the authority runs, also whether the log continues the checkpoint that it cosigned last.",
 		Example: "  cal audit verify\n  cal audit verify copy/ --key \"$(cat log.vkey)\" --checkpoint kept.txt", Args: args(cobra.MaximumNArgs(1)),
-		RunE: func(_ *cobra.Command, given []string) error {
+		RunE: func(cmd *cobra.Command, given []string) error {
 			log.dir = strings.Join(given, "")
 			dir, key, err := log.both()
 			if err != nil {
 				return err
 			}
-			o := audit.VerifyOptions{Key: key}
+			o := audit.VerifyOptions{Key: key, Witnesses: witnesses}
 			if checkpoint != "" {
-				if o.Checkpoint, err = os.ReadFile(checkpoint); err != nil {
-					return err
-				}
+				o.Checkpoint, err = os.ReadFile(checkpoint)
+			} else if log.dir == "" {
+				o.Checkpoint, err = keptByAuthority(cmd.Context(), key)
+			}
+			if err != nil {
+				return err
 			}
 			report, err := audit.Verify(dir, o)
 			if err != nil {
@@ -138,8 +146,32 @@ func auditVerifyCommand() *cobra.Command {
 	}
 	log.addKey(cmd)
 	cmd.Flags().StringVar(&checkpoint, "checkpoint", "", "a checkpoint that was kept elsewhere; shows truncation and rewriting")
+	cmd.Flags().StringArrayVar(&witnesses, "witness", nil, "key of a witness that must have cosigned the checkpoint in the log; may be given again")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	return cmd
+}
+
+// keptByAuthority is the checkpoint of this host's log that a running authority keeps;
+// nil where none runs or none was cosigned yet.
+func keptByAuthority(ctx context.Context, key string) ([]byte, error) {
+	home, err := workspace.OpenHome()
+	if err != nil {
+		return nil, err
+	}
+	authority := approvals.New(home.AuthoritySocket())
+	defer authority.Close()
+	kept, err := authority.Witnessed(ctx, nucleus.LogOrigin)
+	var refused *nucleus.Error
+	switch {
+	case errors.As(err, &refused) && (refused.Kind == nucleus.KindUnavailable || refused.Kind == nucleus.KindNotFound):
+		return nil, nil
+	case err != nil || kept.Checkpoint == "":
+		return nil, err
+	}
+	if kept.Key != key {
+		return nil, fmt.Errorf("the authority has cosigned log %s with the key %s, this one has %s", nucleus.LogOrigin, kept.Key, key)
+	}
+	return []byte(kept.Checkpoint), nil
 }
 
 // withAuthority adds the report on the authority's log, where there is one that this
@@ -204,6 +236,12 @@ func (v verified) print() {
 	}
 	if v.OK() {
 		fmt.Printf("%s: %d entries, all as they were written\n", v.Dir, v.Size)
+		if v.Kept >= 0 {
+			fmt.Printf("they continue the checkpoint of %d entries that was kept elsewhere\n", v.Kept)
+		}
+		for _, w := range v.Cosignatures {
+			fmt.Printf("%s cosigned %d entries on %s\n", w.Name, v.Cosigned, time.Unix(w.Unix, 0).UTC().Format(time.DateTime))
+		}
 	}
 	if v.Compared != "" && len(v.Contrary) == 0 {
 		fmt.Println("each grant that was used is in the authority's log, each ask that it was shown in this one")

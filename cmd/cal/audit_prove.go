@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"cal/audit"
+	"cal/internal/timeline"
 )
 
 func auditProveCommand() *cobra.Command {
@@ -171,4 +173,60 @@ func printReceipt(name string, v *audit.Receipt, asJSON, entries bool) error {
 		fmt.Println("  no cosignature was asked for: the log's key alone vouches for the checkpoint")
 	}
 	return nil
+}
+
+func auditTimelineCommand() *cobra.Command {
+	var log logFlags
+	var session, receipt, html string
+	cmd := &cobra.Command{
+		Use: "timeline", Short: "Make a page of a session, to be looked at in a browser",
+		Long: "Make a page of a session: one file that loads nothing. Every entry on it was verified under the checkpoint that it\n" +
+			"names. With --receipt it is made from a receipt, by whoever has the key.",
+		Example: "  cal audit timeline --session last --html session.html\n  cal audit timeline --receipt session.receipt --key \"$(cat log.vkey)\" --html session.html", Args: args(cobra.NoArgs),
+		RunE: func(*cobra.Command, []string) error {
+			if (session == "") == (receipt == "") || html == "" {
+				return usageError{errors.New("want --html FILE and one of --session and --receipt")}
+			}
+			key, err := log.verifier()
+			if err != nil {
+				return err
+			}
+			var raw []byte
+			if receipt != "" {
+				raw, err = readReceipt(receipt)
+			} else {
+				raw, err = log.receipt(session, key)
+			}
+			if err != nil {
+				return err
+			}
+			v, err := audit.VerifyReceipt(raw, audit.VerifyReceiptOptions{Key: key})
+			if err != nil {
+				return err
+			}
+			var page bytes.Buffer
+			if err := timeline.Write(&page, v); err != nil {
+				return err
+			}
+			return writeOut(html, page.Bytes())
+		},
+	}
+	log.addDir(cmd)
+	log.addKey(cmd)
+	cmd.Flags().StringVar(&session, "session", "", "of this session; last is the newest one")
+	cmd.Flags().StringVar(&receipt, "receipt", "", "made from this receipt, in place of a log")
+	cmd.Flags().StringVar(&html, "html", "", "write the page there; - is standard output")
+	return cmd
+}
+
+// receipt is the receipt of a session that a person names.
+func (l *logFlags) receipt(session, key string) ([]byte, error) {
+	dir, err := l.place()
+	if err != nil {
+		return nil, err
+	}
+	if session, err = findSession(dir, session); err != nil {
+		return nil, err
+	}
+	return audit.NewReceipt(dir, audit.ReceiptOptions{Key: key, Session: session})
 }

@@ -336,3 +336,33 @@ func TestAuditExport(t *testing.T) {
 		t.Errorf("got %+v, %v", cp, err)
 	}
 }
+
+func TestAuditTimeline(t *testing.T) {
+	dir := auditHome(t)
+	page := filepath.Join(dir, "page.html")
+	want(t, dir, 0, "", "audit", "timeline", "--session", "s-1", "--html", page)
+	made, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(made, []byte("evil.example:443")) || !bytes.Contains(made, []byte(`a\u{1b}[2J\u{202e}gpj.exe`)) || bytes.Contains(made, []byte("p-2")) {
+		t.Errorf("the page is %s", made)
+	}
+	// From the receipt it is the same page, and from one that was changed there is none.
+	key := strings.TrimSpace(want(t, dir, 0, "", "audit", "key"))
+	file := filepath.Join(dir, "s.receipt")
+	want(t, dir, 0, "", "audit", "prove", "--session", "s-1", "--text", "-o", file)
+	if again := want(t, t.TempDir(), 0, "", "audit", "timeline", "--receipt", file, "--key", key, "--html", "-"); again != string(made) {
+		t.Errorf("the page of the receipt differs: %d bytes, want %d", len(again), len(made))
+	}
+	raw, err := os.ReadFile(file)
+	if err == nil {
+		err = os.WriteFile(file, bytes.Replace(raw, []byte("evil.example"), []byte("good.example"), 1), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, dir, 1, "changed", "audit", "timeline", "--receipt", file, "--html", "-")
+	want(t, dir, 2, "--html", "audit", "timeline", "--session", "s-1")
+	want(t, dir, 2, "--html", "audit", "timeline", "--html", "x")
+}

@@ -47,7 +47,27 @@ func newRoot() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(), attachCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
+	for _, cmd := range root.Commands() {
+		refuseUnknown(cmd)
+	}
 	return root
+}
+
+// refuseUnknown makes a group of commands print its help when it is called alone, and
+// fail on a word that is none of its commands.
+func refuseUnknown(cmd *cobra.Command) {
+	for _, sub := range cmd.Commands() {
+		refuseUnknown(sub)
+	}
+	if cmd.Runnable() {
+		return
+	}
+	cmd.RunE = func(cmd *cobra.Command, given []string) error {
+		if len(given) > 0 {
+			return usageError{fmt.Errorf("%s has no command %q (%s --help)", cmd.CommandPath(), given[0], cmd.CommandPath())}
+		}
+		return cmd.Help()
+	}
 }
 
 // usageError ends with exit code 2; exitCode is a command's own.
@@ -106,7 +126,7 @@ func refusalCode(e *nucleus.Error) int {
 func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, given []string) error {
 		if err := check(cmd, given); err != nil {
-			return usageError{fmt.Errorf("%s: %w (cal %s --help)", cmd.CommandPath(), err, cmd.Name())}
+			return usageError{fmt.Errorf("%s: %w (%s --help)", cmd.CommandPath(), err, cmd.CommandPath())}
 		}
 		return nil
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -98,7 +99,7 @@ func policyCheck() *cobra.Command {
 
 // fileName makes a path of what is meant as one: "policy" is ./policy.
 func fileName(given string) string {
-	if given == "" || given[0] == '/' {
+	if given == "" || given[0] == '/' || strings.HasPrefix(given, "./") || strings.HasPrefix(given, "../") {
 		return given
 	}
 	return "./" + given

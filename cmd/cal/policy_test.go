@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"cal/audit"
 	"cal/guest/tools"
 	"cal/nucleus"
@@ -85,6 +87,9 @@ trusted_origins: ["github.com/my-org/**"]
 	if err := large.Truncate(100 << 20); err != nil { // 100 MB of NUL, sparse
 		t.Fatal(err)
 	}
+	if err := unix.Mkfifo(filepath.Join(dir, "pipe.yaml"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	return dir
 }
 
@@ -118,6 +123,13 @@ func TestPolicyForPrograms(t *testing.T) {
 
 		{"the example of the contract", "eval", `{"policy": "permissive", "session": [{"op": "read_files", "path": "a"}, {"op": "web_fetch", "url": "https://x/"}, {"op": "run_bash", "argv": ["git", "push"]}]}`,
 			`{"decisions":[{"decision":"allow","rule":"operations.read_files","legs":["private"]},{"decision":"ask","rule":"nu","legs":["private","untrusted","way_out"]},{"decision":"allow","rule":"operations.run_bash","legs":["private","untrusted","way_out"]}]}` + "\n", "", 0},
+		{"no command", "frob", "", "", `cal policy has no command "frob" (cal policy --help)`, 2},
+		{"too many arguments", "list x", "", "", `(cal policy list --help)`, 2},
+		{"a directory", "check .", "", "", "policy ./. is no regular file (d---------)", 1},
+		{"a device without end", "check /dev/zero", "", "", "policy /dev/zero is no regular file", 1},
+		{"a pipe that nobody writes to", "check pipe.yaml", "", "", "policy ./pipe.yaml is no regular file (p---------)", 1},
+		{"a pipe, by another command", "meet default pipe.yaml", "", "", "policy pipe.yaml is no regular file", 1},
+		{"a file that is too large", "check large.yaml", "", "", "large.yaml:1: the document has more than 1048576 bytes", 1},
 		{"an empty session", "eval", `{"policy": {}, "session": []}`, `{"decisions":[]}` + "\n", "", 0},
 		{"no line", "eval", "", "", "", 0},
 		{"two lines and an empty one", "eval", `{"policy": {}, "session": [{"op": "read_files", "path": "a"}]}` + "\r\n\n" + `{"policy": "c", "session": [{"op": "read_files", "path": "a"}]}`,

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -40,6 +41,15 @@ func run(args []string) error {
 	proxy := flags.String("proxy", beside("nucleus-tool-proxy"), "the static nucleus-tool-proxy")
 	runsc := flags.String("runsc", beside("runsc"), "gVisor's runsc")
 	forge := flags.String("github-api", "", "base URL of GitHub's API, for GitHub Enterprise")
+	var witnesses []node.Witness
+	flags.Func("witness", "URL and key of a C2SP tlog-witness that must cosign the log, in one argument; may be repeated", func(text string) error {
+		url, key, ok := strings.Cut(text, " ")
+		if !ok {
+			return fmt.Errorf("want a URL, a space and a key, got %q", text)
+		}
+		witnesses = append(witnesses, node.Witness{URL: url, Key: key})
+		return nil
+	})
 	spare := flags.Duration("spare", 5*time.Minute, "how long a machine made ahead waits for the next pod of its shape; 0 makes none")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -55,6 +65,7 @@ func run(args []string) error {
 		Drivers:   []machine.Driver{gvisor.New(gvisor.Config{Runsc: *runsc})},
 		Proxy:     *proxy,
 		Authority: *authority,
+		Witnesses: witnesses,
 		GitHub:    node.Forge{API: *forge, Token: token()},
 		Stop:      stop,
 		SpareLife: *spare,

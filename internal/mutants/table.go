@@ -1,5 +1,10 @@
 package main
 
+import (
+	"fmt"
+	"strings"
+)
+
 // mutant replaces old, which occurs once in file, by new. The test must fail.
 type mutant struct{ law, file, old, new, test string }
 
@@ -49,6 +54,31 @@ var mutants = []mutant{
 	{"program: a path is code", "policy/program/program.go", "return kinds[name] != 0 || strings.IndexByte(name, '/') >= 0", "return kinds[name] != 0", "TestRuns"},
 	{"program: a version is no other program", "policy/program/program.go", "kinds[trimmed] != 0 {\n\t\treturn trimmed", "false {\n\t\treturn trimmed", "TestRuns"},
 
+	// each dimension of a policy
+	{"join of sets is union", "policy/set.go", "return downset(slices.Concat(s.only, t.only))", "return downset(s.only)", "TestLatticeLaws"},
+	{"join with any is any", "policy/set.go", "if s.any || t.any {\n\t\treturn everything[R]()", "if s.any && t.any {\n\t\treturn everything[R]()", "TestLatticeLaws"},
+	{"hosts: meet has the methods of both", "policy/host.go", "out.methods = r.methods & s.methods", "out.methods = r.methods | s.methods", "TestRulesExhaustive"},
+	{"hosts: a range is above its parts", "policy/host.go", "s.addr.Bits() <= r.addr.Bits() && s.addr.Contains", "s.addr.Contains", "TestRulesExhaustive"},
+	{"hosts: a name is below no other", "policy/host.go", "return !r.wild && r.name == s.name", "return r.name == s.name || true", "TestRulesExhaustive"},
+	{"hosts: meet has the path of both", "policy/host.go", "if out.path, ok = r.path.meet(s.path); !ok {\n\t\t\treturn hostRule{}, false", "if out.path, ok = r.path.meet(s.path); !ok {\n\t\t\treturn out, true", "TestRulesExhaustive"},
+	{"prefixes hold what is below", "policy/set.go", "return t.matches(s.base) && (t.below || !s.below)", "return t.matches(s.base)", "TestRulesExhaustive"},
+	{"blocked: join is intersection", "policy/path.go", "return !slices.Contains(c.patterns, p)\n\t}))", "return false\n\t}))", "TestLatticeLaws"},
+	{"blocked: more patterns are stricter", "policy/path.go", "return !slices.ContainsFunc(c.patterns, func(p string) bool { return !slices.Contains(b.patterns, p) })", "return true", "TestLatticeLaws"},
+	{"budget: join is the maximum", "policy/limits.go", "budget{max(b.microUSD, c.microUSD), max(b.tokens", "budget{min(b.microUSD, c.microUSD), max(b.tokens", "TestLatticeLaws"},
+	{"window: join spans both", "policy/limits.go", "window{min(w.from, v.from), max(w.until, v.until)}", "window{max(w.from, v.from), max(w.until, v.until)}", "TestLatticeLaws"},
+	{"meet takes operations", "policy/policy.go", "m.duties[i] = a.duties[i].meet(b.duties[i])", "m.duties[i] = a.duties[i]", "TestLatticeLaws"},
+	{"meet takes roots", "policy/policy.go", "a.roots.meet(b.roots)", "a.roots", "TestLatticeLaws"},
+	{"meet takes blocked", "policy/policy.go", "a.blocked.meet(b.blocked)", "a.blocked", "TestLatticeLaws"},
+	{"meet takes commands", "policy/policy.go", "a.commands.meet(b.commands)", "a.commands", "TestLatticeLaws"},
+	{"meet takes hosts", "policy/policy.go", "a.hosts.meet(b.hosts)", "a.hosts", "TestLatticeLaws"},
+	{"meet takes budgets", "policy/policy.go", "a.budget.meet(b.budget)", "a.budget", "TestLatticeLaws"},
+	{"meet takes windows", "policy/policy.go", "a.window.meet(b.window)", "a.window", "TestLatticeLaws"},
+	{"the order sees operations", "policy/policy.go", "if !a.duties[i].leq(b.duties[i]) {", "if false && !a.duties[i].leq(b.duties[i]) {", "TestLatticeLaws"},
+	{"the order sees roots", "policy/policy.go", "return a.roots.leq(b.roots) && ", "return ", "TestLatticeLaws"},
+	{"the order sees windows", "policy/policy.go", " && a.window.leq(b.window)", "", "TestLatticeLaws"},
+	{"the order sees budgets", "policy/policy.go", " && a.budget.leq(b.budget)", "", "TestLatticeLaws"},
+	{"the order sees origins", "policy/policy.go", " && a.origins.leq(b.origins)", "", "TestLatticeLaws"},
+
 	// delegation
 	{"a delegated policy is a meet", "policy/delegate.go", "return Meet(Nu(p), requested)", "return requested", "TestDelegateIsBelow"},
 	{"what must be asked for above must be asked for below", "policy/delegate.go", "return Meet(Nu(p), requested)", "return Meet(p, requested)", "TestDelegateIsBelow"},
@@ -59,6 +89,9 @@ var mutants = []mutant{
 	{"nu lowers fetches only where hosts is any", "policy/policy.go", "if !p.hosts.any {\n\t\t\treturn false", "if false {\n\t\t\treturn false", "TestGateExhaustive"},
 	{"nu needs all three legs", "policy/policy.go", "return p.enables(m).Has(allLegs)", "return p.enables(m).Has(nucleus.WayOut)", "TestGateExhaustive"},
 	{"nu counts what asks as enabled", "policy/policy.go", "if d.level != Never {\n\t\t\tlegs |=", "if d.level == Always {\n\t\t\tlegs |=", "TestNuCountsWhatAsks"},
+	{"nu lowers no further than ask", "policy/policy.go", "n.duties[i].level = Ask", "n.duties[i].level = Never", "TestNuAgreesWithDecide"},
+	{"nu lowers fetches where hosts is any", "policy/policy.go", "case opWebFetch, opNetConnect:\n\t\tif !p.hosts.any {", "case opWebFetch, opNetConnect:\n\t\tif true {", "TestGateExhaustive"},
+	{"nu lowers commands only on a network of their own", "policy/policy.go", "if !m.directNetwork {\n\t\t\treturn false", "if false {\n\t\t\treturn false", "TestGateExhaustive"},
 	{"nu lowers only always", "policy/policy.go", "if p.duties[i].level != Always {", "if p.duties[i].level == Ask {", "TestNuLaws"},
 
 	// the gate
@@ -67,10 +100,9 @@ var mutants = []mutant{
 	{"a connection is untrusted before it is judged", "policy/decide.go", "if i == opNetConnect {", "if false {", "TestConnectIsUntrustedFirst"},
 	{"contained mode has private from the start", "policy/decide.go", "before := c.Exposure | start", "before := c.Exposure", "TestGateExhaustive"},
 	{"contained mode with a stranger's repository", "policy/legs.go", "return nucleus.Private | nucleus.Untrusted\n\t}", "return nucleus.Private\n\t}", "TestGateExhaustive"},
-	{"run_bash takes private", "policy/legs.go", "\t{nucleus.Private, nucleus.RunBash, InAnyMachine},\n", "", "TestGateExhaustive"},
-	{"a stranger's repository is untrusted", "policy/legs.go", "\t{nucleus.Untrusted, nucleus.ReadFiles, UntrustedRepo},\n", "", "TestGateExhaustive"},
-	{"a pull request is a way out", "policy/legs.go", "\t{nucleus.WayOut, nucleus.CreatePR, InAnyMachine},\n", "", "TestGateExhaustive"},
 	{"only a trusted rule counts on no leg", "policy/decide.go", "if s.trusted {\n\t\ttakes = 0", "if s.trusted || s.rule != \"\" {\n\t\ttakes = 0", "TestStory"},
+	{"an unknown operation denies", "policy/decide.go", "case i < 0:", "case false:", "TestZeroAndNilDeny"},
+	{"ask asks", "policy/decide.go", "case p.duties[i].level == Ask:", "case false:", "TestGateExhaustive"},
 	{"never denies", "policy/decide.go", "case p == nil || p.duties[i].level == Never:", "case p == nil:", "TestGateExhaustive"},
 	{"the window denies", "policy/decide.go", "case !p.window.contains(c.UnixMilli):", "case false:", "TestWindow"},
 	{"the end of the window is outside", "policy/limits.go", "w.from <= ms && ms < w.until", "w.from <= ms && ms <= w.until", "TestWindow"},
@@ -83,9 +115,15 @@ var mutants = []mutant{
 	{"every file is judged", "policy/decide.go", "for i := range files {\n", "for i := range files[:1] {\n", "TestAttacksOnPaths"},
 	{"files that argv names are judged", "policy/decide.go", "if s := p.scopeFiles(c.Files); s.denied {", "if s := p.scopeFiles(nil); s.denied {", "TestAttacksOnPaths"},
 	{"a pattern is a whole segment", "policy/path.go", "return p == len(pattern)", "return true", "TestAttacksOnPaths"},
+	{"a command's directory is judged", "policy/decide.go", "if s := p.scopePath(orWorkspace(c.Dir)); s.denied {", "if s := p.scopePath(orWorkspace(c.Dir)); s.denied && false {", "TestAttacksOnPaths"},
+	{"a commit without paths is all of its repository", "policy/decide.go", "if len(c.Paths) == 0 {\n\t\treturn p.scopePath(repo)", "if len(c.Paths) == 0 {\n\t\treturn scoped{}", "TestAttacksOnCommits"},
+	{"a commit's paths lie in its repository", "policy/decide.go", "p.scopePath(path.Join(repo, name))", "p.scopePath(path.Join(\".\", name))", "TestAttacksOnCommits"},
 	{"variables of its own", "policy/decide.go", "if len(c.Env) > 0 {", "if false {", "TestAttacksOnCommands"},
 	{"argv is matched whole", "policy/argv.go", "!a.tail && len(args) > len(a.head)", "false", "TestAttacksOnCommands"},
 	{"a suffix has its dot", "policy/host.go", "return len(p.name) > len(r.name) && strings.HasSuffix(p.name, r.name)", "return strings.HasSuffix(p.name, r.name[1:])", "TestAttacksOnHosts"},
+	{"an address is compared as an address", "policy/host.go", "return r.addr.IsValid() && r.addr.Contains(p.addr)", "return r.addr.IsValid()", "TestAttacksOnHosts"},
+	{"a request's method is judged", "policy/host.go", "return r.methods&method != 0 &&", "return true &&", "TestAttacksOnRequests"},
+	{"only a literal opens a private address", "policy/host.go", "case !asked.addr.IsValid() && r.opaque():", "case true:", "TestLiterals"},
 	{"names are clean", "policy/host.go", "return peer{name: host}, cleanName(host)", "return peer{name: host}, host != \"\"", "TestAttacksOnHosts"},
 	{"numbers are addresses", "policy/host.go", "if looksLikeAddress(host) {", "if strings.Contains(host, \":\") {", "TestLoadRefuses"},
 	{"ports are compared whole", "policy/host.go", "if int(r.port) != port {", "if r.port != uint16(port) {", "TestAttacksOnHosts"},
@@ -99,6 +137,10 @@ var mutants = []mutant{
 	{"every remote is trusted", "policy/origin.go", "if p == nil || !p.origins.holds(span{base: origin}) {", "if p == nil || len(remotes) == 1 && !p.origins.holds(span{base: origin}) {", "TestTrustedRepo"},
 
 	// reading files
+	{"what is left out allows no host", "policy/load.go", "\t\tcommands: everything[argv](),\n", "\t\tcommands: everything[argv](),\n\t\thosts: everything[hostRule](),\n", "TestDefaults"},
+	{"tags are refused", "policy/node.go", "case y.Style&yaml.TaggedStyle != 0:", "case false:", "TestLoadRefuses"},
+	{"merge keys are refused", "policy/node.go", "case \"!!merge\":\n\t\t\treturn nil, n.errorf(\"merge key <<; a policy has no merge keys\")", "case \"!!merge\":\n\t\t\tn.kind = text", "TestLoadRefuses"},
+	{"a second document is refused", "policy/node.go", "case err == nil:\n\t\treturn nil, &lineError{second.Line", "case err == nil && false:\n\t\treturn nil, &lineError{second.Line", "TestLoadRefuses"},
 	{"unknown keys are refused", "policy/node.go", "if read == nil {", "if read == nil && false {", "TestLoadRefuses"},
 	{"keys that come twice are refused", "policy/node.go", "if line, twice := seen[key.text]; twice {", "if line, twice := seen[key.text]; twice && false {", "TestLoadRefuses"},
 	{"anchors are refused", "policy/node.go", "case y.Anchor != \"\":", "case false:", "TestLoadRefuses"},
@@ -123,4 +165,19 @@ var mutants = []mutant{
 	{"what is not known is arbitrary code", "policy/command/classify.go", "return Arbitrary, \"the program \" + name + \" is not known\"", "return ReadOnly, \"the program \" + name + \" is not known\"", "TestRead"},
 	{"substitutions are read", "policy/command/script.go", "\t\tr.node(n, depth)\n\t\treturn true", "\t\tr.node(n, depth)\n\t\t_, sub := n.(*syntax.CmdSubst)\n\t\treturn !sub", "TestReadScripts"},
 	{"variables can change what runs", "policy/command/script.go", "if a.Naked || a.Name == nil || harmlessVariable(a.Name.Value) {", "if true {", "TestReadScripts"},
+}
+
+func init() {
+	for _, row := range []struct{ leg, ops, when string }{
+		{"Private", "ReadFiles GlobSearch GrepSearch RunBash", "InAnyMachine"},
+		{"Untrusted", "WebFetch WebSearch NetConnect", "InAnyMachine"},
+		{"Untrusted", "ReadFiles WriteFiles EditFiles GlobSearch GrepSearch RunBash", "UntrustedRepo"},
+		{"WayOut", "GitPush CreatePR WebFetch NetConnect", "InAnyMachine"},
+		{"WayOut", "RunBash", "DirectNetwork"},
+	} {
+		for op := range strings.FieldsSeq(row.ops) {
+			old := fmt.Sprintf("\t{nucleus.%s, nucleus.%s, %s},\n", row.leg, op, row.when)
+			mutants = append(mutants, mutant{"leg: " + op + " takes " + row.leg + " " + row.when, "policy/legs.go", old, "", "TestGateExhaustive"})
+		}
+	}
 }

@@ -3,13 +3,14 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
 
 // Each mutant still finds its place and its test.
 func TestTable(t *testing.T) {
-	for _, m := range mutants {
+	for _, m := range slices.Concat(mutants, logMutants) {
 		file := filepath.Join("../..", m.file)
 		raw, err := os.ReadFile(file)
 		if err != nil {

@@ -1,4 +1,3 @@
-// Package timeline tells a person what the log holds of a session: an entry in a line.
 package timeline
 
 import (
@@ -60,9 +59,12 @@ type extra struct {
 		Input  int64 `json:"input"`
 		Output int64 `json:"output"`
 	} `json:"tokens"`
-	USD    *float64      `json:"usd"`
-	Took   time.Duration `json:"took"`
-	Policy struct {
+	ID      string             `json:"id"`
+	Attempt string             `json:"attempt"`
+	USD     float64            `json:"usd"`
+	Left    map[string]float64 `json:"left"` // of a budget, by dimension
+	Took    time.Duration      `json:"took"`
+	Policy  struct {
 		Name string `json:"name"`
 	} `json:"policy"`
 }

@@ -260,6 +260,9 @@ func FuzzRead(f *testing.F) {
 			if argv[0] == "bash" && got.Class != Arbitrary {
 				t.Fatalf("%q is %s", argv, got.Class)
 			}
+			if whole := Of(nucleus.Command{Argv: argv, Env: map[string]string{a: b}, Binary: c}); whole.Class < got.Class || len(whole.Parts) != len(got.Parts) {
+				t.Fatalf("%q with %q=%q and %q: %+v, the argv alone %+v", argv, a, b, c, whole, got)
+			}
 		}
 	})
 }

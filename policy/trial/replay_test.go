@@ -108,3 +108,31 @@ func TestRun(t *testing.T) {
 		t.Errorf("a log that cannot be read: %v", err)
 	}
 }
+
+// Any arguments that a log shows are judged, or counted as not judged.
+func FuzzRecorded(f *testing.F) {
+	f.Add("read_files", []byte(`{"op":"read_files","files":[{"path":"app/x"}]}`), []byte(`{"mode":"contained"}`))
+	f.Add("run_bash", []byte(`{"op":"run_bash","command":{"argv":["git","[cut: 5 more]"],"dir":"."}}`), []byte(`{"untrusted":true}`))
+	f.Add("net_connect", []byte(`{"op":"net_connect","connect":{"host":"a.b","port":1},"fetch":null}`), []byte(`{"workspace":"w"}`))
+	p, err := policy.Profile("permissive")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, op string, args, data []byte) {
+		entries := []nucleus.Entry{
+			{Seq: 1, Pod: "p-1", Kind: nucleus.KindPodCreate, Data: data},
+			{Seq: 2, Pod: "p-1", Kind: nucleus.KindPodStart, Data: data},
+			{Seq: 3, Pod: "p-1", Kind: nucleus.KindIntent, Op: nucleus.Op(op), Args: args},
+		}
+		r, err := Run(p, func(yield func(nucleus.Entry, error) bool) {
+			for _, e := range entries {
+				if !yield(e, nil) {
+					return
+				}
+			}
+		})
+		if err != nil || r.Requests != 1 || len(r.Denied)+len(r.Asked)+len(r.Unjudged) > 1 {
+			t.Fatalf("%+v, %v", r, err)
+		}
+	})
+}

@@ -87,7 +87,7 @@ func (e *Evaluator) readStep(raw json.RawMessage) (step, error) {
 	}
 	s := step{action: nucleus.Action{Op: nucleus.Op(name)}}
 	if !s.action.Op.Valid() {
-		return s, fmt.Errorf("unknown operation %q; want one of %s", name, opNames())
+		return s, fmt.Errorf("has the unknown operation %q; want one of %s", name, opNames())
 	}
 	delete(members, "op")
 	known := Arguments(s.action.Op)
@@ -100,7 +100,7 @@ func (e *Evaluator) readStep(raw json.RawMessage) (step, error) {
 	}
 	for argument := range members {
 		if known != nil && !slices.Contains(known, argument) {
-			return s, fmt.Errorf("%s has the unknown argument %q; want op, repo, %s", name, argument, strings.Join(known, ", "))
+			return s, fmt.Errorf("has the unknown argument %q of %s; want op, repo, %s", argument, name, strings.Join(known, ", "))
 		}
 		if known == nil || !judged[argument] {
 			delete(members, argument)
@@ -114,7 +114,7 @@ func (e *Evaluator) readStep(raw json.RawMessage) (step, error) {
 	if err != nil {
 		var wrong *json.UnmarshalTypeError
 		if errors.As(err, &wrong) {
-			err = fmt.Errorf("argument %q of %s is a JSON %s, want %s", wrong.Field, name, wrong.Value, wrong.Type)
+			err = fmt.Errorf("has the argument %q of %s as a JSON %s, want %s", wrong.Field, name, wrong.Value, wrong.Type)
 		}
 		return s, err
 	}

@@ -1,0 +1,194 @@
+package node
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	approvals "cal/approval/client"
+	"cal/audit"
+	"cal/audit/witness"
+	"cal/nucleus"
+)
+
+const (
+	witnessEvery = time.Minute
+	// witnessRetry is how soon a required witness that did not cosign is asked again.
+	witnessRetry = 5 * time.Second
+	// witnessPatience is for how long effects go on without a required witness.
+	witnessPatience = 3 * time.Minute
+)
+
+var errUnwitnessed = errors.New("a witness that is required has not cosigned the log")
+
+// Witness is one of C2SP tlog-witness that the person requires.
+type Witness struct {
+	URL string // submission prefix
+	Key string // of type 4, a cosignature key
+}
+
+// witnesses shows the log to those outside of the node who vouch for its history: the
+// authority, where there is one, at every ask and once a minute, and the witnesses that
+// are required once a minute. It is the one owner of the cosigned checkpoint.
+type witnesses struct {
+	log      *audit.Log
+	key      string // of the log
+	asks     *approvals.Client
+	required []*witness.Client
+	now      func() time.Time // a monotonic clock
+
+	mu      sync.Mutex // the authority is shown checkpoints in their order
+	builtIn *witness.Client
+
+	state sync.Mutex
+	last  time.Time // when all that are required had cosigned; zero: never
+	err   error     // why not since
+}
+
+func newWitnesses(log *audit.Log, key ed25519.PublicKey, asks *approvals.Client, required []Witness) (*witnesses, error) {
+	w := &witnesses{log: log, key: audit.VerifierKey(nucleus.LogOrigin, key), asks: asks, now: time.Now, err: errors.New("none was asked yet")}
+	direct := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	for _, r := range required {
+		if err := audit.CheckWitnessKey(r.Key); err != nil {
+			return nil, err
+		}
+		if !strings.HasPrefix(r.URL, "http://") && !strings.HasPrefix(r.URL, "https://") {
+			return nil, fmt.Errorf("witness %q: want an http or https URL", r.URL)
+		}
+		w.required = append(w.required, &witness.Client{URL: r.URL, Key: r.Key, HTTP: direct})
+	}
+	return w, nil
+}
+
+// allow says why no effect may begin: a witness that is required has not vouched for
+// the log for too long.
+func (w *witnesses) allow() error {
+	w.state.Lock()
+	defer w.state.Unlock()
+	if len(w.required) == 0 || !w.last.IsZero() && w.now().Sub(w.last) <= witnessPatience {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", errUnwitnessed, w.err)
+}
+
+// show publishes the log and has the authority cosign it. It returns the published
+// checkpoint, and the same with what the authority added.
+func (w *witnesses) show(ctx context.Context) (signed, cosigned []byte, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.log.Publish(); err != nil {
+		return nil, nil, err
+	}
+	signed = w.log.Published()
+	if w.asks == nil {
+		return signed, signed, nil
+	}
+	if err := w.introduce(ctx); err != nil {
+		return signed, signed, err
+	}
+	cosigned, err = w.add(ctx, w.builtIn, signed, signed)
+	return signed, cosigned, err
+}
+
+// add has one more witness cosign a checkpoint.
+func (w *witnesses) add(ctx context.Context, c *witness.Client, signed, cosigned []byte) ([]byte, error) {
+	line, err := c.Cosign(ctx, w.log, signed, w.key)
+	if err != nil {
+		return cosigned, err
+	}
+	return audit.AddCosignature(cosigned, line, c.Key)
+}
+
+// round shows the log to everyone and keeps in it what they cosigned. The error is the
+// authority's; one of the others counts in allow. There is one round at a time.
+func (w *witnesses) round(ctx context.Context) error {
+	signed, cosigned, authority := w.show(ctx)
+	if signed == nil {
+		return authority
+	}
+	var others error
+	for _, c := range w.required {
+		var err error
+		if cosigned, err = w.add(ctx, c, signed, cosigned); err != nil {
+			others = errors.Join(others, err)
+		}
+	}
+	if ctx.Err() != nil { // whoever was asked could not answer
+		return ctx.Err()
+	}
+	w.note(others)
+	if others == nil && len(cosigned) > len(signed) {
+		if err := w.log.Keep(cosigned); err != nil {
+			slog.Error("keeping the cosigned checkpoint", "error", err)
+		}
+	}
+	return authority
+}
+
+// introduce makes the log known to the authority, once.
+func (w *witnesses) introduce(ctx context.Context) error {
+	if w.builtIn != nil {
+		return nil
+	}
+	info, err := w.asks.Info(ctx)
+	if err != nil {
+		return err
+	}
+	if err := audit.CheckWitnessKey(info.Witness); err != nil {
+		return fmt.Errorf("the authority is no witness: %w", err)
+	}
+	if err := w.asks.RegisterLog(ctx, w.key); err != nil {
+		return err
+	}
+	w.builtIn = &witness.Client{URL: approvals.WitnessURL, Key: info.Witness, HTTP: w.asks.HTTP()}
+	return nil
+}
+
+// note says what came of the required witnesses.
+func (w *witnesses) note(err error) {
+	w.state.Lock()
+	defer w.state.Unlock()
+	if err == nil {
+		if w.err != nil && len(w.required) > 0 {
+			slog.Info("the log is witnessed")
+		}
+		w.last, w.err = w.now(), nil
+		return
+	}
+	slog.Error("a witness that is required has not cosigned the log", "error", err)
+	w.err = err
+	if errors.Is(err, witness.ErrFork) || errors.Is(err, witness.ErrAhead) {
+		w.last = time.Time{} // it contradicts: no patience
+	}
+}
+
+// keep shows the log now and then, until ctx ends.
+func (w *witnesses) keep(ctx context.Context) {
+	for {
+		if err := w.round(ctx); err != nil && ctx.Err() == nil {
+			// Without an authority nobody can approve, and the rest goes on.
+			slog.Warn("the authority has not cosigned the log", "error", err)
+		}
+		wait := witnessEvery
+		if w.failing() {
+			wait = witnessRetry
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+	}
+}
+
+func (w *witnesses) failing() bool {
+	w.state.Lock()
+	defer w.state.Unlock()
+	return len(w.required) > 0 && w.err != nil
+}

@@ -1,0 +1,58 @@
+package workspace
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+
+	"go.yaml.in/yaml/v3"
+
+	"cal/audit"
+)
+
+// Config is what the person set in CAL_HOME/config.yaml. Without the file it is zero.
+type Config struct {
+	Log struct {
+		// Witnesses must cosign the log: without them the node begins no effect.
+		Witnesses []Witness `yaml:"witnesses"`
+	} `yaml:"log"`
+}
+
+// Witness is a C2SP tlog-witness.
+type Witness struct {
+	URL string `yaml:"url"` // submission prefix
+	Key string `yaml:"key"` // its cosignature key, in signed-note form
+}
+
+// Config reads and checks config.yaml. An unknown key is an error.
+func (h Home) Config() (Config, error) {
+	name := filepath.Join(h.Dir, "config.yaml")
+	var c Config
+	raw, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return c, nil
+	}
+	if err != nil {
+		return c, err
+	}
+	dec := yaml.NewDecoder(bytes.NewReader(raw))
+	dec.KnownFields(true)
+	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return Config{}, fmt.Errorf("%s: %w", name, err)
+	}
+	for i, w := range c.Log.Witnesses {
+		u, err := url.Parse(w.URL)
+		if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+			return Config{}, fmt.Errorf("%s: log.witnesses[%d].url is %q, want an http or https URL", name, i, w.URL)
+		}
+		if err := audit.CheckWitnessKey(w.Key); err != nil {
+			return Config{}, fmt.Errorf("%s: log.witnesses[%d].key: %w", name, i, err)
+		}
+	}
+	return c, nil
+}

@@ -1,0 +1,38 @@
+package workspace
+
+import (
+	"crypto/ed25519"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"cal/audit"
+)
+
+func TestConfig(t *testing.T) {
+	h := Home{t.TempDir()}
+	key := audit.WitnessKey("w.test", make(ed25519.PublicKey, ed25519.PublicKeySize))
+	for name, c := range map[string]struct{ text, want string }{
+		"empty":          {"", ""},
+		"a comment":      {"# nothing yet\n", ""},
+		"a witness":      {"log:\n  witnesses:\n  - {url: \"https://w.test/x\", key: \"" + key + "\"}\n", ""},
+		"unknown key":    {"log:\n  witness: []\n", "line 2: field witness not found"},
+		"another key":    {"logs: {}\n", "line 1: field logs not found"},
+		"a wrong type":   {"log:\n  witnesses: 3\n", "line 2"},
+		"no URL":         {"log:\n  witnesses:\n  - {key: \"" + key + "\"}\n", `witnesses[0].url is ""`},
+		"a file":         {"log:\n  witnesses:\n  - {url: \"file:///x\", key: \"" + key + "\"}\n", "want an http or https URL"},
+		"no witness key": {"log:\n  witnesses:\n  - {url: \"https://w.test\", key: \"x\"}\n", "witnesses[0].key: witness key"},
+	} {
+		write(t, filepath.Join(h.Dir, "config.yaml"), c.text)
+		got, err := h.Config()
+		if c.want == "" && (err != nil || name == "a witness" && (len(got.Log.Witnesses) != 1 || got.Log.Witnesses[0].Key != key)) {
+			t.Errorf("%s: %+v, %v", name, got, err)
+		}
+		if c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "config.yaml")) {
+			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
+	}
+	if _, err := (Home{t.TempDir()}).Config(); err != nil {
+		t.Error("without a file: ", err)
+	}
+}
