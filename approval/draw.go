@@ -66,6 +66,7 @@ func Draw(ask nucleus.AskRequest, view View) (Screen, error) {
 		d.block(detail.Text)
 		d.end(detail)
 	}
+	d.subPolicy(signed.Action.Sub)
 	d.action(signed)
 	d.passage(signed)
 	return Screen{digest, d.out.String(), d.cut}, nil
@@ -349,8 +350,21 @@ func (d *drawing) action(ask nucleus.AskRequest) {
 	d.end(a)
 }
 
-// sub says what is done to a pod below the one that asks. The policy of a new one is
-// its own document, a line for each value.
+// subPolicy shows the whole policy of a pod that is asked for, a line for each value.
+func (d *drawing) subPolicy(s *nucleus.Sub) {
+	if s == nil || len(s.Policy) == 0 {
+		return
+	}
+	d.begin("the policy of the new pod")
+	var lines bytes.Buffer
+	if err := json.Indent(&lines, s.Policy, "", " "); err != nil { // signed, so it is JSON
+		lines.Write(s.Policy)
+	}
+	d.block(lines.String())
+	d.end(s.Policy)
+}
+
+// sub says what is done to a pod below the one that asks.
 func (d *drawing) sub(s *nucleus.Sub) {
 	if s == nil {
 		return
@@ -374,11 +388,7 @@ func (d *drawing) sub(s *nucleus.Sub) {
 		d.field("note", "the pod stays when its agent has ended")
 	}
 	if len(s.Policy) > 0 {
-		var lines bytes.Buffer
-		if err := json.Indent(&lines, s.Policy, "", " "); err != nil { // signed, so it is JSON
-			lines.Write(s.Policy)
-		}
-		d.text("policy", lines.String())
+		d.field("policy", "as above, "+quote(nucleus.SHA256(s.Policy)))
 	}
 	if s.Do == nucleus.SubSpawn {
 		d.text("task", s.Task)

@@ -114,8 +114,9 @@ type Gate interface {
 	// next, as another pair with the same ID.
 	Closed(a Attempt, sent, received int64, err error)
 
-	// ModelCall records the intent of a call to the model (Done is false; an
-	// error refuses the call) and then its outcome.
+	// ModelCall admits a call to the model and records its intent (Done is false; an
+	// error refuses the call, a *nucleus.Error in its words), and then charges and
+	// records its outcome. It may wait for others to end before it admits one.
 	ModelCall(ctx context.Context, call ModelCall) error
 }
 
@@ -141,6 +142,7 @@ type Limits struct {
 	Fetch       time.Duration // for one fetch (30 s)
 	FetchBody   int64         // bytes of a fetch's answer that are kept (1 MiB)
 	ModelBody   int64         // bytes of a request to the model (64 MiB)
+	ModelWait   time.Duration // for a call to the model to be admitted (2 min)
 }
 
 func (l Limits) withDefaults() Limits {
@@ -153,6 +155,7 @@ func (l Limits) withDefaults() Limits {
 	fill(&l.Fetch, 30*time.Second)
 	fill(&l.FetchBody, 1<<20)
 	fill(&l.ModelBody, 64<<20)
+	fill(&l.ModelWait, 2*time.Minute)
 	return l
 }
 

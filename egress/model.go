@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -26,7 +27,7 @@ const (
 )
 
 // modelPaths is what passes, below the base URL: inference and the list of
-// models. version is the prefix that clients of the protocol put before it and
+// models. What is free costs nothing at the provider. version is the prefix that clients of the protocol put before it and
 // that belongs to the base URL or not, as the provider's own clients have it.
 var modelPaths = map[string]struct {
 	version string
@@ -80,6 +81,14 @@ type ModelCall struct {
 	Received int64         `json:"received"` // bytes of the response's body
 	Took     time.Duration `json:"took"`
 	Error    string        `json:"error,omitempty"` // why it has no answer, or not all of it
+
+	Requested string `json:"requested,omitempty"` // the model that the request names, where it names one clearly
+	Service   string `json:"service,omitempty"`   // the kind of service, as the provider named it
+	Estimated bool   `json:"estimated,omitempty"` // Tokens is not all of it the provider's count, and more than was used
+	Free      bool   `json:"-"`                   // the provider takes nothing for such a call
+
+	size   int64 // of the request's body, as far as it is known before it is sent
+	hidden bool  // the request's bytes do not bound what goes in
 }
 
 // Route is the way to one model endpoint with its credential. Formatting it
@@ -90,7 +99,11 @@ type Route struct {
 	key       string
 	bearer    bool
 	transport *http.Transport
+	slots     chan struct{} // one is held by each call under way
 }
+
+// maxCalls is how many calls of one pod are under way at once; more wait.
+const maxCalls = 16
 
 func (route *Route) String() string {
 	return "model route to " + route.base.scheme + "://" + route.base.authority()
@@ -123,7 +136,7 @@ func (g *Gateway) NewRoute(m nucleus.Model) (*Route, error) {
 		return nil, errors.New("model key holds a character that no HTTP field can carry")
 	}
 	base.path = strings.TrimRight(base.path, "/")
-	route := &Route{protocol: m.Protocol, base: base, key: m.Key, bearer: m.Bearer}
+	route := &Route{protocol: m.Protocol, base: base, key: m.Key, bearer: m.Bearer, slots: make(chan struct{}, maxCalls)}
 	route.transport = &http.Transport{
 		ForceAttemptHTTP2:      true,
 		DisableCompression:     true,
@@ -188,6 +201,8 @@ func (g *Gateway) ServeModel(ctx context.Context, conn net.Conn, peer Peer, rout
 			ID: nucleus.NewID("mc-"), Pod: peer.Pod, Session: peer.Session, Protocol: route.protocol,
 			Host: route.base.host, Port: route.base.port, Method: r.Method, Path: path,
 		}
+		// A path that costs is /messages, /responses or /chat/completions.
+		call.Free = r.Method != http.MethodPost || strings.HasSuffix(path, "/count_tokens")
 		g.callModel(w, r, route, call)
 	})
 }
@@ -225,23 +240,41 @@ func (route *Route) known(method, path string) (string, bool) {
 	return "", false
 }
 
-// callModel records, sends, streams and records again.
+// callModel admits, records, sends, streams and records again.
 func (g *Gateway) callModel(w http.ResponseWriter, r *http.Request, route *Route, call ModelCall) {
+	admit, cancel := context.WithTimeout(r.Context(), g.limits.ModelWait)
+	defer cancel()
+	select {
+	case route.slots <- struct{}{}:
+		defer func() { <-route.slots }()
+	case <-admit.Done():
+		route.writeError(w, refuse(nucleus.KindUnavailable, ruleLimit, "%d calls are under way, no more at once", maxCalls))
+		return
+	}
 	began := g.now()
-	decide, cancel := context.WithTimeout(r.Context(), g.limits.Decide)
-	err := g.gate.ModelCall(decide, call)
-	cancel()
+	body, err := g.readBody(w, r, &call)
 	if err != nil {
-		route.writeError(w, unavailable(err, "the call could not be recorded"))
+		w.Header().Set("Connection", "close") // nobody waits for the rest
+		route.writeError(w, modelFailure(err, nil, route))
+		return
+	}
+	if err := g.gate.ModelCall(admit, call); err != nil {
+		refused := unavailable(err, "the call could not be recorded")
+		errors.As(err, &refused.Error)
+		route.writeError(w, refused)
 		return
 	}
 	var sent, received atomic.Int64
 	usage := &usageCounter{}
-	call.Status, err = g.relayModel(w, r, route, call.Path, &sent, &received, usage)
+	call.Status, err = g.relayModel(w, r, route, call.Path, body, &sent, &received, usage)
 	usage.finish()
 	call.Done, call.Took = true, g.now().Sub(began)
-	call.Tokens, call.Model = usage.tokens, shorten(route.redact(usage.model))
 	call.Sent, call.Received = sent.Load(), received.Load()
+	// What the provider refused, or never got, costs nothing; of the rest nobody else knows.
+	if !call.Free && call.Sent > 0 && !usage.refused {
+		call.Estimated = usage.estimate(call)
+	}
+	call.Tokens, call.Model, call.Service = usage.tokens, shorten(route.redact(usage.model)), shorten(route.redact(usage.service))
 	if err != nil {
 		call.Error = route.redact(err.Error())
 	}
@@ -252,9 +285,36 @@ func (g *Gateway) callModel(w http.ResponseWriter, r *http.Request, route *Route
 	}
 }
 
+// readBody reads the beginning of a request's body, mostly all of it, so that what the
+// call may cost is known before it is made. It returns a body that begins with what was read.
+func (g *Gateway) readBody(w http.ResponseWriter, r *http.Request, call *ModelCall) (*pacedBody, error) {
+	control := http.NewResponseController(w)
+	paced := &pacedBody{ReadCloser: http.MaxBytesReader(nil, r.Body, g.limits.ModelBody), control: control, limit: g.limits.Idle, touch: func() {}}
+	if r.ContentLength == 0 || call.Free {
+		return paced, nil
+	}
+	first, err := io.ReadAll(io.LimitReader(paced, maxRead))
+	if err != nil {
+		return nil, err
+	}
+	call.look(first, r.Header.Get("Content-Encoding") != "")
+	if call.size = int64(len(first)); call.size == maxRead {
+		call.size = max(r.ContentLength, maxRead)
+		call.hidden = call.hidden || r.ContentLength < 0
+	}
+	paced.ReadCloser = resumed{io.MultiReader(bytes.NewReader(first), paced.ReadCloser), paced.ReadCloser}
+	return paced, nil
+}
+
+// resumed is a body whose beginning was read before.
+type resumed struct {
+	io.Reader
+	io.Closer
+}
+
 var errEncoded = errors.New("the provider's answer is compressed though identity was asked for")
 
-func (g *Gateway) relayModel(w http.ResponseWriter, r *http.Request, route *Route, path string, sent, received *atomic.Int64, usage *usageCounter) (int, error) {
+func (g *Gateway) relayModel(w http.ResponseWriter, r *http.Request, route *Route, path string, body *pacedBody, sent, received *atomic.Int64, usage *usageCounter) (int, error) {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	idle := time.AfterFunc(g.limits.Idle, func() { cancel(errIdle) })
@@ -265,10 +325,9 @@ func (g *Gateway) relayModel(w http.ResponseWriter, r *http.Request, route *Rout
 	out := route.request(ctx, r, path)
 	if r.ContentLength != 0 {
 		out.ContentLength = r.ContentLength
-		limited := http.MaxBytesReader(nil, r.Body, g.limits.ModelBody)
-		body := &pacedBody{ReadCloser: counted{limited, sent}, control: control, limit: g.limits.Idle, touch: touch}
+		body.touch = touch
 		defer body.stop()
-		out.Body = body
+		out.Body = counted{body, sent}
 	}
 	resp, err := route.transport.RoundTrip(out)
 	if err != nil {
@@ -277,6 +336,7 @@ func (g *Gateway) relayModel(w http.ResponseWriter, r *http.Request, route *Rout
 		return statusOf(refused.Kind), err
 	}
 	defer resp.Body.Close()
+	usage.refused = resp.StatusCode/100 != 2
 	if resp.StatusCode < 200 || resp.StatusCode/100 == 3 {
 		err = fmt.Errorf("the provider answered with status %d, which is not followed", resp.StatusCode)
 	} else if encoding := resp.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
@@ -295,9 +355,9 @@ func (g *Gateway) relayModel(w http.ResponseWriter, r *http.Request, route *Rout
 	}
 	w.WriteHeader(resp.StatusCode)
 	usage.stream = strings.HasPrefix(resp.Header.Get("Content-Type"), "text/event-stream")
-	body := touching{io.TeeReader(counted{resp.Body, received}, usage), touch}
+	answer := touching{io.TeeReader(counted{resp.Body, received}, usage), touch}
 	redacting := &redactor{to: w, key: route.secret()}
-	err = copyBody(redacting, control, g.limits.Idle, body)
+	err = copyBody(redacting, control, g.limits.Idle, answer)
 	if e := redacting.finish(); err == nil {
 		err = e
 	}
@@ -366,6 +426,16 @@ func modelFailure(err, cause error, route *Route) *refusal {
 func (route *Route) writeError(w http.ResponseWriter, r *refusal) {
 	status := statusOf(r.Kind)
 	message := "CAL: " + r.Message
+	spent := r.Kind == nucleus.KindDenied && strings.HasPrefix(r.Rule, "budget.")
+	if spent { // as the providers say it of an account, so that the client does not try again
+		w.Header().Set("X-Should-Retry", "false")
+		if route.protocol == protocolAnthropic {
+			writeJSON(w, http.StatusPaymentRequired, map[string]any{"type": "error", "error": map[string]any{"type": "billing_error", "message": message}})
+		} else {
+			writeJSON(w, http.StatusTooManyRequests, map[string]any{"error": map[string]any{"message": message, "type": "insufficient_quota", "param": nil, "code": "insufficient_quota"}})
+		}
+		return
+	}
 	if route.protocol == protocolAnthropic {
 		kind := map[int]string{
 			http.StatusForbidden: "permission_error", http.StatusRequestEntityTooLarge: "request_too_large",

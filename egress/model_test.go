@@ -79,16 +79,16 @@ func TestModelCall(t *testing.T) {
 		answer, model                  string
 		tokens                         Tokens
 	}{
-		"anthropic":       {"anthropic", "", "/v1/messages?beta=true", "/v1/messages?beta=true", false, anthropicStream, "claude-x", Tokens{10, 70, 3, 25}},
+		"anthropic":       {"anthropic", "", "/v1/messages?beta=true", "/v1/messages?beta=true", false, anthropicStream, "claude-x", Tokens{Input: 10, CacheRead: 70, CacheWrite: 3, Output: 25}},
 		"anthropic OAuth": {"anthropic", "", "/v1/messages", "/v1/messages", true, anthropicJSON, "claude-x", Tokens{Input: 12, Output: 34}},
 		"anthropic below": {"anthropic", "/gateway/", "/v1/messages/count_tokens", "/gateway/v1/messages/count_tokens", false, `{"input_tokens":5}`, "", Tokens{}},
-		"responses":       {"openai", "/v1", "/v1/responses", "/v1/responses", false, responsesStream, "gpt-x", Tokens{40, 60, 0, 7}},
-		"responses below": {"openai", "/api/v1/", "/responses", "/api/v1/responses", false, responsesStream, "gpt-x", Tokens{40, 60, 0, 7}},
-		"responses again": {"openai", "/api/v1/", "/api/v1/responses", "/api/v1/responses", false, responsesStream, "gpt-x", Tokens{40, 60, 0, 7}},
+		"responses":       {"openai", "/v1", "/v1/responses", "/v1/responses", false, responsesStream, "gpt-x", Tokens{Input: 40, CacheRead: 60, Output: 7}},
+		"responses below": {"openai", "/api/v1/", "/responses", "/api/v1/responses", false, responsesStream, "gpt-x", Tokens{Input: 40, CacheRead: 60, Output: 7}},
+		"responses again": {"openai", "/api/v1/", "/api/v1/responses", "/api/v1/responses", false, responsesStream, "gpt-x", Tokens{Input: 40, CacheRead: 60, Output: 7}},
 		"chat":            {"openai", "/v1", "/v1/chat/completions", "/v1/chat/completions", false, chatStream, "gpt-y", Tokens{Input: 8, Output: 9}},
 		"chat JSON":       {"openai", "/v1", "/chat/completions", "/v1/chat/completions", false, chatJSON, "gpt-y", Tokens{Input: 8, Output: 9}},
-		"broken":          {"openai", "/v1", "/chat/completions", "/v1/chat/completions", false, `{"usage":{"prompt_tokens":"x"`, "", Tokens{}},
-		"negative":        {"openai", "/v1", "/chat/completions", "/v1/chat/completions", false, `{"usage":{"prompt_tokens":-5,"completion_tokens":-1}}`, "", Tokens{}},
+		"broken":          {"openai", "/v1", "/chat/completions", "/v1/chat/completions", false, `{"usage":{"prompt_tokens":"x"`, "", Tokens{Input: 15, Output: 7}},
+		"negative":        {"openai", "/v1", "/chat/completions", "/v1/chat/completions", false, `{"usage":{"prompt_tokens":-5,"completion_tokens":-1}}`, "", Tokens{Input: 15, Output: 13}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, handler := newProvider(t, c.answer)
@@ -129,6 +129,12 @@ func TestModelCall(t *testing.T) {
 				t.Errorf("journal %q", lines)
 			}
 			call := w.calls[1]
+			if call.Estimated { // the time that it took may count
+				c.tokens.Output = max(c.tokens.Output, int64(call.Took.Seconds()*outputPerSecond))
+			}
+			if estimated := name == "broken" || name == "negative"; call.Estimated != estimated {
+				t.Errorf("estimated: %v, want %v", call.Estimated, estimated)
+			}
 			if call.Status != 200 || call.Tokens != c.tokens || call.Model != c.model || call.Sent != 15 || call.Received != int64(len(c.answer)) || call.Error != "" {
 				t.Errorf("outcome %+v, want tokens %+v", call, c.tokens)
 			}
@@ -416,8 +422,9 @@ func TestModelEndpoint(t *testing.T) {
 // A request that is too large, or stops in the middle, ends; so does a guest
 // that hangs up.
 func TestModelBounds(t *testing.T) {
-	gone := make(chan struct{}, 10)
+	began, gone := make(chan struct{}, 10), make(chan struct{}, 10)
 	server := site(t, func(w http.ResponseWriter, r *http.Request) {
+		began <- struct{}{}
 		if _, err := io.ReadAll(r.Body); err == nil {
 			<-r.Context().Done()
 		}
@@ -438,10 +445,12 @@ func TestModelBounds(t *testing.T) {
 	if resp, body := ask(t, address, post("/v1/messages", "{}")); resp.StatusCode < 500 {
 		t.Errorf("a silent provider: %d %s", resp.StatusCode, body)
 	}
+	<-began
 	conn := client(t, address)
 	io.WriteString(conn, post("/v1/messages", "{}"))
+	<-began
 	conn.Close()
-	for range 3 {
+	for range 2 { // it was never asked for what is too large or half
 		select {
 		case <-gone:
 		case <-time.After(wait):

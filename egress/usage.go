@@ -3,29 +3,42 @@ package egress
 import (
 	"bytes"
 	"encoding/json"
+
+	"cal/nucleus"
 )
 
 // maxEvent is the most of one event, or of an answer in one piece, that is kept
 // to read the usage from; of a longer one the tokens are not known.
 const maxEvent = 8 << 20
 
+// MaxTokens is the most tokens of a kind that are believed of one call.
+const MaxTokens = 1_000_000_000
+
 // Tokens is what a call used, as the provider counted. Input is what was not
-// read from a cache.
+// read from a cache; CacheHour is the part of CacheWrite that is kept for an hour.
 type Tokens struct {
 	Input      int64 `json:"input"`
 	CacheRead  int64 `json:"cache_read,omitempty"`
 	CacheWrite int64 `json:"cache_write,omitempty"`
+	CacheHour  int64 `json:"cache_write_1h,omitempty"`
 	Output     int64 `json:"output"`
 }
+
+// Sum is all tokens that the provider counts.
+func (t Tokens) Sum() int64 { return t.Input + t.CacheRead + t.CacheWrite + t.Output }
 
 // usageCounter reads the usage out of an answer that is written to it while it
 // streams by. It keeps one line of a stream at a time.
 type usageCounter struct {
-	stream bool // server-sent events; else one JSON value
-	tokens Tokens
-	model  string
-	line   []byte
-	skip   bool // the line is too long
+	stream  bool // server-sent events; else one JSON value
+	tokens  Tokens
+	model   string
+	service string // the kind of service that the provider says it gave
+	line    []byte
+	skip    bool // the line is too long
+
+	refused      bool // by the provider
+	input, final bool // whether the provider said how much went in, and how much came of it in the end
 }
 
 func (u *usageCounter) Write(p []byte) (int, error) {
@@ -52,7 +65,7 @@ func (u *usageCounter) keep(p []byte) {
 
 func (u *usageCounter) event() {
 	data, ok := bytes.CutPrefix(u.line, []byte("data:"))
-	if ok && !u.skip && bytes.Contains(data, []byte(`"usage"`)) {
+	if ok && !u.skip && (u.model == "" || bytes.Contains(data, []byte(`"usage"`))) {
 		u.read(data)
 	}
 	u.line, u.skip = u.line[:0], false
@@ -70,12 +83,18 @@ func (u *usageCounter) finish() {
 
 // report is the part of an event or answer that both protocols put usage in.
 type report struct {
-	Model string `json:"model"`
-	Usage *struct {
+	Model   string `json:"model"`
+	Service string `json:"service_tier"`
+	Usage   *struct {
 		Input      *int64 `json:"input_tokens"`
 		Output     *int64 `json:"output_tokens"`
 		CacheRead  *int64 `json:"cache_read_input_tokens"`
 		CacheWrite *int64 `json:"cache_creation_input_tokens"`
+		Writes     *struct {
+			Hour *int64 `json:"ephemeral_1h_input_tokens"`
+		} `json:"cache_creation"`
+		Service string `json:"service_tier"`
+		Speed   string `json:"speed"`
 
 		Prompt     *int64   `json:"prompt_tokens"`
 		Completion *int64   `json:"completion_tokens"`
@@ -86,10 +105,12 @@ type report struct {
 
 type details struct {
 	Cached int64 `json:"cached_tokens"`
+	Writes int64 `json:"cache_write_tokens"`
 }
 
 // read takes the newest numbers: both protocols count from the beginning of the
-// call, and repeat in later events only what has grown.
+// call, and repeat in later events only what has grown. What Anthropic says at the start
+// of a message is no count of what came of it.
 func (u *usageCounter) read(data []byte) {
 	var event struct {
 		report
@@ -100,11 +121,23 @@ func (u *usageCounter) read(data []byte) {
 		return
 	}
 	for _, r := range []*report{&event.report, event.Message, event.Response} {
-		if r == nil || r.Usage == nil {
+		if r == nil {
 			continue
 		}
 		if r.Model != "" {
 			u.model = r.Model
+		}
+		if r.Service != "" {
+			u.service = r.Service
+		}
+		if r.Usage == nil {
+			continue
+		}
+		if r.Usage.Service != "" {
+			u.service = r.Usage.Service
+		}
+		if r.Usage.Speed != "" && r.Usage.Speed != "standard" {
+			u.service = r.Usage.Speed
 		}
 		cached := r.Usage.InputOf
 		if cached == nil {
@@ -114,20 +147,94 @@ func (u *usageCounter) read(data []byte) {
 		if input == nil {
 			input = r.Usage.Prompt
 		}
-		take(&u.tokens.Input, input)
-		take(&u.tokens.Output, r.Usage.Output)
-		take(&u.tokens.Output, r.Usage.Completion)
+		u.input = take(&u.tokens.Input, input) || u.input
+		output := take(&u.tokens.Output, r.Usage.Output)
+		output = take(&u.tokens.Output, r.Usage.Completion) || output
+		u.final = u.final || output && r != event.Message
 		take(&u.tokens.CacheRead, r.Usage.CacheRead)
 		take(&u.tokens.CacheWrite, r.Usage.CacheWrite)
+		if r.Usage.Writes != nil {
+			take(&u.tokens.CacheHour, r.Usage.Writes.Hour)
+		}
 		if cached != nil && input != nil { // OpenAI counts the cached as input
-			u.tokens.CacheRead = max(cached.Cached, 0)
-			u.tokens.Input = max(*input-cached.Cached, 0)
+			u.tokens.CacheRead = within(cached.Cached)
+			u.tokens.CacheWrite = within(cached.Writes)
+			u.tokens.Input = within(within(*input) - u.tokens.CacheRead - u.tokens.CacheWrite)
 		}
 	}
 }
 
-func take(to, from *int64) {
-	if from != nil && *from >= 0 {
-		*to = *from
+// take takes a number that a provider can have meant.
+func take(to, from *int64) bool {
+	if from == nil || *from < 0 {
+		return false
+	}
+	*to = within(*from)
+	return true
+}
+
+func within(n int64) int64 { return max(0, min(n, MaxTokens)) }
+
+// The estimate stands for what a provider did not report: because the answer was cut
+// off, which a guest can do that wants the count unseen, or because it never does. It is
+// meant to lie above what was used. A byte of the request is a token: no tokenizer makes
+// more of them; no call takes more than maxContext. Of what came out, four bytes of the
+// answer are one, with its framing; or the time that the call took counts, where that is
+// more, because an answer that is thought about has no bytes yet.
+const (
+	maxContext      = 1_050_000
+	bytesPerOutput  = 4
+	outputPerSecond = 200
+)
+
+// estimate fills in what the provider did not report of a call that it took on, and says
+// whether anything was.
+func (u *usageCounter) estimate(call ModelCall) bool {
+	if !u.input {
+		u.tokens.Input = call.inputBound()
+	}
+	if !u.final {
+		bySpeed := int64(call.Took.Seconds() * outputPerSecond)
+		u.tokens.Output = within(max(u.tokens.Output, call.Received/bytesPerOutput, bySpeed))
+	}
+	return !u.input || !u.final
+}
+
+func (c ModelCall) inputBound() int64 {
+	if c.hidden {
+		return maxContext
+	}
+	return min(max(c.Sent, c.size), maxContext)
+}
+
+// Expected is what may be held of a budget for a call that has begun: all that its request
+// can be, and an answer of some length.
+func (c ModelCall) Expected() Tokens {
+	const answer = 4096
+	return Tokens{Input: c.inputBound(), Output: answer}
+}
+
+// maxRead is as much of a request's body as is read before the call is admitted.
+const maxRead = 1 << 20
+
+// look reads from a request's body what a budget needs: the model that it names, and
+// whether its bytes say how much goes in. They do not where the body is compressed, or
+// goes on from what the provider keeps, or could be understood in two ways.
+func (c *ModelCall) look(body []byte, encoded bool) {
+	c.hidden = true
+	canonical, err := nucleus.CanonicalJSON(body)
+	var members map[string]json.RawMessage
+	if encoded || err != nil || json.Unmarshal(canonical, &members) != nil {
+		return
+	}
+	var model string
+	if json.Unmarshal(members["model"], &model) == nil {
+		c.Requested = shorten(model)
+	}
+	c.hidden = false
+	for _, key := range []string{"previous_response_id", "conversation", "prompt", "container"} {
+		if value := members[key]; len(value) > 0 && string(value) != "null" {
+			c.hidden = true
+		}
 	}
 }

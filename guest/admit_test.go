@@ -522,3 +522,22 @@ func TestSpentBudgetIsRefused(t *testing.T) {
 		}
 	}
 }
+
+// The second lock holds the policy of a pod that is asked for against its own, whatever the
+// node has derived.
+func TestDelegationIsHeldAgainstTheOwnPolicy(t *testing.T) {
+	l := newLock(t)
+	l.p.boot.Policy = json.RawMessage(`{"operations":{"read_files":"always","spawn_agent":"always"}}`)
+	if err := l.p.adopt(); err != nil {
+		t.Fatal(err)
+	}
+	for asked, refused := range map[string]bool{
+		`{"operations":{"read_files":"always"}}`: false, `{"operations":{"read_files":"always","write_files":"ask"}}`: true, `{"operations":{},"hosts":"any"}`: true,
+	} {
+		action := nucleus.Action{Op: nucleus.SpawnAgent, Args: nucleus.SHA256(nil), Sub: &nucleus.Sub{Do: nucleus.SubSpawn, Task: "t", Policy: json.RawMessage(asked)}}
+		_, refusal := l.p.admit(Call{Op: nucleus.SpawnAgent, Permit: l.sign(l.permit(action))}, &action, nil)
+		if (refusal != nil) != refused || refused && refusal.Rule != "delegation" {
+			t.Errorf("%s: %v", asked, refusal)
+		}
+	}
+}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/creack/pty"
 
+	"cal/guest/tools"
 	"cal/nucleus"
 	"cal/wire"
 )
@@ -25,9 +26,81 @@ const agentInit = "/.nucleus/init" // this program, in the agent's own root
 // agentHost holds the one agent of a session. The agent outlives the wire: its
 // output waits, bounded, for the node that comes back.
 type agentHost struct {
-	proxy *Proxy
-	mu    sync.Mutex
-	run   *agentRun
+	proxy   *Proxy
+	mu      sync.Mutex
+	run     *agentRun
+	started chan struct{} // closed, and made anew, when another agent has started
+}
+
+// watch tells the node what runs, whoever is joined to the agent, and hands on its signals.
+func (h *agentHost) watch(ctx context.Context, stream *wire.Stream) {
+	jobs, err := h.proxy.worker.Open(ctx, tools.StreamJobs, nil)
+	if err != nil {
+		return
+	}
+	defer jobs.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		defer cancel()
+		for {
+			kind, payload, err := stream.Recv(64)
+			if err != nil {
+				return
+			}
+			if kind != wire.FrameSignal {
+				continue
+			}
+			if run, _ := h.current(); run != nil && !run.ended() {
+				run.input(kind, payload)
+			}
+			jobs.Send(kind, payload)
+		}
+	}()
+	states := make(chan tools.JobState)
+	go func() {
+		defer cancel()
+		for {
+			var state tools.JobState
+			if jobs.RecvJSON(wire.FrameJSON, 64<<10, &state) != nil {
+				return
+			}
+			select {
+			case states <- state:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	var state WorkState
+	for {
+		run, started := h.current()
+		state.Agent = run != nil && !run.ended()
+		if stream.SendJSON(wire.FrameJSON, state) != nil {
+			return
+		}
+		exited := make(chan struct{}) // never
+		if state.Agent {
+			exited = run.exited
+		}
+		select {
+		case <-exited:
+		case <-started:
+		case jobs := <-states:
+			state.Jobs = jobs.Running
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (h *agentHost) current() (*agentRun, <-chan struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.started == nil {
+		h.started = make(chan struct{})
+	}
+	return h.run, h.started
 }
 
 func (h *agentHost) start(stream *wire.Stream) {
@@ -57,6 +130,10 @@ func (h *agentHost) start(stream *wire.Stream) {
 	run, err := begin(start, program)
 	if err == nil {
 		h.run = run
+		if h.started != nil {
+			close(h.started)
+			h.started = nil
+		}
 	}
 	h.mu.Unlock()
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/modelcontextprotocol/go-sdk/mcp"
 
 	"cal/nucleus"
+	"cal/policy"
 	"cal/wire"
 )
 
@@ -398,6 +399,31 @@ func TestMCPCallsBelow(t *testing.T) {
 		seen <- r.URL.Path + " " + signed.Pod + " " + string(body)
 		w.Write([]byte(`{}`))
 	})
+	// Who may have no pods below is not shown the tools for them.
+	shown := func() string {
+		client := mcp.NewClient(&mcp.Implementation{Name: "test"}, nil)
+		session, err := client.Connect(deadline(t), &mcp.StreamableClientTransport{Endpoint: newEndpoint(t, l.p.mcpHandler()) + "/mcp"}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer session.Close()
+		listed, err := session.ListTools(deadline(t), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, tool := range listed.Tools {
+			names = append(names, tool.Name)
+		}
+		return strings.Join(names, " ")
+	}
+	if names := shown(); strings.Contains(names, "pod") || strings.Contains(names, "spawn") || !strings.Contains(names, "read_files") {
+		t.Errorf("shown: %s", names)
+	}
+	l.p.policy = policy.Top()
+	if names := shown(); !strings.Contains(names, "manage_pods") || !strings.Contains(names, "spawn_agent") {
+		t.Errorf("shown: %s", names)
+	}
 	for args, want := range map[string]string{
 		`{"action":"call","pod":"p-sub","operation":"read_files","arguments":{"path":"a"}}`: `/v1/pods/p-sub/tools/read_files p-sub {"path":"a"}`,
 		`{"action":"call","pod":"p-sub","operation":"bash_stop","arguments":{"id":"j"}}`:    `/v1/pods/p-sub/tools/run_bash p-sub {"stop":"j"}`,

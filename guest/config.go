@@ -62,6 +62,7 @@ const (
 	StreamRepo   = "repo"   // node: header RepoCall; spliced to the worker's bundle or unbundle
 	StreamAgent  = "agent"  // node: header AgentStart; a terminal or pipes until FrameResult
 	StreamAttach = "attach" // node: header AgentAttach; joins the running agent
+	StreamWatch  = "watch"  // node: FrameJSON WorkState <- at once and at each change; FrameSignal -> the agent, and ends background commands
 	StreamAPI    = "api"    // proxy: one HTTP connection to the node's API
 	StreamSOCKS  = "socks"  // proxy: header Connection; one SOCKS5 connection
 	StreamHTTP   = "http"   // proxy: header Connection; one HTTP proxy connection
@@ -83,6 +84,12 @@ type AgentProgram struct {
 	Argv []string          `json:"argv"`
 	Env  map[string]string `json:"env,omitempty"`
 	Home map[string][]byte `json:"home,omitempty"`
+}
+
+// WorkState says what runs in the machine that no call of the node waits for.
+type WorkState struct {
+	Agent bool `json:"agent"`
+	Jobs  bool `json:"jobs"` // background commands
 }
 
 // WorkDir is the agent's working directory, below its HOME.

@@ -500,7 +500,7 @@ func checkDropped(plan jailPlan) error {
 	want := map[string]string{
 		"Uid": fmt.Sprintf("%d %d %d", plan.UID, plan.UID, plan.UID), "Gid": fmt.Sprintf("%d %d %d", plan.GID, plan.GID, plan.GID),
 		"CapInh": noCapability, "CapPrm": noCapability, "CapEff": noCapability, "CapBnd": noCapability, "CapAmb": noCapability,
-		"NoNewPrivs": "1", "Seccomp": "2",
+		"NoNewPrivs": "1", "Seccomp": "2", "Groups": "",
 	}
 	tasks, err := os.ReadDir("/proc/self/task")
 	if err != nil {

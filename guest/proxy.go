@@ -296,6 +296,8 @@ func (p *Proxy) handle(ctx context.Context, stream *wire.Stream) {
 		p.agent.start(stream)
 	case StreamAttach:
 		p.agent.attach(stream)
+	case StreamWatch:
+		p.agent.watch(ctx, stream)
 	case StreamSign:
 		p.sign(ctx, stream)
 	default:

@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"cal/audit"
 	"cal/guest"
 	"cal/node/client"
 	"cal/nucleus"
@@ -331,6 +330,10 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest, 
 	}
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
+	p.settle()
+	if err := p.overspent(false); err != nil {
+		return nucleus.Entry{}, err
+	}
 	if len(names) > 0 {
 		takes := nucleus.Private
 		if p.record.Untrusted {
@@ -340,9 +343,13 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest, 
 			return nucleus.Entry{}, logFailure(err)
 		}
 	}
+	shown := make([]string, len(argv)) // a prompt may be longer than an entry
+	for i, arg := range argv {
+		shown[i] = cut(arg, 2000)
+	}
 	start, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionStart, Exposure: p.root.exposure.Names(),
-		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": audit.Shown(argv), "tty": body.TTY, "instructions": names}),
+		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": shown, "tty": body.TTY, "instructions": names}),
 	})
 	if err != nil {
 		return start, logFailure(err)
@@ -365,7 +372,12 @@ func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, mac
 			return
 		}
 		if kind == wire.FrameResult {
-			switch exit, err := readExit(payload); {
+			exit, err := readExit(payload)
+			if err == nil {
+				exit = p.endOf(exit)
+				payload = data(exit)
+			}
+			switch {
 			case err != nil || tookOver(exit):
 			case exit.Refused && start.Kind != "":
 				n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, exit.Error)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -86,6 +87,20 @@ func (b *askBook) remove(id string) {
 		delete(b.asks, id)
 		p.pre.sent.drop()
 	}
+}
+
+// waiting lists the asks that a person can still answer.
+func (b *askBook) waiting(now int64) []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var ids []string
+	for id, p := range b.asks {
+		if p.refused == nil && now < p.until {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
 }
 
 // clear forgets all asks of a pod that has ended.
@@ -345,10 +360,13 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 // newAsk makes the ask for a request.
 func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval, id string) (nucleus.AskRequest, error) {
 	ask := nucleus.AskRequest{
-		ID: id, Pod: p.record.ID, Workspace: p.record.Spec.Workspace, Session: p.record.Session, Boot: p.record.Boot,
+		ID: id, Pod: p.record.ID, Workspace: n.workspaceOf(p), Session: p.record.Session, Boot: p.record.Boot,
 		Requester: r.caller.KeyID, Action: pre.action, Digest: pre.digest, Salt: pre.salt[:],
 		Policy: p.digest, Rule: needed.decision.Rule, Why: needed.decision.Why, Context: needed.context,
 		Tier: string(p.record.Tier), Mode: string(p.record.Spec.Mode), Detail: pre.detail, Evidence: p.root.shown(), Nonce: nucleus.NewID("n-"),
+	}
+	if sub := p.record.Sub; sub != nil {
+		ask.Detail = append([]nucleus.Detail{{Title: "pod", Text: "pod " + p.record.ID + " was asked for by the agent of pod " + sub.Parent}}, ask.Detail...)
 	}
 	signed := r.signed
 	if host, port, placed := pre.action.Place(); placed {
@@ -356,7 +374,7 @@ func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, need
 		if err != nil {
 			return ask, err
 		}
-		ask.Detail = append(detail, pre.detail...)
+		ask.Detail = append(ask.Detail, detail...)
 		ask.Passage = &nucleus.Passage{Host: host, Port: port, Exposure: needed.beside | nucleus.WayOut, Millis: passageLife.Milliseconds()}
 	}
 	if r.attempt != nil {

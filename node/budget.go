@@ -22,7 +22,7 @@ import (
 
 // ledger holds the accounts. The mutex of the root session guards it.
 type ledger struct {
-	file     string              // "" until the first account is opened
+	file     string              // "" once the session is over
 	Accounts map[string]*account `json:"accounts"` // by pod
 	Holds    map[string]hold     `json:"holds,omitempty"`
 }
@@ -36,6 +36,15 @@ type account struct {
 	Reserved nucleus.Amounts `json:"reserved"` // limits of its open sub-pods
 	Beyond   nucleus.Amounts `json:"beyond"`   // of what is spent: beyond the limit, and charged above
 	Closed   bool            `json:"closed,omitempty"`
+
+	Since     int64    `json:"since_ms,omitempty"`  // while its clock runs: up to when that is in Spent, on the host's monotonic clock
+	Estimated int64    `json:"estimated,omitempty"` // calls to the model that were charged by an estimate
+	Unpriced  []string `json:"unpriced,omitempty"`  // models that were charged like the dearest
+	Stopped   string   `json:"stopped,omitempty"`   // the rule by which its session was stopped
+
+	running int   // what its clock runs for
+	frozen  bool  // the machine stands still
+	stored  int64 // Spent.Millis, as it was last stored
 }
 
 // hold is what something under way may come to cost.
@@ -64,6 +73,9 @@ func openLedger(file string) (*ledger, error) {
 	}
 	for id, h := range l.Holds {
 		l.charge(h.Pod, h.Amounts)
+		if a := l.Accounts[h.Pod]; a != nil {
+			a.Estimated++
+		}
 		delete(l.Holds, id)
 	}
 	return l, nil
@@ -77,6 +89,9 @@ func (a *account) parent() string {
 }
 
 func (l *ledger) store() error {
+	if l.file == "" {
+		return nil // the session is over
+	}
 	if err := durable.Store(l.file, l); err != nil {
 		return fmt.Errorf("recording the budget: %w", err)
 	}

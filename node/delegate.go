@@ -267,6 +267,14 @@ func (n *Node) above(p *Pod) []*Pod {
 	return pods
 }
 
+// workspaceOf is the workspace that a person knows the pod's session by.
+func (n *Node) workspaceOf(p *Pod) string {
+	for _, above := range n.above(p) {
+		p = above
+	}
+	return p.record.Spec.Workspace
+}
+
 // subStatus is what an agent is told of a pod below its own.
 type subStatus struct {
 	Pod      string       `json:"pod"`

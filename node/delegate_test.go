@@ -485,8 +485,9 @@ func TestDelegationAsks(t *testing.T) {
 	read := h.as(p, child, nucleus.ReadFiles, object{"path": "app/a.txt"})
 	h.authority.grant(read.want(t, nucleus.KindApproval).Ask, nil)
 	h.as(p, child, nucleus.ReadFiles, object{"path": "app/a.txt"}).want(t, "")
-	if last := h.authority.asked()[len(h.authority.asked())-1]; last.Requester != p.record.Boot || last.Pod != made.Pod {
-		t.Errorf("asked by %s for %s", last.Requester, last.Pod)
+	last := h.authority.asked()[len(h.authority.asked())-1]
+	if last.Requester != p.record.Boot || last.Pod != made.Pod || last.Workspace != "w" || len(last.Detail) != 1 || !strings.Contains(last.Detail[0].Text, p.record.ID) {
+		t.Errorf("asked by %s for %s in %q: %+v", last.Requester, last.Pod, last.Workspace, last.Detail)
 	}
 }
 
@@ -562,6 +563,10 @@ func TestSpawn(t *testing.T) {
 		t.Errorf("%.60s ... %+v", r.Output, r.State)
 	}
 	h.tool(p, nucleus.ManagePods, wait).want(t, nucleus.KindNotFound)
+	// The longest task, each byte of which is six in JSON.
+	if r := h.tool(p, nucleus.SpawnAgent, object{"task": strings.Repeat("\x01", tools.MaxTask)}).result(t); r.State != "ended" {
+		t.Errorf("%+v", r.Error)
+	}
 	for name, args := range map[string]object{
 		"an option": {"task": "--dangerously-skip-permissions"}, "nothing": {"task": " "}, "much": {"task": strings.Repeat("x", tools.MaxTask+1)},
 		"a long wait": {"task": "x", "wait_s": 51}, "an argv": {"task": "x", "argv": []string{"sh"}}, "another's mode": {"task": "x", "mode": "contained"},
@@ -571,7 +576,7 @@ func TestSpawn(t *testing.T) {
 		}
 	}
 	starts, ends := len(h.entries(nucleus.KindSessionStart, "")), len(h.entries(nucleus.KindSessionEnd, ""))
-	if starts != 4 || ends != 3 {
+	if starts != 5 || ends != 4 {
 		t.Errorf("%d starts and %d ends in the log", starts, ends)
 	}
 }
@@ -805,5 +810,54 @@ func TestDelegationAfterTheEnd(t *testing.T) {
 	}
 	if len(h.node.below(p)) != 0 {
 		t.Error("a pod is left below one that has ended")
+	}
+}
+
+// Pods below do not multiply the places that a session asks for at once.
+func TestDelegationAsksForFewPlaces(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	var places []*web
+	for i := range maxOpenAsks + 1 {
+		places = append(places, &web{host: "127.0.0.1", port: 1000 + i})
+	}
+	p := h.pod(specOf("w", connects("net_connect=ask manage_pods", places...)), nil)
+	sub := h.create(p, object{})
+	for i, place := range places[:maxOpenAsks] {
+		by := []*Pod{p, sub}[i%2]
+		if e := h.get(by, place).Error; e == nil || e.Ask == "" {
+			t.Fatalf("ask %d: %+v", i, e)
+		}
+	}
+	for _, by := range []*Pod{p, sub} {
+		if e := h.get(by, places[maxOpenAsks]).Error; e == nil || e.Kind != nucleus.KindApproval || e.Ask != "" {
+			t.Errorf("one more of %s: %+v", by.record.ID, e)
+		}
+	}
+}
+
+// A sub-agent that has ended gives back what it did not spend, before anybody comes for it.
+func TestSpawnGivesTheBudgetBack(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	spec := specOf("w", json.RawMessage(`{"operations":{"read_files":"always","spawn_agent":"always","manage_pods":"always"},"budget":{"usd":5}}`))
+	spec.Agent = &nucleus.Agent{Name: "tester", Argv: []string{"/bin/agent"}, Task: []string{"/bin/agent", nucleus.TaskHere}}
+	release := make(chan struct{})
+	h.program = func(_ *inside, _ guest.AgentProgram, s *wire.Stream) {
+		<-release
+		s.SendJSON(wire.FrameResult, guest.AgentExit{})
+	}
+	p := h.pod(spec, nil)
+	r := h.tool(p, nucleus.SpawnAgent, object{"task": "x", "wait_s": 0, "policy": object{"operations": object{}, "budget": object{"usd": 5}}}).result(t)
+	wait := object{"action": "wait", "pod": r.Pod}
+	h.tool(p, nucleus.ManagePods, wait).want(t, nucleus.KindDenied, "budget.usd", "set aside")
+	close(release)
+	sub, err := h.node.pod(r.Pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-sub.errandOf().done
+	if r := h.tool(p, nucleus.ManagePods, wait).result(t); r.State != "ended" {
+		t.Errorf("%+v", r)
 	}
 }

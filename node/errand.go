@@ -109,7 +109,18 @@ func (e *errand) say(kind wire.Frame, text []byte) {
 	}
 }
 
-// finish keeps how it ended.
+// endErrand keeps how it ended. What the sub-agent did not spend is its parent's at once: a
+// parent that has set all aside could not come for the result.
+func (n *Node) endErrand(p *Pod, e *errand, exit guest.AgentExit) {
+	p.root.mu.Lock()
+	err := p.root.closeAccount(p.record.ID)
+	p.root.mu.Unlock()
+	if err != nil {
+		slog.Error("what a sub-agent did not spend is not given back", "pod", p.record.ID, "error", err)
+	}
+	e.finish(exit)
+}
+
 func (e *errand) finish(exit guest.AgentExit) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -173,7 +184,7 @@ func (n *Node) followErrand(p *Pod, e *errand, actor string, start nucleus.Entry
 			if machine, gone = n.rejoin(p); gone != nil {
 				exit := guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(gone)}
 				n.recordAgentEnd(p, actor, exit)
-				e.finish(exit)
+				n.endErrand(p, e, exit)
 				return
 			}
 			if machine == nil { // the node ends
@@ -193,12 +204,13 @@ func (n *Node) followErrand(p *Pod, e *errand, actor string, start nucleus.Entry
 			if err != nil {
 				exit = guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(err)}
 			}
+			exit = p.endOf(exit)
 			if exit.Refused {
 				n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, exit.Error)
 			} else {
 				n.recordAgentEnd(p, actor, exit)
 			}
-			e.finish(exit)
+			n.endErrand(p, e, exit)
 			return
 		}
 	}

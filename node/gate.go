@@ -98,12 +98,9 @@ func grants(a egress.Attempt) []string {
 	return []string{a.Grant}
 }
 
-func (g *gate) ModelCall(_ context.Context, call egress.ModelCall) error {
-	if err := g.witness.allow(); err != nil {
-		return err
+func (g *gate) ModelCall(ctx context.Context, call egress.ModelCall) error {
+	if call.Done {
+		return (*Node)(g).endModelCall(call)
 	}
-	_, err := (*Node)(g).log.Append(nucleus.Entry{
-		Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall, Data: data(call),
-	})
-	return err
+	return (*Node)(g).beginModelCall(ctx, call)
 }

@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -51,6 +52,7 @@ type host struct {
 	forge     Forge
 	storage   Limits
 	clock     *clock
+	ticks     atomic.Int64  // nanoseconds that the host's monotonic clock is ahead
 	spare     time.Duration // Config.SpareLife
 	node      *Node
 	operator  ed25519.PrivateKey
@@ -63,6 +65,7 @@ type host struct {
 	attach   func() error
 	sign     func(*inside, guest.SignCall) guest.SignReply // nil: as guest.Proxy does
 	agent    func(*wire.Stream)
+	watch    func(*wire.Stream)                              // nil: no agent runs
 	program  func(*inside, guest.AgentProgram, *wire.Stream) // in place of agent
 	joined   func(*inside, *wire.Stream)                     // who attaches to an agent
 	onAttach func(*inside)                                   // a later node has come
@@ -127,12 +130,14 @@ func memory() string {
 	return ""
 }
 
+func (h *host) monotonic() time.Duration { return monotonic() + time.Duration(h.ticks.Load()) }
+
 func (h *host) open() (*Node, error) {
 	proxy, err := os.Executable()
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare, Witnesses: h.witnesses}
+	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare, Monotonic: h.monotonic, Witnesses: h.witnesses}
 	if h.authority != nil {
 		c.Authority = h.authority.socket
 	}
@@ -148,6 +153,7 @@ func (h *host) start() {
 		h.t.Fatal("opening the node: ", err)
 	}
 	h.node = n
+	h.clock.pass(time.Millisecond) // what is signed now is after the node's start, however quick that was
 	if h.operator, err = keyfile.Load(n.operatorKeyFile()); err != nil {
 		h.t.Fatal(err)
 	}
@@ -554,6 +560,15 @@ func (m *inside) serve(session *wire.Session) {
 				m.repo(stream)
 			case guest.StreamSign:
 				m.signConnection(stream)
+			case guest.StreamWatch:
+				m.host.mu.Lock()
+				watch := m.host.watch
+				m.host.mu.Unlock()
+				if watch != nil {
+					watch(stream)
+				} else if stream.SendJSON(wire.FrameJSON, guest.WorkState{}) == nil {
+					stream.Recv(64)
+				}
 			case guest.StreamAttach:
 				if m.host.joined != nil {
 					m.host.joined(m, stream)

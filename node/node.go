@@ -30,6 +30,7 @@ import (
 	"cal/approval/spent"
 	"cal/audit"
 	"cal/egress"
+	"cal/egress/prices"
 	"cal/internal/durable"
 	"cal/internal/keyfile"
 	"cal/machine"
@@ -48,7 +49,10 @@ type Config struct {
 	Storage   Limits           // of what machines can make the host store
 	Stop      func()           // ends the program, for POST /v1/stop
 	SpareLife time.Duration    // how long a machine made ahead waits for a pod; 0: none is made
+	Prices    *prices.Table    // of models; nil: the built-in ones
 	Now       func() time.Time // nil: the system's clock
+
+	Monotonic func() time.Duration // on this host, for all its processes; nil: the system's clock
 }
 
 // Node is the control plane of one person. Make it with Open.
@@ -69,10 +73,11 @@ type Node struct {
 	spares   spares
 	lock     *os.File
 
-	mu      sync.Mutex
-	pods    map[string]*Pod
-	agents  map[string]wire.Key // boot id -> key of the agent inside
-	serving sync.WaitGroup
+	mu         sync.Mutex
+	pods       map[string]*Pod
+	modelCalls map[string]*Pod     // of the calls under way
+	agents     map[string]wire.Key // boot id -> key of the agent inside
+	serving    sync.WaitGroup
 
 	stopKeeping context.CancelFunc
 	closing     chan struct{} // closed when the node gives its machines up
@@ -96,7 +101,13 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	if config.Now == nil {
 		config.Now = time.Now
 	}
-	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
+	if config.Prices == nil {
+		config.Prices = prices.Builtin()
+	}
+	if config.Monotonic == nil {
+		config.Monotonic = monotonic
+	}
+	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, modelCalls: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
 	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -114,6 +125,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	keeping, stop := context.WithCancel(context.WithoutCancel(ctx))
 	n.stopKeeping = stop
 	n.serving.Go(func() { n.keepLog(keeping) })
+	n.serving.Go(func() { n.keepBudgets(keeping) })
 	if len(config.Witnesses) > 0 { // so that the first effects need not wait
 		_ = n.witness.round(ctx) // what came of it counts in allow
 	}
@@ -259,6 +271,7 @@ func (n *Node) Close() error {
 		n.stopKeeping()
 	}
 	n.serving.Wait()
+	n.storeClocks()
 	var errs []error
 	if n.verifier != nil {
 		errs = append(errs, durable.Store(n.lastFile(), map[string]int64{"unix_ms": n.config.Now().UnixMilli()}))

@@ -63,8 +63,12 @@ type Pod struct {
 	fetching  sync.Mutex     // held while what the workspace keeps of a repository is replaced
 	ending    sync.Mutex     // held while what came of its errand is brought back
 
+	working bool // something runs that no request waits for; the root session's mutex guards it
+
 	mu      sync.Mutex // of the fields below, and of root and machine while the pod starts
 	session *wire.Session
+	watched *wire.Stream                             // on which the machine says what runs
+	calls   map[*wire.Stream]context.CancelCauseFunc // commands that run
 	state   string
 	reason  string
 	removed bool    // nothing of the machine is left
@@ -345,6 +349,7 @@ func (p *Pod) leaveSession() {
 	}
 	root.mu.Lock()
 	defer root.mu.Unlock()
+	p.settle()
 	delete(root.pods, p)
 	if err := root.closeAccount(p.record.ID); err != nil {
 		slog.Error("what a pod did not spend is not given back", "pod", p.record.ID, "error", err)
@@ -582,6 +587,7 @@ func (p *Pod) serve() {
 		defer n.serving.Done()
 		p.acceptStreams(session)
 	}()
+	n.serving.Go(func() { p.watchWork(session) })
 	n.serving.Add(1)
 	go func() {
 		defer n.serving.Done()
@@ -632,6 +638,7 @@ func (n *Node) wireEnded(p *Pod) {
 
 // pausePod takes note that a machine was stopped for exceeding a watched limit.
 func (n *Node) pausePod(p *Pod, reason string) {
+	p.freeze(true)
 	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodPause, Data: data(map[string]any{"reason": reason})})
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -646,6 +653,15 @@ func (n *Node) ResumePod(ctx context.Context, actor, id string) error {
 	if err != nil {
 		return err
 	}
+	if err := n.resume(ctx, actor, p); err != nil {
+		return err
+	}
+	p.freeze(false)
+	return nil
+}
+
+func (n *Node) resume(ctx context.Context, actor string, p *Pod) error {
+	id := p.record.ID
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.state != statePaused {
@@ -844,6 +860,9 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 func (n *Node) stopDeciding(p *Pod, actor string) error {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
+	if p.ended() != "" { // whoever deletes it too was first
+		return nil
+	}
 	if _, err := n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()}); err != nil {
 		return logFailure(err)
 	}
@@ -921,6 +940,7 @@ func (n *Node) teardown(p *Pod) error {
 	if err != nil {
 		return fmt.Errorf("removing the machine of pod %s: %w", p.record.ID, err)
 	}
+	p.forgetBudget()
 	if err := idmap.RemoveAll(ctx, p.dir); err != nil {
 		return err
 	}
@@ -962,7 +982,11 @@ func (p *Pod) status() nucleus.PodStatus {
 	s.Network, s.Environments = p.policy.Network(), p.record.Spec.Image.Environments()
 	if root != nil {
 		s.Exposure = root.legs().Names()
+		s.Budget = p.budgetStatus(root)
+	} else {
+		s.Budget = budgetPlan(p.policy.Budget())
 	}
+	s.Policy, s.Asks = p.policy.Name(), p.asks.waiting(p.node.config.Now().UnixMilli())
 	if p.record.Spec.Agent != nil {
 		s.Agent = p.record.Spec.Agent.Name
 	}

@@ -176,6 +176,12 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	if p.session, err = n.attach(ctx, p, p.machine.Wire()); err != nil {
 		return nil, errors.Join(err, p.machine.Destroy(context.WithoutCancel(ctx)))
 	}
+	p.root.mu.Lock()
+	err = p.takeUp()
+	p.root.mu.Unlock()
+	if err != nil {
+		return nil, errors.Join(err, p.machine.Destroy(context.WithoutCancel(ctx)))
+	}
 	_, err = n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodAdopt, Exposure: p.root.legs().Names(), Data: data(map[string]any{"epoch": p.record.Epoch})})
 	return p, err
 }

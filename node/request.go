@@ -74,6 +74,11 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 		return nil, recordErr
 	}
 	r.laps.lap("outcome")
+	if r.op == nucleus.RunBash { // its end may be the budget's
+		if why := p.stoppedBy(); why != nil {
+			return nil, why
+		}
+	}
 	return value, err
 }
 
@@ -155,6 +160,7 @@ func (p *Pod) context(now time.Time) nucleus.Context {
 	c := nucleus.Context{
 		Exposure: p.root.exposure, UntrustedRepo: p.record.Untrusted, Contained: p.record.Spec.Mode == nucleus.Contained, UnixMilli: now.UnixMilli(),
 	}
+	p.settle()
 	c.Spent, c.Reserved = p.root.budget.used(p.record.ID)
 	return c
 }
@@ -319,6 +325,14 @@ func shownArgs(raw json.RawMessage) json.RawMessage {
 
 // act does it: in the machine under a signed permit, or on the host.
 func (n *Node) act(ctx context.Context, p *Pod, r request, pre prepared, permit nucleus.Permit) (json.RawMessage, *nucleus.Signed, error) {
+	p.root.mu.Lock()
+	p.enter()
+	p.root.mu.Unlock()
+	defer func() {
+		p.root.mu.Lock()
+		p.leave()
+		p.root.mu.Unlock()
+	}()
 	if pre.effect != nil {
 		return n.actOnHost(ctx, p, r, pre, permit)
 	}
@@ -423,8 +437,13 @@ func (p *Pod) callOnStream(ctx context.Context, session *wire.Session, header gu
 		return result, p.lost(err)
 	}
 	defer guestStream.Close()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	stop := context.AfterFunc(ctx, func() { guestStream.Close() })
 	defer stop()
+	if header.Op == nucleus.RunBash && !header.Resolve {
+		defer p.running(guestStream, cancel)()
+	}
 	if err := guestStream.SendJSON(wire.FrameJSON, args); err != nil {
 		return result, p.lost(err)
 	}
@@ -450,7 +469,30 @@ func (p *Pod) callOnStream(ctx context.Context, session *wire.Session, header gu
 	}
 }
 
+// running lets the end of the budget reach a command; the caller calls what it returns
+// when the command has ended.
+func (p *Pod) running(stream *wire.Stream, cancel context.CancelCauseFunc) func() {
+	p.mu.Lock()
+	if p.calls == nil {
+		p.calls = map[*wire.Stream]context.CancelCauseFunc{}
+	}
+	p.calls[stream] = cancel
+	p.mu.Unlock()
+	if why := p.stoppedBy(); why != nil { // it was decided just before
+		cancel(why)
+	}
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.calls, stream)
+	}
+}
+
 func (p *Pod) unanswered(ctx context.Context, err error) error {
+	var spent *nucleus.Error
+	if errors.As(context.Cause(ctx), &spent) {
+		return spent
+	}
 	if ctx.Err() != nil {
 		return nucleus.Errorf(nucleus.KindTimeout, "the caller went away before the machine answered")
 	}

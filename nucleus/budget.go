@@ -98,3 +98,22 @@ func decimal(n, scale int64, least int) string {
 	}
 	return fmt.Sprintf("%d.%s", n/scale, fraction)
 }
+
+// Explain says how much of a limit is used up.
+func (d Dimension) Explain(spent, reserved, limit int64) string {
+	text := fmt.Sprintf("the budget is spent: %s of %s %s", d.Text(spent), d.Text(limit), d.Unit())
+	if reserved > 0 {
+		text += fmt.Sprintf(", and %s are set aside for sub-pods", d.Text(reserved))
+	}
+	return text
+}
+
+// Number is an amount in US dollars, tokens or seconds.
+func (d Dimension) Number(amount int64) float64 {
+	return float64(amount) / [...]float64{1e6, 1, 1e3}[d]
+}
+
+// Amount is Number undone.
+func (d Dimension) Amount(number float64) int64 {
+	return int64(math.Round(number * [...]float64{1e6, 1, 1e3}[d]))
+}

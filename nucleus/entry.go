@@ -47,6 +47,7 @@ const (
 	KindSessionStart   = "session.start"
 	KindSessionEnd     = "session.end"
 	KindSessionRefuse  = "session.refuse" // a session.start that started nothing
+	KindSessionBudget  = "session.budget" // the budget is spent, and the session is ended
 	KindIntent         = "request.intent"
 	KindOutcome        = "request.outcome"
 	KindApprovalAsk    = "approval.ask"

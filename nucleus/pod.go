@@ -186,6 +186,45 @@ type PodStatus struct {
 	Repos        []RepoStatus `json:"repos,omitempty"`
 	Created      string       `json:"created"`
 	Reason       string       `json:"reason,omitempty"` // why it failed or stopped
+	Policy       string       `json:"policy,omitempty"` // its name, where it has one
+	Budget       *Budget      `json:"budget,omitempty"`
+	Asks         []string     `json:"asks,omitempty"` // ids of asks that wait for a person
+}
+
+// Budget is what a pod's session has used up. Where it has no limit of its own but a pod
+// above it has, limit, spent and left are that one's.
+type Budget struct {
+	USD     Spending `json:"usd"`
+	Tokens  Spending `json:"tokens"`
+	Seconds Spending `json:"seconds"`
+
+	Estimated int64    `json:"estimated_calls,omitempty"` // calls to the model that were charged by an estimate
+	Unpriced  []string `json:"unpriced,omitempty"`        // models that were charged like the dearest, because they have no price
+	Stopped   string   `json:"stopped,omitempty"`         // the rule by which the session was ended
+}
+
+// Spending is one dimension of a budget, in US dollars, tokens or seconds.
+type Spending struct {
+	Limit    *float64 `json:"limit,omitempty"` // absent: there is none
+	Spent    float64  `json:"spent"`
+	Reserved float64  `json:"reserved,omitempty"` // set aside for sub-pods
+	Left     *float64 `json:"left,omitempty"`     // 0 where more was spent than there was
+}
+
+// Of returns the spending of one dimension.
+func (b *Budget) Of(d Dimension) *Spending {
+	switch d {
+	case USD:
+		return &b.USD
+	case Tokens:
+		return &b.Tokens
+	}
+	return &b.Seconds
+}
+
+// Limited reports whether anything is limited.
+func (b *Budget) Limited() bool {
+	return b != nil && (b.USD.Limit != nil || b.Tokens.Limit != nil || b.Seconds.Limit != nil)
 }
 
 // Live reports whether the pod has not come to its end.

@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"fmt"
 	"math"
 	"time"
 
@@ -41,11 +40,7 @@ func (b budget) over(c *nucleus.Context) (nucleus.Dimension, bool) {
 
 func (b budget) explain(d nucleus.Dimension, c *nucleus.Context) string {
 	limits := b.amounts()
-	text := fmt.Sprintf("the budget is spent: %s of %s %s", d.Text(*c.Spent.Of(d)), d.Text(*limits.Of(d)), d.Unit())
-	if reserved := *c.Reserved.Of(d); reserved > 0 {
-		text += fmt.Sprintf(", and %s are set aside for sub-pods", d.Text(reserved))
-	}
-	return text
+	return d.Explain(*c.Spent.Of(d), *c.Reserved.Of(d), *limits.Of(d))
 }
 
 var noBudgetLimit = budget{unlimited, unlimited, unlimited}

@@ -52,6 +52,9 @@ func (p *Plan) Confirmation(pod nucleus.PodStatus, approvals string) string {
 		tightened = ", tightened by the repository's .cal/policy.yaml"
 	}
 	line("policy", "%s%s", p.policy, tightened)
+	if pod.Budget.Limited() {
+		line("budget", "%s", Budget(pod.Budget))
+	}
 	line("mode", "%s", Mode(pod))
 	line("tier", "%s", pod.Tier)
 	line("approvals", "%s", approvals)
@@ -123,4 +126,28 @@ func Shown(text string) string {
 		}
 	}
 	return b.String()
+}
+
+// Budget says in one line what of a pod's budget has a limit.
+func Budget(b *nucleus.Budget) string {
+	var parts []string
+	for _, d := range nucleus.Dimensions() {
+		if s := b.Of(d); s.Limit != nil {
+			parts = append(parts, d.Unit()+" "+Spending(d, s))
+		}
+	}
+	return strings.Join(parts, "; ")
+}
+
+// Spending says one dimension of a budget: "1.25 of 5.00, 3.75 left".
+func Spending(d nucleus.Dimension, s *nucleus.Spending) string {
+	text := func(number float64) string { return d.Text(d.Amount(number)) }
+	if s.Limit == nil {
+		return text(s.Spent) + ", no limit"
+	}
+	said := text(s.Spent) + " of " + text(*s.Limit)
+	if s.Reserved > 0 {
+		said += ", " + text(s.Reserved) + " set aside for sub-pods"
+	}
+	return said + ", " + text(*s.Left) + " left"
 }

@@ -124,6 +124,9 @@ func (h Home) LoadPolicy(name string) (*policy.Policy, error) {
 	return policy.Load(path, raw)
 }
 
+// pipePatience is how long whoever writes a policy into a pipe may take.
+const pipePatience = 10 * time.Second
+
 // PolicyFile returns the path and the bytes of the policy file that name stands
 // for: of one that is too large, as many as tell.
 func (h Home) PolicyFile(name string) (path string, raw []byte, err error) {
@@ -131,7 +134,8 @@ func (h Home) PolicyFile(name string) (path string, raw []byte, err error) {
 	if !strings.ContainsAny(name, "/.") {
 		path = filepath.Join(h.Dir, "policies", name+".yaml")
 	}
-	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // nobody may write to a pipe
+	// Not blocking: a pipe that nobody writes to is empty.
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return path, nil, nucleus.Errorf(nucleus.KindInvalid, "policy %q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
 	}
@@ -143,8 +147,14 @@ func (h Home) PolicyFile(name string) (path string, raw []byte, err error) {
 	if err != nil {
 		return path, nil, err
 	}
-	if !info.Mode().IsRegular() {
-		return path, nil, fmt.Errorf("policy %s is no regular file (%s)", path, info.Mode().Type())
+	switch {
+	case info.Mode().IsRegular():
+	case info.Mode()&os.ModeNamedPipe != 0: // what a shell makes of <(...)
+		if err := file.SetReadDeadline(time.Now().Add(pipePatience)); err != nil {
+			return path, nil, err
+		}
+	default:
+		return path, nil, fmt.Errorf("policy %s is no regular file and no pipe (%s)", path, info.Mode().Type())
 	}
 	raw, err = io.ReadAll(io.LimitReader(file, policy.MaxDocument+1))
 	return path, raw, err

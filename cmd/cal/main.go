@@ -46,7 +46,7 @@ func newRoot() *cobra.Command {
 		Version: nucleus.Version,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(runCommand(), attachCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
+	root.AddCommand(runCommand(), attachCommand(), statusCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
 	for _, cmd := range root.Commands() {
 		refuseUnknown(cmd)
 	}
@@ -107,6 +107,9 @@ func report(ctx context.Context, err error) int {
 func refusalCode(e *nucleus.Error) int {
 	if e.Rule != "" && e.Kind == nucleus.KindDenied {
 		fmt.Fprintln(os.Stderr, "rule:", e.Rule)
+	}
+	if spentOf(e) != nil {
+		fmt.Fprintln(os.Stderr, "hint: raise it in the policy (--policy); a new run begins with a new budget")
 	}
 	if e.Ask != "" {
 		fmt.Fprintf(os.Stderr, "hint: cal approve %s\n", e.Ask)

@@ -120,7 +120,8 @@ func (s *session) whole(ctx context.Context, run func() (int, error)) (err error
 		}
 	}()
 	code, err := run()
-	if err != nil && !errors.Is(err, context.Canceled) {
+	spent := spentOf(err)
+	if err != nil && spent == nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
 	if reportErr := s.bringBack(ctx); reportErr != nil {
@@ -129,13 +130,36 @@ func (s *session) whole(ctx context.Context, run func() (int, error)) (err error
 			code = exitFailed
 		}
 	}
-	if ctx.Err() != nil {
+	s.sayBudget(ctx)
+	switch {
+	case spent != nil:
+		return spent
+	case ctx.Err() != nil:
 		return ctx.Err()
-	}
-	if code != 0 {
+	case code != 0:
 		return exitCode(code)
 	}
 	return nil
+}
+
+// spentOf is err where it says that the budget is spent: the work up to there is brought
+// back all the same.
+func spentOf(err error) *nucleus.Error {
+	var refused *nucleus.Error
+	if errors.As(err, &refused) && refused.Kind == nucleus.KindDenied && strings.HasPrefix(refused.Rule, "budget.") {
+		return refused
+	}
+	return nil
+}
+
+// sayBudget says in one line what a session with a budget has used up.
+func (s *session) sayBudget(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	pod, err := s.node.Pod(ctx, s.pod.ID)
+	if err == nil && pod.Budget.Limited() {
+		fmt.Fprintln(os.Stderr, "cal: budget:", workspace.Budget(pod.Budget))
+	}
 }
 
 // bringBack reports after an interrupt too: what was done is not lost with the command. Only an

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"cal/egress/prices"
 	"cal/machine"
 	"cal/machine/gvisor"
 	"cal/node"
@@ -58,6 +59,10 @@ func run(args []string) error {
 		flags.Usage()
 		return flag.ErrHelp
 	}
+	table, err := priceTable(filepath.Join(*home, "prices.yaml"))
+	if err != nil {
+		return err
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	n, err := node.Open(ctx, node.Config{
@@ -69,6 +74,7 @@ func run(args []string) error {
 		GitHub:    node.Forge{API: *forge, Token: token()},
 		Stop:      stop,
 		SpareLife: *spare,
+		Prices:    table,
 	})
 	if err != nil {
 		return err
@@ -76,6 +82,22 @@ func run(args []string) error {
 	err = n.Serve(ctx)
 	slog.Info("node stops; its machines wait for the next one")
 	return errors.Join(err, n.Close())
+}
+
+// priceTable is the built-in one, with the person's own over it.
+func priceTable(path string) (*prices.Table, error) {
+	raw, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return prices.Builtin(), nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	own, err := prices.Parse(path, raw)
+	if err != nil {
+		return nil, err
+	}
+	return prices.Builtin().Over(own), nil
 }
 
 // token takes the forge's token out of the environment, so that no child has it.

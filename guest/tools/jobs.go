@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"cal/nucleus"
+	"cal/wire"
 )
 
 // Limits of background commands.
@@ -21,6 +22,8 @@ type jobs struct {
 	all   map[string]*job
 	order []string
 	work  sync.WaitGroup
+
+	changed chan struct{} // closed, and made anew, when one begins or ends
 }
 
 type job struct {
@@ -52,11 +55,76 @@ func (x *Executor) begin(c command, timeout time.Duration) (string, error) {
 	}
 	j.running = r
 	x.jobs.add(j)
+	x.jobs.tell()
 	x.jobs.work.Go(func() {
-		defer close(j.over)
+		defer x.jobs.end(j)
 		r.wait(context.Background(), timeout, j.stop) // the session's end kills it
 	})
 	return j.id, nil
+}
+
+func (js *jobs) end(j *job) {
+	js.mu.Lock()
+	defer js.mu.Unlock()
+	close(j.over)
+	js.tell()
+}
+
+// tell wakes who watches. The caller holds the mutex.
+func (js *jobs) tell() {
+	if js.changed != nil {
+		close(js.changed)
+		js.changed = nil
+	}
+}
+
+// state says whether any runs, until changed is closed.
+func (js *jobs) state() (running bool, changed <-chan struct{}) {
+	js.mu.Lock()
+	defer js.mu.Unlock()
+	if js.changed == nil {
+		js.changed = make(chan struct{})
+	}
+	return js.running() > 0, js.changed
+}
+
+// stopAll begins to end every one.
+func (js *jobs) stopAll() {
+	js.mu.Lock()
+	defer js.mu.Unlock()
+	for _, j := range js.all {
+		j.stopOnce.Do(func() { close(j.stop) })
+	}
+}
+
+// watchJobs is the "jobs" stream.
+func (w *worker) watchJobs(ctx context.Context, c *caller) {
+	gone := make(chan struct{})
+	c.listening.Go(func() {
+		defer close(gone)
+		for {
+			kind, _, err := c.stream.Recv(maxFrame)
+			if err != nil {
+				return
+			}
+			if kind == wire.FrameSignal {
+				w.exec.jobs.stopAll()
+			}
+		}
+	})
+	for {
+		running, changed := w.exec.jobs.state()
+		if c.stream.SendJSON(wire.FrameJSON, JobState{Running: running}) != nil {
+			return
+		}
+		select {
+		case <-changed:
+		case <-gone:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 func (js *jobs) running() int {

@@ -20,6 +20,7 @@ import (
 //	"resolve"  header Call            -> FrameResult Resolved
 //	"do"       header Call, FrameJSON args -> FrameStdout/FrameStderr*, FrameResult Result
 //	"bundle"   header Bundle          -> FrameData*, FrameData empty, FrameResult Result    (repository out)
+//	"jobs"     -> FrameJSON JobState at once and at each change; FrameSignal ends all background commands
 //	"unbundle" header Unbundle, FrameData*, FrameData empty -> FrameResult Result          (repository in)
 //	"incoming" header Incoming, FrameData*, FrameData empty -> FrameResult Result          (branch into a repository)
 //
@@ -37,9 +38,15 @@ const (
 	StreamResolve  = "resolve"
 	StreamDo       = "do"
 	StreamBundle   = "bundle"
+	StreamJobs     = "jobs"
 	StreamUnbundle = "unbundle"
 	StreamIncoming = "incoming"
 )
+
+// JobState says whether a background command runs.
+type JobState struct {
+	Running bool `json:"running"`
+}
 
 // MaxArgs is the largest argument document in bytes: a request body's limit.
 const MaxArgs = 16 << 20

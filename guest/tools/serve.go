@@ -134,6 +134,8 @@ func (w *worker) serve(ctx context.Context, stream *wire.Stream) {
 	case StreamDo:
 		value, exit, err := w.do(ctx, c)
 		w.conclude(c, value, exit, err)
+	case StreamJobs:
+		w.watchJobs(ctx, c)
 	case StreamBundle:
 		var header Bundle
 		var value any

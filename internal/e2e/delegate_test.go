@@ -265,3 +265,80 @@ func TestNodeDiesUnderSubAgent(t *testing.T) {
 	e.Verify()
 	wantPaired(t, e)
 }
+
+// TestSubPodNeedsThePerson has a pod asked for under a policy that asks: the authority's own
+// program shows what it will be, and a grant makes one.
+func TestSubPodNeedsThePerson(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	repo := e.Repo("greeter", greeter())
+	e.Cal("node", "start").Want(t, 0)
+	node := e.Client()
+	pod, err := node.CreatePod(e.Context(), nucleus.PodSpec{
+		Mode: nucleus.Mediated, Image: nucleus.Image{Kind: "host"}, Repos: []nucleus.Repo{{Name: "greeter", Path: repo.Dir, Branch: "agent/x"}}, Workspace: "mine",
+		Identity: nucleus.Identity{Name: "Test Person", Email: "person@example.org"},
+		Policy:   json.RawMessage(`{"operations":{"read_files":"always","run_bash":"always","git_push":"ask","manage_pods":"ask"}}`),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tool := func(pod string, op nucleus.Op, args any) (json.RawMessage, *nucleus.Error) {
+		value, err := node.Tool(e.Context(), pod, op, args)
+		if err != nil {
+			return nil, nucleus.AsError(err)
+		}
+		return value, nil
+	}
+	commit := func(pod, message string) {
+		value, refused := tool(pod, nucleus.RunBash, map[string]any{"script": "cd greeter && echo x > " + message + " && git add -A && git commit -qm " + message})
+		if refused != nil || !strings.Contains(string(value), `"exit_code":0`) {
+			t.Fatalf("%s, %+v", value, refused)
+		}
+	}
+	commit(pod.ID, "above")
+	create := map[string]any{"action": "create", "policy": map[string]any{"operations": map[string]any{"run_bash": "always", "git_push": "always"}}}
+	_, refused := tool(pod.ID, nucleus.ManagePods, create)
+	if refused == nil || refused.Ask == "" {
+		t.Fatalf("%+v", refused)
+	}
+	screen := e.Grant(refused.Ask)
+	for _, text := range []string{"the policy of the new pod", `"git_push": "ask"`, `"run_bash": "always"`, `"create"`, `"gvisor"`, "kernel", `"greeter"`, `"mine"`, "agent/x"} {
+		if !strings.Contains(screen, text) {
+			t.Errorf("the authority did not show %s\n%s", text, screen)
+		}
+	}
+	if strings.Contains(screen, "read_files") {
+		t.Errorf("the authority showed the asking pod's policy\n%s", screen)
+	}
+	value, refused := tool(pod.ID, nucleus.ManagePods, create)
+	var made struct{ Pod, Branch string }
+	if refused != nil || json.Unmarshal(value, &made) != nil {
+		t.Fatalf("%s, %+v", value, refused)
+	}
+	// A push from below shows all that is new on the remote, and where it comes from.
+	commit(made.Pod, "below")
+	push := map[string]any{"branch": made.Branch}
+	_, refused = tool(made.Pod, nucleus.GitPush, push)
+	if refused == nil || refused.Ask == "" {
+		t.Fatalf("%+v", refused)
+	}
+	screen = e.Grant(refused.Ask)
+	for _, text := range []string{"asked for by the agent of pod " + pod.ID, made.Pod, `"mine"`, "Test Person <person@example.org> below", "Test Person <person@example.org> above"} {
+		if !strings.Contains(screen, text) {
+			t.Errorf("the authority did not show %s\n%s", text, screen)
+		}
+	}
+	if _, refused := tool(made.Pod, nucleus.GitPush, push); refused != nil {
+		t.Errorf("%+v", refused)
+	}
+	if log := repo.Git("ls-remote", "--heads", "origin", made.Branch); !strings.Contains(log, made.Branch) {
+		t.Errorf("the remote has %q", log)
+	}
+	if err := node.DeletePod(e.Context(), pod.ID); err != nil {
+		t.Error(err)
+	}
+	if pods, err := node.Pods(e.Context()); err != nil || len(pods) != 0 || len(e.LeftOfMachines()) != 0 {
+		t.Errorf("%+v, %v, left %v", pods, err, e.LeftOfMachines())
+	}
+	e.Verify()
+}

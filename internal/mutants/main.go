@@ -65,19 +65,23 @@ func run(ctx context.Context, only string) error {
 // that gets one answer.
 func tryAll(ctx context.Context, dir string, all []mutant) []chan string {
 	results := make([]chan string, len(all))
-	places := make(chan struct{}, runtime.NumCPU())
-	for i, m := range all {
+	for i := range results {
 		results[i] = make(chan string, 1)
-		go func() {
-			places <- struct{}{}
-			defer func() { <-places }()
-			how, err := m.try(ctx, filepath.Join(dir, strconv.Itoa(i)))
-			if err != nil {
-				how = "NOT TRIED: " + err.Error()
-			}
-			results[i] <- how
-		}()
 	}
+	places := make(chan struct{}, runtime.NumCPU())
+	go func() {
+		for i, m := range all {
+			places <- struct{}{}
+			go func() {
+				defer func() { <-places }()
+				how, err := m.try(ctx, filepath.Join(dir, strconv.Itoa(i)))
+				if err != nil {
+					how = "NOT TRIED: " + err.Error()
+				}
+				results[i] <- how
+			}()
+		}
+	}()
 	return results
 }
 

@@ -1,0 +1,212 @@
+package egress
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"cal/nucleus"
+)
+
+// What a call used is the provider's count where it gives one to the end, and else an
+// estimate that lies above it: hanging up early hides nothing.
+func TestWhatACallUsed(t *testing.T) {
+	const start = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"model\":\"claude-x\",\"usage\":{\"input_tokens\":40,\"output_tokens\":1}}}\n\n"
+	body := `{"model":"claude-x","messages":"` + strings.Repeat("x", 1000) + `"}`
+	text := "event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"delta\":{\"text\":\"" + strings.Repeat("word ", 80) + "\"}}\n\n"
+	end := "event: message_delta\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":500}}\n\n"
+	for name, c := range map[string]struct {
+		path, protocol, request string
+		answer                  string // what the provider sends at once
+		status                  int
+		hang                    bool // it does not end
+		leave                   bool // the guest hangs up then
+		want                    Tokens
+		estimated               bool
+	}{
+		"a whole answer":             {"/v1/messages", "anthropic", body, start + text + end, 200, false, false, Tokens{Input: 40, Output: 500}, false},
+		"cut before the count":       {"/v1/messages", "anthropic", body, start + text, 200, true, true, Tokens{Input: 40, Output: int64(len(start+text)) / 4}, true},
+		"cut before the first byte":  {"/v1/messages", "anthropic", body, "", 200, true, true, Tokens{Input: int64(len(body))}, true},
+		"cut behind the count":       {"/v1/messages", "anthropic", body, start + text + end, 200, true, true, Tokens{Input: 40, Output: 500}, false},
+		"a stream that counts not":   {"/v1/chat/completions", "openai", body, "data: {\"model\":\"gpt-y\",\"choices\":[{}]}\n\ndata: [DONE]\n\n", 200, false, false, Tokens{Input: int64(len(body)), Output: 13}, true},
+		"an answer that counts half": {"/v1/messages", "anthropic", body, `{"model":"claude-x","usage":{"output_tokens":9}}`, 200, false, false, Tokens{Input: int64(len(body)), Output: 9}, true},
+		"a refusal":                  {"/v1/messages", "anthropic", body, `{"type":"error"}`, 429, false, false, Tokens{}, false},
+		"an error of the provider":   {"/v1/messages", "anthropic", body, `{"type":"error"}`, 529, false, false, Tokens{}, false},
+		"a count of tokens":          {"/v1/messages/count_tokens", "anthropic", body, `{"input_tokens":700}`, 200, false, false, Tokens{}, false},
+		"an absurd count":            {"/v1/messages", "anthropic", body, `{"model":"claude-x","usage":{"input_tokens":9000000000000000000,"output_tokens":9000000000000000000}}`, 200, false, false, Tokens{Input: MaxTokens, Output: MaxTokens}, false},
+		"a count below nothing":      {"/v1/messages", "anthropic", body, `{"model":"claude-x","usage":{"input_tokens":-9,"output_tokens":-9}}`, 200, false, false, Tokens{Input: int64(len(body)), Output: 16}, true},
+		"more cached than there was": {"/v1/chat/completions", "openai", body, `{"usage":{"prompt_tokens":5,"completion_tokens":9,"prompt_tokens_details":{"cached_tokens":99}}}`, 200, false, false, Tokens{CacheRead: 99, Output: 9}, false},
+		"it goes on from before":     {"/v1/responses", "openai", `{"model":"m","previous_response_id":"resp_1"}`, "", 200, true, true, Tokens{Input: maxContext}, true},
+		"two readings":               {"/v1/responses", "openai", `{"model":"a","model":"b"}`, "", 200, true, true, Tokens{Input: maxContext}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			began, over := make(chan bool, 1), make(chan bool)
+			server := site(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				if c.answer != "" {
+					if !strings.HasPrefix(c.answer, "{") {
+						w.Header().Set("Content-Type", "text/event-stream")
+					}
+					w.WriteHeader(c.status)
+					io.WriteString(w, c.answer)
+					http.NewResponseController(w).Flush()
+				}
+				began <- true
+				if c.hang {
+					select {
+					case <-r.Context().Done():
+					case <-over:
+					}
+				}
+			})
+			defer close(over)
+			w := newWorld(t, nil)
+			conn := client(t, w.modelFront(nucleus.Model{Protocol: c.protocol, BaseURL: "http://" + server + map[string]string{"openai": "/v1"}[c.protocol], Key: realKey}))
+			io.WriteString(conn, post(c.path, c.request, "Connection: close"))
+			<-began
+			if c.leave {
+				if c.answer != "" { // all of it has arrived
+					got := make([]byte, 0, 4096)
+					for !strings.Contains(string(got), c.answer[len(c.answer)-20:]) {
+						piece := make([]byte, 4096)
+						n, err := conn.Read(piece)
+						if got = append(got, piece[:n]...); err != nil {
+							t.Fatalf("%q, %v", got, err)
+						}
+					}
+				}
+				conn.Close()
+			} else {
+				io.ReadAll(conn)
+			}
+			w.until("model done=true")
+			call := w.calls[1]
+			if call.Estimated { // the time that it took may count for more
+				c.want.Output = max(c.want.Output, int64(call.Took.Seconds()*outputPerSecond))
+			}
+			if call.Tokens != c.want || call.Estimated != c.estimated {
+				t.Errorf("used %+v, estimated %v; want %+v, %v\n%+v", call.Tokens, call.Estimated, c.want, c.estimated, call)
+			}
+			if intent := w.calls[0]; intent.Free != (c.path == "/v1/messages/count_tokens") || !intent.Free && intent.Expected().Input < c.want.Input && c.estimated {
+				t.Errorf("expected %+v of %+v", intent.Expected(), intent)
+			}
+		})
+	}
+}
+
+// Nothing that was thought about for long is cheap.
+func TestTimeCounts(t *testing.T) {
+	u := usageCounter{}
+	if !u.estimate(ModelCall{Sent: 100, Received: 0, Took: 30 * time.Second}) || u.tokens != (Tokens{Input: 100, Output: 6000}) {
+		t.Errorf("%+v", u.tokens)
+	}
+}
+
+func TestUsageDetails(t *testing.T) {
+	for _, c := range []struct {
+		answer, model, service string
+		want                   Tokens
+	}{
+		{`{"model":"c","usage":{"input_tokens":1,"output_tokens":2,"cache_creation_input_tokens":30,"cache_creation":{"ephemeral_5m_input_tokens":10,"ephemeral_1h_input_tokens":20},"service_tier":"standard"}}`, "c", "standard", Tokens{Input: 1, Output: 2, CacheWrite: 30, CacheHour: 20}},
+		{`{"model":"c","usage":{"input_tokens":1,"output_tokens":2,"service_tier":"standard","speed":"fast"}}`, "c", "fast", Tokens{Input: 1, Output: 2}},
+		{`{"model":"g","service_tier":"priority","usage":{"input_tokens":10,"output_tokens":2,"input_tokens_details":{"cached_tokens":4,"cache_write_tokens":3}}}`, "g", "priority", Tokens{Input: 3, Output: 2, CacheRead: 4, CacheWrite: 3}},
+	} {
+		u := usageCounter{}
+		io.WriteString(&u, c.answer)
+		u.finish()
+		if u.tokens != c.want || u.model != c.model || u.service != c.service || !u.final || !u.input {
+			t.Errorf("%s:\n got %+v", c.answer, u)
+		}
+	}
+}
+
+// A call that the budget does not admit is refused in the words of an account that is
+// empty, and reaches nobody.
+func TestSpentBudgetRefusesACall(t *testing.T) {
+	for protocol, want := range map[string]struct {
+		status int
+		kind   string
+	}{"anthropic": {402, "billing_error"}, "openai": {429, "insufficient_quota"}} {
+		server := site(t, func(http.ResponseWriter, *http.Request) { t.Error("the provider was asked") })
+		w := newWorld(t, nil)
+		w.modelErr = &nucleus.Error{Kind: nucleus.KindDenied, Rule: "budget.usd", Message: "the budget is spent: 5.02 of 5.00 USD"}
+		path := map[string]string{"anthropic": "/v1/messages", "openai": "/v1/responses"}[protocol]
+		address := w.modelFront(nucleus.Model{Protocol: protocol, BaseURL: "http://" + server + map[string]string{"openai": "/v1"}[protocol], Key: realKey})
+		resp, body := ask(t, address, post(path, "{}"))
+		var shape struct {
+			Error struct{ Type, Message string }
+		}
+		if err := json.Unmarshal([]byte(body), &shape); err != nil || resp.StatusCode != want.status || shape.Error.Type != want.kind ||
+			shape.Error.Message != "CAL: the budget is spent: 5.02 of 5.00 USD" || resp.Header.Get("X-Should-Retry") != "false" {
+			t.Errorf("%s: %d %v %s", protocol, resp.StatusCode, resp.Header, body)
+		}
+	}
+}
+
+// So many calls of a pod are under way, and more wait for one of them to end.
+func TestCallsUnderWayAreBounded(t *testing.T) {
+	began, release := make(chan bool, 3*maxCalls), make(chan bool)
+	var mu sync.Mutex
+	var now, most int
+	server := site(t, func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		now++
+		most = max(most, now)
+		mu.Unlock()
+		began <- true
+		<-release
+		mu.Lock()
+		now--
+		mu.Unlock()
+		io.WriteString(w, anthropicJSON)
+	})
+	w := newWorld(t, nil)
+	address := w.modelFront(nucleus.Model{Protocol: "anthropic", BaseURL: "http://" + server, Key: realKey})
+	var done sync.WaitGroup
+	const calls = 3 * maxCalls
+	for range calls {
+		done.Go(func() {
+			conn := client(t, address)
+			io.WriteString(conn, post("/v1/messages", "{}", "Connection: close"))
+			if answer, _ := io.ReadAll(conn); !strings.HasPrefix(string(answer), "HTTP/1.1 200") {
+				t.Errorf("%q", answer)
+			}
+		})
+	}
+	for range maxCalls {
+		<-began
+	}
+	for range calls {
+		release <- true
+	}
+	done.Wait()
+	if most != maxCalls {
+		t.Errorf("%d calls were under way at once, want %d", most, maxCalls)
+	}
+}
+
+// A call for which there is no place in time is refused, and may be tried again.
+func TestCallWaitsInVain(t *testing.T) {
+	began, release := make(chan bool, maxCalls), make(chan bool)
+	server := site(t, func(w http.ResponseWriter, r *http.Request) {
+		began <- true
+		<-release
+		io.WriteString(w, anthropicJSON)
+	})
+	defer close(release)
+	w := newWorld(t, func(c *Config) { c.Limits.ModelWait = 50 * time.Millisecond })
+	address := w.modelFront(nucleus.Model{Protocol: "anthropic", BaseURL: "http://" + server, Key: realKey})
+	for range maxCalls {
+		conn := client(t, address)
+		io.WriteString(conn, post("/v1/messages", "{}", "Connection: close"))
+		<-began
+	}
+	if resp, body := ask(t, address, post("/v1/messages", "{}")); resp.StatusCode != 503 || !strings.Contains(body, fmt.Sprint(maxCalls, " calls are under way")) {
+		t.Errorf("%d %s", resp.StatusCode, body)
+	}
+}
