@@ -237,21 +237,3 @@ func TestSpawnLongestTask(t *testing.T) {
 		}
 	}
 }
-
-// Whoever has set all of its budget aside does nothing more, but can take it back.
-func TestDelegationOfTheWholeBudget(t *testing.T) {
-	t.Parallel()
-	h := newHost(t)
-	var own map[string]any
-	if err := json.Unmarshal(policyOf(delegating), &own); err != nil {
-		t.Fatal(err)
-	}
-	own["budget"] = object{"usd": 5}
-	p := h.pod(specOf("w", document(t, own)), map[string]string{"a": "a"})
-	sub := h.create(p, object{"policy": object{"operations": object{"read_files": "always"}, "budget": object{"usd": 5}}})
-	h.tool(p, nucleus.ReadFiles, object{"path": "a"}).want(t, nucleus.KindDenied, "budget.usd")
-	h.createTry(p, object{}).want(t, nucleus.KindDenied, "budget.usd")
-	h.tool(p, nucleus.ManagePods, object{"action": "list"}).want(t, "", sub.record.ID)
-	h.end(p, sub)
-	h.tool(p, nucleus.ReadFiles, object{"path": "a"}).want(t, "")
-}

@@ -17,7 +17,7 @@ import (
 //	action                the part that must be judged is missing
 //	window                now is outside
 //	budget.usd, budget.tokens, budget.seconds
-//	                      nothing is left of it, for all but what is done with pods that are there
+//	                      nothing is left of it
 //	paths                 a path that is absolute, has "..", or is not clean
 //	paths.roots           no root holds the path
 //	paths.blocked         a blocked pattern matches it
@@ -47,9 +47,7 @@ func (p *Policy) Decide(a nucleus.Action, c nucleus.Context) nucleus.Decision {
 	case !p.window.contains(c.UnixMilli):
 		return deny("window", p.window.explain(c.UnixMilli))
 	}
-	// What is set aside comes back when a pod ends: to wait for it, or to end it, costs nothing.
-	frees := a.Op == nucleus.ManagePods && a.Sub != nil && !a.Sub.Do.Makes()
-	if d, over := p.budget.over(&c); over && !frees {
+	if d, over := p.budget.over(&c); over {
 		return deny(d.Rule(), p.budget.explain(d, &c))
 	}
 	s := p.scope(&a)
