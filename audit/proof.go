@@ -81,7 +81,8 @@ func (f *folder) fold(lo, hi int64) (h tlog.Hash) {
 }
 
 // Prove returns one entry as it is stored and the proof that it is in the log, as a C2SP
-// tlog-proof under the newest checkpoint. Its extra data is the entry, so that
+// tlog-proof, under the newest checkpoint that witnesses have cosigned and that covers it,
+// else under the newest. Its extra data is the entry, so that
 // VerifyProof needs nothing else but the key. An entry that is not there and a log that
 // does not bear the proof out are errors; Verify says what is wrong with it.
 func Prove(dir, key string, n int64) (entry, proof []byte, err error) {
@@ -93,6 +94,7 @@ func Prove(dir, key string, n int64) (entry, proof []byte, err error) {
 	if entry, err = w.entry(n); err != nil {
 		return nil, nil, fmt.Errorf("log %s: %w", dir, err)
 	}
+	w.preferCosigned(n)
 	path, err := w.path(n)
 	if err != nil {
 		return nil, nil, fmt.Errorf("log %s: %w", dir, err)

@@ -1,11 +1,9 @@
 package audit
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"iter"
-	"time"
 
 	"cal/internal/durable"
 	"cal/nucleus"
@@ -44,28 +42,6 @@ func ReadRaw(dir string, from int64) iter.Seq2[[]byte, error] {
 		err := readRaw(dir, from, func(raw []byte) bool { return yield(raw, nil) })
 		if err != nil {
 			yield(nil, fmt.Errorf("log %s: %w", dir, err))
-		}
-	}
-}
-
-// Follow is Read that goes on with what is appended, until ctx ends. It looks
-// for news at every interval.
-func Follow(ctx context.Context, dir string, from int64, every time.Duration) iter.Seq2[nucleus.Entry, error] {
-	return func(yield func(nucleus.Entry, error) bool) {
-		tick := time.NewTicker(every)
-		defer tick.Stop()
-		for {
-			for e, err := range Read(dir, from) {
-				if !yield(e, err) || err != nil {
-					return
-				}
-				from++
-			}
-			select {
-			case <-ctx.Done():
-				return
-			case <-tick.C:
-			}
 		}
 	}
 }

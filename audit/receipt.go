@@ -52,12 +52,13 @@ func malformed(format string, args ...any) error { return refuse(Malformed, form
 type ReceiptOptions struct {
 	Key        string // of the log: what VerifierKey returned
 	Session    string // whose entries it shows
-	Checkpoint []byte // a signed checkpoint of this log to prove them under; nil: the newest
+	Checkpoint []byte // a signed checkpoint of this log to prove them under; nil: see NewReceipt
 	Text       bool   // write the body as text, not packed
 }
 
 // NewReceipt makes the receipt of a session: all entries of it that lie under the
-// checkpoint, the proof that they are in the log, and the checkpoint. It fails where
+// checkpoint, the proof that they are in the log, and the checkpoint: the newest, or where
+// it has all of them the one that witnesses have cosigned. It fails where
 // there is none, where they are too many for one receipt, and where the log does not bear
 // the proof out.
 func NewReceipt(dir string, o ReceiptOptions) ([]byte, error) {
@@ -69,7 +70,7 @@ func NewReceipt(dir string, o ReceiptOptions) ([]byte, error) {
 		return nil, err
 	}
 	defer w.close()
-	r, err := w.receipt(dir, o.Session)
+	r, err := w.receipt(dir, o.Session, o.Checkpoint == nil)
 	if err != nil {
 		return nil, fmt.Errorf("log %s: %w", dir, err)
 	}
@@ -99,8 +100,8 @@ type receipt struct {
 	indexes []int64 // of the entries, rising
 }
 
-func (w *view) receipt(dir, session string) (*receipt, error) {
-	r := &receipt{session: session, note: w.signed}
+func (w *view) receipt(dir, session string, choose bool) (*receipt, error) {
+	r := &receipt{session: session}
 	total := 0
 	for raw, err := range Find(dir, 0, Filter{Session: session}) {
 		if err != nil {
@@ -121,7 +122,11 @@ func (w *view) receipt(dir, session string) (*receipt, error) {
 	if len(r.entries) == 0 {
 		return nil, fmt.Errorf("no entry of session %s is among the %d under the checkpoint", session, w.Size)
 	}
+	if choose {
+		w.preferCosigned(r.indexes[len(r.indexes)-1])
+	}
 	var err error
+	r.note = w.signed
 	r.hashes, err = w.prove(r.indexes)
 	return r, err
 }

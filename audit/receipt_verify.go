@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,7 +39,8 @@ type Receipt struct {
 	Signed     int               `json:"outcomes_signed"`    // outcomes whose machine's signature was checked
 	Unchecked  int               `json:"outcomes_unchecked"` // outcomes whose key is not in the receipt
 	Witnesses  []Witnessed       `json:"witnesses"`
-	Entries    []json.RawMessage `json:"entries"` // canonical, as they were hashed
+	Others     []string          `json:"signatures_not_checked"` // names under the checkpoint whose keys were not given
+	Entries    []json.RawMessage `json:"entries"`                // canonical, as they were hashed
 }
 
 // Witnessed is a cosignature that was checked.
@@ -125,7 +127,7 @@ func believe(signed []byte, o VerifyReceiptOptions) (*Receipt, error) {
 	}
 	v := &Receipt{
 		Origin: cp.Origin, Size: cp.Size, Root: cp.Root.String(), Checkpoint: string(signed),
-		Open: []int64{}, Witnesses: []Witnessed{}, Entries: []json.RawMessage{},
+		Open: []int64{}, Witnesses: []Witnessed{}, Others: []string{}, Entries: []json.RawMessage{},
 	}
 	for _, key := range o.Witnesses {
 		w, err := cosigned(signed, key)
@@ -134,7 +136,20 @@ func believe(signed []byte, o VerifyReceiptOptions) (*Receipt, error) {
 		}
 		v.Witnesses = append(v.Witnesses, w)
 	}
+	v.Others = others(signed, v)
 	return v, nil
+}
+
+// others are the names in signature lines that nobody has checked.
+func others(signed []byte, v *Receipt) []string {
+	names := []string{}
+	for line := range strings.Lines(string(signed[bytes.LastIndex(signed, []byte("\n\n"))+2:])) {
+		name, _, _ := strings.Cut(strings.TrimPrefix(line, "— "), " ")
+		if name != v.Origin && !slices.ContainsFunc(v.Witnesses, func(w Witnessed) bool { return w.Name == name }) {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // read takes in what the entries say, which are proved, and checks what can be checked

@@ -443,9 +443,9 @@ func TestReadersBesideAWriter(t *testing.T) {
 	}
 	followed := 0
 	readers.Go(func() {
-		for e, err := range Follow(ctx, dir, 0, time.Millisecond) {
-			if err != nil || e.Seq != int64(followed) {
-				t.Errorf("followed entry %d: %v, %v", followed, e.Seq, err)
+		for raw, err := range Tail(ctx, dir, 0, Filter{}, time.Millisecond) {
+			if seq, _ := Seq(raw); err != nil || seq != int64(followed) {
+				t.Errorf("followed entry %d: %v, %v", followed, seq, err)
 				return
 			}
 			if followed++; followed == n {

@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math/bits"
@@ -17,6 +18,7 @@ import (
 // hold it do.
 type view struct {
 	dir    *durable.Dir
+	key    note.Verifier
 	signed []byte // the checkpoint
 	Checkpoint
 
@@ -36,28 +38,42 @@ func openView(dir, key string, at []byte) (*view, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &view{dir: d}
-	if err := w.start(v, at); err != nil {
+	w := &view{dir: d, key: v}
+	if err := w.start(at); err != nil {
 		return nil, fmt.Errorf("log %s: %w", dir, errors.Join(err, d.Close()))
 	}
 	return w, nil
 }
 
-func (w *view) start(v note.Verifier, at []byte) (err error) {
+func (w *view) start(at []byte) error {
 	if err := w.reload(); err != nil {
 		return err
 	}
-	w.signed = at
 	if at == nil {
-		w.signed = w.journal.newest()
+		at = w.journal.newest()
 	}
-	if w.Checkpoint, err = openCheckpoint(w.signed, v); err != nil {
+	cp, err := openCheckpoint(at, w.key)
+	if err != nil {
 		return err
 	}
-	if w.Size > w.journal.end() {
-		return fmt.Errorf("the checkpoint is of %d entries, %d are there", w.Size, w.journal.end())
+	if cp.Size > w.journal.end() {
+		return fmt.Errorf("the checkpoint is of %d entries, %d are there", cp.Size, w.journal.end())
 	}
+	w.signed, w.Checkpoint = at, cp
 	return nil
+}
+
+// preferCosigned goes over to the checkpoint that witnesses have cosigned, where the log
+// has one and it covers an entry. What is wrong with one Verify says; here it is as if
+// there were none.
+func (w *view) preferCosigned(last int64) {
+	at, err := w.dir.ReadFile(cosignedName, maxCheckpoint)
+	if err != nil {
+		return
+	}
+	if cp, err := openCheckpoint(at, w.key); err == nil && last < cp.Size && cp.Size <= w.Size {
+		w.signed, w.Checkpoint = bytes.Clone(at), cp
+	}
 }
 
 func (w *view) close() { _ = w.dir.Close() } // nothing was written

@@ -17,7 +17,7 @@ import (
 // estimate that lies above it: hanging up early hides nothing.
 func TestWhatACallUsed(t *testing.T) {
 	const start = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"model\":\"claude-x\",\"usage\":{\"input_tokens\":40,\"output_tokens\":1}}}\n\n"
-	body := `{"model":"claude-x","messages":"` + strings.Repeat("x", 1000) + `"}`
+	body := `{"model":"claude-x","stream":true,"messages":"` + strings.Repeat("x", 1000) + `"}`
 	text := "event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"delta\":{\"text\":\"" + strings.Repeat("word ", 80) + "\"}}\n\n"
 	end := "event: message_delta\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":500}}\n\n"
 	for name, c := range map[string]struct {
@@ -41,8 +41,13 @@ func TestWhatACallUsed(t *testing.T) {
 		"an absurd count":            {"/v1/messages", "anthropic", body, `{"model":"claude-x","usage":{"input_tokens":9000000000000000000,"output_tokens":9000000000000000000}}`, 200, false, false, Tokens{Input: MaxTokens, Output: MaxTokens}, false},
 		"a count below nothing":      {"/v1/messages", "anthropic", body, `{"model":"claude-x","usage":{"input_tokens":-9,"output_tokens":-9}}`, 200, false, false, Tokens{Input: int64(len(body)), Output: 16}, true},
 		"more cached than there was": {"/v1/chat/completions", "openai", body, `{"usage":{"prompt_tokens":5,"completion_tokens":9,"prompt_tokens_details":{"cached_tokens":99}}}`, 200, false, false, Tokens{CacheRead: 99, Output: 9}, false},
-		"it goes on from before":     {"/v1/responses", "openai", `{"model":"m","previous_response_id":"resp_1"}`, "", 200, true, true, Tokens{Input: maxContext}, true},
-		"two readings":               {"/v1/responses", "openai", `{"model":"a","model":"b"}`, "", 200, true, true, Tokens{Input: maxContext}, true},
+		"it goes on from before":     {"/v1/responses", "openai", `{"model":"m","stream":true,"previous_response_id":"resp_1"}`, "", 200, true, true, Tokens{Input: maxContext}, true},
+		"two readings":               {"/v1/responses", "openai", `{"model":"a","model":"b","stream":true}`, "", 200, true, true, Tokens{Input: maxContext, Output: maxAnswer}, true},
+		"no stream, and cut":         {"/v1/messages", "anthropic", `{"model":"a","max_tokens":9000}`, "", 200, true, true, Tokens{Input: 31, Output: 9000}, true},
+		"of no length, and cut":      {"/v1/chat/completions", "openai", `{"model":"a"}`, "", 200, true, true, Tokens{Input: 13, Output: maxAnswer}, true},
+		"many at once, and cut":      {"/v1/chat/completions", "openai", `{"model":"a","n":100,"max_tokens":10}`, "", 200, true, true, Tokens{Input: 37, Output: 1000}, true},
+		"in the background":          {"/v1/responses", "openai", `{"model":"a","background":true}`, `{"model":"a","status":"queued","usage":null}`, 200, false, false, Tokens{Input: 31, Output: maxAnswer}, true},
+		"it is done so":              {"/v1/responses", "openai", `{"model":"a"}`, `{"model":"a","status":"queued","background":true,"usage":null}`, 200, false, false, Tokens{Input: 13, Output: maxAnswer}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			began, over := make(chan bool, 1), make(chan bool)
@@ -102,7 +107,7 @@ func TestWhatACallUsed(t *testing.T) {
 // Nothing that was thought about for long is cheap.
 func TestTimeCounts(t *testing.T) {
 	u := usageCounter{}
-	if !u.estimate(ModelCall{Sent: 100, Received: 0, Took: 30 * time.Second}) || u.tokens != (Tokens{Input: 100, Output: 6000}) {
+	if !u.estimate(ModelCall{Sent: 100, Received: 0, Took: 30 * time.Second, stream: true}, true) || u.tokens != (Tokens{Input: 100, Output: 6000}) {
 		t.Errorf("%+v", u.tokens)
 	}
 }

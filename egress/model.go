@@ -89,6 +89,11 @@ type ModelCall struct {
 
 	size   int64 // of the request's body, as far as it is known before it is sent
 	hidden bool  // the request's bytes do not bound what goes in
+
+	most    int64 // tokens that may come of it; 0: nobody looked
+	choices int64 // answers that are asked for at once
+	stream  bool  // the answer is asked for as a stream
+	apart   bool  // it is to be done in the background
 }
 
 // Route is the way to one model endpoint with its credential. Formatting it
@@ -272,7 +277,7 @@ func (g *Gateway) callModel(w http.ResponseWriter, r *http.Request, route *Route
 	call.Sent, call.Received = sent.Load(), received.Load()
 	// What the provider refused, or never got, costs nothing; of the rest nobody else knows.
 	if !call.Free && call.Sent > 0 && !usage.refused {
-		call.Estimated = usage.estimate(call)
+		call.Estimated = usage.estimate(call, err != nil)
 	}
 	call.Tokens, call.Model, call.Service = usage.tokens, shorten(route.redact(usage.model)), shorten(route.redact(usage.service))
 	if err != nil {

@@ -38,6 +38,7 @@ type usageCounter struct {
 	skip    bool // the line is too long
 
 	refused      bool // by the provider
+	apart        bool // the provider goes on though nobody listens
 	input, final bool // whether the provider said how much went in, and how much came of it in the end
 }
 
@@ -85,6 +86,7 @@ func (u *usageCounter) finish() {
 type report struct {
 	Model   string `json:"model"`
 	Service string `json:"service_tier"`
+	Apart   bool   `json:"background"`
 	Usage   *struct {
 		Input      *int64 `json:"input_tokens"`
 		Output     *int64 `json:"output_tokens"`
@@ -130,6 +132,7 @@ func (u *usageCounter) read(data []byte) {
 		if r.Service != "" {
 			u.service = r.Service
 		}
+		u.apart = u.apart || r.Apart
 		if r.Usage == nil {
 			continue
 		}
@@ -180,22 +183,28 @@ func within(n int64) int64 { return max(0, min(n, MaxTokens)) }
 // meant to lie above what was used. A byte of the request is a token: no tokenizer makes
 // more of them; no call takes more than maxContext. Of what came out, four bytes of the
 // answer are one, with its framing; or the time that the call took counts, where that is
-// more, because an answer that is thought about has no bytes yet.
+// more, because an answer that is thought about has no bytes yet. Where the provider may go
+// on although nobody listens - the request asks for no stream, or to be done in the
+// background - it counts for all that the request allows.
 const (
 	maxContext      = 1_050_000
+	maxAnswer       = 128_000
 	bytesPerOutput  = 4
 	outputPerSecond = 200
 )
 
 // estimate fills in what the provider did not report of a call that it took on, and says
-// whether anything was.
-func (u *usageCounter) estimate(call ModelCall) bool {
+// whether anything was. cut says that the answer is not whole.
+func (u *usageCounter) estimate(call ModelCall, cut bool) bool {
 	if !u.input {
 		u.tokens.Input = call.inputBound()
 	}
 	if !u.final {
 		bySpeed := int64(call.Took.Seconds() * outputPerSecond)
-		u.tokens.Output = within(max(u.tokens.Output, call.Received/bytesPerOutput, bySpeed))
+		u.tokens.Output = within(max(u.tokens.Output, call.Received/bytesPerOutput, bySpeed*max(1, call.choices)))
+		if call.apart || u.apart || cut && !call.stream {
+			u.tokens.Output = within(max(u.tokens.Output, call.outputBound()))
+		}
 	}
 	return !u.input || !u.final
 }
@@ -210,18 +219,28 @@ func (c ModelCall) inputBound() int64 {
 // Expected is what may be held of a budget for a call that has begun: all that its request
 // can be, and an answer of some length.
 func (c ModelCall) Expected() Tokens {
-	const answer = 4096
+	answer := c.outputBound()
+	if !c.apart {
+		answer = min(answer, 4096)
+	}
 	return Tokens{Input: c.inputBound(), Output: answer}
 }
 
-// maxRead is as much of a request's body as is read before the call is admitted.
-const maxRead = 1 << 20
+func (c ModelCall) outputBound() int64 {
+	if c.most == 0 {
+		return maxAnswer
+	}
+	return within(c.most)
+}
 
-// look reads from a request's body what a budget needs: the model that it names, and
-// whether its bytes say how much goes in. They do not where the body is compressed, or
-// goes on from what the provider keeps, or could be understood in two ways.
+// maxRead is as much of a request's body as is read before the call is admitted.
+const maxRead = 4 << 20
+
+// look reads from a request's body what a budget needs: the model that it names, how much
+// may come of it, and whether its bytes say how much goes in. They do not where the body is
+// compressed, or goes on from what the provider keeps, or could be understood in two ways.
 func (c *ModelCall) look(body []byte, encoded bool) {
-	c.hidden = true
+	c.hidden, c.most, c.choices = true, maxAnswer, 1
 	canonical, err := nucleus.CanonicalJSON(body)
 	var members map[string]json.RawMessage
 	if encoded || err != nil || json.Unmarshal(canonical, &members) != nil {
@@ -231,6 +250,20 @@ func (c *ModelCall) look(body []byte, encoded bool) {
 	if json.Unmarshal(members["model"], &model) == nil {
 		c.Requested = shorten(model)
 	}
+	number := func(key string) (n int64) {
+		if json.Unmarshal(members[key], &n) != nil {
+			return 0
+		}
+		return n
+	}
+	for _, key := range []string{"max_tokens", "max_output_tokens", "max_completion_tokens"} {
+		if stated := number(key); stated > 0 {
+			c.most = min(c.most, stated)
+		}
+	}
+	c.choices = max(1, min(number("n"), 1000))
+	c.most *= c.choices
+	c.stream, c.apart = string(members["stream"]) == "true", string(members["background"]) == "true"
 	c.hidden = false
 	for _, key := range []string{"previous_response_id", "conversation", "prompt", "container"} {
 		if value := members[key]; len(value) > 0 && string(value) != "null" {

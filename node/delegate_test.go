@@ -383,7 +383,13 @@ func TestDelegationCarriesCommits(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(inside.dir("app"), "secret.txt")); err == nil {
 		t.Error("what was not committed went along")
 	}
+	if !p.record.Untrusted || !child.record.Untrusted || child.record.Repos[0].Trusted {
+		t.Errorf("untrusted: %v, below %v, its repository trusted %v", p.record.Untrusted, child.record.Untrusted, child.record.Repos[0].Trusted)
+	}
 	grandchild := h.create(child, object{})
+	deepest := h.create(grandchild, object{}) // each borrows the objects of the one above it
+	lowest := h.inside(deepest).commit("deepest.txt", "deepest\n")
+	h.tool(grandchild, nucleus.ManagePods, object{"action": "fetch", "pod": deepest.record.ID}).want(t, "", `"commits":1`, lowest)
 	deep := h.inside(grandchild).commit("deep.txt", "deep\n")
 	fetch := func(of *Pod, by *Pod) answer {
 		return h.tool(by, nucleus.ManagePods, object{"action": "fetch", "pod": of.record.ID})

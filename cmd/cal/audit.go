@@ -77,13 +77,17 @@ func publicKey(file, origin string) (string, error) {
 }
 
 func auditKeyCommand() *cobra.Command {
-	var asJSON bool
+	var asJSON, witness bool
 	cmd := &cobra.Command{
-		Use: "key", Short: "Print the key that verifies the log, in signed-note form", Example: "  cal audit key > log.vkey", Args: args(cobra.NoArgs),
-		RunE: func(*cobra.Command, []string) error {
-			key, err := new(logFlags).verifier()
+		Use: "key", Short: "Print the key that verifies the log, or its witness, in signed-note form", Example: "  cal audit key > log.vkey\n  cal audit key --witness > witness.vkey", Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			name, find := nucleus.LogOrigin, new(logFlags).verifier
+			if witness {
+				name, find = "the authority", func() (string, error) { return witnessKey(cmd.Context()) }
+			}
+			key, err := find()
 			if err == nil && asJSON {
-				return json.NewEncoder(os.Stdout).Encode(map[string]string{"origin": nucleus.LogOrigin, "key": key})
+				return json.NewEncoder(os.Stdout).Encode(map[string]string{"of": name, "key": key})
 			}
 			if err == nil {
 				fmt.Println(key)
@@ -91,8 +95,23 @@ func auditKeyCommand() *cobra.Command {
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&witness, "witness", false, "the key by which this host's authority cosigns; it must run")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	return cmd
+}
+
+func witnessKey(ctx context.Context) (string, error) {
+	home, err := workspace.OpenHome()
+	if err != nil {
+		return "", err
+	}
+	authority := approvals.New(home.AuthoritySocket())
+	defer authority.Close()
+	info, err := authority.Info(ctx)
+	if err == nil && info.Witness == "" {
+		err = errors.New("this host's authority is no witness")
+	}
+	return info.Witness, err
 }
 
 // verified is the report on one log, and on how it fits the other.

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"cal/approval"
 	"cal/audit"
 	"cal/internal/timeline"
 )
@@ -59,14 +61,18 @@ func auditProveCommand() *cobra.Command {
 			if raw, err = audit.NewReceipt(dir, o); err != nil {
 				return err
 			}
-			return writeOut(output, raw)
+			v, err := audit.VerifyReceipt(raw, audit.VerifyReceiptOptions{Key: key})
+			if err == nil && len(v.Others) == 0 {
+				fmt.Fprintln(os.Stderr, "cal: the checkpoint has no cosignature yet: where an authority or another witness cosigns the log, a receipt made a minute later has")
+			}
+			return errors.Join(err, writeOut(output, raw))
 		},
 	}
 	log.addDir(cmd)
 	log.addKey(cmd)
 	f := cmd.Flags()
 	f.StringVar(&session, "session", "", "a receipt of this session; last is the newest one")
-	f.StringVar(&checkpoint, "checkpoint", "", "a cosigned checkpoint of this log to prove it under (default: the newest)")
+	f.StringVar(&checkpoint, "checkpoint", "", "a cosigned checkpoint of this log to prove it under (default: the log's own cosigned one where it covers the session, else the newest)")
 	f.StringVarP(&output, "output", "o", "", "write it there (default: standard output)")
 	f.BoolVar(&text, "text", false, "leave the entries of a receipt unpacked, to be read")
 	return cmd
@@ -171,6 +177,9 @@ func printReceipt(name string, v *audit.Receipt, asJSON, entries bool) error {
 	}
 	if len(v.Witnesses) == 0 {
 		fmt.Println("  no cosignature was asked for: the log's key alone vouches for the checkpoint")
+	}
+	if len(v.Others) > 0 {
+		fmt.Printf("  not checked, for want of the keys (--witness): signatures in the names of %s\n", approval.Visible(strings.Join(v.Others, ", ")))
 	}
 	return nil
 }

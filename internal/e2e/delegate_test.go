@@ -234,8 +234,7 @@ func TestNodeDiesUnderSubAgent(t *testing.T) {
 	}
 	t.Cleanup(stop)
 	e.Vars["ANTHROPIC_BASE_URL"], e.Vars["ANTHROPIC_API_KEY"] = url, "key-"+random()
-	e.Write(filepath.Join(e.CAL, "agents", "steady.yaml"), fmt.Sprintf(
-		"program: %s\nargs: [\"{prompt}\"]\ntask: [\"{task}\"]\nmodel: anthropic\nenv: {ANTHROPIC_BASE_URL: \"{model_url}\", ANTHROPIC_API_KEY: \"{placeholder}\", CAL_MCP_URL: \"{mcp_url}\"}\n", e.Build("./internal/e2e/steady")))
+	steadyAgent(e)
 	run := e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--agent", "steady", "--policy", delegation(e), "--prompt", "work"))
 	testenv.Eventually(t, 30*time.Second, "the sub-agent works", func() bool { return begun.Load() != nil && pod.Load() != nil })
 	sandboxes := e.Sandboxes()
@@ -341,4 +340,63 @@ func TestSubPodNeedsThePerson(t *testing.T) {
 		t.Errorf("%+v, %v, left %v", pods, err, e.LeftOfMachines())
 	}
 	e.Verify()
+}
+
+// TestSubAgentHasItsOwnBudget lets a sub-agent spend what was set aside for it: it ends, its parent
+// hears why and goes on.
+func TestSubAgentHasItsOwnBudget(t *testing.T) {
+	e := testenv.New(t)
+	repo := e.Repo("greeter", greeter())
+	call := func(tool string, args map[string]any) script.Step {
+		return script.Step{Server: "cal", Tool: tool, Args: args}
+	}
+	spawn := func(tokens int) script.Step {
+		return call("spawn_agent", map[string]any{"task": subTask, "policy": map[string]any{
+			"operations": map[string]any{"run_bash": "always"}, "budget": map[string]any{"tokens": tokens},
+		}})
+	}
+	above := []script.Step{spawn(2_000_000), spawn(5), call("run_bash", map[string]any{"script": "echo on"}), {Text: "MAIN-DONE"}}
+	model := script.Anthropic(func(turn script.Turn) script.Step {
+		if strings.Contains(turn.Prompt, "SUBTASK") {
+			return call("run_bash", map[string]any{"script": "sleep 0.2"}) // on and on
+		}
+		return above[min(turn.N, len(above)-1)]
+	})
+	url, stop, err := model.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	e.Vars["ANTHROPIC_BASE_URL"], e.Vars["ANTHROPIC_API_KEY"] = url, "key-"+random()
+	steadyAgent(e)
+	e.Write(filepath.Join(e.CAL, "policies", "limited.yaml"), `operations: {run_bash: always, spawn_agent: always, manage_pods: always}
+budget: {tokens: 1000000}
+`)
+	e.Cal("run", "--repo", repo.Dir, "--agent", "steady", "--policy", "limited", "--prompt", "work").Want(t, 0, "MAIN-DONE")
+	var got []script.Result
+	for _, r := range model.Conversation() {
+		if !strings.Contains(r.Turn.Prompt, "SUBTASK") && len(r.Turn.Results) > len(got) {
+			got = r.Turn.Results
+		}
+	}
+	for i, wants := range [][]string{{`"rule":"budget.tokens"`, "are left"}, {`"state":"failed"`, "budget.tokens"}, {"on"}} {
+		for _, want := range wants {
+			if len(got) <= i || !strings.Contains(got[i].Text, want) {
+				t.Errorf("result %d: want %q in %v", i, want, got)
+			}
+		}
+	}
+	if ended := e.Entries(of(nucleus.KindSessionBudget, "")); len(ended) != 1 {
+		t.Errorf("%d sessions were ended by their budget, want the sub-agent's", len(ended))
+	}
+	if left := e.LeftOfMachines(); len(left) > 0 {
+		t.Errorf("left behind: %s", strings.Join(left, "\n"))
+	}
+	e.Verify()
+}
+
+// steadyAgent describes the agent "steady", which can be a sub-agent.
+func steadyAgent(e *testenv.Env) {
+	e.Write(filepath.Join(e.CAL, "agents", "steady.yaml"), fmt.Sprintf(
+		"program: %s\nargs: [\"{prompt}\"]\ntask: [\"{task}\"]\nmodel: anthropic\nenv: {ANTHROPIC_BASE_URL: \"{model_url}\", ANTHROPIC_API_KEY: \"{placeholder}\", CAL_MCP_URL: \"{mcp_url}\"}\n", e.Build("./internal/e2e/steady")))
 }

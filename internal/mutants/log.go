@@ -36,4 +36,17 @@ var logMutants = []mutant{
 	{"log: names in camel case are shown", "audit/random.go", "float64(changes) < least*float64(pairs)", "least < 0", "TestShownKeepsTheRest"},
 	{"log: a header is hidden whole", "audit/shown.go", "		text = redactHeaders(text)", "", "TestShownByName"},
 	{"log: a basic credential is one", "audit/shown.go", "if err != nil || !strings.Contains(string(pair), \":\") {", "if false && err != nil && pair == nil {", "TestShownKeepsTheRest"},
+
+	{"receipt: entries and hashes lead to the root", "audit/receipt_verify.go", "case root.String() != v.Root:", "case false:", "TestReceiptRefuses"},
+	{"receipt: neither more hashes nor fewer", "audit/receipt_verify.go", "case !ok && len(r.hashes) < need:", "case false:", "TestReceiptRefuses"},
+	{"receipt: entries are of its session", "audit/receipt_verify.go", "e.Session != v.Session {", "false {", "TestReceiptRefuses"},
+	{"receipt: entries rise", "audit/receipt.go", "g.seq <= r.indexes[n-1] {", "false {", "TestReceiptRefuses"},
+	{"receipt: a header has one spelling", "audit/receipt.go", "if again != text ||", "if again == \"\" ||", "TestReceiptRefuses"},
+	{"receipt: nothing behind the body", "audit/receipt.go", "if in.Len() > 0 {", "if false {", "TestReceiptRefuses"},
+	{"receipt: every bit of it counts", "audit/receipt.go", "hex.EncodeToString(sum[:]) != h.sum", "hex.EncodeToString(sum[:]) == \"\"", "TestReceiptEveryBit"},
+	{"receipt: what is unpacked is bounded", "audit/receipt.go", "if len(body) > maxBody {", "if false {", "TestReceiptIsBounded"},
+	{"receipt: the machine signed this permit's outcome", "audit/receipt_verify.go", "signed.Permit != e.Permit || signed.Pod != e.Pod", "signed.Permit == \"\"", "TestReceiptOutcomes"},
+	{"receipt: the cosigned checkpoint covers it", "audit/view.go", "last < cp.Size && cp.Size <= w.Size", "cp.Size <= w.Size", "TestReceiptCosigned"},
+	{"receipt: a grant that was used was given", "audit/compare.go", "!ok || ask != e.Ask {", "!ok && ask != e.Ask {", "TestCompare"},
+	{"log: a filter looks at the member it names", "audit/find.go", "return hasMembers(raw, members) &&", "return", "TestFind"},
 }

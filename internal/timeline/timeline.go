@@ -172,9 +172,10 @@ func newStory(r *audit.Receipt) (*story, error) {
 	return s, nil
 }
 
-// refused reports whether an entry says that something was not allowed to happen.
+// refused reports whether an entry says that something was not allowed to happen, or to go
+// on.
 func refused(e nucleus.Entry) bool {
-	return e.Verdict == nucleus.Deny || e.Status == nucleus.OutcomeRefused || e.Kind == nucleus.KindSessionRefuse
+	return e.Verdict == nucleus.Deny || e.Status == nucleus.OutcomeRefused || e.Kind == nucleus.KindSessionRefuse || e.Kind == nucleus.KindSessionBudget
 }
 
 // tone is the class of an entry.

@@ -263,6 +263,29 @@ func open(t *testing.T, page []byte, flags ...string) (dom, console string) {
 	return out.String(), console
 }
 
+func TestWhat(t *testing.T) {
+	for _, c := range []struct {
+		e    nucleus.Entry
+		want string
+	}{
+		{nucleus.Entry{Kind: nucleus.KindPodStop}, ""},
+		{nucleus.Entry{Kind: nucleus.KindIntent, Args: js(nucleus.Action{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: "a\u202eb"}}})}, `a\u{202e}b`},
+		{nucleus.Entry{Kind: nucleus.KindIntent, Args: js([]string{"what came"})}, `["what came"]`},
+		{nucleus.Entry{Kind: nucleus.KindIntent, Args: js(map[string]any{"op": 3})}, `{"op":3}`},
+		{nucleus.Entry{Kind: nucleus.KindModelCall, Data: js(map[string]any{"done": true, "model": "m", "tokens": map[string]int{"input": 3, "output": 4}, "took": 1500000000})}, "m 3 in, 4 out, 1.5s"},
+		{nucleus.Entry{Kind: nucleus.KindEgressClose, Data: js(map[string]any{"host": "h", "port": 1, "sent": 2048, "received": 3 << 20})}, "h:1, 2.0 KiB sent, 3.0 MiB received"},
+		{nucleus.Entry{Kind: nucleus.KindSessionBudget, Data: js(map[string]any{"dimension": "usd", "limit": 0.5, "spent": 0.51})}, "of 0.5 usd, 0.51 are spent"},
+		{nucleus.Entry{Kind: nucleus.KindSessionEnd, Data: js(map[string]any{"exit_code": 3})}, "exit code 3"},
+		{nucleus.Entry{Kind: "later.kind", Data: js(map[string]any{"reason": "because"})}, "because"},
+		{nucleus.Entry{Kind: "later.kind", Data: js("text")}, ""},
+		{nucleus.Entry{Kind: nucleus.KindIntent, Args: js(nucleus.Action{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: strings.Repeat("x", 500)}}})}, strings.Repeat("x", 146) + "..."},
+	} {
+		if got := What(c.e); got != c.want {
+			t.Errorf("%s: got %q, want %q", c.e.Kind, got, c.want)
+		}
+	}
+}
+
 // hostile fills every text of an entry with payloads.
 func hostile(address string) *session {
 	payloads := []string{

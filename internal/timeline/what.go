@@ -64,7 +64,11 @@ type extra struct {
 	USD     float64            `json:"usd"`
 	Left    map[string]float64 `json:"left"` // of a budget, by dimension
 	Took    time.Duration      `json:"took"`
-	Policy  struct {
+
+	Dimension string  `json:"dimension"`
+	Limit     float64 `json:"limit"`
+	Spent     float64 `json:"spent"`
+	Policy    struct {
 		Name string `json:"name"`
 	} `json:"policy"`
 }
@@ -90,6 +94,8 @@ func said(e nucleus.Entry) string {
 		return fmt.Sprintf("%s:%d, %s sent, %s received", x.Host, x.Port, size(x.Sent), size(x.Received))
 	case nucleus.KindSessionStart:
 		return x.Agent
+	case nucleus.KindSessionBudget:
+		return fmt.Sprintf("of %g %s, %g are spent", x.Limit, x.Dimension, x.Spent)
 	case nucleus.KindSessionEnd:
 		if x.ExitCode != nil {
 			return fmt.Sprintf("exit code %d", *x.ExitCode)

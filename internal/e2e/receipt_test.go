@@ -1,0 +1,58 @@
+package e2e
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"cal/internal/testenv"
+	"cal/nucleus"
+)
+
+// What a stranger is handed of a session is a file and two keys: he sees that each entry
+// stands in the log, that the authority has seen this log, and that the machine signed
+// what came of its command.
+func TestReceiptForAStranger(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	e.Cal("run", "--", "sh", "-c", "echo one; exit 3").Want(t, 3, "one")
+	session := e.Entries(func(n nucleus.Entry) bool { return n.Kind == nucleus.KindPodCreate })[0].Session
+	logKey := strings.TrimSpace(e.Cal("audit", "key").Want(t, 0).Stdout)
+	witness := strings.TrimSpace(e.Cal("audit", "key", "--witness").Want(t, 0).Stdout)
+	// The authority is shown the log when a node starts, and then every minute.
+	e.Cal("node", "stop").Want(t, 0)
+	e.Cal("run", "--", "true").Want(t, 0)
+	file := filepath.Join(e.Dir, "session.receipt")
+	verify := []string{"audit", "verify-receipt", file, "--key", logKey, "--witness", witness, "--session", session}
+	testenv.Eventually(t, 20*time.Second, "the authority cosigns the session", func() bool {
+		e.Cal("audit", "prove", "--session", session, "-o", file).Want(t, 0)
+		return e.Cal(verify...).Code == 0
+	})
+	e.Cal(verify...).Want(t, 0, "each in the log at its place", "cosigned by cal/authority")
+	var says struct {
+		OK       bool              `json:"ok"`
+		Signed   int               `json:"outcomes_signed"`
+		Entries  []json.RawMessage `json:"entries"`
+		Unproved int               `json:"outcomes_unchecked"`
+	}
+	if err := json.Unmarshal([]byte(e.Cal(append(verify, "--json")...).Want(t, 0).Stdout), &says); err != nil || !says.OK || says.Signed != 1 || says.Unproved != 0 || len(says.Entries) < 4 {
+		t.Errorf("got %+v, %v", says, err)
+	}
+	page := filepath.Join(e.Dir, "session.html")
+	e.Cal("audit", "timeline", "--receipt", file, "--key", logKey, "--html", page).Want(t, 0)
+	if made, err := os.ReadFile(page); err != nil || !strings.Contains(string(made), "exit code 3") {
+		t.Errorf("the page: %d bytes, %v", len(made), err)
+	}
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw[len(raw)/2] ^= 1
+	if err := os.WriteFile(file, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e.Cal(verify...).Want(t, 1, "proves nothing: changed")
+}
