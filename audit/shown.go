@@ -20,11 +20,11 @@ const maxShown = 4 << 10
 const redacted = "[redacted]"
 
 // Shown is v as an entry shows it: canonical JSON of at most 4 KiB. What lies
-// under a key that names a secret, and text in the form of a known token, is
-// replaced by "[redacted]". What is too long is cut, and says how much is
-// missing. Shown of what Shown returned is the same again. A value that is not
-// JSON is shown as the reason. What an action does is bound by its digest, not
-// by this.
+// under a key that names a secret, text in the form of a known token, and a run of
+// characters that looks random are replaced by "[redacted]". What is too long is
+// cut, and says how much is missing. Shown of what Shown returned is the same again.
+// A value that is not JSON is shown as the reason. What an action does is bound by
+// its digest, not by this.
 func Shown(v any) json.RawMessage {
 	raw, err := nucleus.Canonical(v)
 	if err != nil {

@@ -21,6 +21,8 @@ const (
 	witnessEvery = time.Minute
 	// witnessRetry is how soon a required witness that did not cosign is asked again.
 	witnessRetry = 5 * time.Second
+	// witnessFarewell is how long a node that ends waits for the last cosignatures.
+	witnessFarewell = 2 * time.Second
 	// witnessPatience is for how long effects go on without a required witness.
 	witnessPatience = 3 * time.Minute
 )

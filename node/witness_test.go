@@ -125,6 +125,19 @@ func TestAskIsWitnessed(t *testing.T) {
 		t.Errorf("%+v, %v", r, err)
 	}
 
+	// What was last is known when the node has ended.
+	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "none"})
+	size := h.node.log.Size()
+	if err := h.node.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if w.size(t) != size {
+		t.Errorf("the authority has cosigned %d entries of %d", w.size(t), size)
+	}
+	h.node = nil
+	h.start()
+	p = h.node.pods[p.record.ID]
+
 	// The authority has seen more of this log than there is.
 	w.Store = forged{w, h.forgedCheckpoint(100)}
 	before := len(h.authority.asked())

@@ -69,6 +69,11 @@ var rules = []rule{
 		breaks: [2]string{"audit", "node"},
 	},
 	{
+		packages: []string{"audit"}, never: []string{"std:net", "std:net/http/..."},
+		reason: "a log is written, proved and verified without any network; audit/witness speaks with others",
+		breaks: [2]string{"audit", "std:net/http"},
+	},
+	{
 		packages: []string{"machine/*/..."}, except: []string{"machine/machinetest/..."}, never: []string{"machine/*/..."}, own: true,
 		reason: "a driver knows no other, so that each can be taken out",
 		breaks: [2]string{"machine/gvisor", "machine/fake"},
