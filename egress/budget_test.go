@@ -118,14 +118,75 @@ func TestUsageDetails(t *testing.T) {
 		want                   Tokens
 	}{
 		{`{"model":"c","usage":{"input_tokens":1,"output_tokens":2,"cache_creation_input_tokens":30,"cache_creation":{"ephemeral_5m_input_tokens":10,"ephemeral_1h_input_tokens":20},"service_tier":"standard"}}`, "c", "standard", Tokens{Input: 1, Output: 2, CacheWrite: 30, CacheHour: 20}},
-		{`{"model":"c","usage":{"input_tokens":1,"output_tokens":2,"service_tier":"standard","speed":"fast"}}`, "c", "fast", Tokens{Input: 1, Output: 2}},
+		{`{"model":"c","usage":{"input_tokens":1,"output_tokens":2,"service_tier":"standard","speed":"fast"}}`, "c", "standard+fast", Tokens{Input: 1, Output: 2}},
+		{`{"model":"c","usage":{"input_tokens":1,"output_tokens":2,"service_tier":"standard","inference_geo":"us"}}`, "c", "standard+us", Tokens{Input: 1, Output: 2}},
+		{`{"model":"c","usage":{"input_tokens":1,"output_tokens":2,"service_tier":"standard","inference_geo":"not_available"}}`, "c", "standard", Tokens{Input: 1, Output: 2}},
+		// The whole leaves out the round that shortened the conversation.
+		{`{"model":"c","usage":{"input_tokens":23,"output_tokens":10,"iterations":[{"type":"compaction","input_tokens":180,"output_tokens":35},{"type":"message","input_tokens":23,"output_tokens":10}]}}`, "c", "", Tokens{Input: 203, Output: 45}},
+		{`{"model":"c","usage":{"input_tokens":23,"output_tokens":10,"iterations":[{"type":"message","input_tokens":23,"output_tokens":10},{"type":"advisor_message","model":"d","input_tokens":50,"output_tokens":7,"cache_read_input_tokens":4}]}}`, "c+d", "", Tokens{Input: 73, Output: 17, CacheRead: 4}},
 		{`{"model":"g","service_tier":"priority","usage":{"input_tokens":10,"output_tokens":2,"input_tokens_details":{"cached_tokens":4,"cache_write_tokens":3}}}`, "g", "priority", Tokens{Input: 3, Output: 2, CacheRead: 4, CacheWrite: 3}},
 	} {
 		u := usageCounter{}
 		io.WriteString(&u, c.answer)
 		u.finish()
-		if u.tokens != c.want || u.model != c.model || u.service != c.service || !u.final || !u.input {
+		if u.tokens != c.want || u.models() != c.model || u.service.String() != c.service || !u.final || !u.input {
 			t.Errorf("%s:\n got %+v", c.answer, u)
+		}
+	}
+}
+
+// What goes in is more than the request's bytes where these stand for something else.
+func TestWhatBytesDoNotTell(t *testing.T) {
+	for name, c := range map[string]struct {
+		body string
+		more int64 // tokens beside the bytes; -1: no bound
+	}{
+		"text":                  {`{"messages":[{"role":"user","content":[{"type":"text","text":"image"},{"type":"tool_result","content":"document"}]}]}`, 0},
+		"an image":              {`{"messages":[{"role":"user","content":[{"type":"image","source":{"type":"url","url":"https://a.example/b"}}]}]}`, maxImage},
+		"images in a result":    {`{"messages":[{"role":"user","content":[{"type":"tool_result","content":[{"type":"image","source":{"type":"base64","data":"AA"}},{"type":"image"}]}]}]}`, 2 * maxImage},
+		"an image by address":   {`{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"https://a.example/b"}}]}]}`, maxImage},
+		"an image as input":     {`{"input":[{"role":"user","content":[{"type":"input_image","image_url":"https://a.example/b"}]}]}`, maxImage},
+		"a document":            {`{"messages":[{"role":"user","content":[{"type":"document","source":{"type":"url","url":"https://a.example/b.pdf"}}]}]}`, -1},
+		"a file":                {`{"input":[{"role":"user","content":[{"type":"input_file","file_url":"https://a.example/b.pdf"}]}]}`, -1},
+		"what is kept":          {`{"input":[{"type":"item_reference","id":"msg_1"}]}`, -1},
+		"what is kept, no more": {`{"input":[{"id":"msg_1"}]}`, -1},
+		"thought that is kept":  {`{"input":[{"type":"reasoning","id":"rs_1","summary":[]}]}`, -1},
+		"thought that is sent":  {`{"input":[{"type":"reasoning","id":"rs_1","summary":[],"encrypted_content":"xxx"}]}`, 0},
+		"input as text":         {`{"input":"document"}`, 0},
+	} {
+		call := ModelCall{Sent: int64(len(c.body))}
+		call.look([]byte(c.body), false)
+		want := call.Sent + c.more
+		if c.more < 0 {
+			want = maxContext
+		}
+		if got := call.inputBound(); got != want {
+			t.Errorf("%s: %d, want %d", name, got, want)
+		}
+	}
+}
+
+// Who asks for a dearer service and hangs up before the provider says so pays for it.
+func TestServiceOfACall(t *testing.T) {
+	const fast = `{"model":"c","speed":"fast","inference_geo":"us","service_tier":"auto"}`
+	for name, c := range map[string]struct {
+		request, answer, want string
+		cut                   bool
+	}{
+		"as it is named":         {`{"model":"c"}`, `{"usage":{"service_tier":"standard","speed":"standard","inference_geo":"global"}}`, "standard", false},
+		"cut off at the start":   {fast, `{"usage":{"service_tier":"standard"}}`, "standard+fast+us", true},
+		"never named":            {fast, `{"usage":{"service_tier":"standard"}}`, "standard+fast+us", false},
+		"asked for, not given":   {fast, `{"usage":{"service_tier":"standard","speed":"standard","inference_geo":"global"}}`, "standard", false},
+		"a tier, cut off":        {`{"model":"c","service_tier":"priority"}`, `{"service_tier":"auto"}`, "priority", true},
+		"a tier that is refused": {`{"model":"c","service_tier":"priority"}`, `{"service_tier":"default"}`, "default", false},
+	} {
+		var call ModelCall
+		call.look([]byte(c.request), false)
+		u := usageCounter{}
+		io.WriteString(&u, c.answer)
+		u.finish()
+		if got := u.given(call.asked, c.cut).String(); got != c.want {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
 		}
 	}
 }

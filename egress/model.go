@@ -89,6 +89,8 @@ type ModelCall struct {
 
 	size   int64 // of the request's body, as far as it is known before it is sent
 	hidden bool  // the request's bytes do not bound what goes in
+	images int64 // in the request
+	asked  service
 
 	most    int64 // tokens that may come of it; 0: nobody looked
 	choices int64 // answers that are asked for at once
@@ -279,7 +281,8 @@ func (g *Gateway) callModel(w http.ResponseWriter, r *http.Request, route *Route
 	if !call.Free && call.Sent > 0 && !usage.refused {
 		call.Estimated = usage.estimate(call, err != nil)
 	}
-	call.Tokens, call.Model, call.Service = usage.tokens, shorten(route.redact(usage.model)), shorten(route.redact(usage.service))
+	service := usage.given(call.asked, call.Estimated).String()
+	call.Tokens, call.Model, call.Service = usage.tokens, shorten(route.redact(usage.models())), shorten(route.redact(service))
 	if err != nil {
 		call.Error = route.redact(err.Error())
 	}

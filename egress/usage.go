@@ -3,6 +3,8 @@ package egress
 import (
 	"bytes"
 	"encoding/json"
+	"slices"
+	"strings"
 
 	"cal/nucleus"
 )
@@ -33,7 +35,8 @@ type usageCounter struct {
 	stream  bool // server-sent events; else one JSON value
 	tokens  Tokens
 	model   string
-	service string // the kind of service that the provider says it gave
+	others  []string // models that answered a part of it
+	service service  // the kind of service that the provider says it gave
 	line    []byte
 	skip    bool // the line is too long
 
@@ -82,27 +85,67 @@ func (u *usageCounter) finish() {
 	u.line = nil
 }
 
+// service is what a call is charged for beside its tokens: the tier, the speed, and where
+// the provider computes.
+type service struct{ tier, speed, geo string }
+
+// String joins what there is with "+"; what every call has is left out.
+func (s service) String() string {
+	var parts []string
+	if s.tier != "" {
+		parts = append(parts, s.tier)
+	}
+	if s.speed != "" && s.speed != "standard" {
+		parts = append(parts, s.speed)
+	}
+	if s.geo != "" && s.geo != "global" && s.geo != "not_available" {
+		parts = append(parts, s.geo)
+	}
+	return strings.Join(parts, "+")
+}
+
+// given is the service that a call is charged for. What the request asked for holds where the
+// provider did not come to say what it gave.
+func (u *usageCounter) given(asked service, estimated bool) service {
+	choose := func(asked, named string) string {
+		if asked != "" && (estimated || named == "") {
+			return asked
+		}
+		return named
+	}
+	return service{choose(asked.tier, u.service.tier), choose(asked.speed, u.service.speed), choose(asked.geo, u.service.geo)}
+}
+
 // report is the part of an event or answer that both protocols put usage in.
 type report struct {
 	Model   string `json:"model"`
 	Service string `json:"service_tier"`
 	Apart   bool   `json:"background"`
 	Usage   *struct {
-		Input      *int64 `json:"input_tokens"`
-		Output     *int64 `json:"output_tokens"`
-		CacheRead  *int64 `json:"cache_read_input_tokens"`
-		CacheWrite *int64 `json:"cache_creation_input_tokens"`
-		Writes     *struct {
-			Hour *int64 `json:"ephemeral_1h_input_tokens"`
-		} `json:"cache_creation"`
-		Service string `json:"service_tier"`
-		Speed   string `json:"speed"`
+		sampling
+		Rounds  []sampling `json:"iterations"`
+		Service string     `json:"service_tier"`
+		Speed   string     `json:"speed"`
+		Geo     string     `json:"inference_geo"`
 
 		Prompt     *int64   `json:"prompt_tokens"`
 		Completion *int64   `json:"completion_tokens"`
 		InputOf    *details `json:"input_tokens_details"`
 		PromptOf   *details `json:"prompt_tokens_details"`
 	} `json:"usage"`
+}
+
+// sampling is what Anthropic counts of a call, and of each time that it asked a model for it:
+// the whole leaves out what it took to shorten the conversation, or to ask another model.
+type sampling struct {
+	Input      *int64 `json:"input_tokens"`
+	Output     *int64 `json:"output_tokens"`
+	CacheRead  *int64 `json:"cache_read_input_tokens"`
+	CacheWrite *int64 `json:"cache_creation_input_tokens"`
+	Writes     *struct {
+		Hour *int64 `json:"ephemeral_1h_input_tokens"`
+	} `json:"cache_creation"`
+	Model string `json:"model"`
 }
 
 type details struct {
@@ -130,17 +173,20 @@ func (u *usageCounter) read(data []byte) {
 			u.model = r.Model
 		}
 		if r.Service != "" {
-			u.service = r.Service
+			u.service.tier = r.Service
 		}
 		u.apart = u.apart || r.Apart
 		if r.Usage == nil {
 			continue
 		}
 		if r.Usage.Service != "" {
-			u.service = r.Usage.Service
+			u.service.tier = r.Usage.Service
 		}
-		if r.Usage.Speed != "" && r.Usage.Speed != "standard" {
-			u.service = r.Usage.Speed
+		if r.Usage.Speed != "" {
+			u.service.speed = r.Usage.Speed
+		}
+		if r.Usage.Geo != "" {
+			u.service.geo = r.Usage.Geo
 		}
 		cached := r.Usage.InputOf
 		if cached == nil {
@@ -159,12 +205,42 @@ func (u *usageCounter) read(data []byte) {
 		if r.Usage.Writes != nil {
 			take(&u.tokens.CacheHour, r.Usage.Writes.Hour)
 		}
+		u.addRounds(r.Usage.Rounds)
 		if cached != nil && input != nil { // OpenAI counts the cached as input
 			u.tokens.CacheRead = within(cached.Cached)
 			u.tokens.CacheWrite = within(cached.Writes)
 			u.tokens.Input = within(within(*input) - u.tokens.CacheRead - u.tokens.CacheWrite)
 		}
 	}
+}
+
+// addRounds makes the counts at least what the rounds of a call add up to.
+func (u *usageCounter) addRounds(rounds []sampling) {
+	var sum Tokens
+	for _, round := range rounds {
+		var one Tokens
+		take(&one.Input, round.Input)
+		take(&one.Output, round.Output)
+		take(&one.CacheRead, round.CacheRead)
+		take(&one.CacheWrite, round.CacheWrite)
+		if round.Writes != nil {
+			take(&one.CacheHour, round.Writes.Hour)
+		}
+		sum = Tokens{within(sum.Input + one.Input), within(sum.CacheRead + one.CacheRead), within(sum.CacheWrite + one.CacheWrite), within(sum.CacheHour + one.CacheHour), within(sum.Output + one.Output)}
+		if m := round.Model; m != "" && m != u.model && !slices.Contains(u.others, m) && len(u.others) < 4 {
+			u.others = append(u.others, m)
+		}
+	}
+	u.tokens = Tokens{max(u.tokens.Input, sum.Input), max(u.tokens.CacheRead, sum.CacheRead), max(u.tokens.CacheWrite, sum.CacheWrite), max(u.tokens.CacheHour, sum.CacheHour), max(u.tokens.Output, sum.Output)}
+}
+
+// models names who answered, "" where the provider did not say. Several at once are no name in a
+// table of prices.
+func (u *usageCounter) models() string {
+	if len(u.others) == 0 {
+		return u.model
+	}
+	return strings.Join(append([]string{u.model}, u.others...), "+")
 }
 
 // take takes a number that a provider can have meant.
@@ -181,7 +257,8 @@ func within(n int64) int64 { return max(0, min(n, MaxTokens)) }
 // The estimate stands for what a provider did not report: because the answer was cut
 // off, which a guest can do that wants the count unseen, or because it never does. It is
 // meant to lie above what was used. A byte of the request is a token: no tokenizer makes
-// more of them; no call takes more than maxContext. Of what came out, four bytes of the
+// more of them; an image is maxImage more, however small its bytes or its address; a file,
+// and what the provider keeps, has no such bound. No call takes more than maxContext. Of what came out, four bytes of the
 // answer are one, with its framing; or the time that the call took counts, where that is
 // more, because an answer that is thought about has no bytes yet. Where the provider may go
 // on although nobody listens - the request asks for no stream, or to be done in the
@@ -189,6 +266,7 @@ func within(n int64) int64 { return max(0, min(n, MaxTokens)) }
 const (
 	maxContext      = 1_050_000
 	maxAnswer       = 128_000
+	maxImage        = 12_000
 	bytesPerOutput  = 4
 	outputPerSecond = 200
 )
@@ -213,7 +291,7 @@ func (c ModelCall) inputBound() int64 {
 	if c.hidden {
 		return maxContext
 	}
-	return min(max(c.Sent, c.size), maxContext)
+	return min(max(c.Sent, c.size)+c.images*maxImage, maxContext)
 }
 
 // Expected is what may be held of a budget for a call that has begun: all that its request
@@ -264,10 +342,55 @@ func (c *ModelCall) look(body []byte, encoded bool) {
 	c.choices = max(1, min(number("n"), 1000))
 	c.most *= c.choices
 	c.stream, c.apart = string(members["stream"]) == "true", string(members["background"]) == "true"
+	asked := func(key string, usual ...string) (s string) {
+		if json.Unmarshal(members[key], &s) != nil || slices.Contains(usual, s) {
+			return ""
+		}
+		return shorten(s)
+	}
+	c.asked = service{asked("service_tier", "auto", "default", "standard", "standard_only"), asked("speed"), asked("inference_geo")}
+	c.Service = c.asked.String()
 	c.hidden = false
 	for _, key := range []string{"previous_response_id", "conversation", "prompt", "container"} {
 		if value := members[key]; len(value) > 0 && string(value) != "null" {
 			c.hidden = true
+		}
+	}
+	for _, key := range []string{"messages", "input", "system"} {
+		var content any
+		if json.Unmarshal(members[key], &content) == nil {
+			c.lookInto(content)
+		}
+		items, _ := content.([]any)
+		for _, item := range items { // in a list of items, one that says no more than its id is one that the provider keeps
+			if object, ok := item.(map[string]any); ok && object["type"] == nil && object["role"] == nil {
+				c.hidden = true
+			}
+		}
+	}
+}
+
+// lookInto looks for what is more tokens than bytes.
+func (c *ModelCall) lookInto(content any) {
+	switch content := content.(type) {
+	case []any:
+		for _, item := range content {
+			c.lookInto(item)
+		}
+	case map[string]any:
+		switch kind, _ := content["type"].(string); kind {
+		case "image", "image_url", "input_image", "computer_screenshot":
+			c.images++
+			return
+		case "document", "file", "input_file", "container_upload", "item_reference":
+			c.hidden = true
+		case "reasoning":
+			if thought, _ := content["encrypted_content"].(string); thought == "" {
+				c.hidden = true
+			}
+		}
+		for _, item := range content {
+			c.lookInto(item)
 		}
 	}
 }

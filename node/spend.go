@@ -89,7 +89,7 @@ func (n *Node) holdModelCall(ctx context.Context, p *Pod, call egress.ModelCall)
 	}
 	if !call.Free {
 		expected := call.Expected()
-		cost, _ := n.config.Prices.Cost(call.Requested, "", expected)
+		cost, _ := n.config.Prices.Cost(call.Requested, call.Service, expected)
 		s.budget.Holds[call.ID] = hold{p.record.ID, nucleus.Amounts{MicroUSD: cost, Tokens: expected.Sum()}}
 		if err := s.budget.store(); err != nil {
 			s.release(call.ID)

@@ -11,6 +11,7 @@ package prices
 import (
 	_ "embed"
 	"fmt"
+	"math"
 	"regexp"
 	"slices"
 	"strconv"
@@ -71,9 +72,9 @@ func (t *Table) Over(own *Table) *Table {
 // context.
 var snapshot = regexp.MustCompile(`(-20[0-9]{6}|-20[0-9]{2}-[0-9]{2}-[0-9]{2}|-latest)?(\[1m\])?$`)
 
-// Cost is what a call of tokens costs, in millionths of a dollar. service is the kind of
-// service that the provider named, "" where it named none. known is false where the model
-// or the service is not in the table: then the dearest stands for it.
+// Cost is what a call of tokens costs, in millionths of a dollar. service names the kinds of
+// service that it had, joined with "+", "" for none. known is false where the model or a
+// service is not in the table: then the dearest stands for it.
 func (t *Table) Cost(model, service string, tokens egress.Tokens) (microUSD int64, known bool) {
 	p, known := t.models[model]
 	if !known {
@@ -89,15 +90,20 @@ func (t *Table) Cost(model, service string, tokens egress.Tokens) (microUSD int6
 	hour := min(tokens.CacheHour, tokens.CacheWrite)
 	sum := tokens.Input*r.input + tokens.Output*r.output + tokens.CacheRead*r.cacheRead + (tokens.CacheWrite-hour)*r.cacheWrite + hour*r.cacheHour
 	cost := ceil(sum, 1e6)
-	factor := int64(1000)
-	if service != "" {
-		f, named := t.surcharges[service]
-		if !named {
-			f, known = t.dearestService(), false
-		}
-		factor = f
+	if service == "" {
+		return cost, known
 	}
-	return ceil(cost*factor, 1000), known
+	for kind := range strings.SplitSeq(service, "+") {
+		factor, named := t.surcharges[kind]
+		if !named {
+			factor, known = t.dearestService(), false
+		}
+		if factor > 0 && cost > (math.MaxInt64-1000)/factor {
+			return math.MaxInt64, known
+		}
+		cost = ceil(cost*factor, 1000)
+	}
+	return cost, known
 }
 
 func ceil(n, by int64) int64 { return (n + by - 1) / by }

@@ -1,6 +1,7 @@
 package prices
 
 import (
+	"math"
 	"strings"
 	"testing"
 
@@ -20,7 +21,7 @@ models:
     long: {above: 1000, input: 30, output: 150}
   - {names: [free], input: 0, output: 0}
   - {names: [dear], input: 10, output: 20}
-surcharges: {standard: 1, priority: 2, fast: 6}
+surcharges: {standard: 1, priority: 2, fast: 6, us: 1.1}
 `))
 	if err != nil {
 		t.Fatal(err)
@@ -46,6 +47,8 @@ surcharges: {standard: 1, priority: 2, fast: 6}
 		{"so is none", "", "", egress.Tokens{Input: 100}, 3000, false},
 		{"a variant is another model", "a-pro", "", egress.Tokens{Input: 100}, 3000, false},
 		{"a service", "a", "priority", egress.Tokens{Input: 100}, 600, true},
+		{"several", "a", "standard+fast+us", egress.Tokens{Input: 100}, 1980, true},
+		{"one of several is unknown", "a", "us+moon", egress.Tokens{Input: 100}, 1980, false},
 		{"an unknown service is the dearest", "a", "express", egress.Tokens{Input: 100}, 1800, false},
 	} {
 		if got, known := table.Cost(c.model, c.service, c.tokens); got != c.want || known != c.known {
@@ -74,6 +77,9 @@ func TestCostIsBounded(t *testing.T) {
 	const most = egress.MaxTokens
 	if got, _ := table.Cost("a", "fast", egress.Tokens{Input: most, Output: most, CacheRead: most, CacheWrite: most}); got != 4*most*1000*100 {
 		t.Errorf("%d, want %d", got, int64(4*most*1000*100))
+	}
+	if got, _ := table.Cost("a", "fast+fast+fast+fast+fast", egress.Tokens{Input: most, Output: most}); got != math.MaxInt64 {
+		t.Errorf("%d, want the most that there is", got)
 	}
 }
 
