@@ -304,6 +304,9 @@ func (c ModelCall) Expected() Tokens {
 	return Tokens{Input: c.inputBound(), Output: answer}
 }
 
+// Bound is the most that can come of the call: what its request can be, and all that it allows.
+func (c ModelCall) Bound() Tokens { return Tokens{Input: c.inputBound(), Output: c.outputBound()} }
+
 func (c ModelCall) outputBound() int64 {
 	if c.most == 0 {
 		return maxAnswer

@@ -25,6 +25,7 @@ type ledger struct {
 	file     string              // "" once the session is over
 	Accounts map[string]*account `json:"accounts"` // by pod
 	Holds    map[string]hold     `json:"holds,omitempty"`
+	unstored bool                // something was spent that is not in the file
 }
 
 // account is what one pod may spend and has spent. A dimension without a limit of its
@@ -47,10 +48,11 @@ type account struct {
 	stored  int64 // Spent.Millis, as it was last stored
 }
 
-// hold is what something under way may come to cost.
+// hold is what something under way is taken to cost, until it is known.
 type hold struct {
 	Pod     string          `json:"pod"`
 	Amounts nucleus.Amounts `json:"amounts"`
+	Lost    nucleus.Amounts `json:"lost"` // charged when its node does not come to know
 }
 
 // openLedger reads what an earlier node left; what was under way there counts as spent.
@@ -63,29 +65,64 @@ func openLedger(file string) (*ledger, error) {
 	if err != nil {
 		return nil, err
 	}
-	for pod, a := range l.Accounts {
-		if a == nil || a.Parent != "" && l.Accounts[a.Parent] == nil {
-			return nil, fmt.Errorf("%s: account %s has no parent %q", file, pod, a.parent())
-		}
-	}
-	if l.Holds == nil {
-		l.Holds = map[string]hold{}
+	if err := l.check(); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	for id, h := range l.Holds {
-		l.charge(h.Pod, h.Amounts)
-		if a := l.Accounts[h.Pod]; a != nil {
-			a.Estimated++
-		}
+		l.charge(h.Pod, h.Lost)
+		l.Accounts[h.Pod].Estimated++
 		delete(l.Holds, id)
 	}
 	return l, nil
 }
 
-func (a *account) parent() string {
-	if a == nil {
-		return ""
+// check reports what no node can have written.
+func (l *ledger) check() error {
+	if l.Accounts == nil {
+		return errors.New("there are no accounts")
 	}
-	return a.Parent
+	if l.Holds == nil {
+		l.Holds = map[string]hold{}
+	}
+	for pod, a := range l.Accounts {
+		if a == nil {
+			return fmt.Errorf("account %s is empty", pod)
+		}
+		for _, amounts := range []nucleus.Amounts{a.Limit, a.Spent, a.Reserved, a.Beyond} {
+			if negative(amounts) {
+				return fmt.Errorf("account %s has an amount below 0", pod)
+			}
+		}
+	}
+	for pod, a := range l.Accounts {
+		for above := range len(l.Accounts) + 1 {
+			if a.Parent == "" {
+				break
+			}
+			if l.Accounts[a.Parent] == nil || above == len(l.Accounts) {
+				return fmt.Errorf("account %s is below no root", pod)
+			}
+			a = l.Accounts[a.Parent]
+		}
+	}
+	for id, h := range l.Holds {
+		if l.Accounts[h.Pod] == nil || negative(h.Amounts) || negative(h.Lost) {
+			return fmt.Errorf("what call %s holds is of no account, or below 0", id)
+		}
+	}
+	return nil
+}
+
+func negative(a nucleus.Amounts) bool { return a.MicroUSD < 0 || a.Tokens < 0 || a.Millis < 0 }
+
+// limited reports whether anything limits what the pod spends.
+func (l *ledger) limited(pod string) bool {
+	for _, d := range nucleus.Dimensions() {
+		if l.payer(pod, d) != nil {
+			return true
+		}
+	}
+	return false
 }
 
 func (l *ledger) store() error {
@@ -95,6 +132,7 @@ func (l *ledger) store() error {
 	if err := durable.Store(l.file, l); err != nil {
 		return fmt.Errorf("recording the budget: %w", err)
 	}
+	l.unstored = false
 	return nil
 }
 
@@ -261,9 +299,14 @@ func (l *ledger) settle(pod string, a *account) {
 	}
 }
 
-// spend charges a pod for what was used up, durably. The caller holds the session's mutex.
+// spend charges a pod for what was used up, durably where that decides anything: what nothing
+// limits is stored with the clocks. The caller holds the session's mutex.
 func (s *rootSession) spend(pod string, amounts nucleus.Amounts) error {
 	s.budget.charge(pod, amounts)
+	if !s.budget.limited(pod) {
+		s.budget.unstored = true
+		return nil
+	}
 	return s.budget.store()
 }
 

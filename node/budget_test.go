@@ -7,11 +7,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
 	"pgregory.net/rapid"
 
+	"cal/egress"
 	"cal/nucleus"
 )
 
@@ -287,5 +289,56 @@ func TestSpentBudgetDenies(t *testing.T) {
 	last := log[len(log)-1]
 	if last.Kind != nucleus.KindIntent || last.Rule != "budget.tokens" || last.Status != nucleus.OutcomeRefused {
 		t.Errorf("the log ends with %+v", last)
+	}
+}
+
+// A pod whose budget is lost, or cannot be what a node wrote, does not go on with a new one.
+func TestLostBudget(t *testing.T) {
+	t.Parallel()
+	account := func(s string) string {
+		return `{"accounts": {"POD": {"limit": {}, "spent": {}, "reserved": {}, "beyond": {}` + s + `}}}`
+	}
+	for name, content := range map[string]string{
+		"as it is":      "",
+		"no file":       "-",
+		"no accounts":   `{"accounts": {}}`,
+		"null":          `{"accounts": null}`,
+		"cut off":       `{"accounts": {"POD": {"li`,
+		"empty":         `{"accounts": {"POD": null}}`,
+		"of another":    strings.ReplaceAll(account(""), "POD", "p-other"),
+		"below nothing": strings.Replace(account(""), `"spent": {}`, `"spent": {"tokens": -1000000}`, 1),
+		"below itself":  account(`, "parent": "POD"`),
+		"without above": account(`, "parent": "p-none"`),
+		"held below":    strings.TrimSuffix(account(""), "}") + `, "holds": {"mc-1": {"pod": "POD", "amounts": {"tokens": -5}, "lost": {}}}}`,
+		"held by none":  strings.TrimSuffix(account(""), "}") + `, "holds": {"mc-1": {"pod": "p-none", "amounts": {}, "lost": {}}}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t)
+			p := h.budgetPod(`{"tokens": 1000}`)
+			if err := h.callModel(p, callOf(p, "mc-1"), egress.Tokens{Input: 900}); err != nil {
+				t.Fatal(err)
+			}
+			id, file := p.record.ID, filepath.Join(p.dir, budgetFile)
+			h.kill()
+			var err error
+			switch content {
+			case "":
+			case "-":
+				err = os.Remove(file)
+			default:
+				err = os.WriteFile(file, []byte(strings.ReplaceAll(content, "POD", id)), 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.start()
+			switch adopted := h.node.pods[id]; {
+			case content == "" && (adopted == nil || h.spentOf(adopted).Tokens != 900):
+				t.Errorf("the pod goes on as %+v, want 900 tokens spent", adopted)
+			case content != "" && adopted != nil:
+				t.Errorf("the pod goes on with %+v spent", h.spentOf(adopted))
+			}
+		})
 	}
 }

@@ -65,14 +65,15 @@ type Pod struct {
 
 	working bool // something runs that no request waits for; the root session's mutex guards it
 
-	mu      sync.Mutex // of the fields below, and of root and machine while the pod starts
-	session *wire.Session
-	watched *wire.Stream                             // on which the machine says what runs
-	calls   map[*wire.Stream]context.CancelCauseFunc // commands that run
-	state   string
-	reason  string
-	removed bool    // nothing of the machine is left
-	errand  *errand // of its agent, where another pod's agent gave it a task
+	mu                  sync.Mutex // of the fields below, and of root and machine while the pod starts
+	session             *wire.Session
+	watched             *wire.Stream                             // on which the machine says what runs
+	stopping, stopAgain bool                                     // what runs is being ended; since that began the machine said that something runs
+	calls               map[*wire.Stream]context.CancelCauseFunc // commands that run
+	state               string
+	reason              string
+	removed             bool    // nothing of the machine is left
+	errand              *errand // of its agent, where another pod's agent gave it a task
 
 	started chan struct{} // closed when the start has come to an end
 	gone    chan struct{} // closed when removed
@@ -331,7 +332,7 @@ func (p *Pod) joinSession() error {
 		if err := p.asked.joined(); err != nil {
 			return err
 		}
-	} else if p.record.Sub == nil {
+	} else if p.record.Sub == nil && len(p.record.OutcomeKey) == 0 { // later it has one, or its file is lost
 		if err := root.openAccount(p.record.ID, "", p.policy.Budget()); err != nil {
 			return err
 		}

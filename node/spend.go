@@ -88,12 +88,16 @@ func (n *Node) holdModelCall(ctx context.Context, p *Pod, call egress.ModelCall)
 		}
 	}
 	if !call.Free {
-		expected := call.Expected()
-		cost, _ := n.config.Prices.Cost(call.Requested, call.Service, expected)
-		s.budget.Holds[call.ID] = hold{p.record.ID, nucleus.Amounts{MicroUSD: cost, Tokens: expected.Sum()}}
-		if err := s.budget.store(); err != nil {
-			s.release(call.ID)
-			return nucleus.Errorf(nucleus.KindUnavailable, "nothing was sent: %v", err)
+		cost := func(tokens egress.Tokens) nucleus.Amounts {
+			usd, _ := n.config.Prices.Cost(call.Requested, call.Service, tokens)
+			return nucleus.Amounts{MicroUSD: usd, Tokens: tokens.Sum()}
+		}
+		s.budget.Holds[call.ID] = hold{p.record.ID, cost(call.Expected()), cost(call.Bound())}
+		if s.budget.limited(p.record.ID) {
+			if err := s.budget.store(); err != nil {
+				s.release(call.ID)
+				return nucleus.Errorf(nucleus.KindUnavailable, "nothing was sent: %v", err)
+			}
 		}
 	}
 	p.enter()
@@ -326,7 +330,7 @@ func (n *Node) sessions() []*rootSession {
 func (n *Node) storeClocks() {
 	for _, s := range n.sessions() {
 		s.mu.Lock()
-		moved := false
+		moved := s.budget.unstored
 		for p := range s.pods {
 			a := s.budget.Accounts[p.record.ID]
 			if a == nil {
@@ -439,18 +443,47 @@ func (p *Pod) endOf(exit guest.AgentExit) guest.AgentExit {
 // endGrace is how long an agent, and a command, has to end after it was told to.
 const endGrace = 3 * time.Second
 
-// endWork ends what runs in a pod, by and by.
+// endWork ends what runs in a pod, by and by. Only one does it, however often the machine says
+// that something runs.
 func (n *Node) endWork(p *Pod, why *nucleus.Error) {
 	select {
 	case <-n.closing: // the next node does
+		return
 	default:
-		n.serving.Go(func() { p.endWork(why) })
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stopAgain = true
+	if p.stopping {
+		return
+	}
+	p.stopping = true
+	n.serving.Go(func() {
+		for p.stopsAgain() {
+			p.endWork(why)
+		}
+	})
+}
+
+// stopsAgain reports whether what runs is to be ended, another time too.
+func (p *Pod) stopsAgain() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stopping, p.stopAgain = p.stopAgain, false
+	select {
+	case <-p.node.closing: // the next node does
+		p.stopping = false
+	default:
+	}
+	return p.stopping
 }
 
 // endWork tells what runs in a pod to end, and kills what does not.
 func (p *Pod) endWork(why *nucleus.Error) {
 	for _, signal := range []string{"TERM", "KILL"} {
+		if p.idle() {
+			return
+		}
 		p.mu.Lock()
 		for stream := range p.calls {
 			go stream.Send(wire.FrameSignal, []byte(signal))
@@ -470,19 +503,23 @@ func (p *Pod) endWork(why *nucleus.Error) {
 	}
 }
 
+// idle reports whether nothing of the pod runs.
+func (p *Pod) idle() bool {
+	p.root.mu.Lock()
+	working := p.working
+	p.root.mu.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !working && len(p.calls) == 0
+}
+
 // idleWithin waits until nothing of the pod runs.
 func (p *Pod) idleWithin(patience time.Duration) bool {
 	over := time.After(patience)
 	poll := time.NewTicker(50 * time.Millisecond)
 	defer poll.Stop()
 	for {
-		p.root.mu.Lock()
-		working := p.working
-		p.root.mu.Unlock()
-		p.mu.Lock()
-		idle := !working && len(p.calls) == 0
-		p.mu.Unlock()
-		if idle || !p.live() {
+		if p.idle() || !p.live() {
 			return true
 		}
 		select {

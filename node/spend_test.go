@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -66,7 +68,7 @@ func (h *host) modelEntries() (ended []modelEntry) {
 func TestModelCallsAreCharged(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
-	p := h.budgetPod(`{"usd": 1, "tokens": 100000}`)
+	p := h.budgetPod(`{"usd": 5, "tokens": 1000000}`)
 	if err := h.callModel(p, callOf(p, "mc-1"), egress.Tokens{Input: 10_000, CacheRead: 20_000, CacheWrite: 1_000, Output: 2_000}); err != nil {
 		t.Fatal(err)
 	}
@@ -75,7 +77,7 @@ func TestModelCallsAreCharged(t *testing.T) {
 		t.Errorf("spent %+v, want %+v", got, want)
 	}
 	entry := h.modelEntries()[0]
-	if entry.USD != 0.11625 || entry.Left["usd"] != 0.88375 || entry.Left["tokens"] != 67_000 || entry.Unpriced || len(entry.Left) != 2 {
+	if entry.USD != 0.11625 || entry.Left["usd"] != 4.88375 || entry.Left["tokens"] != 967_000 || entry.Unpriced || len(entry.Left) != 2 {
 		t.Errorf("the entry says %+v", entry)
 	}
 	free := callOf(p, "mc-2")
@@ -92,7 +94,7 @@ func TestModelCallsAreCharged(t *testing.T) {
 		t.Errorf("a model without a price is charged %v, unpriced %v", entry.USD, entry.Unpriced)
 	}
 	before := h.spentOf(p)
-	underWay := callOf(p, "mc-4")
+	underWay := callOf(p, "mc-4") // that its node does not see the end of costs all that it can
 	if err := (*gate)(h.node).ModelCall(h.context(), underWay); err != nil {
 		t.Fatal(err)
 	}
@@ -100,12 +102,12 @@ func TestModelCallsAreCharged(t *testing.T) {
 	h.kill()
 	h.start()
 	p = h.node.pods[id]
-	got, want := h.spentOf(p), before.Plus(nucleus.Amounts{Tokens: underWay.Expected().Sum()})
+	got, want := h.spentOf(p), before.Plus(nucleus.Amounts{Tokens: 100 + 128_000})
 	if got.Tokens != want.Tokens || got.MicroUSD <= before.MicroUSD {
 		t.Errorf("after the node was killed %+v is spent, want what was spent before and what was under way: %+v", got, want)
 	}
 	status := p.status()
-	if b := status.Budget; b == nil || *b.USD.Limit != 1 || *b.Tokens.Left != float64(100_000-got.Tokens) || b.Seconds.Limit != nil || b.Estimated != 1 || len(b.Unpriced) != 1 || b.Unpriced[0] != "model-nobody-knows" {
+	if b := status.Budget; b == nil || *b.USD.Limit != 5 || *b.Tokens.Left != float64(1_000_000-got.Tokens) || b.Seconds.Limit != nil || b.Estimated != 1 || len(b.Unpriced) != 1 || b.Unpriced[0] != "model-nobody-knows" {
 		t.Errorf("status %+v", status.Budget)
 	}
 }
@@ -489,4 +491,87 @@ func TestSubPodsSpend(t *testing.T) {
 		t.Errorf("stopped are %q and above it %q", stopped(sharing), stopped(p))
 	}
 	h.readA(p).want(t, nucleus.KindDenied, "10000 of 10000 tokens")
+}
+
+// A machine that says again and again that something runs in it does not keep the node busy.
+func TestMachineThatDoesNotEnd(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	flooded, spent := make(chan bool), make(chan bool)
+	h.watch = func(stream *wire.Stream) {
+		<-spent
+		for range 20_000 {
+			if stream.SendJSON(wire.FrameJSON, guest.WorkState{Agent: true}) != nil {
+				return
+			}
+		}
+		close(flooded)
+		stream.Recv(64)
+	}
+	p := h.budgetPod(`{"tokens": 1000}`)
+	if err := h.callModel(p, callOf(p, "mc-1"), egress.Tokens{Input: 1000}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the session is stopped", func() bool { return p.stoppedBy() != nil })
+	close(spent)
+	eventually(t, "the machine has said so", func() bool {
+		select {
+		case <-flooded:
+			p.root.mu.Lock()
+			defer p.root.mu.Unlock()
+			return p.working
+		default:
+			return false
+		}
+	})
+	stacks := make([]byte, 64<<20)
+	if ends := strings.Count(string(stacks[:runtime.Stack(stacks, true)]), ".idleWithin("); ends > 10 { // those of other tests beside it
+		t.Errorf("%d ends of it are under way at once", ends)
+	}
+}
+
+// Where nothing limits a session, what it spends is stored with the clocks, and no call waits
+// for the disk.
+func TestSpendingWithoutALimit(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	p := h.budgetPod(`{}`)
+	to := func(file string) {
+		p.root.mu.Lock()
+		defer p.root.mu.Unlock()
+		p.root.budget.file = file
+	}
+	file := filepath.Join(p.dir, budgetFile)
+	to(filepath.Join(p.dir, "none", budgetFile)) // cannot be written
+	if err := h.callModel(p, callOf(p, "mc-1"), egress.Tokens{Input: 10, Output: 20}); err != nil {
+		t.Error(err)
+	}
+	to(file)
+	h.node.storeClocks()
+	id := p.record.ID
+	h.kill()
+	h.start()
+	if got := h.spentOf(h.node.pods[id]); got.Tokens != 30 || got.MicroUSD == 0 {
+		t.Errorf("spent %+v, want 30 tokens", got)
+	}
+}
+
+// A limit that cannot be kept on the disk refuses what it would be charged for, before it is sent.
+func TestBudgetThatCannotBeStored(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	p := h.budgetPod(`{"usd": 1}`)
+	p.root.mu.Lock()
+	file := p.root.budget.file
+	p.root.budget.file = filepath.Join(p.dir, "none", budgetFile)
+	p.root.mu.Unlock()
+	if e := nucleus.AsError(h.callModel(p, callOf(p, "mc-1"), egress.Tokens{Input: 10})); e == nil || e.Kind != nucleus.KindUnavailable {
+		t.Errorf("a call: %v, want it refused", e)
+	}
+	p.root.mu.Lock()
+	p.root.budget.file = file
+	p.root.mu.Unlock()
+	if err := h.callModel(p, callOf(p, "mc-2"), egress.Tokens{Input: 10}); err != nil {
+		t.Errorf("a call, once it can be stored: %v", err)
+	}
 }
