@@ -96,7 +96,8 @@ func Run(ctx context.Context, conn net.Conn) error {
 	session.Handle(p.brief)
 	reply := nucleus.BootReply{Boot: p.boot.Boot, OutcomeKey: p.key.Public().(ed25519.PublicKey), Version: Version}
 	if err := stream.SendJSON(wire.FrameJSON, reply); err != nil {
-		return err
+		// A node that ended right behind its answer has it, and its next one comes.
+		slog.Warn("the answer to the boot frame", "error", err)
 	}
 	stream.Close()
 	return p.serve(ctx)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -122,18 +123,14 @@ func (b *askBook) get(id string) (pendingAsk, bool) {
 // same finds a living ask for the same action, or for the place that the action leads to,
 // so that an agent that repeats itself does not fill the person's queue; the caller holds
 // what it keeps. An ask for a place that told the person less than the session has taken
-// since is not the same. open is how many asks for places wait for the person. Asks whose
-// time is over are forgotten: nobody came back for them.
-func (b *askBook) same(r request, action nucleus.Action, beside nucleus.Legs, now int64) (known pendingAsk, ok bool, open int) {
+// since is not the same. Asks whose time is over are forgotten: nobody came back for them.
+func (b *askBook) same(r request, action nucleus.Action, beside nucleus.Legs, now int64) (known pendingAsk, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for id, p := range b.asks {
 		if now >= p.until {
 			b.remove(id)
 			continue
-		}
-		if p.ask.Passage != nil && p.refused == nil {
-			open++
 		}
 		if p.op == r.op && p.sameAs(r, action, beside) {
 			known, ok = p, true
@@ -142,7 +139,7 @@ func (b *askBook) same(r request, action nucleus.Action, beside nucleus.Legs, no
 	if ok {
 		known.pre.sent.hold()
 	}
-	return known, ok, open
+	return known, ok
 }
 
 func (p pendingAsk) sameAs(r request, action nucleus.Action, beside nucleus.Legs) bool {
@@ -153,36 +150,34 @@ func (p pendingAsk) sameAs(r request, action nucleus.Action, beside nucleus.Legs
 	return p.ask.Requester == r.caller.KeyID && sameAction(p.pre.action, action)
 }
 
-// open is how many asks for places wait for the person.
-func (b *askBook) open(now int64) int {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	open := 0
-	for _, p := range b.asks {
-		if p.ask.Passage != nil && p.refused == nil && now < p.until {
-			open++
-		}
-	}
-	return open
+// dropAsk forgets an ask that has been answered.
+func (p *Pod) dropAsk(id string) {
+	p.root.answered(id)
+	p.asks.mu.Lock()
+	defer p.asks.mu.Unlock()
+	p.asks.remove(id)
 }
 
-// openElsewhere is how many asks for places of the session's other pods wait.
-func (p *Pod) openElsewhere() int {
-	p.root.mu.Lock()
-	defer p.root.mu.Unlock()
-	open := 0
-	for other := range p.root.pods {
-		if other != p {
-			open += other.asks.open(p.node.config.Now().UnixMilli())
-		}
+// askFor takes one of the places for asks that a session has, and reports whether there was
+// one. It is given back by answered, or when the ask expires.
+func (s *rootSession) askFor(ask string, now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	maps.DeleteFunc(s.places, func(_ string, until int64) bool { return now.UnixMilli() >= until })
+	if len(s.places) >= maxOpenAsks {
+		return false
 	}
-	return open
+	if s.places == nil {
+		s.places = map[string]int64{}
+	}
+	s.places[ask] = now.Add(askLife).UnixMilli()
+	return true
 }
 
-func (b *askBook) drop(id string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.remove(id)
+func (s *rootSession) answered(ask string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.places, ask)
 }
 
 // approve puts the request before a person, waits as long as the caller does, and
@@ -195,7 +190,7 @@ func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, nee
 	}
 	ruled, err := n.decide(p, r, approvedPre, grant)
 	if grant != nil {
-		p.asks.drop(grant.ask.ID)
+		p.dropAsk(grant.ask.ID)
 	}
 	if needsOf(err) != nil { // the passage that was open has ended meanwhile
 		err = n.recordUnapproved(p, r, pre, needed, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Message: needed.decision.Why + "; call again to ask"})
@@ -243,7 +238,7 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 		if err != nil {
 			return fail(err)
 		}
-		p.asks.drop(pending.ask.ID)
+		p.dropAsk(pending.ask.ID)
 		if pending.ask.Passage != nil && answer.State == approvals.Denied {
 			pending.refused, pending.until = refused, n.config.Now().Add(askLife).UnixMilli()
 			p.asks.put(pending)
@@ -260,7 +255,7 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 	if pending.ask.Passage != nil {
 		return holding(got, pre)
 	}
-	p.asks.drop(pending.ask.ID)
+	p.dropAsk(pending.ask.ID)
 	return holding(got, pending.pre) // what was approved, not what was resolved anew for a retry
 }
 
@@ -317,18 +312,29 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	}
 	defer leave()
 	now := n.config.Now()
-	known, ok, open := p.asks.same(r, pre.action, needed.beside, now.UnixMilli())
+	known, ok := p.asks.same(r, pre.action, needed.beside, now.UnixMilli())
 	if ok {
 		return known, true, nil
 	}
-	open += p.openElsewhere()
 	if p.root.open(p.record.ID, pre.action, now) {
 		return pendingAsk{}, false, nil
 	}
 	if err := pre.sent.await(); err != nil {
 		return pendingAsk{}, false, err
 	}
-	ask, err := n.newAsk(ctx, p, r, pre, needed, open)
+	id, submitted := nucleus.NewID("a-"), false
+	if _, _, placed := pre.action.Place(); placed {
+		if !p.root.askFor(id, now) {
+			return pendingAsk{}, false, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
+				Message: fmt.Sprintf("%s; %d asks of this session wait for a person, no more at once", needed.decision.Why, maxOpenAsks)}
+		}
+		defer func() {
+			if !submitted {
+				p.root.answered(id)
+			}
+		}()
+	}
+	ask, err := n.newAsk(ctx, p, r, pre, needed, id)
 	if err != nil {
 		return pendingAsk{}, false, err
 	}
@@ -344,16 +350,17 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if _, err := n.asks.Submit(ctx, ask); err != nil {
 		return pendingAsk{}, false, authorityFailure(err)
 	}
+	submitted = true
 	pending := pendingAsk{ask: ask, pre: pre, op: r.op}
 	pre.sent.hold()
 	p.asks.put(pending)
 	return pending, true, nil
 }
 
-// newAsk makes the ask for a request; open is how many asks for places wait.
-func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval, open int) (nucleus.AskRequest, error) {
+// newAsk makes the ask for a request.
+func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, needed *needsApproval, id string) (nucleus.AskRequest, error) {
 	ask := nucleus.AskRequest{
-		ID: nucleus.NewID("a-"), Pod: p.record.ID, Workspace: n.workspaceOf(p), Session: p.record.Session, Boot: p.record.Boot,
+		ID: id, Pod: p.record.ID, Workspace: n.workspaceOf(p), Session: p.record.Session, Boot: p.record.Boot,
 		Requester: r.caller.KeyID, Action: pre.action, Digest: pre.digest, Salt: pre.salt[:],
 		Policy: p.digest, Rule: needed.decision.Rule, Why: needed.decision.Why, Context: needed.context,
 		Tier: string(p.record.Tier), Mode: string(p.record.Spec.Mode), Detail: pre.detail, Evidence: p.root.shown(), Nonce: nucleus.NewID("n-"),
@@ -363,10 +370,6 @@ func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, need
 	}
 	signed := r.signed
 	if host, port, placed := pre.action.Place(); placed {
-		if open >= maxOpenAsks {
-			return ask, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
-				Message: fmt.Sprintf("%s; %d asks of this session wait for a person, no more at once", needed.decision.Why, open)}
-		}
 		detail, err := n.placeDetail(ctx, p, r, pre.action)
 		if err != nil {
 			return ask, err

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -53,6 +54,7 @@ type newSub struct {
 	commit      string
 	budget      nucleus.Amounts // as it was asked for
 
+	taken   bool   // by the call that makes it; the root session's mutex guards it
 	account string // counted in the root session's making, with this account; its mutex guards it
 	held    bool   // origin has a hold for the pod's life; the pod's mutex guards it
 }
@@ -77,17 +79,21 @@ func (s *newSub) beyond() string {
 	return ""
 }
 
-// reserve takes the place that beyond saw, and sets the budget aside. An error of kind denied
-// says that there is not so much. The caller holds the root session's mutex.
+// reserve takes the place that beyond saw, and sets the budget aside: for one call, of those
+// that waited for the same approval. An error of kind denied says that there is not so much. The
+// caller holds the root session's mutex, and settles what it has reserved.
 func (s *newSub) reserve() error {
 	if s == nil {
 		return nil
 	}
 	root := s.parent.root
+	if s.taken {
+		return nucleus.Errorf(nucleus.KindConflict, "another call that waited for this approval makes the pod")
+	}
 	if err := root.openAccount(s.pod.record.ID, s.parent.record.ID, s.budget); err != nil {
 		return err
 	}
-	s.account = s.pod.record.ID
+	s.taken, s.account = true, s.pod.record.ID
 	root.making++
 	return nil
 }
@@ -115,9 +121,15 @@ func (s *newSub) settle() {
 	root := s.parent.root
 	root.mu.Lock()
 	defer root.mu.Unlock()
-	if s.account == "" {
+	s.giveBack()
+}
+
+// giveBack is settle for who holds the root session's mutex.
+func (s *newSub) giveBack() {
+	if s == nil || s.account == "" {
 		return
 	}
+	root := s.parent.root
 	if err := root.closeAccount(s.account); err != nil {
 		slog.Error("the budget of a pod that was not made is not given back", "pod", s.parent.record.ID, "error", err)
 	}
@@ -308,14 +320,36 @@ func (n *Node) below(p *Pod) []subStatus {
 // endSubs ends the pods that p's agent asked for, and those below them.
 func (n *Node) endSubs(ctx context.Context, actor string, p *Pod) error {
 	n.mu.Lock()
-	pods := slices.DeleteFunc(n.podList(), func(q *Pod) bool { return q.record.Sub == nil || q.record.Sub.Parent != p.record.ID })
+	pods := n.askedBy(p)
 	n.mu.Unlock()
+	var errs []error
 	for _, q := range pods {
 		if err := n.DeletePod(ctx, actor, q.record.ID); err != nil && nucleus.AsError(err).Kind != nucleus.KindNotFound {
-			return fmt.Errorf("ending pod %s below pod %s: %w", q.record.ID, p.record.ID, err)
+			errs = append(errs, fmt.Errorf("ending pod %s below pod %s: %w", q.record.ID, p.record.ID, err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+// failSubs ends the pods below one that is no more. Where they cannot end in order, as without a
+// log, they fail with it.
+func (n *Node) failSubs(p *Pod) {
+	if err := n.endSubs(context.Background(), "", p); err == nil {
+		return
+	}
+	n.mu.Lock()
+	pods := n.askedBy(p)
+	n.mu.Unlock()
+	for _, q := range pods {
+		n.failPod(q, errAboveEnded)
+	}
+}
+
+var errAboveEnded = errors.New("the pod above it has ended")
+
+// askedBy are the pods that p's agent asked for. The caller holds the mutex.
+func (n *Node) askedBy(p *Pod) []*Pod {
+	return slices.DeleteFunc(n.podList(), func(q *Pod) bool { return q.record.Sub == nil || q.record.Sub.Parent != p.record.ID })
 }
 
 // derive works out the pod that args ask for from the record of the one that asks. With
@@ -502,13 +536,19 @@ func (n *Node) prepareSpawn(ctx context.Context, p *Pod, r request, args tools.S
 	return nil
 }
 
-// abandon removes a pod that did not come to serve, and says why it did not.
+// abandon removes a pod that did not come to serve, and says why it did not. What went wrong
+// on the host names its places: the machine is not told.
 func (n *Node) abandon(ctx context.Context, actor string, child *Pod, why error) error {
+	if kind := nucleus.AsError(why).Kind; kind == nucleus.KindFailed || kind == nucleus.KindInternal {
+		slog.Error("a pod did not come to serve", "pod", child.record.ID, "parent", child.record.Sub.Parent, "cause", why)
+		why = nucleus.Errorf(kind, "pod %s did not come to serve; why is the host's affair, and in its log", child.record.ID)
+	}
 	err := n.DeletePod(ctx, actor, child.record.ID)
 	if err == nil || nucleus.AsError(err).Kind == nucleus.KindNotFound {
 		return why
 	}
-	return nucleus.Errorf(nucleus.AsError(why).Kind, "%v; and pod %s could not be removed: %v", why, child.record.ID, err)
+	slog.Error("removing a pod that did not come to serve", "pod", child.record.ID, "error", err)
+	return nucleus.Errorf(nucleus.AsError(why).Kind, "%v; and what is left of it could not be removed", why)
 }
 
 // asAction is the pod as an action shows it.
@@ -560,12 +600,13 @@ func (t *transfer) leftOut(ctx context.Context, commit string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	names, err := t.Run(ctx, "diff", "--no-color", "--name-only", commit, worktree)
+	// Compared, not walked: a few trees can stand for more files than anybody can count.
+	trees, err := t.Run(ctx, "rev-parse", commit+"^{tree}", worktree+"^{tree}")
 	if err != nil {
 		return "", err
 	}
-	if count := strings.Count(names, "\n"); count > 0 {
-		return fmt.Sprintf("%d files of the working tree differ from commit %.12s and stay: commit what is to go along", count, commit), nil
+	if of := strings.Fields(trees); len(of) != 2 || of[0] != of[1] {
+		return fmt.Sprintf("the working tree differs from commit %.12s, and what is not committed stays: commit what is to go along", commit), nil
 	}
 	return "", nil
 }

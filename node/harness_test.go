@@ -68,6 +68,7 @@ type host struct {
 	watch    func(*wire.Stream)                              // nil: no agent runs
 	program  func(*inside, guest.AgentProgram, *wire.Stream) // in place of agent
 	joined   func(*inside, *wire.Stream)                     // who attaches to an agent
+	onAttach func(*inside)                                   // a later node has come
 }
 
 type clock struct {
@@ -457,10 +458,10 @@ func (m *inside) takeBoot(session *wire.Session) error {
 	reply := m.host.boot
 	m.host.mu.Unlock()
 	answer := nucleus.BootReply{Boot: m.boot.Boot, OutcomeKey: public, Version: guest.Version}
-	if reply != nil && !reply(m, &answer) {
-		return nil
+	if reply == nil || reply(m, &answer) {
+		_ = stream.SendJSON(wire.FrameJSON, answer) // as guest.Proxy: a node that ended right behind it has it
 	}
-	return stream.SendJSON(wire.FrameJSON, answer)
+	return nil
 }
 
 func (m *inside) startWorker(ctx context.Context) (end func(), err error) {
@@ -491,8 +492,11 @@ func (m *inside) startWorker(ctx context.Context) (end func(), err error) {
 // takeWire is what guest.Proxy does with a later node: it wants a proof.
 func (m *inside) takeWire(ctx context.Context, a fake.Attach, wires *sync.WaitGroup) {
 	m.host.mu.Lock()
-	refuse := m.host.attach
+	refuse, came := m.host.attach, m.host.onAttach
 	m.host.mu.Unlock()
+	if came != nil {
+		came(m)
+	}
 	if refuse != nil {
 		a.Answer(refuse())
 		return

@@ -559,10 +559,10 @@ func TestPassageEndsWithNode(t *testing.T) {
 		if site.hits.Load() != hits {
 			t.Errorf("round %d: somebody came", round)
 		}
-		p.asks.drop(id)
+		p.dropAsk(id)
 		for _, a := range h.authority.asked() {
 			seen[a.ID] = true
-			p.asks.drop(a.ID)
+			p.dropAsk(a.ID)
 		}
 	}
 }

@@ -99,6 +99,14 @@ type record struct {
 	Sub        *subRecord           `json:"sub,omitempty"`
 }
 
+// root is the session whose exposure, budget and storage the pod shares.
+func (r record) root() string {
+	if r.Sub != nil {
+		return r.Sub.Session
+	}
+	return r.Session
+}
+
 var podRef = regexp.MustCompile(`^r-[A-Za-z0-9]{1,64}$`)
 
 var workspaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
@@ -775,9 +783,7 @@ func (n *Node) failPod(p *Pod, cause error) {
 	p.mu.Unlock()
 	slog.Error("pod failed", "pod", p.record.ID, "cause", cause)
 	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 2000)})})
-	if err := n.endSubs(context.Background(), "", p); err != nil {
-		slog.Error("removing the pods below a failed pod", "pod", p.record.ID, "error", err)
-	}
+	n.failSubs(p)
 	if err := n.teardown(p); err != nil {
 		slog.Error("removing a failed pod", "pod", p.record.ID, "error", err)
 	}

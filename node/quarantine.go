@@ -28,7 +28,7 @@ import (
 // Limits bound what machines can make the host store, in bytes. 0 is the default.
 type Limits struct {
 	Transfer int64 // one branch on its way
-	Pod      int64 // of one pod: branches on their way, and kept for pushes that wait for a person
+	Pod      int64 // of one root session, its sub-pods included: branches on their way, and kept for pushes that wait for a person
 	Node     int64 // of all pods
 }
 
@@ -54,64 +54,64 @@ type storage struct {
 	waiting tally // for a person
 }
 
-// tally is bytes by pod.
+// tally is bytes by root session.
 type tally struct {
-	all  int64
-	pods map[string]int64
+	all      int64
+	sessions map[string]int64
 }
 
-func (t *tally) add(pod string, bytes int64) {
-	if t.pods == nil {
-		t.pods = map[string]int64{}
+func (t *tally) add(session string, bytes int64) {
+	if t.sessions == nil {
+		t.sessions = map[string]int64{}
 	}
 	t.all += bytes
-	if t.pods[pod] += bytes; t.pods[pod] == 0 {
-		delete(t.pods, pod)
+	if t.sessions[session] += bytes; t.sessions[session] == 0 {
+		delete(t.sessions, session)
 	}
 }
 
-// within refuses bytes that would make a pod, or all of them, exceed their limit.
-func (t *tally) within(pod string, bytes int64, l Limits) error {
+// within refuses bytes that would make a session, or all of them, exceed their limit.
+func (t *tally) within(session string, bytes int64, l Limits) error {
 	const what = "would keep more than %d bytes in quarantine; pushes that wait for an answer count (cal approve)"
 	switch {
 	case bytes <= 0:
-	case t.pods[pod]+bytes > l.Pod:
-		return nucleus.Errorf(nucleus.KindTooLarge, "pod %s "+what, pod, l.Pod)
+	case t.sessions[session]+bytes > l.Pod:
+		return nucleus.Errorf(nucleus.KindTooLarge, "session %s "+what, session, l.Pod)
 	case t.all+bytes > l.Node:
 		return nucleus.Errorf(nucleus.KindTooLarge, "all pods together "+what, l.Node)
 	}
 	return nil
 }
 
-func (s *storage) add(pod string, bytes int64) error {
+func (s *storage) add(session string, bytes int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.stored.within(pod, bytes, s.limits); err != nil {
+	if err := s.stored.within(session, bytes, s.limits); err != nil {
 		return err
 	}
-	s.stored.add(pod, bytes)
+	s.stored.add(session, bytes)
 	return nil
 }
 
 // wait counts bytes as kept for an answer. They leave room for one branch on its way: who
 // comes back for the answer sends its branch again.
-func (s *storage) wait(pod string, bytes int64) error {
+func (s *storage) wait(session string, bytes int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	room := s.limits
 	room.Pod, room.Node = room.Pod-room.Transfer, room.Node-room.Transfer
-	if err := s.waiting.within(pod, bytes, room); err != nil {
+	if err := s.waiting.within(session, bytes, room); err != nil {
 		return err
 	}
-	s.waiting.add(pod, bytes)
+	s.waiting.add(session, bytes)
 	return nil
 }
 
-func (s *storage) remove(pod string, stored, waiting int64) {
+func (s *storage) remove(session string, stored, waiting int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.stored.add(pod, -stored)
-	s.waiting.add(pod, -waiting)
+	s.stored.add(session, -stored)
+	s.waiting.add(session, -waiting)
 }
 
 // transfer is what a machine sent for one request: a bare repository of its own, which
@@ -186,7 +186,7 @@ func (t *transfer) drop() {
 			slog.Error("a quarantine could not be removed; it goes with its pod", "dir", t.Dir, "error", err)
 		}
 	}
-	t.pod.node.storage.remove(t.pod.record.ID, t.charged, t.waiting)
+	t.pod.node.storage.remove(t.pod.record.root(), t.charged, t.waiting)
 	t.charged, t.waiting = 0, 0
 }
 
@@ -200,7 +200,7 @@ func (t *transfer) await() error {
 	if t.waiting > 0 {
 		return nil
 	}
-	if err := t.pod.node.storage.wait(t.pod.record.ID, t.charged); err != nil {
+	if err := t.pod.node.storage.wait(t.pod.record.root(), t.charged); err != nil {
 		return err
 	}
 	t.waiting = t.charged
@@ -212,7 +212,7 @@ func (t *transfer) charge(bytes int64) error {
 	if t.charged+bytes > t.pod.node.storage.limits.Transfer {
 		return nucleus.Errorf(nucleus.KindTooLarge, "the machine's branch is larger than %d bytes", t.pod.node.storage.limits.Transfer)
 	}
-	if err := t.pod.node.storage.add(t.pod.record.ID, bytes); err != nil {
+	if err := t.pod.node.storage.add(t.pod.record.root(), bytes); err != nil {
 		return err
 	}
 	t.charged += bytes
@@ -265,7 +265,7 @@ func (t *transfer) take(ctx context.Context, ref string) (commit string, err err
 		}
 	}
 	if in.result == nil {
-		commit, err = t.Take(ctx, in, ref)
+		commit, err = t.Take(ctx, in, ref, t.stored.Base)
 		if err = cmp.Or(in.err, err); err == nil {
 			err = in.end()
 		}

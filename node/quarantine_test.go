@@ -27,7 +27,7 @@ func (h *host) transfers(p *Pod) (dirs []string, bytes int64) {
 	}
 	h.node.storage.mu.Lock()
 	defer h.node.storage.mu.Unlock()
-	return dirs, h.node.storage.stored.pods[p.record.ID]
+	return dirs, h.node.storage.stored.sessions[p.record.Session]
 }
 
 func (h *host) wantTransfers(p *Pod, what string, n int) {
@@ -191,7 +191,7 @@ func TestQuarantineLimits(t *testing.T) {
 	h.wantTransfers(one, "too large", 0)
 	push(one, "a", mib).want(t, nucleus.KindApproval)
 	push(one, "b", mib).want(t, nucleus.KindApproval)
-	push(one, "c", mib).want(t, nucleus.KindTooLarge, "pod "+one.record.ID)
+	push(one, "c", mib).want(t, nucleus.KindTooLarge, "session "+one.record.Session)
 	h.wantTransfers(one, "its room is full", 2)
 	push(two, "a", mib).want(t, nucleus.KindApproval)
 	push(two, "b", mib).want(t, nucleus.KindTooLarge, "all pods")

@@ -49,10 +49,13 @@ func (n *Node) recover(ctx context.Context) error {
 			n.mu.Unlock()
 			p.serve()
 			err = n.adoptErrand(p)
-			if err == nil {
-				continue
+			if err == nil && p.record.Sub != nil {
+				// Whose end found nothing below it before p was known.
+				err = n.aboveLives(p)
 			}
-			n.failPod(p, err)
+			if err != nil {
+				n.failPod(p, err)
+			}
 			continue
 		}
 		slog.Warn("pod cannot be adopted; removing what is left of it", "pod", l.name, "cause", err)
@@ -61,6 +64,14 @@ func (n *Node) recover(ctx context.Context) error {
 		}
 	}
 	return n.closeLostAccounts()
+}
+
+func (n *Node) aboveLives(p *Pod) error {
+	above, err := n.pod(p.record.Sub.Parent)
+	if err != nil || above.ended() != "" {
+		return errAboveEnded
+	}
+	return nil
 }
 
 // closeLostAccounts gives back what was set aside for pods that did not come to be, or are gone.

@@ -52,7 +52,6 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 		return nil, n.refuseUnresolved(p, r, err)
 	}
 	defer pre.sent.drop()
-	defer func() { pre.sub.settle() }()
 	r.laps.lap("resolve")
 	ruled, err := n.decide(p, r, pre, nil)
 	if needed := needsOf(err); needed != nil {
@@ -62,6 +61,7 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 	if err != nil {
 		return nil, err
 	}
+	defer ruled.sub.settle()
 	permit, err := p.recorded(ruled)
 	if err != nil {
 		return nil, err
@@ -170,9 +170,15 @@ func (p *Pod) context(now time.Time) nucleus.Context {
 // on the disk is waited for outside, so that requests of one session share a sync.
 // approval is nil on the first pass; an ask for which no passage is open then comes back
 // as *needsApproval. A grant that was given is judged against what holds now.
-func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (ruling, error) {
+func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (_ ruling, err error) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
+	var reserved *newSub
+	defer func() {
+		if err != nil {
+			reserved.giveBack()
+		}
+	}()
 	now := n.config.Now()
 	state := p.context(now)
 	decision := p.policy.Decide(pre.action, state)
@@ -193,6 +199,8 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (ruli
 				return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 			}
 			decision = nucleus.Decision{Verdict: nucleus.Deny, Rule: e.Rule, Why: e.Message}
+		} else {
+			reserved = pre.sub
 		}
 	}
 	permit := nucleus.Permit{
@@ -242,7 +250,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (ruli
 	if r.attempt == nil {
 		permit.Seq = p.nextSeq()
 	}
-	return ruling{permit, ask, intent}, nil
+	return ruling{permit, ask, intent, reserved}, nil
 }
 
 // ruling is a decision to go ahead. It counts when its intent is on the disk.
@@ -250,6 +258,7 @@ type ruling struct {
 	permit nucleus.Permit
 	ask    *nucleus.AskRequest // what the permit's grant was given for
 	intent *audit.Pending
+	sub    *newSub // what was reserved for the pod that is asked for
 }
 
 // recorded waits until the intent is on the disk: without it there is no permit, and

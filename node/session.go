@@ -25,6 +25,7 @@ type rootSession struct {
 	through  nucleus.Legs       // of the exposure: what passages alone have taken
 	evidence []nucleus.Evidence // which entry took each leg
 	passages []passage          // see passage.go
+	places   map[string]int64   // asks for places that wait for a person, those of pods that have ended too: until when, unix milliseconds
 	budget   *ledger            // see budget.go
 	freed    chan struct{}      // closed, and made anew, when a call to the model ends
 }

@@ -83,7 +83,7 @@ func (b *bench) bring(base string, agent func(dir string)) {
 		t.Fatal(err)
 	}
 	defer sent.Close()
-	worktree, err := q.Take(ctx, sent, "refs/cal/worktree")
+	worktree, err := q.Take(ctx, sent, "refs/cal/worktree", start)
 	if err != nil {
 		t.Fatal(err)
 	}

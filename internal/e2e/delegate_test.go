@@ -87,7 +87,7 @@ func subAgentStory(t *testing.T, p provider) {
 	}
 	text := func(i int) string { return strings.ReplaceAll(got[i].Text, `\"`, `"`) }
 	for i, wants := range map[int][]string{
-		1: {"SUB-DONE", `"state":"ended"`, `"exit_code":0`, `"commits":1`, "1 files of the working tree differ"},
+		1: {"SUB-DONE", `"state":"ended"`, `"exit_code":0`, `"commits":1`, "the working tree differs"},
 		2: {"cal/sub/p-", "Spell it right", "## agent/" + p.agent, "greet.sh", "FAILED: Helo"}, // its own working tree is as it was
 		3: {"[]"},
 	} {

@@ -541,7 +541,7 @@ func TestNothingRuns(t *testing.T) {
 	sent, err := os.Open(work)
 	step("opening the bundle", err)
 	defer sent.Close()
-	commit, err := q.Take(ctx, sent, "refs/heads/agent/x")
+	commit, err := q.Take(ctx, sent, "refs/heads/agent/x", base)
 	step("Take", err)
 	_, err = q.Run(ctx, "diff", "--stat", base, commit)
 	step("diff", err)

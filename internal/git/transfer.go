@@ -2,7 +2,11 @@ package git
 
 import (
 	"bufio"
+	"bytes"
+	"cmp"
 	"context"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -38,9 +42,15 @@ func (r Repo) WritePack(ctx context.Context, out io.Writer, commit string, witho
 	return r.Stream(ctx, strings.NewReader(revisions), out, "pack-objects", "-q", "--revs", "--stdout", "--thin", "--delta-base-offset")
 }
 
-// unpack takes a pack in. Every object is checked, and what it builds on must be here.
-func (r Repo) unpack(ctx context.Context, in io.Reader) error {
-	return r.Stream(ctx, in, io.Discard, "index-pack", "--stdin", "--fix-thin", "--strict", "--fsck-objects")
+// unpack takes a pack in and returns its id. Every object is checked, and what it builds on must
+// be here.
+func (r Repo) unpack(ctx context.Context, in io.Reader) (id string, err error) {
+	var said strings.Builder
+	if err := r.Stream(ctx, in, &said, "index-pack", "--stdin", "--fix-thin", "--strict", "--fsck-objects"); err != nil {
+		return "", err
+	}
+	_, id, _ = strings.Cut(strings.TrimSpace(said.String()), "\t")
+	return id, nil
 }
 
 // Shallow returns the commits of the history of commit whose parents the repository was
@@ -112,21 +122,123 @@ func MakeQuarantine(ctx context.Context, dir string, origin Repo) (Quarantine, e
 }
 
 // Take brings ref of a bundle, which the machine made, to the same ref here. Every
-// object is checked.
-func (q Quarantine) Take(ctx context.Context, bundle io.Reader, ref string) (commit string, err error) {
+// object is checked, and comes from the machine: base is the commit that it was given.
+func (q Quarantine) Take(ctx context.Context, bundle io.Reader, ref, base string) (commit string, err error) {
 	reader := bufio.NewReader(bundle)
 	if commit, err = bundleHead(reader, ref); err != nil {
 		return "", err
 	}
-	if err := q.unpack(ctx, reader); err != nil {
+	head, err := reader.Peek(12) // "PACK", version, number of objects
+	if err != nil {
+		return "", fmt.Errorf("the head of the pack: %w", err)
+	}
+	pack, err := q.unpack(ctx, reader)
+	if err != nil {
 		return "", err
 	}
 	got, err := q.Resolve(ctx, commit)
 	if err != nil || got != commit {
 		return "", fmt.Errorf("the bundle names %s as %s, which it does not hold", commit, ref)
 	}
+	sent, err := packed(filepath.Join(q.Dir, "objects", "pack", "pack-"+pack+".idx"), len(commit)/2, binary.BigEndian.Uint32(head[8:]))
+	if err != nil {
+		return "", err
+	}
+	if err := q.checkSent(ctx, commit, base, sent); err != nil {
+		return "", err
+	}
 	_, err = q.Run(ctx, "update-ref", ref, commit)
 	return commit, err
+}
+
+// checkSent is an error where commit leads to an object that was neither sent, nor is of the history
+// of base or of what was taken before. The quarantine borrows all that the person has: whoever
+// knows the id of an object there could else name it as its own, and have it handed on.
+func (q Quarantine) checkSent(ctx context.Context, commit, base string, sent map[string]bool) error {
+	known := []string{"--all"} // what was taken before
+	if base != "" {
+		known = append(known, base)
+	}
+	missing := map[string]bool{}
+	objects := func(visit func(id string), revisions ...string) error {
+		return q.Stream(ctx, nil, &lines{visit: visit}, append([]string{"rev-list", "--objects", "--no-object-names"}, revisions...)...)
+	}
+	err := objects(func(id string) {
+		if !sent[id] {
+			missing[id] = true
+		}
+	}, append([]string{commit, "--not"}, known...)...)
+	if err != nil || len(missing) == 0 {
+		return err
+	}
+	// Git leaves out what it sees to be known, not all that is: a file may be again what it was long ago.
+	if err := objects(func(id string) { delete(missing, id) }, known...); err != nil {
+		return err
+	}
+	for id := range missing {
+		return fmt.Errorf("commit %s leads to object %s, which the machine neither sent nor was given", commit, id)
+	}
+	return nil
+}
+
+// lines visits each line that is written to it.
+type lines struct {
+	rest  []byte
+	visit func(string)
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.rest = append(l.rest, p...)
+	for {
+		line, rest, whole := bytes.Cut(l.rest, []byte("\n"))
+		if !whole {
+			return len(p), nil
+		}
+		l.visit(string(line))
+		l.rest = rest
+	}
+}
+
+// packed reads the ids of the first objects of a pack from its index (gitformat-pack(5), version 2).
+// Those behind them are what git added to complete it. size is that of an id in bytes.
+func packed(index string, size int, first uint32) (map[string]bool, error) {
+	raw, err := os.ReadFile(index)
+	if err != nil {
+		return nil, err
+	}
+	const head, fanout = 8, 256 * 4
+	broken := fmt.Errorf("%s is no index of version 2", index)
+	if len(raw) < head+fanout || string(raw[:head]) != "\377tOc\000\000\000\002" {
+		return nil, broken
+	}
+	count := int(binary.BigEndian.Uint32(raw[head+fanout-4:]))
+	ids := raw[head+fanout:]
+	offsets := count * (size + 4) // behind the ids and their checksums
+	if len(ids) < offsets+count*4 {
+		return nil, broken
+	}
+	large := ids[offsets+count*4:]
+	type object struct {
+		id     string
+		offset uint64
+	}
+	objects := make([]object, count)
+	for i := range objects {
+		offset := uint64(binary.BigEndian.Uint32(ids[offsets+i*4:]))
+		if at := int(offset&^(1<<31)) * 8; offset>>31 == 1 {
+			if len(large) < at+8 {
+				return nil, broken
+			}
+			offset = binary.BigEndian.Uint64(large[at:])
+		}
+		objects[i] = object{hex.EncodeToString(ids[i*size : (i+1)*size]), offset}
+	}
+	slices.SortFunc(objects, func(a, b object) int { return cmp.Compare(a.offset, b.offset) })
+	sent := make(map[string]bool, count)
+	for _, o := range objects[:min(count, int(first))] {
+		sent[o.id] = true
+	}
+	return sent, nil
 }
 
 // bundleHead reads the head of a bundle up to its pack (gitformat-bundle(5), version
@@ -177,7 +289,7 @@ func (q Quarantine) Give(ctx context.Context, to Repo, branch, commit, base stri
 		writer.CloseWithError(err)
 		packed <- err
 	}()
-	err = to.unpack(ctx, reader)
+	_, err = to.unpack(ctx, reader)
 	reader.CloseWithError(errors.New("index-pack ended"))
 	if packErr := <-packed; packErr != nil && err == nil {
 		err = packErr

@@ -39,7 +39,8 @@ type pod struct {
 // Run judges every request of a log by p, in the order in which they were recorded.
 // The exposure is that of a session under p: it begins with what the session had
 // when the log saw it first, what p denies does not expose, and an ask counts as
-// granted. Sessions of one workspace share it. An error ends it.
+// granted. Sessions of one workspace share it, and so do a pod and those that its agent asked
+// for. An error ends it.
 func Run(p *policy.Policy, entries iter.Seq2[nucleus.Entry, error]) (Replay, error) {
 	r := Replay{Denied: []Replayed{}, Asked: []Replayed{}, Unjudged: []int64{}}
 	pods := map[string]*pod{}
@@ -54,7 +55,7 @@ func Run(p *policy.Policy, entries iter.Seq2[nucleus.Entry, error]) (Replay, err
 			pods[e.Pod] = at
 		}
 		if e.Kind != nucleus.KindIntent {
-			at.learn(e, exposures)
+			at.learn(e, pods, exposures)
 			continue
 		}
 		r.Requests++
@@ -79,11 +80,14 @@ func Run(p *policy.Policy, entries iter.Seq2[nucleus.Entry, error]) (Replay, err
 }
 
 // learn takes from an entry what later decisions depend on.
-func (at *pod) learn(e nucleus.Entry, exposures map[string]nucleus.Legs) {
+func (at *pod) learn(e nucleus.Entry, pods map[string]*pod, exposures map[string]nucleus.Legs) {
 	var data struct {
 		Mode      nucleus.Mode `json:"mode"`
 		Workspace string       `json:"workspace"`
 		Untrusted *bool        `json:"untrusted"`
+		Sub       struct {
+			Parent string `json:"parent"`
+		} `json:"sub"`
 
 		Instructions []string `json:"instructions"`
 	}
@@ -95,6 +99,9 @@ func (at *pod) learn(e nucleus.Entry, exposures map[string]nucleus.Legs) {
 		at.contained = data.Mode == nucleus.Contained
 		if data.Workspace != "" {
 			at.workspace = "workspace " + data.Workspace
+		}
+		if above := pods[data.Sub.Parent]; above != nil {
+			at.workspace = above.workspace
 		}
 	case nucleus.KindPodStart, nucleus.KindPodAdopt, nucleus.KindSessionStart, nucleus.KindRepoImport:
 		if data.Untrusted != nil {
@@ -149,6 +156,9 @@ func judgedTexts(a nucleus.Action) []string {
 	}
 	if a.Connect != nil {
 		texts = append(texts, a.Connect.Host)
+	}
+	if a.Sub != nil {
+		texts = append(texts, string(a.Sub.Policy))
 	}
 	return texts
 }

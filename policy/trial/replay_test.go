@@ -84,6 +84,14 @@ func TestRun(t *testing.T) {
 			create(nucleus.Mediated), start(true), intent(t, read("app/x")),
 			{Pod: "p-2", Kind: nucleus.KindIntent, Op: nucleus.GitPush, Args: raw(t, push)},
 		}, "2 [] [] []"},
+		{"a pod below", []nucleus.Entry{
+			create(nucleus.Mediated), start(true), intent(t, read("app/x")),
+			{Pod: "p-2", Kind: nucleus.KindPodCreate, Data: raw(t, map[string]any{"mode": "mediated", "workspace": "", "sub": map[string]any{"parent": "p-1"}})},
+			{Pod: "p-2", Kind: nucleus.KindIntent, Op: nucleus.GitPush, Args: raw(t, push)},
+		}, "2 [] [4] []"},
+		{"a pod whose policy is cut", []nucleus.Entry{
+			intent(t, nucleus.Action{Op: nucleus.SpawnAgent, Sub: &nucleus.Sub{Do: nucleus.SubSpawn, Policy: json.RawMessage(`{"hosts":{"only":["[cut: 9 more]"]}}`)}}),
+		}, "1 [] [] [0]"},
 		{"what the log does not show", []nucleus.Entry{
 			intent(t, read("app/x[cut: 9 bytes]")), intent(t, read("app/[redacted]")), unresolved, cutList, cutAll, other, intent(t, read("app/ok")),
 		}, "7 [] [] [0 1 2 3 4 5]"},
