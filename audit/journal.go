@@ -1,11 +1,13 @@
 package audit
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"strings"
 
 	"cal/nucleus"
 
@@ -16,9 +18,11 @@ import (
 // format; maxJournal bounds what a reader takes in.
 const (
 	journalName  = "journal"
-	journalMagic = "cal-journal 1\n"
-	frameHeader  = 12
-	maxJournal   = 256 << 20
+	journalMagic = journalFormat + "1\n"
+	// journalFormat is the beginning of every version.
+	journalFormat = "cal-journal "
+	frameHeader   = 12
+	maxJournal    = 256 << 20
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -84,6 +88,9 @@ type journal struct {
 	tail    []byte // bytes after it: an append that did not finish
 }
 
+// errFormat says that a journal is of another version.
+var errFormat = errors.New("a format of another version")
+
 // errDamaged says that a journal does not only end early.
 var errDamaged = errors.New("damaged")
 
@@ -93,6 +100,9 @@ var errDamaged = errors.New("damaged")
 // returned with errDamaged holds what lies before it. A bad signature is
 // errSignature; v nil leaves signatures unchecked.
 func parseJournal(raw []byte, v note.Verifier) (*journal, error) {
+	if line, _, _ := bytes.Cut(raw[:min(len(raw), 40)], []byte("\n")); bytes.HasPrefix(line, []byte(journalFormat)) && string(line)+"\n" != journalMagic {
+		return nil, fmt.Errorf("%w: it is %q, this program reads %q", errFormat, line, strings.TrimSpace(journalMagic))
+	}
 	if len(raw) < len(journalMagic) || string(raw[:len(journalMagic)]) != journalMagic {
 		return nil, fmt.Errorf("%w: it begins with %q, want %q", errDamaged, raw[:min(len(raw), len(journalMagic))], journalMagic)
 	}

@@ -533,7 +533,7 @@ func TestBegunAndFailed(t *testing.T) {
 type gated struct {
 	FS
 	asked chan int64 // the size of the journal when a sync begins
-	go_   chan struct{}
+	go_   chan error
 }
 
 type gatedFile struct {
@@ -555,7 +555,9 @@ func (f *gatedFile) Write(p []byte) (int, error) {
 
 func (f *gatedFile) Sync() error {
 	f.g.asked <- f.written
-	<-f.g.go_
+	if err := <-f.g.go_; err != nil {
+		return err
+	}
 	return f.File.Sync()
 }
 
@@ -567,7 +569,7 @@ func TestNothingIsAcknowledgedBeforeItsSync(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	disk := &gated{FS: under, asked: make(chan int64), go_: make(chan struct{})}
+	disk := &gated{FS: under, asked: make(chan int64), go_: make(chan error)}
 	o := testOptions()
 	o.FS = disk
 	l := mustOpen(t, dir, o)
@@ -599,12 +601,12 @@ func TestNothingIsAcknowledgedBeforeItsSync(t *testing.T) {
 	if n, size := told.Load(), l.Size(); n != 0 || size != 0 {
 		t.Errorf("before any sync: %d were told, the size is %d", n, size)
 	}
-	disk.go_ <- struct{}{}
+	disk.go_ <- nil
 	<-disk.asked // the others', one for all of them
 	if n, size := told.Load(), l.Size(); n > 1 || size != 1 {
 		t.Errorf("after one sync: %d were told, the size is %d", n, size)
 	}
-	disk.go_ <- struct{}{}
+	disk.go_ <- nil
 	group.Wait()
 	if n, size := told.Load(), l.Size(); n != writers || size != writers {
 		t.Errorf("after two syncs: %d were told, the size is %d", n, size)
@@ -613,4 +615,56 @@ func TestNothingIsAcknowledgedBeforeItsSync(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantOK(t, dir, nil, writers)
+}
+
+// What has begun while a sync was under way that then fails is not written after it: its
+// record would stand behind bytes that nobody can vouch for.
+func TestQueuedBehindAFailure(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "log")
+	under, err := openFiles(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk := &gated{FS: under, asked: make(chan int64), go_: make(chan error)}
+	o := testOptions()
+	o.FS = disk
+	l := mustOpen(t, dir, o)
+	first := make(chan error)
+	go func() {
+		_, err := l.Append(entryNumber(0))
+		first <- err
+	}()
+	<-disk.asked
+	p, err := l.Begin(entryNumber(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := make(chan error, 1)
+	go func() {
+		_, err := p.Wait()
+		second <- err
+	}()
+	disk.go_ <- errors.New("no")
+	if err := <-first; !errors.Is(err, ErrFailed) {
+		t.Errorf("the first: %v", err)
+	}
+	select {
+	case err := <-second:
+		if !errors.Is(err, ErrFailed) {
+			t.Errorf("the one behind it: %v", err)
+		}
+	case <-disk.asked:
+		t.Error("the one behind it was written")
+		disk.go_ <- nil
+		<-second
+	}
+	if err := l.Reopen(); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if r := mustVerify(t, dir, nil); !r.OK() || r.Size > 1 {
+		t.Errorf("%d entries: %v", r.Size, r.Problems)
+	}
 }

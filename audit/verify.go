@@ -262,7 +262,9 @@ func (c *check) trySnapshot() (again bool, err error) {
 		return false, fmt.Errorf("not a log: neither %s nor %s is there", checkpointName, journalName)
 	}
 	c.report.Problems, c.report.More = []Problem{}, 0
-	c.openJournal(raw)
+	if err := c.openJournal(raw); err != nil {
+		return false, err
+	}
 	c.openCosigned(cosigned)
 	if err := c.choose(signed); err != nil {
 		return false, err
@@ -284,13 +286,15 @@ func (c *check) readNote(name string) ([]byte, error) {
 }
 
 // openJournal parses the journal, as far as it can be.
-func (c *check) openJournal(raw []byte) {
+func (c *check) openJournal(raw []byte) error {
 	c.journal = nil
 	if raw == nil {
-		return
+		return nil
 	}
 	j, err := parseJournal(raw, c.v)
 	switch {
+	case errors.Is(err, errFormat):
+		return fmt.Errorf("%s: %w", journalName, err) // it may be as it was written
 	case errors.Is(err, errSignature):
 		c.report.add(Problem{-1, BadSignature, journalName, err.Error()})
 	case err != nil:
@@ -299,6 +303,7 @@ func (c *check) openJournal(raw []byte) {
 		c.report.add(Problem{j.end(), Torn, journalName, fmt.Sprintf("%d bytes after the last record are no whole record", len(j.tail))})
 	}
 	c.journal = j
+	return nil
 }
 
 // openCosigned reads what witnesses signed. Whoever names witnesses wants to see

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -373,6 +374,16 @@ func TestVerifyRefuses(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
+	}
+	// A later version may be right; this one cannot say.
+	later := makeLog(t, 3)
+	write(t, filepath.Join(later, journalName), "cal-journal 2\n{}")
+	before := contents(t, later)
+	if r, err := Verify(later, VerifyOptions{Key: testVerifier}); err == nil || !strings.Contains(err.Error(), `it is "cal-journal 2", this program reads "cal-journal 1"`) {
+		t.Errorf("a later format: %+v, %v", r, err)
+	}
+	if !maps.Equal(before, contents(t, later)) {
+		t.Error("verifying wrote")
 	}
 	// The right name and another key: the log's signatures are bad.
 	key := newKey(1)

@@ -21,14 +21,16 @@ import (
 )
 
 // errand is the run of a sub-agent on its task, without a terminal. What it says and how it
-// ended is on disk, so that the next node can tell it: but for what was on the wire when a node
-// was killed.
+// ended is on disk, so that the next node can tell it: but for what came last, or was on the wire,
+// when a node was killed.
 type errand struct {
 	file string
 	done chan struct{} // closed when it has ended
 
 	mu    sync.Mutex
 	state errandFile
+	saved time.Time // when state was written last
+	due   bool      // it will be written in a moment
 }
 
 type errandFile struct {
@@ -88,8 +90,11 @@ func (e *errand) stateName() string {
 	return "running"
 }
 
-// say keeps output. It is written beside its place and put there, without waiting for the
-// disk: a node that is killed loses nothing of it.
+// sayEvery is how often output is written at most: a sub-agent that prints single bytes costs
+// no more than one that prints pages.
+const sayEvery = 20 * time.Millisecond
+
+// say keeps output, and writes it soon.
 func (e *errand) say(kind wire.Frame, text []byte) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -97,6 +102,28 @@ func (e *errand) say(kind wire.Frame, text []byte) {
 		e.state.Stderr.write(text)
 	} else {
 		e.state.Stdout.write(text)
+	}
+	if e.due {
+		return
+	}
+	if wait := sayEvery - time.Since(e.saved); wait > 0 {
+		e.due = true
+		time.AfterFunc(wait, func() {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			e.write()
+		})
+		return
+	}
+	e.write()
+}
+
+// write puts the state beside its place and then there, without waiting for the disk. What
+// finish has stored stays. The caller holds the mutex.
+func (e *errand) write() {
+	e.due, e.saved = false, time.Now()
+	if e.state.Exit != nil {
+		return
 	}
 	raw, err := json.Marshal(e.state)
 	if err == nil {

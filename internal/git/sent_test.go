@@ -178,3 +178,39 @@ func TestTakeWhatGitSends(t *testing.T) {
 		})
 	}
 }
+
+// A few trees stand for any number of files: what looks at them all is never begun.
+func TestTakeCountsFiles(t *testing.T) {
+	h := newHostile(t)
+	base := h.git("rev-parse", "HEAD")
+	const ref = "refs/heads/agent/x"
+	// levels of ten entries each stand for ten to the power of levels files.
+	tens := func(levels int) (commit, bundle string) {
+		f := &forgery{}
+		mode, id := "100644", f.add("blob", "x\n")
+		for range levels {
+			raw, _ := hex.DecodeString(id)
+			var tree strings.Builder
+			for i := range 10 {
+				fmt.Fprintf(&tree, "%s %d\x00%s", mode, i, raw)
+			}
+			mode, id = "40000", f.add("tree", tree.String())
+		}
+		commit = f.commit(id)
+		return commit, f.bundle(commit, ref)
+	}
+	for levels, want := range map[int]string{3: "", 7: "stands for more than 1048576 files", 12: "stands for more than 1048576 files"} {
+		q, err := MakeQuarantine(context.Background(), filepath.Join(t.TempDir(), "q.git"), Repo{h.dir})
+		if err != nil {
+			t.Fatal(err)
+		}
+		commit, bundle := tens(levels)
+		got, err := q.Take(context.Background(), strings.NewReader(bundle), ref, base)
+		switch {
+		case want == "" && (err != nil || got != commit):
+			t.Errorf("10^%d files: %s, %v; want %s", levels, got, err, commit)
+		case want != "" && (err == nil || !strings.Contains(err.Error(), want)):
+			t.Errorf("10^%d files: %s, %v; want %q", levels, got, err, want)
+		}
+	}
+}

@@ -147,8 +147,42 @@ func (q Quarantine) Take(ctx context.Context, bundle io.Reader, ref, base string
 	if err := q.checkSent(ctx, commit, base, sent); err != nil {
 		return "", err
 	}
+	if err := q.checkSize(ctx, commit); err != nil {
+		return "", err
+	}
 	_, err = q.Run(ctx, "update-ref", ref, commit)
 	return commit, err
+}
+
+// How many files a commit may stand for, and how many bytes their paths may have. A few trees that
+// hold each other stand for any number of files, and git's diff keeps all their names in memory.
+const (
+	maxNames     = 1 << 20
+	maxNameBytes = 256 << 20
+)
+
+// checkSize is an error where commit stands for more files than anything here is to look at.
+func (q Quarantine) checkSize(ctx context.Context, commit string) error {
+	counting := &nameCount{}
+	err := q.Stream(ctx, nil, counting, "ls-tree", "-r", "-z", "--name-only", commit)
+	if counting.over() {
+		return fmt.Errorf("commit %s stands for more than %d files, or for paths of more than %d bytes", commit, maxNames, maxNameBytes)
+	}
+	return err
+}
+
+type nameCount struct{ names, bytes int }
+
+func (c *nameCount) over() bool { return c.names > maxNames || c.bytes > maxNameBytes }
+
+// Write counts names, each with a NUL behind it, and ends git where they are too many.
+func (c *nameCount) Write(p []byte) (int, error) {
+	c.names += bytes.Count(p, []byte{0})
+	c.bytes += len(p)
+	if c.over() {
+		return 0, errors.New("too many names")
+	}
+	return len(p), nil
 }
 
 // checkSent is an error where commit leads to an object that was neither sent, nor is of the history

@@ -4,7 +4,7 @@ package main
 var logMutants = []mutant{
 	// writing
 	{"log: nobody is told before the sync", "audit/log.go", "if err := l.journal.Sync(); err != nil {", "if err := error(nil); err != nil {", "TestEveryOperationFails"},
-	{"log: what could not be written refuses the rest", "audit/log.go", "	if err := l.failure(); err != nil {\n		return err\n	}\n	var bundle []byte", "	var bundle []byte", "TestBegunAndFailed"},
+	{"log: what could not be written refuses the rest", "audit/log.go", "	if err := l.failure(); err != nil {\n		return err\n	}\n	var bundle []byte", "	var bundle []byte", "TestQueuedBehindAFailure"},
 	{"log: a torn write is marked", "audit/recover.go", "if len(j.tail) > 0 {", "if false {", "TestTornAtEveryByte"},
 	{"log: damage is no torn write", "audit/journal.go", "if _, ok := unframe(j.tail[i:]); ok {", "if false {", "TestDamagedJournalIsRefused"},
 	{"log: a record fits its checkpoint", "audit/recover.go", "if s.tree.root() != r.says.Root {", "if false {", "TestForgedRecord"},
