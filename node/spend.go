@@ -263,6 +263,12 @@ func (p *Pod) works(runs bool) {
 	} else {
 		p.leave()
 	}
+	if p.root.budget.payer(p.record.ID, nucleus.Seconds) == nil {
+		return
+	}
+	if err := p.root.budget.store(); err != nil { // the next node has to know that it ran
+		slog.Error("that a clock runs could not be stored", "pod", p.record.ID, "error", err)
+	}
 }
 
 // maxGap is the most that a pod can have run on without a node: its machine waits a minute

@@ -575,3 +575,21 @@ func TestBudgetThatCannotBeStored(t *testing.T) {
 		t.Errorf("a call, once it can be stored: %v", err)
 	}
 }
+
+// That something runs is on the disk as soon as it does, where seconds are limited: the time
+// without a node counts from there.
+func TestClockIsStoredAtOnce(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	p := h.budgetPod(`{"seconds": 60}`)
+	for _, runs := range []bool{true, false} {
+		p.works(runs)
+		stored, err := openLedger(filepath.Join(p.dir, budgetFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if since := stored.Accounts[p.record.ID].Since; since > 0 != runs {
+			t.Errorf("it runs: %v; the file says that it has run since %d", runs, since)
+		}
+	}
+}
