@@ -366,8 +366,9 @@ func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, mac
 		kind, payload, err := machine.Recv(1 << 20)
 		if err != nil {
 			if _, gone := p.wire(); gone != nil { // not the wire alone: the machine
-				n.recordAgentEnd(p, actor, guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(gone)})
-				sendExit(person, nucleus.AsError(gone))
+				exit := p.endOf(guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(gone)})
+				n.recordAgentEnd(p, actor, exit)
+				sendExit(person, exit.Error)
 			}
 			return
 		}

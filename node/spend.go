@@ -466,7 +466,7 @@ func (n *Node) endWork(p *Pod, why *nucleus.Error) {
 	p.stopping = true
 	n.serving.Go(func() {
 		for p.stopsAgain() {
-			p.endWork(why)
+			p.endWork(why, disobedience)
 		}
 	})
 }
@@ -484,8 +484,11 @@ func (p *Pod) stopsAgain() bool {
 	return p.stopping
 }
 
-// endWork tells what runs in a pod to end, and kills what does not.
-func (p *Pod) endWork(why *nucleus.Error) {
+// disobedience is how long a machine may say that something runs there which it was told to kill.
+const disobedience = 30 * time.Second
+
+// endWork tells what runs in a pod to end, and kills what does not; at last the machine.
+func (p *Pod) endWork(why *nucleus.Error, patience time.Duration) {
 	for _, signal := range []string{"TERM", "KILL"} {
 		if p.idle() {
 			return
@@ -503,9 +506,15 @@ func (p *Pod) endWork(why *nucleus.Error) {
 		}
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	for _, cancel := range p.calls {
 		cancel(why)
+	}
+	p.mu.Unlock()
+	if p.idleWithin(patience) {
+		return
+	}
+	if _, gone := p.wire(); gone == nil { // else it stands still, and will hear of it
+		p.node.failPod(p, fmt.Errorf("the machine did not end what runs in it: %w", why))
 	}
 }
 

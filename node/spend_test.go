@@ -593,3 +593,31 @@ func TestClockIsStoredAtOnce(t *testing.T) {
 		}
 	}
 }
+
+// A machine that does not end what runs in it is ended itself, and the person is told why.
+func TestMachineThatDoesNotObey(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.watch = func(stream *wire.Stream) {
+		stream.SendJSON(wire.FrameJSON, guest.WorkState{Agent: true})
+		signals(stream, make(chan string, 100)) // and does nothing
+	}
+	p := h.budgetPod(`{"tokens": 1000}`)
+	eventually(t, "the agent runs", func() bool { return !p.idle() })
+	a, b := pipe(t)
+	machine, guestEnd := pipe(t)
+	go h.node.relayAgent(p, "operator", nucleus.Entry{}, a, machine)
+	if err := h.callModel(p, callOf(p, "mc-1"), egress.Tokens{Input: 1000}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the session is stopped", func() bool { return p.stoppedBy() != nil })
+	p.endWork(p.stoppedBy(), time.Millisecond)
+	if p.live() {
+		t.Error("the machine goes on")
+	}
+	guestEnd.Close() // as its wire does
+	var exit guest.AgentExit
+	if err := b.RecvJSON(wire.FrameResult, 1<<20, &exit); err != nil || exit.Error == nil || exit.Error.Rule != "budget.tokens" {
+		t.Errorf("the person is told %+v, %v", exit, err)
+	}
+}
