@@ -613,7 +613,7 @@ func TestMachineThatDoesNotObey(t *testing.T) {
 	eventually(t, "the session is stopped", func() bool { return p.stoppedBy() != nil })
 	p.endWork(p.stoppedBy(), time.Millisecond)
 	if p.live() {
-		t.Error("the machine goes on")
+		t.Fatal("the machine goes on")
 	}
 	guestEnd.Close() // as its wire does
 	var exit guest.AgentExit
