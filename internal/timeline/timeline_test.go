@@ -268,6 +268,9 @@ func TestWhat(t *testing.T) {
 		e    nucleus.Entry
 		want string
 	}{
+		{nucleus.Entry{Kind: nucleus.KindIntent, Op: nucleus.NetConnect, Verdict: nucleus.Deny, Rule: "egress.model", Args: js(map[string]any{"id": "eg-1", "via": "model", "host": "api.example", "port": 443, "method": "HEAD", "path": "/\u202e"})},
+			`HEAD /\u{202e} by model, api.example:443`},
+		{nucleus.Entry{Kind: nucleus.KindPodCreate, Data: js(map[string]any{"mode": "mediated", "sub": map[string]any{"parent": "p-9"}})}, "below p-9, mediated"},
 		{nucleus.Entry{Kind: nucleus.KindPodStop}, ""},
 		{nucleus.Entry{Kind: nucleus.KindIntent, Args: js(nucleus.Action{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: "a\u202eb"}}})}, `a\u{202e}b`},
 		{nucleus.Entry{Kind: nucleus.KindIntent, Args: js([]string{"what came"})}, `["what came"]`},
