@@ -85,6 +85,9 @@ func policyCheck() *cobra.Command {
 				result.Digest, err = p.Digest()
 			}
 			if !asJSON {
+				if err == nil {
+					fmt.Printf("%s: valid\n", given[0])
+				}
 				return err
 			}
 			if err != nil {
