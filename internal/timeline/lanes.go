@@ -106,7 +106,8 @@ func (s *story) groups() (list []group) {
 		{Name: "Files", Class: "files", Lanes: s.callLanes("files", filesOf)},
 		{Name: "Commands", Class: "commands", Lanes: s.callLanes("commands", programOf)},
 		{Name: "Network", Class: "network", Lanes: s.networkLanes()},
-		{Name: "Git", Class: "git", Lanes: s.callLanes("git", func(v *event) []string { return []string{string(v.Op)} })},
+		{Name: "Git", Class: "git", Lanes: s.callLanes("git", opOf)},
+		{Name: "Sub-pods", Class: "pods", Lanes: s.callLanes("pods", opOf)},
 		{Name: "Budget", Class: "budget", Charts: s.charts()},
 	} {
 		if len(g.Lanes)+len(g.Charts) > 0 {
@@ -314,6 +315,8 @@ func (s *story) callLanes(class string, names func(*event) []string) []lane {
 	return n.lanes()
 }
 
+func opOf(v *event) []string { return []string{string(v.Op)} }
+
 func filesOf(v *event) (names []string) {
 	for _, file := range v.action.Files[:min(len(v.action.Files), 20)] {
 		names = append(names, approval.Visible(file.Path))
@@ -509,7 +512,7 @@ func (s *story) refusals() (list []row) {
 }
 
 func (s *story) kinds() (list []string) {
-	for _, name := range []string{"files", "commands", "network", "git", "model", "session"} {
+	for _, name := range []string{"files", "commands", "network", "git", "pods", "model", "session"} {
 		if slices.ContainsFunc(s.rows, func(r row) bool { return r.Group == name }) {
 			list = append(list, name)
 		}

@@ -189,6 +189,26 @@ func TestPageSays(t *testing.T) {
 	}
 }
 
+// A sub-agent has a lane, as long as the call that waits for it.
+func TestSubPodsHaveALane(t *testing.T) {
+	s := short5()
+	s.call(time.Second, 7*time.Second, nucleus.Action{Op: nucleus.SpawnAgent, Sub: &nucleus.Sub{Task: "mend it"}}, []string{"private"}, 0)
+	story, err := newStory(s.receipt(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range story.groups() {
+		if g.Name != "Sub-pods" {
+			continue
+		}
+		if len(g.Lanes) != 1 || g.Lanes[0].Label != "spawn_agent" || len(g.Lanes[0].Marks) != 1 {
+			t.Errorf("got %+v", g.Lanes)
+		}
+		return
+	}
+	t.Error("there is no lane of sub-pods")
+}
+
 // A page made again is the same page.
 func TestPageIsOne(t *testing.T) {
 	r := long(300).receipt(t)
