@@ -424,6 +424,22 @@ func environment() map[string]string {
 	return env
 }
 
+// AgentNames lists the agents that can be named: the person's own in the order of their
+// names, and the built-in ones that none of these goes before.
+func (h Home) AgentNames() []string {
+	files, _ := filepath.Glob(filepath.Join(h.Dir, "agents", "*.yaml")) // the pattern is well formed
+	var names []string
+	for _, file := range files {
+		names = append(names, strings.TrimSuffix(filepath.Base(file), ".yaml"))
+	}
+	for _, name := range agents.Names() {
+		if !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
 // LocateAgent finds the person's install of an agent.
 func (h Home) LocateAgent(ctx context.Context, name string) (agents.Install, error) {
 	_, install, err := h.locateAgent(ctx, name, environment())
@@ -437,7 +453,7 @@ func (h Home) locateAgent(ctx context.Context, name string, env map[string]strin
 		return definition, install, err
 	}
 	if definition, err = agents.Find(name); err != nil {
-		return definition, install, nucleus.Errorf(nucleus.KindInvalid, "%v", err)
+		return definition, install, nucleus.Errorf(nucleus.KindInvalid, "unknown agent %q; known: %s", name, strings.Join(h.AgentNames(), ", "))
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {
