@@ -336,7 +336,7 @@ var usdPattern = regexp.MustCompile(`^(0|[1-9][0-9]{0,8})(\.[0-9]{1,6})?$`)
 // readUSD reads dollars exactly, in millionths.
 func readUSD(n *node) (int64, error) {
 	if n.kind != number || !usdPattern.MatchString(n.text) {
-		return 0, n.errorf("budget.usd is %s; want an amount like 5 or 0.25, below 1000000000", n.describe())
+		return 0, n.errorf("budget.usd is %s; want an amount like 5 or 0.25, below 1000000000, of six decimals at most", n.describe())
 	}
 	whole, fraction, _ := strings.Cut(n.text, ".")
 	return strconv.ParseInt(whole+(fraction + "000000")[:6], 10, 64)
