@@ -237,7 +237,7 @@ func sourceOf(name string) (p *policy.Policy, path string, raw []byte, err error
 			return nil, "", nil, err
 		}
 	}
-	p, err = policy.Read(path, raw)
+	p, err = policy.Load(path, raw)
 	return p, path, raw, err
 }
 

@@ -45,7 +45,7 @@ func TestRun(t *testing.T) {
 		return nucleus.Action{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: name}}}
 	}
 	push := nucleus.Action{Op: nucleus.GitPush, Push: &nucleus.Push{Repo: "app"}}
-	p, err := policy.Read("p", []byte(`{"operations": {"read_files": "always", "git_push": "always"}, "paths": {"roots": {"only": ["app"]}, "blocked": ["*.pem"]}}`))
+	p, err := policy.Load("p", []byte(`{"operations": {"read_files": "always", "git_push": "always"}, "paths": {"roots": {"only": ["app"]}, "blocked": ["*.pem"]}}`))
 	if err != nil {
 		t.Fatal(err)
 	}
