@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -30,11 +31,26 @@ func policyCommand() *cobra.Command {
 }
 
 func policyList() *cobra.Command {
+	type listed struct {
+		Name string `json:"name"`
+		File string `json:"file,omitempty"` // of the person's own
+	}
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use: "list", Short: "List the profiles", Example: "  cal policy list", Args: args(cobra.NoArgs),
+		Use: "list", Short: "List the profiles, and the policies below ~/.cal/policies", Example: "  cal policy list", Args: args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
-			return printList(policy.Profiles(), asJSON, "PROFILE", func(s string) string { return s })
+			home, err := workspace.OpenHome()
+			if err != nil {
+				return err
+			}
+			var all []listed
+			for _, name := range policy.Profiles() {
+				all = append(all, listed{Name: name})
+			}
+			for _, file := range home.PolicyFiles() {
+				all = append(all, listed{strings.TrimSuffix(filepath.Base(file), ".yaml"), file})
+			}
+			return printList(all, asJSON, "POLICY\tFILE", func(p listed) string { return p.Name + "\t" + orWord(p.File, "built in") })
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")

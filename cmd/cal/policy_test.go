@@ -230,6 +230,7 @@ func TestPolicyForPeople(t *testing.T) {
 		{[]string{"show", "trusting.yaml"}, `"trusted":true`, "assumption: counts on no leg: a.b port 443 GET /x/** trusted", 0},
 		{[]string{"show", "trusting.yaml", "--json"}, `"trusted":true`, "", 0},
 		{[]string{"list", "--json"}, `"fix-issue"`, "", 0},
+		{[]string{"list"}, "home/policies/c.yaml", "", 0},
 	} {
 		stdout, stderr, code := cal(t, dir, "", append([]string{"policy"}, c.given...)...)
 		if !strings.Contains(stdout, c.stdout) || !strings.Contains(stderr, c.stderr) || c.stderr == "" && stderr != "" || code != c.code {
