@@ -4,6 +4,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/json"
+	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -14,6 +15,7 @@ import (
 
 	"cal/approval"
 	"cal/nucleus"
+	"cal/policy"
 )
 
 // lock is the second lock with who stands before it: a node, and a person who approves.
@@ -334,6 +336,26 @@ func TestGrantOnce(t *testing.T) {
 	second := first
 	second.ID, second.Seq = "r-second", first.Seq+1
 	l.refusedAsk("the same grant", Call{Op: action.Op, Permit: l.sign(second)}, &action, &ask, "grant")
+}
+
+// A quorum is more than one grant, and more than one grant no permit can hold.
+func TestQuorum(t *testing.T) {
+	for approvals, text := range map[int]string{1: "", 2: "2 approvals are needed", 16: "16 approvals are needed"} {
+		l := newLock(t)
+		var err error
+		l.p.policy, err = policy.Load("p", fmt.Appendf(nil, `{"operations":{"write_files":"ask"},"obligations":{"write_files":{"approvals":%d}}}`, approvals))
+		if err != nil {
+			t.Fatal(err)
+		}
+		action := writeAction("a")
+		permit := l.permit(action)
+		ask := l.ask(permit, action)
+		permit.Grants = []string{l.token(ask), l.token(ask)}
+		_, e := l.p.admit(Call{Op: action.Op, Permit: l.sign(permit)}, &action, &ask)
+		if text == "" && e != nil || text != "" && (e == nil || !strings.Contains(e.Message, text)) {
+			t.Errorf("%d approvals: %+v, want %q", approvals, e, text)
+		}
+	}
 }
 
 // A sequence number is accepted once, in whatever order numbers come; an epoch that

@@ -207,6 +207,9 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, action nucleus.Action, ask *n
 	}
 	passage := false
 	if permit.Verdict == nucleus.Ask {
+		if own.Approvals > 1 {
+			return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: %d approvals are needed, and a permit holds one", own.Approvals)
+		}
 		if e := p.checkGrants(permit, action, ask, now); e != nil {
 			return e
 		}

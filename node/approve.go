@@ -198,8 +198,20 @@ func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, nee
 	return ruled, approvedPre, err
 }
 
-// canApprove reports whether anybody could grant anything to this pod.
-func (n *Node) canApprove(p *Pod) bool { return n.asks != nil && len(p.approvers) > 0 }
+// mostApprovals is how many persons one ask can reach: one authority, with one key.
+const mostApprovals = 1
+
+// unapprovable says why nobody could grant to this pod what a decision asks for; "" where
+// somebody could.
+func (n *Node) unapprovable(p *Pod, d nucleus.Decision) string {
+	switch {
+	case n.asks == nil || len(p.approvers) == 0:
+		return "nobody could approve when this machine started (cal approve init makes the key)"
+	case d.Approvals > mostApprovals:
+		return fmt.Sprintf("the policy wants the approvals of %d different persons, and one alone can be asked here", d.Approvals)
+	}
+	return ""
+}
 
 // obtain gets a grant and the values that it was given for, with a hold. A grant for a
 // place lets the request's own values through; no grant and no error mean that somebody
@@ -213,8 +225,8 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 		pre.sent.hold()
 		return grant, pre, nil
 	}
-	if !n.canApprove(p) {
-		return refuse("", "nobody could approve when this machine started (cal approve init makes the key)")
+	if why := n.unapprovable(p, needed.decision); why != "" {
+		return refuse("", why)
 	}
 	pending, made, err := n.pendingAsk(ctx, p, r, pre, needed)
 	if err != nil {

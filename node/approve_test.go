@@ -271,6 +271,23 @@ func TestNoAuthority(t *testing.T) {
 	}
 }
 
+// What more persons have to approve than can be asked is not done, and nobody is asked.
+func TestQuorumBeyondOne(t *testing.T) {
+	t.Parallel()
+	for approvals, want := range map[int]string{1: "a person has been asked", 2: "the approvals of 2 different persons"} {
+		h := newHost(t, withAuthority)
+		p := h.pod(specOf("", json.RawMessage(fmt.Sprintf(`{"operations":{"write_files":"ask","read_files":"always"},"obligations":{"write_files":{"approvals":%d}}}`, approvals))), map[string]string{"b": "text"})
+		e := h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval, want)
+		if asked := len(h.authority.asked()); asked != 2-approvals || (e.Ask != "") != (asked == 1) {
+			t.Errorf("%d approvals: %d asks, %+v", approvals, asked, e)
+		}
+		h.tool(p, nucleus.ReadFiles, map[string]string{"path": "b"}).want(t, "") // the rest goes on
+		if written(p, "a") {
+			t.Error("it was done")
+		}
+	}
+}
+
 // A grant is judged against what holds when it arrives.
 func TestDecidedAgain(t *testing.T) {
 	t.Parallel()

@@ -749,6 +749,8 @@ func (m *inside) admit(c *callInside) error {
 		return errors.New("another machine or operation")
 	case m.policy.Decide(*c.args.Action, c.permit.Context).Verdict.StricterThan(c.permit.Verdict):
 		return errors.New("its own decision is stricter")
+	case m.policy.Decide(*c.args.Action, c.permit.Context).Approvals > 1:
+		return errors.New("a quorum that no permit holds")
 	}
 	if c.permit.Verdict != nucleus.Ask {
 		return nil

@@ -30,12 +30,12 @@ func (n *Node) hopeless(p *Pod, op nucleus.Op, pre *prepared) bool {
 	action := pre.action
 	action.Op = op
 	p.root.mu.Lock()
-	verdict := p.policy.Decide(action, p.context(n.config.Now())).Verdict
+	decision := p.policy.Decide(action, p.context(n.config.Now()))
 	p.root.mu.Unlock()
 	pre.effect = func(context.Context, nucleus.Permit) (json.RawMessage, error) {
 		return nil, nucleus.Errorf(nucleus.KindConflict, "the policy's window opened while %s was resolved: call again", op)
 	}
-	return verdict != nucleus.Allow && (verdict != nucleus.Ask || !n.canApprove(p))
+	return decision.Verdict != nucleus.Allow && (decision.Verdict != nucleus.Ask || n.unapprovable(p, decision) != "")
 }
 
 // preparePush brings the branch into quarantine, where it is checked and known

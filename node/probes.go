@@ -76,7 +76,7 @@ func (n *Node) chooseDriver(ctx context.Context, spec nucleus.PodSpec) (machine.
 		reasons = append(reasons, reason)
 	}
 	if len(reasons) == 0 {
-		return nil, nucleus.Errorf(nucleus.KindInvalid, "no driver %q", spec.Driver)
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "no driver %q (cal doctor lists them)", spec.Driver)
 	}
 	return nil, nucleus.Errorf(nucleus.KindUnavailable, "%s can be started here: %s", what, strings.Join(reasons, "; "))
 }

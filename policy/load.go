@@ -21,16 +21,6 @@ func Load(name string, data []byte) (*Policy, error) {
 	return loadOver(name, data, defaults())
 }
 
-// Read is Load for who asks about policies and runs nothing under them: it also
-// accepts the scopes that nothing enforces yet.
-func Read(name string, data []byte) (*Policy, error) {
-	p, _, err := readOver(data, defaults())
-	if err != nil {
-		return nil, fmt.Errorf("%s:%w", name, err)
-	}
-	return p, nil
-}
-
 func defaults() *Policy {
 	return &Policy{
 		roots:    set[root]{only: []root{"."}},
@@ -53,42 +43,22 @@ func Tighten(p *Policy, name string, data []byte) (*Policy, error) {
 	return Meet(p, own), nil
 }
 
-// loadOver reads a policy whose left-out scopes are those of from.
+// loadOver reads a policy whose left-out scopes are those of from, which nobody else holds.
 func loadOver(name string, data []byte, from *Policy) (*Policy, error) {
-	p, missing, err := readOver(data, from)
+	document, err := parse(data)
+	l := loader{policy: from}
 	if err == nil {
-		err = missing
+		err = l.document(document)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s:%w", name, err)
 	}
-	return p, nil
-}
-
-// readOver fills in from, which nobody else holds. It also returns policies with scopes that are not enforced yet; missing is
-// the first of them.
-func readOver(data []byte, from *Policy) (p *Policy, missing, err error) {
-	document, err := parse(data)
-	if err != nil {
-		return nil, nil, err
-	}
-	l := loader{policy: from}
-	if err := l.document(document); err != nil {
-		return nil, nil, err
-	}
-	return l.policy.seal(), l.missing, nil
+	return l.policy.seal(), nil
 }
 
 type loader struct {
 	policy    *Policy
 	approvals [ops]uint8
-	missing   error
-}
-
-func (l *loader) notSupported(n *node, format string, args ...any) {
-	if l.missing == nil {
-		l.missing = n.errorf(format+" is not supported yet", args...)
-	}
 }
 
 func (l *loader) document(n *node) error {
@@ -159,9 +129,6 @@ func (l *loader) obligations(n *node) error {
 		what := "obligations." + string(nucleus.Ops()[i])
 		return n.fields(what, field{"approvals", func(n *node) error {
 			count, err := n.integer(what+".approvals", 1, MaxApprovals)
-			if err == nil && count > 1 {
-				l.notSupported(n, "%s.approvals %d (a quorum above 1)", what, count)
-			}
 			l.approvals[i] = uint8(count)
 			return err
 		}})
@@ -336,7 +303,7 @@ var usdPattern = regexp.MustCompile(`^(0|[1-9][0-9]{0,8})(\.[0-9]{1,6})?$`)
 // readUSD reads dollars exactly, in millionths.
 func readUSD(n *node) (int64, error) {
 	if n.kind != number || !usdPattern.MatchString(n.text) {
-		return 0, n.errorf("budget.usd is %s; want an amount like 5 or 0.25, below 1000000000", n.describe())
+		return 0, n.errorf("budget.usd is %s; want an amount like 5 or 0.25, below 1000000000, of six decimals at most", n.describe())
 	}
 	whole, fraction, _ := strings.Cut(n.text, ".")
 	return strconv.ParseInt(whole+(fraction + "000000")[:6], 10, 64)

@@ -164,7 +164,6 @@ func TestLoadRefuses(t *testing.T) {
 		{"trusted_origins: [github.com/my-org/*]", `is no pattern`},
 		{"trusted_origins: [\"github.com/../**\"]", `is no pattern`},
 		// scopes that nothing enforces yet
-		{"obligations: {git_push: {approvals: 2}}", `f:1: obligations.git_push.approvals 2 (a quorum above 1) is not supported yet`},
 	} {
 		p, err := Load("f", []byte(c.text))
 		if shown := c.text[:min(len(c.text), 80)]; p != nil || err == nil || !strings.Contains(err.Error(), c.want) || !strings.HasPrefix(err.Error(), "f:") {
@@ -351,9 +350,9 @@ func TestVectors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p, _, err := readOver(data, defaults())
+		p, err := Load(file, data)
 		if err != nil {
-			t.Fatalf("%s:%v", file, err)
+			t.Fatal(err)
 		}
 		canonical, err := p.Canonical()
 		if err != nil {
@@ -377,7 +376,7 @@ func TestCanonicalReadsBack(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			back, _, err := readOver(canonical, defaults())
+			back, err := Load("back", canonical)
 			if err != nil {
 				t.Fatalf("%s:%v", canonical, err)
 			}
@@ -483,7 +482,7 @@ func FuzzLoad(f *testing.F) {
 	f.Add([]byte("a: &a [*a]"))
 	f.Add([]byte("? {a: b}\n: - - -"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		p, _, err := readOver(data, defaults())
+		p, err := Load("f", data)
 		if err != nil {
 			return
 		}
@@ -491,7 +490,7 @@ func FuzzLoad(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		back, _, err := readOver(canonical, defaults())
+		back, err := Load("back", canonical)
 		if err != nil {
 			t.Fatalf("%s:%v", canonical, err)
 		}

@@ -220,6 +220,7 @@ func (s *Session) cancelled(id uint32) {
 // takeCall is called by the reader of the connection with each whole frame of a call.
 // The body is the reader's again when it returns.
 func (s *Session) takeCall(kind byte, flags uint16, id uint32, body []byte) error {
+	<-s.begun
 	switch {
 	case kind == muxReply:
 		return s.replied(id, body, flags&callMore == 0)

@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/yamux"
 )
 
 // echo replies with the request, n times.
@@ -44,6 +47,57 @@ func TestCall(t *testing.T) {
 	}
 	if n := len(host.outgoing); n != 0 {
 		t.Errorf("%d tokens are still held", n)
+	}
+}
+
+// read tells when the first bytes have been read.
+type read struct {
+	net.Conn
+	once sync.Once
+	told chan struct{}
+}
+
+func (r *read) Read(p []byte) (int, error) {
+	n, err := r.Conn.Read(p)
+	r.once.Do(func() { close(r.told) })
+	return n, err
+}
+
+// TestCallAtTheVeryBeginning: yamux reads before its constructor has returned, and a call that
+// waits there already is served all the same.
+func TestCallAtTheVeryBeginning(t *testing.T) {
+	a, b := net.Pipe()
+	host, err := Host(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	replied := make(chan error, 1)
+	go func() {
+		reply, err := host.Call(timeout(t, patience), []byte("early"), 64)
+		if err == nil && string(reply) != "early" {
+			err = fmt.Errorf("reply %q", reply)
+		}
+		replied <- err
+	}()
+	below := &read{Conn: b, told: make(chan struct{})}
+	limits := defaultLimits
+	limits.calls = limits.incoming
+	guest, err := newSession(below, func(conn io.ReadWriteCloser, config *yamux.Config) (*yamux.Session, error) {
+		mux, err := yamux.Server(conn, config)
+		<-below.told
+		for range 1000 { // whoever serves it comes to do so
+			runtime.Gosched()
+		}
+		return mux, err
+	}, limits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer guest.Close()
+	guest.Handle(echo(1))
+	if err := <-replied; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -53,7 +53,8 @@ var ErrClosed = errors.New("wire: session closed")
 // Session is one end of a machine's wire. All methods may be called at once.
 type Session struct {
 	mux      *yamux.Session
-	conn     *guard // below mux
+	begun    chan struct{} // closed when mux is set: yamux reads before it is
+	conn     *guard        // below mux
 	limits   limits
 	accepted chan *Stream
 	incoming chan struct{} // holds one token for each living stream
@@ -84,6 +85,7 @@ func Guest(conn io.ReadWriteCloser) (*Session, error) {
 func newSession(below io.ReadWriteCloser, end func(io.ReadWriteCloser, *yamux.Config) (*yamux.Session, error), l limits) (*Session, error) {
 	s := &Session{
 		limits:   l,
+		begun:    make(chan struct{}),
 		accepted: make(chan *Stream),
 		incoming: make(chan struct{}, l.incoming),
 		outgoing: make(chan struct{}, l.outgoing),
@@ -98,6 +100,7 @@ func newSession(below io.ReadWriteCloser, end func(io.ReadWriteCloser, *yamux.Co
 	if s.mux, err = end(s.conn, muxConfig(l)); err != nil {
 		return nil, fmt.Errorf("wire: %w", err)
 	}
+	close(s.begun)
 	s.spawn(s.acceptLoop)
 	return s, nil
 }

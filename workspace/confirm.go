@@ -53,7 +53,7 @@ func (p *Plan) Confirmation(pod nucleus.PodStatus, approvals string) string {
 	}
 	line("policy", "%s%s", p.policy, tightened)
 	if pod.Budget.Limited() {
-		line("budget", "%s", Budget(pod.Budget))
+		line("budget", "%s", limits(pod.Budget))
 	}
 	line("mode", "%s", Mode(pod))
 	line("tier", "%s", pod.Tier)
@@ -126,6 +126,17 @@ func Shown(text string) string {
 		}
 	}
 	return b.String()
+}
+
+// limits says in one line what a session that begins may use up.
+func limits(b *nucleus.Budget) string {
+	var parts []string
+	for _, d := range nucleus.Dimensions() {
+		if s := b.Of(d); s.Limit != nil {
+			parts = append(parts, d.Text(d.Amount(*s.Limit))+" "+d.Unit())
+		}
+	}
+	return strings.Join(parts, ", ")
 }
 
 // Budget says in one line what of a pod's budget has a limit.

@@ -116,16 +116,24 @@ func (h Home) RestartNode(ctx context.Context) (*client.Client, error) {
 	return h.Node(ctx)
 }
 
-// DeleteWorkspace removes a workspace and everything in it. One that a machine uses is
-// refused.
-func (h Home) DeleteWorkspace(ctx context.Context, name string) error {
-	dir := h.Workspace(name)
+// HasWorkspace says why there is no workspace of that name.
+func (h Home) HasWorkspace(name string) error {
 	if name == "" || name != filepath.Base(name) || strings.HasPrefix(name, ".") {
 		return fmt.Errorf("%q is no name of a workspace", name)
 	}
-	if _, err := os.Stat(dir); err != nil {
+	if _, err := os.Stat(h.Workspace(name)); err != nil {
 		return fmt.Errorf("no workspace %q (cal repo status)", name)
 	}
+	return nil
+}
+
+// DeleteWorkspace removes a workspace and everything in it. One that a machine uses is
+// refused.
+func (h Home) DeleteWorkspace(ctx context.Context, name string) error {
+	if err := h.HasWorkspace(name); err != nil {
+		return err
+	}
+	dir := h.Workspace(name)
 	c, err := h.runningNode(ctx)
 	if err != nil && !errors.Is(err, ErrNoNode) {
 		return err

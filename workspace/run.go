@@ -115,6 +115,16 @@ func (h Home) policyOf(name string) (json.RawMessage, error) {
 	return loaded.Canonical()
 }
 
+// PolicyFiles lists the person's own policies that can be named: those that no profile goes
+// before.
+func (h Home) PolicyFiles() []string {
+	files, _ := filepath.Glob(filepath.Join(h.Dir, "policies", "*.yaml")) // the pattern is well formed
+	return slices.DeleteFunc(files, func(file string) bool {
+		name := strings.TrimSuffix(filepath.Base(file), ".yaml")
+		return strings.Contains(name, ".") || slices.Contains(policy.Profiles(), name)
+	})
+}
+
 // LoadPolicy reads a policy file: a path, or a name below the person's policies.
 func (h Home) LoadPolicy(name string) (*policy.Policy, error) {
 	path, raw, err := h.PolicyFile(name)
@@ -137,7 +147,7 @@ func (h Home) PolicyFile(name string) (path string, raw []byte, err error) {
 	// Not blocking: a pipe that nobody writes to is empty.
 	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, os.ErrNotExist) {
-		return path, nil, nucleus.Errorf(nucleus.KindInvalid, "policy %q is neither a profile (%s) nor a file", name, strings.Join(policy.Profiles(), ", "))
+		return path, nil, nucleus.Errorf(nucleus.KindInvalid, "policy %q is neither a profile (%s) nor the file %s", name, strings.Join(policy.Profiles(), ", "), path)
 	}
 	if err != nil {
 		return path, nil, err
@@ -424,6 +434,22 @@ func environment() map[string]string {
 	return env
 }
 
+// AgentNames lists the agents that can be named: the person's own in the order of their
+// names, and the built-in ones that none of these goes before.
+func (h Home) AgentNames() []string {
+	files, _ := filepath.Glob(filepath.Join(h.Dir, "agents", "*.yaml")) // the pattern is well formed
+	var names []string
+	for _, file := range files {
+		names = append(names, strings.TrimSuffix(filepath.Base(file), ".yaml"))
+	}
+	for _, name := range agents.Names() {
+		if !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
 // LocateAgent finds the person's install of an agent.
 func (h Home) LocateAgent(ctx context.Context, name string) (agents.Install, error) {
 	_, install, err := h.locateAgent(ctx, name, environment())
@@ -437,7 +463,7 @@ func (h Home) locateAgent(ctx context.Context, name string, env map[string]strin
 		return definition, install, err
 	}
 	if definition, err = agents.Find(name); err != nil {
-		return definition, install, nucleus.Errorf(nucleus.KindInvalid, "%v", err)
+		return definition, install, nucleus.Errorf(nucleus.KindInvalid, "unknown agent %q; known: %s", name, strings.Join(h.AgentNames(), ", "))
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {

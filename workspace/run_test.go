@@ -124,7 +124,7 @@ func TestPlanAgent(t *testing.T) {
 	for _, want := range []string{
 		"workspace    app\n", "machine      not running; gvisor starts it\n", "environments host, go\n", "agent        mine", "branch       agent/mine\n",
 		`label        untrusted: remote \x1b[2Jhost is not in trusted_origins` + "\n", "policy       default, tightened by the repository's .cal/policy.yaml\n",
-		"budget       USD 0.00 of 5.00, 5.00 left; seconds 0 of 3600, 3600 left\n", "mode         Safe Mode\n", "tier         kernel\n", "approvals    same user\n", "model at https://model.example/x; its key, from CLAUDE_CODE_OAUTH_TOKEN, stays on the host\n",
+		"budget       5.00 USD, 3600 seconds\n", "mode         Safe Mode\n", "tier         kernel\n", "approvals    same user\n", "model at https://model.example/x; its key, from CLAUDE_CODE_OAUTH_TOKEN, stays on the host\n",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %q in\n%s", want, got)

@@ -32,7 +32,7 @@ func agentCommand() *cobra.Command {
 				return err
 			}
 			var all []found
-			for _, name := range agents.Names() {
+			for _, name := range home.AgentNames() {
 				install, err := home.LocateAgent(cmd.Context(), name)
 				f := found{Name: name, Version: install.Version, Path: install.Path}
 				var missing *agents.Missing
@@ -44,8 +44,11 @@ func agentCommand() *cobra.Command {
 				all = append(all, f)
 			}
 			return printList(all, asJSON, "AGENT\tVERSION\tWHERE", func(f found) string {
+				if f.Hint != "" {
+					f.Missing += " (" + f.Hint + ")"
+				}
 				if f.Missing != "" {
-					return fmt.Sprintf("%s\t-\t%s (%s)", f.Name, f.Missing, f.Hint)
+					return f.Name + "\t-\t" + f.Missing
 				}
 				return f.Name + "\t" + f.Version + "\t" + f.Path
 			})

@@ -43,7 +43,13 @@ func (l *logFlags) place() (string, error) {
 		return l.dir, nil
 	}
 	home, err := workspace.OpenHome()
-	return home.Log(), err
+	if err != nil {
+		return "", err
+	}
+	if _, err := os.Stat(home.Log()); errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("no log yet in %s: it begins with the node (cal run, cal node start)", home.Log())
+	}
+	return home.Log(), nil
 }
 
 func (l *logFlags) verifier() (string, error) {
@@ -81,7 +87,10 @@ func auditKeyCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "key", Short: "Print the key that verifies the log, or its witness, in signed-note form", Example: "  cal audit key > log.vkey\n  cal audit key --witness > witness.vkey", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			name, find := nucleus.LogOrigin, new(logFlags).verifier
+			name, find := nucleus.LogOrigin, func() (string, error) {
+				_, key, err := new(logFlags).both()
+				return key, err
+			}
 			if witness {
 				name, find = "the authority", func() (string, error) { return witnessKey(cmd.Context()) }
 			}
@@ -108,10 +117,13 @@ func witnessKey(ctx context.Context) (string, error) {
 	authority := approvals.New(home.AuthoritySocket())
 	defer authority.Close()
 	info, err := authority.Info(ctx)
-	if err == nil && info.Witness == "" {
-		err = errors.New("this host's authority is no witness")
+	if err != nil {
+		return "", fmt.Errorf("%w (cal node start starts it, once cal approve init has made its key)", err)
 	}
-	return info.Witness, err
+	if info.Witness == "" {
+		return "", errors.New("this host's authority is no witness")
+	}
+	return info.Witness, nil
 }
 
 // verified is the report on one log, and on how it fits the other.
@@ -166,7 +178,7 @@ func auditVerifyCommand() *cobra.Command {
 	log.addKey(cmd)
 	cmd.Flags().StringVar(&checkpoint, "checkpoint", "", "a checkpoint that was kept elsewhere; shows truncation and rewriting")
 	cmd.Flags().StringArrayVar(&witnesses, "witness", nil, "key of a witness that must have cosigned the checkpoint in the log; may be given again")
-	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON: a list, a member for each log")
 	return cmd
 }
 
@@ -230,10 +242,8 @@ func printReports(all []verified, asJSON bool) error {
 		}
 	}
 	if asJSON {
-		for _, v := range all {
-			if err := json.NewEncoder(os.Stdout).Encode(v); err != nil {
-				return err
-			}
+		if err := json.NewEncoder(os.Stdout).Encode(all); err != nil {
+			return err
 		}
 	} else {
 		for _, v := range all {

@@ -36,7 +36,7 @@ func (s *selection) addFlags(cmd *cobra.Command) {
 	s.log.addDir(cmd)
 	f := cmd.Flags()
 	f.StringVar(&s.filter.Pod, "pod", "", "only this pod")
-	f.StringVar(&s.filter.Session, "session", "", "only this session; last is the newest one")
+	f.StringVar(&s.filter.Session, "session", "", "only this session; last is the newest that you began")
 	f.StringVar(&s.filter.Actor, "actor", "", "only this actor: a key id, agent, machine or operator")
 	f.StringVar(&s.op, "operation", "", "only this operation")
 	f.StringVar(&s.decision, "decision", "", "only allow, ask or deny")
@@ -87,7 +87,8 @@ func parseTime(text string, now time.Time) (time.Time, error) {
 	return time.Time{}, fmt.Errorf("%q is neither a time such as 2026-11-22T06:24:40Z (UTC where no zone is given), a date, nor a duration such as 90m", text)
 }
 
-// findSession is the session that a person names: "last" is the one that began last.
+// findSession is the session that a person names: "last" is the newest that a person began;
+// those of sub-pods begin later and are passed over.
 func findSession(dir, name string) (string, error) {
 	if name != "last" {
 		return name, nil
@@ -101,7 +102,11 @@ func findSession(dir, name string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		if e.Session != "" {
+		var data struct {
+			Sub *struct{} `json:"sub"`
+		}
+		_ = json.Unmarshal(e.Data, &data) // what says nothing of a parent has none
+		if e.Session != "" && data.Sub == nil {
 			last = e.Session
 		}
 	}

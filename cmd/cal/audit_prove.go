@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"cal/approval"
 	"cal/audit"
@@ -49,6 +50,9 @@ func auditProveCommand() *cobra.Command {
 				}
 				return writeOut(output, raw)
 			}
+			if !text && (output == "" || output == "-") && term.IsTerminal(1) {
+				return usageError{errors.New("a receipt is packed and standard output a terminal: -o FILE writes it there, --text leaves it to be read")}
+			}
 			o := audit.ReceiptOptions{Key: key, Text: text}
 			if o.Session, err = findSession(dir, session); err != nil {
 				return err
@@ -71,7 +75,7 @@ func auditProveCommand() *cobra.Command {
 	log.addDir(cmd)
 	log.addKey(cmd)
 	f := cmd.Flags()
-	f.StringVar(&session, "session", "", "a receipt of this session; last is the newest one")
+	f.StringVar(&session, "session", "", "a receipt of this session; last is the newest that you began")
 	f.StringVar(&checkpoint, "checkpoint", "", "a cosigned checkpoint of this log to prove it under (default: the log's own cosigned one where it covers the session, else the newest)")
 	f.StringVarP(&output, "output", "o", "", "write it there (default: standard output)")
 	f.BoolVar(&text, "text", false, "leave the entries of a receipt unpacked, to be read")
@@ -222,7 +226,7 @@ func auditTimelineCommand() *cobra.Command {
 	}
 	log.addDir(cmd)
 	log.addKey(cmd)
-	cmd.Flags().StringVar(&session, "session", "", "of this session; last is the newest one")
+	cmd.Flags().StringVar(&session, "session", "", "of this session; last is the newest that you began")
 	cmd.Flags().StringVar(&receipt, "receipt", "", "made from this receipt, in place of a log")
 	cmd.Flags().StringVar(&html, "html", "", "write the page there; - is standard output")
 	return cmd

@@ -105,6 +105,18 @@ func want(t *testing.T, dir string, code int, says string, given ...string) stri
 	return out
 }
 
+// A sub-pod's session begins after the one that a person began, which is the one meant.
+func TestLastSessionIsAPersons(t *testing.T) {
+	home := filepath.Join(t.TempDir(), "log")
+	writeLog(t, home, filepath.Join(t.TempDir(), "log.key"), nucleus.LogOrigin,
+		nucleus.Entry{Kind: nucleus.KindPodCreate, Pod: "p-1", Session: "s-1", Actor: "operator", Data: json.RawMessage(`{"sub":null}`)},
+		nucleus.Entry{Kind: nucleus.KindPodCreate, Pod: "p-2", Session: "s-2", Actor: "operator", Data: json.RawMessage(`{"sub":null}`)},
+		nucleus.Entry{Kind: nucleus.KindPodCreate, Pod: "p-3", Session: "s-3", Actor: "b-1", Data: json.RawMessage(`{"sub":{"parent":"p-2"}}`)})
+	if got, err := findSession(home, "last"); got != "s-2" || err != nil {
+		t.Errorf("got %q, %v, want s-2", got, err)
+	}
+}
+
 func TestAuditLog(t *testing.T) {
 	dir := auditHome(t)
 	table := want(t, dir, 0, "SEQ  TIME", "audit", "log")
@@ -253,9 +265,14 @@ func TestAuditVerify(t *testing.T) {
 	want(t, dir, 0, "all as they were written", "audit", "verify", tamper(func(string) {}), "--key", key)
 	changed := tamper(edit(`"deny"`, `"deno"`))
 	want(t, dir, 1, "changed, entry 6, tile/entries/000.p/7", "audit", "verify", changed, "--key", key)
-	var report struct{ Problems []audit.Problem }
-	if err := json.Unmarshal([]byte(want(t, dir, 1, "", "audit", "verify", changed, "--key", key, "--json")), &report); err != nil || len(report.Problems) != 1 || report.Problems[0].Kind != audit.Changed || report.Problems[0].Index != 6 {
-		t.Errorf("got %+v, %v", report, err)
+	var reports []struct{ Problems []audit.Problem }
+	if err := json.Unmarshal([]byte(want(t, dir, 1, "", "audit", "verify", changed, "--key", key, "--json")), &reports); err != nil || len(reports) != 1 ||
+		len(reports[0].Problems) != 1 || reports[0].Problems[0].Kind != audit.Changed || reports[0].Problems[0].Index != 6 {
+		t.Errorf("got %+v, %v", reports, err)
+	}
+	reports = nil
+	if err := json.Unmarshal([]byte(want(t, dir, 0, "", "audit", "verify", "--json")), &reports); err != nil || len(reports) != 2 {
+		t.Errorf("the node's log and the authority's: %+v, %v", reports, err)
 	}
 	// The holder of the key writes another log, and a shorter one.
 	other := t.TempDir()

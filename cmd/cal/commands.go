@@ -162,12 +162,15 @@ func vmCommand() *cobra.Command {
 	remove := &cobra.Command{
 		Use: "delete WORKSPACE", Short: "Delete a workspace and all work in it that was not fetched", Example: "  cal vm delete my-app --yes", Args: args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, given []string) error {
-			if !sure {
-				return usageError{fmt.Errorf("work in %s that was not fetched would be lost (--yes deletes it)", given[0])}
-			}
 			home, err := workspace.OpenHome()
 			if err != nil {
 				return err
+			}
+			if err := home.HasWorkspace(given[0]); err != nil {
+				return err
+			}
+			if !sure {
+				return usageError{fmt.Errorf("work in %s that was not fetched would be lost (--yes deletes it)", given[0])}
 			}
 			return home.DeleteWorkspace(cmd.Context(), given[0])
 		},

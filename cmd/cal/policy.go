@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -30,11 +31,26 @@ func policyCommand() *cobra.Command {
 }
 
 func policyList() *cobra.Command {
+	type listed struct {
+		Name string `json:"name"`
+		File string `json:"file,omitempty"` // of the person's own
+	}
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use: "list", Short: "List the profiles", Example: "  cal policy list", Args: args(cobra.NoArgs),
+		Use: "list", Short: "List the profiles, and the policies below ~/.cal/policies", Example: "  cal policy list", Args: args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
-			return printList(policy.Profiles(), asJSON, "PROFILE", func(s string) string { return s })
+			home, err := workspace.OpenHome()
+			if err != nil {
+				return err
+			}
+			var all []listed
+			for _, name := range policy.Profiles() {
+				all = append(all, listed{Name: name})
+			}
+			for _, file := range home.PolicyFiles() {
+				all = append(all, listed{strings.TrimSuffix(filepath.Base(file), ".yaml"), file})
+			}
+			return printList(all, asJSON, "POLICY\tFILE", func(p listed) string { return p.Name + "\t" + orWord(p.File, "built in") })
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
@@ -85,6 +101,9 @@ func policyCheck() *cobra.Command {
 				result.Digest, err = p.Digest()
 			}
 			if !asJSON {
+				if err == nil {
+					fmt.Printf("%s: valid\n", given[0])
+				}
 				return err
 			}
 			if err != nil {
@@ -234,7 +253,7 @@ func sourceOf(name string) (p *policy.Policy, path string, raw []byte, err error
 			return nil, "", nil, err
 		}
 	}
-	p, err = policy.Read(path, raw)
+	p, err = policy.Load(path, raw)
 	return p, path, raw, err
 }
 

@@ -117,8 +117,8 @@ func TestPolicyForPrograms(t *testing.T) {
 		{"one argument", "meet default", "", "", `accepts 2 arg(s), received 1`, 2},
 		{"three arguments", "leq default default default", "", "", `accepts 2 arg(s), received 3`, 2},
 		{"unknown flag", "leq --fuzzy default default", "", "", `unknown flag: --fuzzy`, 2},
-		{"what nothing enforces cannot be run", "check whole.yaml", "", "", `whole.yaml:3: obligations.git_push.approvals 2 (a quorum above 1) is not supported yet`, 1},
-		{"check", "check home/policies/c.yaml", "", "", "", 0},
+		{"all dimensions", "check whole.yaml", "", "whole.yaml: valid\n", "", 0},
+		{"check", "check home/policies/c.yaml", "", "home/policies/c.yaml: valid\n", "", 0},
 		{"check of a bad file as JSON", "check --json bad.yaml", "", `{"file":"bad.yaml","valid":false,"error":"bad.yaml:3: unknown operation \"execute\"; want one of read_files, write_files, edit_files, run_bash, glob_search, grep_search, web_search, web_fetch, net_connect, git_commit, git_push, create_pr, manage_pods, spawn_agent"}` + "\n", "bad.yaml:3", 1},
 
 		{"the example of the contract", "eval", `{"policy": "permissive", "session": [{"op": "read_files", "path": "a"}, {"op": "web_fetch", "url": "https://x/"}, {"op": "run_bash", "argv": ["git", "push"]}]}`,
@@ -230,6 +230,7 @@ func TestPolicyForPeople(t *testing.T) {
 		{[]string{"show", "trusting.yaml"}, `"trusted":true`, "assumption: counts on no leg: a.b port 443 GET /x/** trusted", 0},
 		{[]string{"show", "trusting.yaml", "--json"}, `"trusted":true`, "", 0},
 		{[]string{"list", "--json"}, `"fix-issue"`, "", 0},
+		{[]string{"list"}, "home/policies/c.yaml", "", 0},
 	} {
 		stdout, stderr, code := cal(t, dir, "", append([]string{"policy"}, c.given...)...)
 		if !strings.Contains(stdout, c.stdout) || !strings.Contains(stderr, c.stderr) || c.stderr == "" && stderr != "" || code != c.code {

@@ -66,8 +66,11 @@ func runCommand() *cobra.Command {
 }
 
 func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
-	if (o.Agent == "") == (len(o.Command) == 0) {
+	switch {
+	case o.Agent == "" && len(o.Command) == 0:
 		return usageError{errors.New("name an agent (--agent), or a command behind \"--\"")}
+	case o.Agent != "" && len(o.Command) > 0:
+		return usageError{fmt.Errorf("--agent %s and the command %q: want one of the two", o.Agent, o.Command[0])}
 	}
 	if o.Prompt != "" && o.Agent == "" {
 		return usageError{errors.New("--prompt needs --agent")}

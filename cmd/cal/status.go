@@ -57,6 +57,9 @@ func printStatus(out io.Writer, pods []nucleus.PodStatus) error {
 		if p.Workspace != "" {
 			line("workspace", "%s", p.Workspace)
 		}
+		if p.Parent != "" {
+			line("below", "%s", p.Parent)
+		}
 		state := p.State
 		if p.Reason != "" {
 			state += ": " + p.Reason

@@ -23,7 +23,7 @@ func TestPrintStatus(t *testing.T) {
 				Estimated: 1, Unpriced: []string{"model\x1b[2J"}, Stopped: "budget.usd",
 			},
 		},
-		{ID: "p-bbbbbbbbbb", State: "failed", Reason: "the machine ended", Created: "2026-01-02T03:04:05Z", Mode: nucleus.Contained, Tier: nucleus.TierVM},
+		{ID: "p-bbbbbbbbbb", Parent: "p-aaaaaaaaaa", State: "failed", Reason: "the machine ended", Created: "2026-01-02T03:04:05Z", Mode: nucleus.Contained, Tier: nucleus.TierVM},
 	}
 	if err := printStatus(&out, pods); err != nil {
 		t.Fatal(err)
@@ -44,6 +44,7 @@ func TestPrintStatus(t *testing.T) {
   waits      cal approve a-1
 
 p-bbbbbbbbbb
+  below     p-aaaaaaaaaa
   state     failed: the machine ended, since 2026-01-02T03:04:05Z
   policy    without a name
   mode      contained, tier vm

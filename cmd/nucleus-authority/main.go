@@ -20,6 +20,7 @@ import (
 	"cal/approval"
 	"cal/approval/client"
 	"cal/authority"
+	"cal/nucleus"
 )
 
 // The exit codes that differ from 1, failed.
@@ -48,6 +49,7 @@ func run() int {
 	defer stop()
 	err := root().ExecuteContext(ctx)
 	var usage usageError
+	var refused *nucleus.Error
 	switch {
 	case err == nil:
 		return 0
@@ -61,7 +63,9 @@ func run() int {
 	case errors.Is(err, authority.ErrNotGranted):
 		return exitNotGranted
 	case errors.Is(err, authority.ErrNoKey):
-		fmt.Fprintln(os.Stderr, "hint: make one with: nucleus-authority init")
+		fmt.Fprintln(os.Stderr, "hint: cal approve init makes one")
+	case errors.As(err, &refused) && refused.Kind == nucleus.KindUnavailable:
+		fmt.Fprintln(os.Stderr, "hint: cal node start starts it, once cal approve init has made its key")
 	}
 	return 1
 }

@@ -283,7 +283,7 @@ func TestInit(t *testing.T) {
 			t.Errorf("%q, %q: %d %s", c.first, c.again, code, out)
 		}
 	}
-	if code, out := withoutTerminal(t, home, "", "serve"); code != 1 || !strings.Contains(out, "nucleus-authority init") {
+	if code, out := withoutTerminal(t, home, "", "serve"); code != 1 || !strings.Contains(out, "cal approve init") {
 		t.Errorf("serve without key: %d %s", code, out)
 	}
 	quickKey(t, home)

@@ -64,6 +64,7 @@ func newChildren(tasks int) *children {
 	k.limit = tasks * 3 / 4
 	if k.limit > 0 && k.init {
 		k.work.Go(k.watch)
+		reserveThreads(spareThreads / 2)
 	}
 	return k
 }
@@ -75,19 +76,11 @@ func (k *children) begin(binary string, argv []string, attr *os.ProcAttr, mark s
 	if k.closed {
 		return nil, errClosed
 	}
-	process, err := os.StartProcess(binary, argv, attr)
+	process, err := k.startLimited(binary, argv, attr)
 	if err != nil {
 		return nil, err
 	}
 	c := &child{pid: process.Pid, mark: mark, over: make(chan struct{})}
-	if k.tasks > 0 {
-		// A bound for the time that watch needs. It counts all of the user's tasks,
-		// and is below this program's own: else a fork bomb would take the last
-		// one, and Go's runtime ends a program that cannot have another thread.
-		most := uint64(max(1, k.tasks-spareThreads))
-		limit := unix.Rlimit{Cur: most, Max: most}
-		_ = unix.Prlimit(c.pid, unix.RLIMIT_NPROC, &limit, nil)
-	}
 	if p, err := readProcess(c.pid); err == nil {
 		c.start = p.start
 	}
@@ -105,6 +98,30 @@ func (k *children) begin(binary string, argv []string, attr *os.ProcAttr, mark s
 		})
 	}
 	return c, nil
+}
+
+// startLimited starts a program with a lower limit of tasks than this one's, a bound for the
+// time that watch needs. It counts all of the user's: a fork bomb could take the last one
+// else, and Go's runtime ends a program that cannot have another thread. What is started
+// inherits the limit, so that it cannot be quicker than it.
+func (k *children) startLimited(binary string, argv []string, attr *os.ProcAttr) (*os.Process, error) {
+	var own unix.Rlimit
+	if k.tasks == 0 || unix.Getrlimit(unix.RLIMIT_NPROC, &own) != nil {
+		return os.StartProcess(binary, argv, attr)
+	}
+	most := min(uint64(max(1, k.tasks-spareThreads)), own.Cur)
+	if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: most, Max: own.Max}); err != nil {
+		return nil, err
+	}
+	process, err := os.StartProcess(binary, argv, attr)
+	if e := unix.Setrlimit(unix.RLIMIT_NPROC, &own); err == nil && e != nil {
+		process.Kill()
+		return nil, e
+	}
+	if err == nil { // nor can it be raised again
+		_ = unix.Prlimit(process.Pid, unix.RLIMIT_NPROC, &unix.Rlimit{Cur: most, Max: most}, nil)
+	}
+	return process, err
 }
 
 // reap is the one waiter of process 1.
@@ -446,8 +463,8 @@ func (p process) kill() {
 const spareThreads = 16
 
 // reserveThreads makes the runtime have n threads that do nothing. It never gives a
-// thread back, so they are there when no new one is to be had: what forks before
-// begin has lowered its limit can take every task that the user may have.
+// thread back, so they are there when no new one is to be had, as while startLimited
+// has lowered the limit.
 func reserveThreads(n int) {
 	var made sync.WaitGroup
 	made.Add(n)
@@ -473,7 +490,6 @@ func reserveThreads(n int) {
 // still possible, and is ended when it is not.
 func (k *children) watch() {
 	var fullest *child
-	reserve := sync.OnceFunc(func() { reserveThreads(spareThreads) })
 	for pace := watchEvery; ; {
 		timer := time.NewTimer(pace)
 		select {
@@ -486,7 +502,6 @@ func (k *children) watch() {
 		if pace = watchEvery; err != nil || len(names) <= k.limit/4 {
 			continue // the usual case costs one look
 		}
-		reserve()
 		pace = watchEvery / 8
 		table, whole := processes(time.Now().Add(watchEvery))
 		belongings, _ := k.attribute(table, nil, nil)

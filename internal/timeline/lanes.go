@@ -106,7 +106,8 @@ func (s *story) groups() (list []group) {
 		{Name: "Files", Class: "files", Lanes: s.callLanes("files", filesOf)},
 		{Name: "Commands", Class: "commands", Lanes: s.callLanes("commands", programOf)},
 		{Name: "Network", Class: "network", Lanes: s.networkLanes()},
-		{Name: "Git", Class: "git", Lanes: s.callLanes("git", func(v *event) []string { return []string{string(v.Op)} })},
+		{Name: "Git", Class: "git", Lanes: s.callLanes("git", opOf)},
+		{Name: "Sub-pods", Class: "pods", Lanes: s.callLanes("pods", opOf)},
 		{Name: "Budget", Class: "budget", Charts: s.charts()},
 	} {
 		if len(g.Lanes)+len(g.Charts) > 0 {
@@ -314,6 +315,8 @@ func (s *story) callLanes(class string, names func(*event) []string) []lane {
 	return n.lanes()
 }
 
+func opOf(v *event) []string { return []string{string(v.Op)} }
+
 func filesOf(v *event) (names []string) {
 	for _, file := range v.action.Files[:min(len(v.action.Files), 20)] {
 		names = append(names, approval.Visible(file.Path))
@@ -382,6 +385,9 @@ func (s *story) placeOf(v *event) string {
 	case a.Fetch != nil:
 		return place(a.Fetch.Host, a.Fetch.Port)
 	}
+	if at, ok := attemptOf(v.Entry); ok {
+		return place(at.Host, at.Port)
+	}
 	return "?"
 }
 
@@ -409,22 +415,29 @@ func (s *story) charts() (list []chart) {
 		}
 	}
 	if tokens.most() > 0 {
-		list = append(list, chart{"tokens used", grouped(int64(tokens.last())), "tokens", tokens.path(true)})
+		list = append(list, chart{"tokens used", tokensOf(tokens.last()), "tokens", tokens.path(true)})
 	}
 	if dollars.most() > 0 {
-		list = append(list, chart{"cost", fmt.Sprintf("$%.4f", dollars.last()), "dollars", dollars.path(true)})
+		list = append(list, chart{"cost", dollarsOf(dollars.last()), "dollars", dollars.path(true)})
 	}
-	for _, dim := range []struct{ name, label, format string }{{"usd", "dollars left", "$%.4f"}, {"tokens", "tokens left", "%.0f"}, {"seconds", "seconds left", "%.0f s"}} {
+	for _, dim := range []struct {
+		name, label string
+		text        func(float64) string
+	}{{"usd", "dollars left", dollarsOf}, {"tokens", "tokens left", tokensOf}, {"seconds", "seconds left", secondsOf}} {
 		if l := left[dim.name]; l != nil {
 			class := "left"
 			if l.last() <= 0 {
 				class = "spent"
 			}
-			list = append(list, chart{dim.label, fmt.Sprintf(dim.format, l.last()), class, l.path(false)})
+			list = append(list, chart{dim.label, dim.text(l.last()), class, l.path(false)})
 		}
 	}
 	return list
 }
+
+func dollarsOf(n float64) string { return fmt.Sprintf("$%.4f", n) }
+func tokensOf(n float64) string  { return grouped(int64(n)) }
+func secondsOf(n float64) string { return fmt.Sprintf("%.0f s", n) }
 
 // series is a value that changes in steps.
 type series struct{ x, y []float64 }
@@ -499,7 +512,7 @@ func (s *story) refusals() (list []row) {
 }
 
 func (s *story) kinds() (list []string) {
-	for _, name := range []string{"files", "commands", "network", "git", "model", "session"} {
+	for _, name := range []string{"files", "commands", "network", "git", "pods", "model", "session"} {
 		if slices.ContainsFunc(s.rows, func(r row) bool { return r.Group == name }) {
 			list = append(list, name)
 		}
@@ -508,11 +521,11 @@ func (s *story) kinds() (list []string) {
 }
 
 func (s *story) title() string {
-	workspace, agent := "", ""
+	workspace, below, agent := "", "", ""
 	for _, v := range s.events {
-		workspace, agent = cmp.Or(workspace, v.x.Workspace), cmp.Or(agent, v.x.Agent)
+		workspace, below, agent = cmp.Or(workspace, v.x.Workspace), cmp.Or(below, v.x.below()), cmp.Or(agent, v.x.Agent)
 	}
-	return approval.Visible(strings.Join(filled(cmp.Or(workspace, "session"), agent), " | "))
+	return approval.Visible(strings.Join(filled(cmp.Or(workspace, below, "session"), agent), " | "))
 }
 
 // counts are what a reader asks first.

@@ -204,6 +204,8 @@ func groupOf(e nucleus.Entry) string {
 		return "network"
 	case nucleus.GitCommit, nucleus.GitPush, nucleus.CreatePR:
 		return "git"
+	case nucleus.SpawnAgent, nucleus.ManagePods:
+		return "pods"
 	}
 	if e.Kind == nucleus.KindModelCall {
 		return "model"

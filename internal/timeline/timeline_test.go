@@ -189,6 +189,26 @@ func TestPageSays(t *testing.T) {
 	}
 }
 
+// A sub-agent has a lane, as long as the call that waits for it.
+func TestSubPodsHaveALane(t *testing.T) {
+	s := short5()
+	s.call(time.Second, 7*time.Second, nucleus.Action{Op: nucleus.SpawnAgent, Sub: &nucleus.Sub{Task: "mend it"}}, []string{"private"}, 0)
+	story, err := newStory(s.receipt(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range story.groups() {
+		if g.Name != "Sub-pods" {
+			continue
+		}
+		if len(g.Lanes) != 1 || g.Lanes[0].Label != "spawn_agent" || len(g.Lanes[0].Marks) != 1 {
+			t.Errorf("got %+v", g.Lanes)
+		}
+		return
+	}
+	t.Error("there is no lane of sub-pods")
+}
+
 // A page made again is the same page.
 func TestPageIsOne(t *testing.T) {
 	r := long(300).receipt(t)
@@ -268,6 +288,9 @@ func TestWhat(t *testing.T) {
 		e    nucleus.Entry
 		want string
 	}{
+		{nucleus.Entry{Kind: nucleus.KindIntent, Op: nucleus.NetConnect, Verdict: nucleus.Deny, Rule: "egress.model", Args: js(map[string]any{"id": "eg-1", "via": "model", "host": "api.example", "port": 443, "method": "HEAD", "path": "/\u202e"})},
+			`HEAD /\u{202e} by model, api.example:443`},
+		{nucleus.Entry{Kind: nucleus.KindPodCreate, Data: js(map[string]any{"mode": "mediated", "sub": map[string]any{"parent": "p-9"}})}, "below p-9, mediated"},
 		{nucleus.Entry{Kind: nucleus.KindPodStop}, ""},
 		{nucleus.Entry{Kind: nucleus.KindIntent, Args: js(nucleus.Action{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: "a\u202eb"}}})}, `a\u{202e}b`},
 		{nucleus.Entry{Kind: nucleus.KindIntent, Args: js([]string{"what came"})}, `["what came"]`},

@@ -18,10 +18,33 @@ func What(e nucleus.Entry) string {
 		line := approval.Summary(nucleus.AskRequest{Action: a})
 		return strings.TrimPrefix(strings.TrimPrefix(line, string(a.Op)), " ")
 	}
+	if a, ok := attemptOf(e); ok {
+		return short(a.String())
+	}
 	if len(e.Args) > 0 { // as they came: they stood for nothing
 		return short(approval.Visible(string(e.Args)))
 	}
 	return short(approval.Visible(said(e)))
+}
+
+// attempt is a try to reach something outside of which nothing was resolved: what does not
+// pass the model's route, for one.
+type attempt struct {
+	Via    string `json:"via"`
+	Host   string `json:"host"`
+	Port   int    `json:"port"`
+	Method string `json:"method"`
+	Path   string `json:"path"`
+}
+
+func attemptOf(e nucleus.Entry) (a attempt, ok bool) {
+	ok = len(e.Args) > 0 && json.Unmarshal(e.Args, &a) == nil && a.Via != "" && a.Host != ""
+	return a, ok
+}
+
+// String is printable ASCII, as "HEAD / by model, 127.0.0.1:443".
+func (a attempt) String() string {
+	return strings.Join(filled(approval.Visible(strings.Join(filled(a.Method, a.Path, "by", a.Via), " ")), place(a.Host, a.Port)), ", ")
 }
 
 func short(line string) string {
@@ -44,18 +67,21 @@ type extra struct {
 	Tier      string `json:"tier"`
 	Mode      string `json:"mode"`
 	Workspace string `json:"workspace"`
-	Repo      string `json:"repo"`
-	Branch    string `json:"branch"`
-	Base      string `json:"base"`
-	Head      string `json:"head"`
-	Reason    string `json:"reason"`
-	Message   string `json:"message"`
-	Summary   string `json:"summary"`
-	Bytes     int64  `json:"bytes"`
-	Done      bool   `json:"done"`
-	Status    int    `json:"status"`
-	Model     string `json:"model"`
-	Tokens    struct {
+	Sub       struct {
+		Parent string `json:"parent"`
+	} `json:"sub"`
+	Repo    string `json:"repo"`
+	Branch  string `json:"branch"`
+	Base    string `json:"base"`
+	Head    string `json:"head"`
+	Reason  string `json:"reason"`
+	Message string `json:"message"`
+	Summary string `json:"summary"`
+	Bytes   int64  `json:"bytes"`
+	Done    bool   `json:"done"`
+	Status  int    `json:"status"`
+	Model   string `json:"model"`
+	Tokens  struct {
 		Input  int64 `json:"input"`
 		Output int64 `json:"output"`
 	} `json:"tokens"`
@@ -80,6 +106,14 @@ func extraOf(e nucleus.Entry) (x extra) {
 	return x
 }
 
+// below says of which pod this one is a sub-pod.
+func (x extra) below() string {
+	if x.Sub.Parent == "" {
+		return ""
+	}
+	return "below " + x.Sub.Parent
+}
+
 func said(e nucleus.Entry) string {
 	x := extraOf(e)
 	switch e.Kind {
@@ -101,7 +135,7 @@ func said(e nucleus.Entry) string {
 			return fmt.Sprintf("exit code %d", *x.ExitCode)
 		}
 	case nucleus.KindPodCreate:
-		return strings.Join(filled(x.Workspace, x.Mode, x.Driver, x.Tier), ", ")
+		return strings.Join(filled(x.Workspace, x.below(), x.Mode, x.Driver, x.Tier), ", ")
 	case nucleus.KindPodStart:
 		if x.Policy.Name != "" {
 			return "policy " + x.Policy.Name

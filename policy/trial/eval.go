@@ -98,7 +98,7 @@ func (e *Evaluator) policy(raw json.RawMessage) (*policy.Policy, error) {
 	raw = bytes.TrimSpace(raw)
 	switch {
 	case len(raw) > 0 && raw[0] == '{':
-		return policy.Read("policy", raw)
+		return policy.Load("policy", raw)
 	case len(raw) > 0 && raw[0] == '"':
 		var name string
 		if err := json.Unmarshal(raw, &name); err != nil {

@@ -58,8 +58,11 @@ func Run(p *policy.Policy, entries iter.Seq2[nucleus.Entry, error]) (Replay, err
 			at.learn(e, pods, exposures)
 			continue
 		}
-		r.Requests++
 		action, ok := recorded(e)
+		if !ok && e.Verdict == nucleus.Deny && strings.HasPrefix(e.Rule, "egress.") {
+			continue // the gateway refuses it, whatever the policy: what the model's route does not carry, a host that is none
+		}
+		r.Requests++
 		if !ok {
 			r.Unjudged = append(r.Unjudged, e.Seq)
 			continue

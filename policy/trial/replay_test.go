@@ -45,7 +45,7 @@ func TestRun(t *testing.T) {
 		return nucleus.Action{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: name}}}
 	}
 	push := nucleus.Action{Op: nucleus.GitPush, Push: &nucleus.Push{Repo: "app"}}
-	p, err := policy.Read("p", []byte(`{"operations": {"read_files": "always", "git_push": "always"}, "paths": {"roots": {"only": ["app"]}, "blocked": ["*.pem"]}}`))
+	p, err := policy.Load("p", []byte(`{"operations": {"read_files": "always", "git_push": "always"}, "paths": {"roots": {"only": ["app"]}, "blocked": ["*.pem"]}}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,6 +92,10 @@ func TestRun(t *testing.T) {
 		{"a pod whose policy is cut", []nucleus.Entry{
 			intent(t, nucleus.Action{Op: nucleus.SpawnAgent, Sub: &nucleus.Sub{Do: nucleus.SubSpawn, Policy: json.RawMessage(`{"hosts":{"only":["[cut: 9 more]"]}}`)}}),
 		}, "1 [] [] [0]"},
+		{"what the gateway refuses under any policy", []nucleus.Entry{
+			{Pod: "p-1", Kind: nucleus.KindIntent, Op: nucleus.NetConnect, Verdict: nucleus.Deny, Rule: "egress.model", Args: raw(t, map[string]any{"via": "model", "host": "h", "port": 443})},
+			{Pod: "p-1", Kind: nucleus.KindIntent, Op: nucleus.NetConnect, Verdict: nucleus.Deny, Rule: "hosts", Args: raw(t, map[string]any{"via": "http", "host": "h", "port": 443})},
+		}, "1 [] [] [1]"},
 		{"what the log does not show", []nucleus.Entry{
 			intent(t, read("app/x[cut: 9 bytes]")), intent(t, read("app/[redacted]")), unresolved, cutList, cutAll, other, intent(t, read("app/ok")),
 		}, "7 [] [] [0 1 2 3 4 5]"},
