@@ -64,7 +64,6 @@ func newChildren(tasks int) *children {
 	k.limit = tasks * 3 / 4
 	if k.limit > 0 && k.init {
 		k.work.Go(k.watch)
-		reserveThreads(spareThreads / 2)
 	}
 	return k
 }
@@ -490,6 +489,7 @@ func reserveThreads(n int) {
 // still possible, and is ended when it is not.
 func (k *children) watch() {
 	var fullest *child
+	reserve := sync.OnceFunc(func() { reserveThreads(spareThreads / 2) })
 	for pace := watchEvery; ; {
 		timer := time.NewTimer(pace)
 		select {
@@ -497,6 +497,12 @@ func (k *children) watch() {
 			timer.Stop()
 			return
 		case <-timer.C:
+		}
+		k.mu.Lock()
+		busy := len(k.live) > 0
+		k.mu.Unlock()
+		if busy { // a command that ends at once does not pay for it
+			reserve()
 		}
 		names, err := os.ReadDir("/proc")
 		if pace = watchEvery; err != nil || len(names) <= k.limit/4 {
