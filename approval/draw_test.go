@@ -185,9 +185,9 @@ func TestDrawClass(t *testing.T) {
   because     "sets GIT_EXTERNAL_DIFF, which can change what runs"
   runs        read-only: "git" "status"
   argv[0]     "git"`},
-		{"another program than argv says", nucleus.Command{Argv: []string{"git", "status"}, Binary: "/work/evil"}, `
+		{"another program than argv says", nucleus.Command{Argv: []string{"git", "status"}, Binary: "/opt/evil"}, `
   class       arbitrary code: may do anything a program in this machine can do
-  because     "the program that runs is /work/evil"
+  because     "the program that runs is /opt/evil"
   runs        read-only: "git" "status"
   argv[0]     "git"`},
 		{"lines that imitate", nucleus.Command{Argv: []string{"x\n  class       read-only: reads", "y"}, Binary: "/x"}, `

@@ -561,18 +561,24 @@ func (f *gatedFile) Sync() error {
 	return f.File.Sync()
 }
 
-// While a sync has not returned nobody is told that an entry is durable, neither those
-// of its group nor those that come later; one sync then tells a whole group.
-func TestNothingIsAcknowledgedBeforeItsSync(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "log")
+// gatedLog opens a new log on such a disk.
+func gatedLog(t *testing.T) (dir string, disk *gated, l *Log) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "log")
 	under, err := openFiles(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	disk := &gated{FS: under, asked: make(chan int64), go_: make(chan error)}
+	disk = &gated{FS: under, asked: make(chan int64), go_: make(chan error)}
 	o := testOptions()
 	o.FS = disk
-	l := mustOpen(t, dir, o)
+	return dir, disk, mustOpen(t, dir, o)
+}
+
+// While a sync has not returned nobody is told that an entry is durable, neither those
+// of its group nor those that come later; one sync then tells a whole group.
+func TestNothingIsAcknowledgedBeforeItsSync(t *testing.T) {
+	dir, disk, l := gatedLog(t)
 	const writers = 64
 	var told atomic.Int64
 	var group sync.WaitGroup
@@ -620,15 +626,7 @@ func TestNothingIsAcknowledgedBeforeItsSync(t *testing.T) {
 // What has begun while a sync was under way that then fails is not written after it: its
 // record would stand behind bytes that nobody can vouch for.
 func TestQueuedBehindAFailure(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "log")
-	under, err := openFiles(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	disk := &gated{FS: under, asked: make(chan int64), go_: make(chan error)}
-	o := testOptions()
-	o.FS = disk
-	l := mustOpen(t, dir, o)
+	dir, disk, l := gatedLog(t)
 	first := make(chan error)
 	go func() {
 		_, err := l.Append(entryNumber(0))

@@ -134,18 +134,30 @@ func TestNothingLeftForAModelCall(t *testing.T) {
 	}
 }
 
+// waitedOn counts when somebody begins to wait for its end.
+type waitedOn struct {
+	context.Context
+	once  sync.Once
+	times *atomic.Int64
+}
+
+func (c *waitedOn) Done() <-chan struct{} {
+	c.once.Do(func() { c.times.Add(1) })
+	return c.Context.Done()
+}
+
 // A hundred calls at once cannot all start on the last tokens.
 func TestParallelCallsShareWhatIsLeft(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
 	p := h.budgetPod(`{"tokens": 5000}`)
 	var work sync.WaitGroup
-	var under atomic.Int64
+	var under, waiting atomic.Int64
 	release := make(chan bool)
 	for i := range 100 {
 		work.Go(func() {
 			call := callOf(p, fmt.Sprint("mc-", i))
-			if err := (*gate)(h.node).ModelCall(h.context(), call); err != nil {
+			if err := (*gate)(h.node).ModelCall(&waitedOn{Context: h.context(), times: &waiting}, call); err != nil {
 				if e := nucleus.AsError(err); e.Rule != "budget.tokens" {
 					t.Errorf("%+v", e)
 				}
@@ -159,8 +171,7 @@ func TestParallelCallsShareWhatIsLeft(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "a call is under way", func() bool { return under.Load() > 0 })
-	time.Sleep(100 * time.Millisecond) // for others to get in
+	eventually(t, "each call is under way or waits", func() bool { return under.Load()+waiting.Load() == 100 })
 	close(release)
 	work.Wait()
 	// Each holds its 100 bytes and an answer of 4096 tokens: the second begins on 804 that are left.

@@ -329,16 +329,22 @@ func TestMeetIsBounded(t *testing.T) {
 	}
 }
 
-// checkRules tries every pair of rules against every atom: the order of rules is
-// the order of what they hold, and the meet holds what both hold.
-func checkRules[R rule[R], A any](t *testing.T, rules []R, atoms []A, holds func(R, A) bool) {
-	t.Helper()
+// insides says for each rule which atoms it holds.
+func insides[R, A any](rules []R, atoms []A, holds func(R, A) bool) [][]bool {
 	inside := make([][]bool, len(rules))
 	for i, r := range rules {
 		for _, atom := range atoms {
 			inside[i] = append(inside[i], holds(r, atom))
 		}
 	}
+	return inside
+}
+
+// checkRules tries every pair of rules against every atom: the order of rules is
+// the order of what they hold, and the meet holds what both hold.
+func checkRules[R rule[R], A any](t *testing.T, rules []R, atoms []A, holds func(R, A) bool) {
+	t.Helper()
+	inside := insides(rules, atoms, holds)
 	for i, a := range rules {
 		for j, b := range rules {
 			m, met := a.meet(b)
@@ -370,12 +376,7 @@ func checkRules[R rule[R], A any](t *testing.T, rules []R, atoms []A, holds func
 // what they hold: never looser, and still an order with greatest lower bounds.
 func checkCautiousRules[R rule[R], A any](t *testing.T, rules []R, atoms []A, holds func(R, A) bool) {
 	t.Helper()
-	inside := make([][]bool, len(rules))
-	for i, r := range rules {
-		for _, atom := range atoms {
-			inside[i] = append(inside[i], holds(r, atom))
-		}
-	}
+	inside := insides(rules, atoms, holds)
 	for i, a := range rules {
 		for j, b := range rules {
 			m, met := a.meet(b)

@@ -15,6 +15,7 @@ var mutants = []mutant{
 	{"meet of levels is the stricter", "policy/level.go", "duty{min(d.level, e.level), max(d.approvals, e.approvals)}", "duty{max(d.level, e.level), max(d.approvals, e.approvals)}", "TestLatticeLaws"},
 	{"a quorum is more than one grant", "guest/call.go", "if own.Approvals > 1 {", "if own.Approvals > 16 {", "TestQuorum"},
 	{"nobody is asked for a quorum", "node/approve.go", "case d.Approvals > mostApprovals:", "case d.Approvals > 16:", "TestQuorumBeyondOne"},
+	{"a known name elsewhere is arbitrary code", "policy/command/command.go", "case !installed(c.Binary):", "case c.Binary == \"\" && !installed(c.Binary):", "TestOf"},
 	{"meet of quorums is the larger", "policy/level.go", "duty{min(d.level, e.level), max(d.approvals, e.approvals)}", "duty{min(d.level, e.level), min(d.approvals, e.approvals)}", "TestLatticeLaws"},
 	{"join of levels is the looser", "policy/level.go", "duty{max(d.level, e.level), min(d.approvals, e.approvals)}", "duty{min(d.level, e.level), min(d.approvals, e.approvals)}", "TestLatticeLaws"},
 	{"never has one value", "policy/level.go", "if d.level == Never || e.level == Never {\n\t\treturn duty{}\n\t}", "", "TestLatticeLaws"},

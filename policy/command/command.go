@@ -93,10 +93,25 @@ func Of(c nucleus.Command) Reading {
 			r.raise(Arbitrary, "sets "+name+", which can change what runs")
 		}
 	}
-	if len(c.Argv) > 0 && c.Binary != "" && path.Base(c.Binary) != path.Base(c.Argv[0]) {
+	switch {
+	case len(c.Argv) == 0 || c.Binary == "":
+	case path.Base(c.Binary) != path.Base(c.Argv[0]):
 		r.raise(Arbitrary, "the program that runs is "+c.Binary)
+	case !installed(c.Binary):
+		r.raise(Arbitrary, "the program that runs is "+c.Binary+", which is called as a known one and may be another")
 	}
 	return r.reading
+}
+
+// installed reports whether a program lies where the machine's own programs and toolchains
+// do, read-only. Elsewhere whatever works in the machine may have put it there.
+func installed(binary string) bool {
+	for _, place := range []string{"/usr", "/bin", "/sbin", nucleus.Toolchains} {
+		if strings.HasPrefix(path.Clean(binary), place+"/") {
+			return true
+		}
+	}
+	return false
 }
 
 // Read reads an argv.

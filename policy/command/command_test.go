@@ -232,9 +232,14 @@ func TestOf(t *testing.T) {
 		{"variable of a package manager", nucleus.Command{Argv: []string{"npm", "ls"}, Env: map[string]string{"npm_config_script_shell": "x"}}, Arbitrary},
 		{"variable in lower case", nucleus.Command{Argv: []string{"ls"}, Env: map[string]string{"x": "y"}}, Arbitrary},
 		{"another program", nucleus.Command{Argv: []string{"ls"}, Binary: "/bin/sh"}, Arbitrary},
+		{"a known name in the workspace", nucleus.Command{Argv: []string{"git", "status"}, Binary: nucleus.MachineWorkspace + "/app/git"}, Arbitrary},
+		{"a known name on scratch", nucleus.Command{Argv: []string{"ls"}, Binary: "/tmp/ls"}, Arbitrary},
+		{"a known name by a detour", nucleus.Command{Argv: []string{"ls"}, Binary: "/usr/../tmp/ls"}, Arbitrary},
+		{"a known name beside the toolchains", nucleus.Command{Argv: []string{"go", "version"}, Binary: nucleus.Toolchains + "x/go"}, Arbitrary},
 		{"nothing", nucleus.Command{}, ReadOnly},
 
 		{"benign", nucleus.Command{Argv: []string{"ls"}, Binary: "/bin/ls", Env: map[string]string{"LANG": "C", "TZ": "UTC"}, Stdin: "x"}, ReadOnly},
+		{"benign", nucleus.Command{Argv: []string{"go", "version"}, Binary: nucleus.Toolchains + "/go/bin/go"}, Read([]string{"go", "version"}).Class},
 		{"benign", nucleus.Command{Argv: []string{"/usr/bin/git", "push"}, Binary: "/usr/bin/git"}, Push},
 	} {
 		if got := Of(c.command); got.Class != c.want || got.Why == "" {
