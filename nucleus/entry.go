@@ -55,6 +55,7 @@ const (
 	KindApprovalDeny   = "approval.deny"
 	KindApprovalUse    = "approval.use"
 	KindApprovalRefuse = "approval.refuse"
+	KindApprovalRevoke = "approval.revoke"
 	KindEgressOpen     = "egress.open"
 	KindEgressClose    = "egress.close"
 	KindModelCall      = "model.call"
@@ -62,6 +63,7 @@ const (
 	KindRepoFetch      = "repo.fetch"
 	KindPolicyLoad     = "policy.load"
 	KindKeyNew         = "key.new"
+	KindKeyRemove      = "key.remove"
 	KindLogOpen        = "log.open"
 	KindLogTorn        = "log.torn"
 	KindLogFork        = "log.fork"   // a witness's: the log's key signed two histories
