@@ -380,6 +380,7 @@ func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, need
 	if sub := p.record.Sub; sub != nil {
 		ask.Detail = append([]nucleus.Detail{{Title: "pod", Text: "pod " + p.record.ID + " was asked for by the agent of pod " + sub.Parent}}, ask.Detail...)
 	}
+	ask.Detail = append(ask.Detail, n.fileDetail(ctx, p, r, pre.action)...)
 	signed := r.signed
 	if host, port, placed := pre.action.Place(); placed {
 		detail, err := n.placeDetail(ctx, p, r, pre.action)
