@@ -239,7 +239,10 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 	if pending.refused != nil {
 		return fail(pending.refused)
 	}
-	answer, err := n.await(ctx, pending.ask.ID, r.wait)
+	if r.waiting != nil && time.Until(r.until) > 0 {
+		r.waiting(pending.ask.ID)
+	}
+	answer, err := n.await(ctx, pending.ask.ID, time.Until(r.until))
 	if err != nil {
 		return fail(authorityFailure(err))
 	}
@@ -257,7 +260,7 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 		}
 		return fail(refused)
 	default:
-		return refuse(pending.ask.ID, "a person has been asked and has not answered yet; call again to wait on")
+		return refuse(pending.ask.ID, fmt.Sprintf("a person has been asked and has not answered yet; call again with the same arguments and \"ask\": %q to wait on", pending.ask.ID))
 	}
 	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(p.approvers), n.config.Now().UnixMilli())
 	if err != nil {
@@ -325,11 +328,17 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	defer leave()
 	now := n.config.Now()
 	known, ok := p.asks.same(r, pre.action, needed.beside, now.UnixMilli())
-	if ok {
+	if ok && (r.ask == "" || r.ask == known.ask.ID) {
 		return known, true, nil
+	}
+	if ok { // another than the one that is waited for
+		known.pre.sent.drop()
 	}
 	if p.root.open(p.record.ID, pre.action, now) {
 		return pendingAsk{}, false, nil
+	}
+	if r.ask != "" {
+		return pendingAsk{}, false, nucleus.Errorf(nucleus.KindNotFound, "ask %s is open no longer, or is not for these arguments: it was answered and its answer taken, or nobody answered in time; call without \"ask\" to ask anew", r.ask)
 	}
 	if err := pre.sent.await(); err != nil {
 		return pendingAsk{}, false, err

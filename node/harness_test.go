@@ -281,9 +281,18 @@ func (h *host) signed(s *wire.Signer, method, path, pod string, body []byte) *ht
 	return req
 }
 
+// finalAnswer leaves informational responses out, which a recorder takes for the answer.
+type finalAnswer struct{ *httptest.ResponseRecorder }
+
+func (w finalAnswer) WriteHeader(code int) {
+	if code >= 200 {
+		w.ResponseRecorder.WriteHeader(code)
+	}
+}
+
 func (h *host) serve(n *Node, req *http.Request) answer {
 	w := httptest.NewRecorder()
-	n.handler().ServeHTTP(w, req)
+	n.handler().ServeHTTP(finalAnswer{w}, req)
 	a := answer{Status: w.Code, Body: w.Body.String()}
 	var body struct {
 		Error *nucleus.Error `json:"error"`

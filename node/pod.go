@@ -519,7 +519,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	config, err := json.Marshal(guest.Config{
 		ToolsUID: facts.ToolsUID, ToolsGID: facts.ToolsGID, AgentUID: facts.AgentUID, AgentGID: facts.AgentGID,
 		Mode: spec.Mode, Env: p.toolsEnv(facts), Layers: p.agentLayers(), Identity: spec.Identity,
-		MaxPids: facts.Tasks, WaitAsk: waitAsk,
+		MaxPids: facts.Tasks, WaitAsk: waitAsk(spec.Agent),
 	})
 	if err != nil {
 		return reply, err
@@ -555,7 +555,12 @@ func (p *Pod) time() nucleus.NodeTime {
 }
 
 // waitAsk is how long, in seconds, an agent's call waits for a person.
-const waitAsk = 50
+func waitAsk(agent *nucleus.Agent) int {
+	if agent == nil {
+		return nucleus.Agent{}.WaitAsk()
+	}
+	return agent.WaitAsk()
+}
 
 // toolsEnv is the environment of tools: the image's, then what the person handed over.
 func (p *Pod) toolsEnv(facts machine.Facts) map[string]string {

@@ -16,14 +16,16 @@ import (
 
 // request is one operation that somebody asks of a pod.
 type request struct {
-	caller wire.Caller
-	signed *wire.SignedRequest
-	op     nucleus.Op
-	args   json.RawMessage
-	wait   time.Duration // how long the caller waits for a person
-	call   guest.Call    // terminal and streaming; Op and Permit are filled in here
-	stream *wire.Stream  // where frames of a running command go and come from; nil: none
-	laps   *laps
+	caller  wire.Caller
+	signed  *wire.SignedRequest
+	op      nucleus.Op
+	args    json.RawMessage
+	until   time.Time        // when the caller stops waiting for a person; zero: it does not wait
+	ask     string           // the ask that it goes on waiting for; empty: any that is for the same
+	call    guest.Call       // terminal and streaming; Op and Permit are filled in here
+	stream  *wire.Stream     // where frames of a running command go and come from; nil: none
+	waiting func(ask string) // tells the caller what it waits for; nil: nobody is told
+	laps    *laps
 
 	attempt *egress.Attempt // a connection of a program: nobody signed for it yet, and nobody waits
 }
