@@ -585,7 +585,7 @@ func TestReceiptSize(t *testing.T) {
 	}
 	dir := filepath.Join(t.TempDir(), "log")
 	now := time.Unix(1700000000, 0)
-	l := mustOpen(t, dir, Options{Origin: testOrigin, Key: testKey, Now: func() time.Time {
+	l := mustOpen(t, dir, Options{Origin: testOrigin, Key: testKey, Link: true, Now: func() time.Time {
 		now = now.Add(time.Duration(now.UnixNano()*7919%400_000_000) + 1)
 		return now
 	}})
