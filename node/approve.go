@@ -284,6 +284,7 @@ func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsAp
 	}
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
+	n.keepSalt(pre.digest, pre.salt)
 	entry := n.intent(p, r, pre, "", needed.decision)
 	entry.Status, entry.Ask = nucleus.OutcomeRefused, e.Ask
 	values := map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}
@@ -359,6 +360,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if err != nil {
 		return pendingAsk{}, false, err
 	}
+	n.keepSalt(ask.Digest, pre.salt)
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalAsk, Op: r.op,
 		Digest: ask.Digest, Args: data(ask.Action), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,

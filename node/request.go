@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"time"
 
 	"cal/audit"
@@ -233,6 +234,7 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (_ ru
 		permit.Grants, entry.Grants, entry.Ask = []string{open.used.token}, []string{open.used.grant}, ask.ID
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
+		n.keepSalt(pre.digest, pre.salt)
 		if _, err := n.append(entry); err != nil {
 			return ruling{}, logFailure(err)
 		}
@@ -253,6 +255,13 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (_ ru
 		permit.Seq = p.nextSeq()
 	}
 	return ruling{permit, ask, intent, reserved}, nil
+}
+
+// keepSalt keeps the salt of what has no permit: it is found by the digest.
+func (n *Node) keepSalt(digest string, salt nucleus.Salt) {
+	if err := n.salts.Put(digest, salt); err != nil {
+		slog.Warn("a refused request cannot be shown to fit its entry later", "error", err)
+	}
 }
 
 // ruling is a decision to go ahead. It counts when its intent is on the disk.
