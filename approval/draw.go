@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -67,6 +68,7 @@ func Draw(ask nucleus.AskRequest, view View) (Screen, error) {
 		d.end(detail)
 	}
 	d.subPolicy(signed.Action.Sub)
+	d.asked(signed)
 	d.action(signed)
 	d.passage(signed)
 	return Screen{digest, d.out.String(), d.cut}, nil
@@ -220,12 +222,12 @@ func (d *drawing) text(label, value string) {
 	d.block(value)
 }
 
-// host adds a field that holds a host name. An internationalised name is ASCII
+// host adds a field that holds a host name, or a URL. An internationalised name is ASCII
 // on the wire and may look like another one elsewhere (RFC 5890, 4.4).
 func (d *drawing) host(label, value string) {
 	d.field(label, quote(value))
-	if strings.Contains(strings.ToLower(value), "xn--") {
-		d.field("note", "the host name stands for letters beyond ASCII (xn--)")
+	for _, note := range oddNames(value) {
+		d.field("LOOK", note)
 	}
 }
 
@@ -291,6 +293,83 @@ func legs(l nucleus.Legs) string {
 	return text
 }
 
+// asked are the arguments that an action holds as digests alone, or not at all, as the
+// requester signed them.
+var asked = map[nucleus.Op][]string{
+	nucleus.WriteFiles: {"content", "mode"},
+	nucleus.EditFiles:  {"old", "new", "all"},
+	nucleus.WebFetch:   {"body"},
+	nucleus.RunBash:    {"stdin", "background", "timeout_s"},
+}
+
+// asked shows what the requester signed where the action has its digest. The authority takes
+// an ask only where the action's digest of the arguments is that of what was signed; whoever
+// draws another one is told.
+func (d *drawing) asked(ask nucleus.AskRequest) {
+	names := asked[ask.Action.Op]
+	if len(names) == 0 {
+		return
+	}
+	d.begin("what the requester signed")
+	args, err := signedArguments(ask)
+	if err != nil {
+		d.field("NOTE", err.Error())
+		d.end(ask.Request)
+		return
+	}
+	for _, name := range names {
+		value, ok := args[name]
+		if !ok {
+			continue
+		}
+		var text string
+		if json.Unmarshal(value, &text) != nil {
+			d.field(name, Visible(string(value)))
+			continue
+		}
+		d.text(name, text)
+		if want, named := digestOf(ask.Action, name); named && want != nucleus.SHA256([]byte(text)) && want+text != "" {
+			d.field("NOTE", "its digest is not the one below: "+nucleus.SHA256([]byte(text)))
+		}
+	}
+	d.end(ask.Request)
+}
+
+// signedArguments are those of the request that came with an ask, each as JSON.
+func signedArguments(ask nucleus.AskRequest) (map[string]json.RawMessage, error) {
+	var request struct {
+		Body []byte `json:"body_b64"`
+	}
+	if err := json.Unmarshal(ask.Request, &request); err != nil || len(request.Body) == 0 {
+		return nil, errors.New("the request that came with this ask holds no arguments")
+	}
+	canonical, err := nucleus.CanonicalJSON(request.Body)
+	if err != nil {
+		return nil, errors.New("the arguments that came with this ask cannot be read")
+	}
+	if nucleus.SHA256(canonical) != ask.Action.Args {
+		return nil, errors.New("the arguments that came with this ask are not those whose digest stands below")
+	}
+	var args map[string]json.RawMessage
+	if err := json.Unmarshal(canonical, &args); err != nil {
+		return nil, errors.New("the arguments that came with this ask are no object")
+	}
+	return args, nil
+}
+
+// digestOf is the digest that an action holds of one of its arguments.
+func digestOf(a nucleus.Action, argument string) (digest string, named bool) {
+	switch {
+	case argument == "content" && len(a.Files) == 1:
+		return a.Files[0].After, true
+	case argument == "body" && a.Fetch != nil:
+		return a.Fetch.Body, true
+	case argument == "stdin" && a.Command != nil:
+		return a.Command.Stdin, true
+	}
+	return "", false
+}
+
 func (d *drawing) action(ask nucleus.AskRequest) {
 	a := ask.Action
 	d.begin("what will happen: " + string(a.Op))
@@ -323,7 +402,7 @@ func (d *drawing) action(ask nucleus.AskRequest) {
 	}
 	if p := a.PR; p != nil {
 		d.field("repository", quote(p.Repository))
-		d.field("api", quote(p.API))
+		d.host("api", p.API)
 		d.field("base", quote(p.Base))
 		d.field("head", quote(p.Head))
 		d.field("head id", quote(p.HeadID))

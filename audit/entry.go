@@ -59,8 +59,9 @@ func splitBundle(bundle []byte) (entries [][]byte, err error) {
 
 // glance is what the checks need of an entry.
 type glance struct {
-	seq          int64
+	seq, prev    int64 // -1 where there is none
 	kind, permit string
+	session      []byte // as it is spelled in JSON
 }
 
 var errNotEntry = errors.New("not a JSON object with a sequence number")
@@ -69,7 +70,7 @@ var errNotEntry = errors.New("not a JSON object with a sequence number")
 // a million entries leaves no time for a whole JSON decoder; the bytes
 // themselves are proved by their hash.
 func look(raw []byte) (glance, error) {
-	g := glance{seq: -1}
+	g := glance{seq: -1, prev: -1}
 	if len(raw) < 2 || raw[0] != '{' || raw[len(raw)-1] != '}' {
 		return g, errNotEntry
 	}
@@ -84,12 +85,18 @@ func look(raw []byte) (glance, error) {
 		}
 		value := raw[after+1 : end]
 		switch string(key) {
-		case "seq":
-			seq, err := strconv.ParseInt(string(value), 10, 64)
-			if err != nil {
+		case "seq", "prev":
+			n, err := strconv.ParseInt(string(value), 10, 64)
+			if err != nil || n < 0 {
 				return g, errNotEntry
 			}
-			g.seq = seq
+			if string(key) == "seq" {
+				g.seq = n
+			} else {
+				g.prev = n
+			}
+		case "session":
+			g.session = value
 		case "kind":
 			g.kind = string(bytes.Trim(value, `"`))
 		case "permit":

@@ -59,6 +59,10 @@ type Options struct {
 	Key    ed25519.PrivateKey // signs the checkpoints
 	Now    func() time.Time   // nil: time.Now
 	FS     FS                 // nil: the files of the directory
+
+	// Link makes every entry of a session name the one before it (Entry.Prev), so that
+	// a receipt proves that it leaves none out. A session begins with pod.create.
+	Link bool
 }
 
 // FS is the disk under a log. Names are slash-separated and relative. When a
@@ -101,6 +105,7 @@ type Log struct {
 	lock   io.Closer
 	signer *signer
 	now    func() time.Time
+	links  *links // nil: entries name no other
 
 	// The locks are taken in this order. tiles is held while tiles are written,
 	// which appends need not wait for.
@@ -149,6 +154,9 @@ func Open(dir string, o Options) (*Log, error) {
 		return nil, err
 	}
 	l := &Log{dir: dir, fs: o.FS, signer: s, now: o.Now}
+	if o.Link {
+		l.links = &links{}
+	}
 	if l.now == nil {
 		l.now = time.Now
 	}
@@ -201,16 +209,18 @@ func (l *Log) Begin(e nucleus.Entry) (*Pending, error) {
 	if len(e.Args) > 0 {
 		e.Args = Shown(e.Args)
 	}
+	earlier := l.lastOf(e)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.err != nil {
 		return nil, l.err
 	}
-	e.Seq, e.Time = l.next, l.now().UTC().Format(time.RFC3339Nano)
+	e.Seq, e.Time, e.Prev = l.next, l.now().UTC().Format(time.RFC3339Nano), l.links.prev(e.Session, earlier)
 	raw, err := encode(e)
 	if err != nil {
 		return nil, err
 	}
+	l.links.add(e.Session, e.Seq, l.size)
 	// Whoever finds the queue empty writes it for all who join until the disk is
 	// free.
 	p := &Pending{log: l, leads: len(l.queue) == 0, entry: e, raw: raw, done: make(chan struct{})}

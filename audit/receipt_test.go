@@ -585,7 +585,7 @@ func TestReceiptSize(t *testing.T) {
 	}
 	dir := filepath.Join(t.TempDir(), "log")
 	now := time.Unix(1700000000, 0)
-	l := mustOpen(t, dir, Options{Origin: testOrigin, Key: testKey, Now: func() time.Time {
+	l := mustOpen(t, dir, Options{Origin: testOrigin, Key: testKey, Link: true, Now: func() time.Time {
 		now = now.Add(time.Duration(now.UnixNano()*7919%400_000_000) + 1)
 		return now
 	}})
@@ -722,10 +722,19 @@ func TestReceiptByAnotherProgram(t *testing.T) {
 			t.Errorf("got %s, %v", out, err)
 		}
 	}
+	linked := linkedSessions(t)
+	if out, err := run(mustReceipt(t, linked, ReceiptOptions{Session: "s-b"}), testVerifier); err != nil || !strings.Contains(out, "all of the session to there") {
+		t.Errorf("got %s, %v", out, err)
+	}
+	if out, err := run(packed, testVerifier); err != nil || !strings.Contains(out, "maybe not all") {
+		t.Errorf("without links: got %s, %v", out, err)
+	}
 	for name, raw := range map[string][]byte{
-		"changed": edited(t, text, func(r *receipt) { r.entries[1] = bytes.Replace(r.entries[1], []byte("allow"), []byte("deny"), 1) }),
-		"dropped": edited(t, text, func(r *receipt) { r.entries, r.indexes = r.entries[1:], r.indexes[1:] }),
-		"flipped": func() []byte { raw := bytes.Clone(packed); raw[len(raw)-40] ^= 1; return raw }(),
+		"one left out":       partReceipt(t, linked, "s-b", 0b110111),
+		"the first left out": partReceipt(t, linked, "s-b", 0b111110),
+		"changed":            edited(t, text, func(r *receipt) { r.entries[1] = bytes.Replace(r.entries[1], []byte("allow"), []byte("deny"), 1) }),
+		"dropped":            edited(t, text, func(r *receipt) { r.entries, r.indexes = r.entries[1:], r.indexes[1:] }),
+		"flipped":            func() []byte { raw := bytes.Clone(packed); raw[len(raw)-40] ^= 1; return raw }(),
 	} {
 		if out, err := run(raw, testVerifier); err == nil {
 			t.Errorf("%s: accepted: %s", name, out)

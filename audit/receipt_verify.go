@@ -22,10 +22,10 @@ type VerifyReceiptOptions struct {
 }
 
 // Receipt is what a receipt, or a proof of one entry, proves: each of the entries is in
-// the log at its place. It does not prove that they are all of their session. Between is
-// how many of the log's entries lie between the first and the last and are not shown; with
-// none, nothing was left out there. What came before the first and after the last, nobody
-// can tell from it.
+// the log at its place. Where Begins and Linked hold they are all that the log has of the
+// session up to the last one, by the word of the log itself, which the verification of the
+// whole log checks; with Ends there is none after it. Else Between tells: with none, nothing
+// was left out between the first and the last.
 type Receipt struct {
 	Origin     string            `json:"origin"`
 	Size       int64             `json:"size"` // entries under the checkpoint
@@ -34,7 +34,10 @@ type Receipt struct {
 	Session    string            `json:"session,omitempty"` // empty for a proof of one entry
 	First      int64             `json:"first"`
 	Last       int64             `json:"last"`
-	Between    int64             `json:"between_not_shown"`
+	Between    int64             `json:"between_not_shown"`  // entries of the log between the first and the last
+	Begins     bool              `json:"begins"`             // the first entry begins the session
+	Linked     bool              `json:"linked"`             // each other one names the one before it
+	Ends       bool              `json:"ends"`               // the last one ends the session
 	Open       []int64           `json:"intents_open"`       // intents with a permit whose outcome is not shown
 	Signed     int               `json:"outcomes_signed"`    // outcomes whose machine's signature was checked
 	Unchecked  int               `json:"outcomes_unchecked"` // outcomes whose key is not in the receipt
@@ -81,7 +84,33 @@ func VerifyReceipt(raw []byte, o VerifyReceiptOptions) (*Receipt, error) {
 		return nil, refuse(Changed, "entries and hashes lead to root %s, the checkpoint says %s", root, v.Root)
 	}
 	v.Session = r.session
-	return v, v.read(r.indexes, r.entries)
+	if err := v.read(r.indexes, r.entries); err != nil {
+		return nil, err
+	}
+	return v, v.follow()
+}
+
+// follow checks that the entries of a session name one another: what was taken out is named
+// by the one after it.
+func (v *Receipt) follow() error {
+	before := int64(-1)
+	v.Linked = true
+	for i, raw := range v.Entries {
+		g, err := look(raw)
+		if err != nil {
+			return malformed("%v: %.60q", err, raw)
+		}
+		switch {
+		case g.prev >= 0 && g.prev != before:
+			return refuse(Missing, "entry %d names entry %d as the one before it in its session, the receipt has %s", g.seq, g.prev, entryOrNone(before))
+		case g.prev < 0 && i > 0:
+			v.Linked = false
+		case i == 0:
+			v.Begins = g.kind == nucleus.KindPodCreate
+		}
+		before, v.Ends = g.seq, g.kind == nucleus.KindPodEnd
+	}
+	return nil
 }
 
 func verifyProof(raw []byte, o VerifyReceiptOptions) (*Receipt, error) {
@@ -234,6 +263,14 @@ func (v *Receipt) Says() []string {
 	if v.Session == "" {
 		return says
 	}
+	says = append(says, fmt.Sprintf("session %s, from entry %d to entry %d", v.Session, v.First, v.Last))
+	if v.Begins && v.Linked {
+		end := fmt.Sprintf("what came after entry %d, it does not prove", v.Last)
+		if v.Ends {
+			end = "the last one ends it"
+		}
+		return append(says, "the first entry begins the session, and each other one names the one before it: none is left out; "+end)
+	}
 	between := "no entry of the log lies between them that is not shown"
 	switch {
 	case v.Between == 1:
@@ -241,7 +278,5 @@ func (v *Receipt) Says() []string {
 	case v.Between > 1:
 		between = fmt.Sprintf("%d entries of the log lie between them and are not shown: whose they are, this receipt does not prove", v.Between)
 	}
-	return append(says,
-		fmt.Sprintf("session %s, from entry %d to entry %d; %s", v.Session, v.First, v.Last, between),
-		"it does not prove that the session had no other entry before the first or after the last")
+	return append(says, between, "it does not prove that the session had no other entry before the first or after the last")
 }

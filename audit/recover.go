@@ -50,6 +50,7 @@ func (l *Log) load() error {
 	}
 	l.mu.Lock()
 	l.open = s.open
+	l.links.forget()
 	l.show(signed)
 	l.next = l.size
 	l.mu.Unlock()

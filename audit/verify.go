@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io/fs"
 	"maps"
 	"slices"
@@ -30,6 +31,7 @@ const (
 	BadSignature ProblemKind = "bad signature" // a checkpoint is not signed by the log's key
 	Fork         ProblemKind = "fork"          // the key signed two logs that contradict one another
 	Torn         ProblemKind = "torn"          // an append did not finish; opening the log marks it
+	WrongLink    ProblemKind = "wrong link"    // an entry names another than the one before it in its session
 )
 
 // maxProblems bounds a report; Report.More counts the rest.
@@ -157,6 +159,8 @@ type check struct {
 	shift int64 // how far sequence numbers are from the index
 
 	intents map[string]int64
+	newest  map[uint64]int64 // by the hash of a session: its newest entry so far
+	seed    maphash.Seed
 	leaves  []tlog.Hash // from the journal's base on
 }
 
@@ -198,6 +202,7 @@ func (c *check) run() error {
 	c.collectClaims()
 	c.main = &side{tree: &tree{}}
 	c.intents = map[string]int64{}
+	c.newest, c.seed = map[uint64]int64{}, maphash.MakeSeed()
 	c.check(c.main)
 	c.checkOpen(0)
 	for from := int64(0); from < c.public.Size; from += tileWidth {
@@ -592,7 +597,32 @@ func (c *check) numbers(name string, from int64, entries [][]byte) {
 			c.misnumbered(name, index, g.seq, entries[i+1:])
 		}
 		c.track(g, index)
+		c.follow(name, g, index)
 	}
+}
+
+// follow checks that an entry that names the one before it in its session names that one:
+// what a receipt proves of a session rests on it.
+func (c *check) follow(name string, g glance, index int64) {
+	if len(g.session) == 0 {
+		return
+	}
+	session := maphash.Bytes(c.seed, g.session)
+	before, ok := c.newest[session]
+	if !ok {
+		before = -1
+	}
+	if g.prev >= 0 && g.prev != before {
+		c.report.add(Problem{index, WrongLink, name, fmt.Sprintf("it says that entry %d was before it in session %s; that is %s", g.prev, g.session, entryOrNone(before))})
+	}
+	c.newest[session] = g.seq
+}
+
+func entryOrNone(seq int64) string {
+	if seq < 0 {
+		return "none"
+	}
+	return fmt.Sprintf("entry %d", seq)
 }
 
 // misnumbered reports an entry whose number is not its index, and lets those

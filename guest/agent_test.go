@@ -429,7 +429,7 @@ func TestMCPCallsBelow(t *testing.T) {
 		`{"action":"call","pod":"p-sub","operation":"bash_stop","arguments":{"id":"j"}}`:    `/v1/pods/p-sub/tools/run_bash p-sub {"stop":"j"}`,
 		`{"action":"list"}`: `/v1/pods/p-1/tools/manage_pods p-1 {"action":"list"}`,
 	} {
-		if r := l.p.callTool(deadline(t), l.p.api(), "manage_pods", json.RawMessage(args)); r.IsError {
+		if r := l.p.callTool(deadline(t), l.p.api(), "manage_pods", json.RawMessage(args), nil); r.IsError {
 			t.Errorf("%s: %+v", args, r.Content[0])
 			continue
 		}
@@ -441,7 +441,7 @@ func TestMCPCallsBelow(t *testing.T) {
 		`{"action":"call","pod":"p-sub"}`, `{"action":"call","operation":"read_files","arguments":{"path":"a"}}`, `{"action":"call","pod":"../p-1","operation":"read_files","arguments":{"path":"a"}}`,
 		`{"action":"call","pod":"p-sub","operation":"read_files","arguments":{"path":7}}`, `{"action":"call","pod":"p-sub","operation":"execute"}`,
 	} {
-		if r := l.p.callTool(deadline(t), l.p.api(), "manage_pods", json.RawMessage(args)); !r.IsError || len(seen) > 0 {
+		if r := l.p.callTool(deadline(t), l.p.api(), "manage_pods", json.RawMessage(args), nil); !r.IsError || len(seen) > 0 {
 			t.Errorf("%s: %+v", args, r.Content[0])
 		}
 	}
@@ -456,7 +456,7 @@ func TestMCPWithoutNode(t *testing.T) {
 	<-machine.Done()
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
-	r := l.p.callTool(ctx, l.p.api(), "read_files", json.RawMessage(`{"path":"a"}`))
+	r := l.p.callTool(ctx, l.p.api(), "read_files", json.RawMessage(`{"path":"a"}`), nil)
 	if c, ok := r.Content[0].(*mcp.TextContent); !ok || !r.IsError || !strings.Contains(c.Text, string(nucleus.KindUnavailable)) {
 		t.Errorf("got %+v", r)
 	}

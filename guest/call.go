@@ -30,6 +30,7 @@ type Call struct {
 	Cols     uint16          `json:"cols,omitempty"`
 	Stream   bool            `json:"stream,omitempty"`
 	Stdin    bool            `json:"stdin,omitempty"`
+	Standing bool            `json:"standing,omitempty"` // with Resolve: what the file holds that would be changed is wanted too
 }
 
 // CallArgs are what a call is made with.
@@ -44,10 +45,11 @@ const maxCallArgs = 6 * tools.MaxArgs
 
 // CallResult ends a call.
 type CallResult struct {
-	Value   json.RawMessage `json:"value,omitempty"`
-	Action  *nucleus.Action `json:"action,omitempty"` // for Resolve
-	Error   *nucleus.Error  `json:"error,omitempty"`
-	Outcome *nucleus.Signed `json:"outcome,omitempty"` // nucleus.Outcome by the boot's key
+	Value    json.RawMessage `json:"value,omitempty"`
+	Action   *nucleus.Action `json:"action,omitempty"` // for Resolve
+	Standing []byte          `json:"standing_b64,omitempty"`
+	Error    *nucleus.Error  `json:"error,omitempty"`
+	Outcome  *nucleus.Signed `json:"outcome,omitempty"` // nucleus.Outcome by the boot's key
 }
 
 const maxResult = 32 << 20
@@ -66,7 +68,7 @@ func (p *Proxy) brief(ctx context.Context, request []byte) []byte {
 	action, args := parts[1], parts[2]
 	if call.Resolve {
 		result, _ := p.workBriefly(ctx, call, nil, args)
-		return briefReply(CallResult{Action: result.Action, Error: result.Error}, nil)
+		return briefReply(CallResult{Action: result.Action, Standing: result.Standing, Error: result.Error}, nil)
 	}
 	var named nucleus.Action
 	if err := nucleus.Strict(action, &named); err != nil {
@@ -102,7 +104,7 @@ func (p *Proxy) workBriefly(ctx context.Context, call Call, action, args []byte)
 	case result.Error != nil:
 		return CallResult{Error: result.Error}, nucleus.OutcomeFailed
 	}
-	return CallResult{Action: result.Action, Value: parts[1]}, nucleus.OutcomeDone
+	return CallResult{Action: result.Action, Standing: result.Standing, Value: parts[1]}, nucleus.OutcomeDone
 }
 
 // briefReply has the value behind the header, where nobody encodes it again.
@@ -360,13 +362,13 @@ func (p *Proxy) resolve(ctx context.Context, stream *wire.Stream, call Call, arg
 		finish(stream, CallResult{Error: nucleus.Errorf(nucleus.KindInternal, "tools worker: %v", err)})
 		return
 	}
-	finish(stream, CallResult{Action: resolved.Action, Error: resolved.Error})
+	finish(stream, CallResult{Action: resolved.Action, Standing: resolved.Standing, Error: resolved.Error})
 }
 
 func (p *Proxy) header(call Call) tools.Call {
 	return tools.Call{
 		Op: call.Op, Terminal: call.Terminal, Rows: call.Rows, Cols: call.Cols,
-		Stream: call.Stream, Stdin: call.Stdin, Identity: p.config.Identity,
+		Stream: call.Stream, Stdin: call.Stdin, Standing: call.Standing, Identity: p.config.Identity,
 	}
 }
 

@@ -10,6 +10,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
+	"net/url"
+	"strconv"
 	"strings"
 
 	"github.com/modelcontextprotocol/go-sdk/mcp"
@@ -31,7 +35,9 @@ func (p *Proxy) mcpHandler() http.Handler {
 		}
 		server.AddTool(&mcp.Tool{Name: tool.Name, Description: tool.Description, InputSchema: tool.InputSchema},
 			func(ctx context.Context, req *mcp.CallToolRequest) (*mcp.CallToolResult, error) {
-				return p.callTool(ctx, client, req.Params.Name, req.Params.Arguments), nil
+				told, stop := tell(ctx, req)
+				defer stop()
+				return p.callTool(ctx, client, req.Params.Name, req.Params.Arguments, told), nil
 			})
 	}
 	handler := mcp.NewStreamableHTTPHandler(func(*http.Request) *mcp.Server { return server }, nil)
@@ -48,17 +54,21 @@ func serveMCP(l net.Listener, h http.Handler) {
 	}
 }
 
-// callTool asks the node for one operation and waits for a person as long as the
-// agent's client does.
-func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, args json.RawMessage) *mcp.CallToolResult {
-	op, args, err := tools.Operation(name, args)
+// callTool asks the node for one operation and waits for a person nearly as long as the
+// agent's client does. waiting is told the id of the ask that is waited for.
+func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, args json.RawMessage, waiting func(ask string)) *mcp.CallToolResult {
+	c := toolCall{pod: p.boot.Pod, waiting: waiting}
 	var value json.RawMessage
-	pod := p.boot.Pod
-	if err == nil && op == nucleus.ManagePods {
-		op, args, pod, err = p.inPod(op, args)
+	ask, args, err := tools.Continued(args)
+	if err == nil {
+		c.op, c.args, err = tools.Operation(name, args)
+		c.ask = ask
+	}
+	if err == nil && c.op == nucleus.ManagePods {
+		c.op, c.args, c.pod, err = p.inPod(c.op, c.args)
 	}
 	if err == nil {
-		value, err = p.request(ctx, client, pod, op, args)
+		value, err = p.request(ctx, client, c)
 	}
 	if err != nil {
 		e := nucleus.AsError(err)
@@ -67,7 +77,16 @@ func (p *Proxy) callTool(ctx context.Context, client *http.Client, name string, 
 		}{e})
 		return &mcp.CallToolResult{IsError: true, Content: []mcp.Content{&mcp.TextContent{Text: string(text)}}}
 	}
-	return &mcp.CallToolResult{Content: toolContent(op, value)}
+	return &mcp.CallToolResult{Content: toolContent(c.op, value)}
+}
+
+// toolCall is one request to the node.
+type toolCall struct {
+	pod     string
+	op      nucleus.Op
+	args    json.RawMessage
+	ask     string           // that it goes on waiting for, or empty
+	waiting func(ask string) // nil: nobody is told
 }
 
 // inPod turns a call of a tool in a pod below this one into the request that it is: the
@@ -85,8 +104,8 @@ func (p *Proxy) inPod(op nucleus.Op, args json.RawMessage) (nucleus.Op, json.Raw
 	return inner, args, call.Pod, err
 }
 
-func (p *Proxy) request(ctx context.Context, client *http.Client, pod string, op nucleus.Op, args json.RawMessage) (json.RawMessage, error) {
-	value, err := p.requestOnce(ctx, client, pod, op, args)
+func (p *Proxy) request(ctx context.Context, client *http.Client, c toolCall) (json.RawMessage, error) {
+	value, err := p.requestOnce(ctx, client, c)
 	if err == nil || nucleus.AsError(err).Kind != nucleus.KindUnauthenticated {
 		return value, err
 	}
@@ -94,7 +113,7 @@ func (p *Proxy) request(ctx context.Context, client *http.Client, pod string, op
 	if askErr := p.askTime(ctx, client); askErr != nil {
 		return nil, err
 	}
-	return p.requestOnce(ctx, client, pod, op, args)
+	return p.requestOnce(ctx, client, c)
 }
 
 // askTime asks the node what its wall clock shows, and the era that its requests are
@@ -131,16 +150,28 @@ func (p *Proxy) signer() wire.Signer {
 	return signer
 }
 
-func (p *Proxy) requestOnce(ctx context.Context, client *http.Client, pod string, op nucleus.Op, args json.RawMessage) (json.RawMessage, error) {
-	url := fmt.Sprintf("http://nucleus/v1/pods/%s/tools/%s?wait=%d", pod, op, p.config.WaitAsk)
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(args))
+func (p *Proxy) requestOnce(ctx context.Context, client *http.Client, c toolCall) (json.RawMessage, error) {
+	query := url.Values{"wait": {strconv.Itoa(p.config.WaitAsk)}}
+	if c.ask != "" {
+		query.Set("ask", c.ask)
+	}
+	if c.waiting != nil {
+		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{Got1xxResponse: func(code int, header textproto.MIMEHeader) error {
+			if code == http.StatusProcessing {
+				c.waiting(header.Get(wire.AskHeader))
+			}
+			return nil
+		}})
+	}
+	target := fmt.Sprintf("http://nucleus/v1/pods/%s/tools/%s?%s", c.pod, c.op, query.Encode())
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target, bytes.NewReader(c.args))
 	if err != nil {
 		return nil, err
 	}
 	req.GetBody = nil // signed for one use: never sent twice
 	req.Header.Set("Content-Type", "application/json")
 	signer := p.signer()
-	if err := signer.Sign(req, pod, args); err != nil {
+	if err := signer.Sign(req, c.pod, c.args); err != nil {
 		return nil, err
 	}
 	resp, err := client.Do(req)

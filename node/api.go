@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"cal/approval"
 	"cal/guest"
 	"cal/node/client"
 	"cal/nucleus"
@@ -21,8 +22,6 @@ import (
 // authority is the name that requests to the node are signed for, on its socket and
 // on the wire alike.
 const authority = "nucleus"
-
-const maxWait = 10 * time.Minute
 
 // handler routes the API of api/openapi.yaml. It serves the socket and, for the agent
 // inside, the wire; what a caller may do depends on its key alone.
@@ -186,6 +185,11 @@ func (n *Node) tool(w http.ResponseWriter, r *http.Request, v verified) error {
 	if r.Header.Get("Upgrade") != "" {
 		return n.streamTool(w, r, p, req)
 	}
+	req.waiting = func(ask string) {
+		w.Header().Set(wire.AskHeader, ask)
+		w.WriteHeader(http.StatusProcessing)
+		w.Header().Del(wire.AskHeader)
+	}
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	value, err := n.request(ctx, p, req)
@@ -198,14 +202,20 @@ func (n *Node) tool(w http.ResponseWriter, r *http.Request, v verified) error {
 	return nil
 }
 
-// options reads the query: wait (seconds), and for a stream terminal, rows, cols, stdin.
+// options reads the query: wait (seconds), ask, and for a stream terminal, rows, cols, stdin.
 func (r *request) options(req *http.Request) error {
 	for name, values := range req.URL.Query() {
 		value := values[0]
 		number, err := strconv.ParseUint(value, 10, 16)
 		switch name {
 		case "wait":
-			r.wait = min(time.Duration(number)*time.Second, maxWait)
+			r.until = time.Now().Add(min(time.Duration(number)*time.Second, askLife))
+		case "ask":
+			if err := approval.CheckName("ask", value); err != nil || len(values) != 1 {
+				return nucleus.Errorf(nucleus.KindInvalid, "parameter ask=%q: want the id of one ask", value)
+			}
+			r.ask = value
+			continue
 		case "terminal":
 			r.call.Terminal = number == 1
 		case "stdin":

@@ -236,7 +236,10 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 	if pending.refused != nil {
 		return fail(pending.refused)
 	}
-	answer, err := n.await(ctx, pending.ask.ID, r.wait)
+	if r.waiting != nil && time.Until(r.until) > 0 {
+		r.waiting(pending.ask.ID)
+	}
+	answer, err := n.await(ctx, pending.ask.ID, time.Until(r.until))
 	if err != nil {
 		return fail(authorityFailure(err))
 	}
@@ -254,7 +257,7 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 		}
 		return fail(refused)
 	default:
-		return refuse(pending.ask.ID, waitsFor(answer))
+		return refuse(pending.ask.ID, fmt.Sprintf("%s; call again with the same arguments and \"ask\": %q to wait on", waitsFor(answer), pending.ask.ID))
 	}
 	grants, err := approval.Approved(answer.Tokens(), pending.ask, p.approvers, n.config.Now().UnixMilli())
 	if err != nil {
@@ -271,9 +274,9 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 // waitsFor says what an ask that is not decided waits for.
 func waitsFor(s approvals.Status) string {
 	if s.Need > 1 {
-		return fmt.Sprintf("%d persons have been asked to approve and %d have; call again to wait on", s.Need, len(s.Grants))
+		return fmt.Sprintf("%d persons have been asked to approve and %d have", s.Need, len(s.Grants))
 	}
-	return "a person has been asked and has not answered yet; call again to wait on"
+	return "a person has been asked and has not answered yet"
 }
 
 // recordUnapproved records a request that needed an approval and has none, unless the
@@ -286,6 +289,7 @@ func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsAp
 	}
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
+	n.keepSalt(pre.digest, pre.salt)
 	entry := n.intent(p, r, pre, "", needed.decision)
 	entry.Status, entry.Ask = nucleus.OutcomeRefused, e.Ask
 	values := map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}
@@ -330,11 +334,17 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	defer leave()
 	now := n.config.Now()
 	known, ok := p.asks.same(r, pre.action, needed.beside, now.UnixMilli())
-	if ok {
+	if ok && (r.ask == "" || r.ask == known.ask.ID) {
 		return known, true, nil
+	}
+	if ok { // another than the one that is waited for
+		known.pre.sent.drop()
 	}
 	if p.root.open(p.record.ID, pre.action, now) {
 		return pendingAsk{}, false, nil
+	}
+	if r.ask != "" {
+		return pendingAsk{}, false, nucleus.Errorf(nucleus.KindNotFound, "ask %s is open no longer, or is not for these arguments: it was answered and its answer taken, or nobody answered in time; call without \"ask\" to ask anew", r.ask)
 	}
 	if err := pre.sent.await(); err != nil {
 		return pendingAsk{}, false, err
@@ -355,6 +365,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if err != nil {
 		return pendingAsk{}, false, err
 	}
+	n.keepSalt(ask.Digest, pre.salt)
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalAsk, Op: r.op,
 		Digest: ask.Digest, Args: data(ask.Action), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
@@ -385,6 +396,7 @@ func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, need
 	if sub := p.record.Sub; sub != nil {
 		ask.Detail = append([]nucleus.Detail{{Title: "pod", Text: "pod " + p.record.ID + " was asked for by the agent of pod " + sub.Parent}}, ask.Detail...)
 	}
+	ask.Detail = append(ask.Detail, n.fileDetail(ctx, p, r, pre.action)...)
 	signed := r.signed
 	if host, port, placed := pre.action.Place(); placed {
 		detail, err := n.placeDetail(ctx, p, r, pre.action)

@@ -60,6 +60,7 @@ type host struct {
 	mu       sync.Mutex
 	machines map[string]*inside // by pod
 	behave   func(*inside, *callInside) (guest.CallResult, bool)
+	resolved func(*guest.CallResult)                          // what a machine says of a call before it is decided, to be changed
 	repo     func(*inside, *wire.Stream, guest.RepoCall) bool // true: answered
 	boot     func(*inside, *nucleus.BootReply) bool           // false: no answer
 	attach   func() error
@@ -280,9 +281,18 @@ func (h *host) signed(s *wire.Signer, method, path, pod string, body []byte) *ht
 	return req
 }
 
+// finalAnswer leaves informational responses out, which a recorder takes for the answer.
+type finalAnswer struct{ *httptest.ResponseRecorder }
+
+func (w finalAnswer) WriteHeader(code int) {
+	if code >= 200 {
+		w.ResponseRecorder.WriteHeader(code)
+	}
+}
+
 func (h *host) serve(n *Node, req *http.Request) answer {
 	w := httptest.NewRecorder()
-	n.handler().ServeHTTP(w, req)
+	n.handler().ServeHTTP(finalAnswer{w}, req)
 	a := answer{Status: w.Code, Body: w.Body.String()}
 	var body struct {
 		Error *nucleus.Error `json:"error"`
@@ -688,13 +698,19 @@ func (m *inside) brief(ctx context.Context, request []byte) []byte {
 }
 
 func (m *inside) answer(c *callInside) (result guest.CallResult, send bool) {
-	header := tools.Call{Op: c.call.Op, Identity: nucleus.Identity{Name: "Test Person", Email: "person@example.org"}}
+	header := tools.Call{Op: c.call.Op, Standing: c.call.Standing, Identity: nucleus.Identity{Name: "Test Person", Email: "person@example.org"}}
 	if c.call.Resolve {
 		var resolved tools.Resolved
 		if err := m.work(tools.StreamResolve, header, c.args.Args, &resolved); err != nil {
 			resolved.Error = nucleus.AsError(err)
 		}
-		return guest.CallResult{Action: resolved.Action, Error: resolved.Error}, true
+		result := guest.CallResult{Action: resolved.Action, Standing: resolved.Standing, Error: resolved.Error}
+		m.host.mu.Lock()
+		defer m.host.mu.Unlock()
+		if m.host.resolved != nil {
+			m.host.resolved(&result)
+		}
+		return result, true
 	}
 	if err := m.admit(c); err != nil {
 		return m.sign(c.permit, guest.CallResult{Error: nucleus.Errorf(nucleus.KindForbidden, "%v", err)}, nucleus.OutcomeRefused), true

@@ -62,6 +62,7 @@ type Node struct {
 	key      ed25519.PrivateKey
 	log      *audit.Log
 	salts    *audit.Salts
+	keys     *nucleus.Entry // that is not yet in the log
 	witness  *witnesses
 	gateway  *egress.Gateway
 	spent    *spent.Store
@@ -174,6 +175,7 @@ func (n *Node) keepLog(ctx context.Context) {
 				slog.Info("the log can be written again")
 			}
 		}
+		n.recordKeys()
 		if err = errors.Join(err, n.salts.Sync()); err != nil {
 			slog.Error("keeping the log", "error", err)
 		}
@@ -198,7 +200,7 @@ func (n *Node) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if n.log, err = audit.Open(n.dirs.Log(), audit.Options{Origin: nucleus.LogOrigin, Key: logKey, Now: n.config.Now}); err != nil {
+	if n.log, err = audit.Open(n.dirs.Log(), audit.Options{Origin: nucleus.LogOrigin, Key: logKey, Now: n.config.Now, Link: true}); err != nil {
 		return fmt.Errorf("opening the log: %w", err)
 	}
 	if n.salts, err = audit.OpenSalts(filepath.Join(n.dirs.Keys(), "salts")); err != nil {
@@ -213,6 +215,8 @@ func (n *Node) open(ctx context.Context) error {
 	if n.witness, err = newWitnesses(n.log, logKey.Public().(ed25519.PublicKey), n.asks, n.config.Witnesses); err != nil {
 		return err
 	}
+	n.keys = keysEntry(map[string]ed25519.PrivateKey{"node": n.key, "log": logKey, OperatorKey: operator})
+	n.recordKeys()
 	n.gateway = egress.New(egress.Config{Gate: (*gate)(n)})
 	public := operator.Public().(ed25519.PublicKey)
 	n.verifier = &wire.Verifier{
@@ -232,6 +236,29 @@ func (n *Node) open(ctx context.Context) error {
 		n.verifier.NewEra()
 	}
 	return nil
+}
+
+// keysEntry names the keys of a node that starts: its own, by which it signs permits and
+// what it did itself, the log's, and the person's.
+func keysEntry(keys map[string]ed25519.PrivateKey) *nucleus.Entry {
+	public := map[string]any{}
+	for name, key := range keys {
+		public[name] = map[string]any{"algorithm": "ed25519", "public": key.Public()}
+	}
+	return &nucleus.Entry{Kind: nucleus.KindKeyLoad, Data: data(map[string]any{"version": nucleus.Version, "keys": public})}
+}
+
+// recordKeys writes the entry of the node's keys. On a full disk that fails, and is tried
+// again: machines can be looked after meanwhile, and nothing is decided without a log.
+func (n *Node) recordKeys() {
+	if n.keys == nil {
+		return
+	}
+	if _, err := n.append(*n.keys); err != nil {
+		slog.Error("the node's keys could not be recorded", "error", err)
+		return
+	}
+	n.keys = nil
 }
 
 // admitsSince is the time up to which an earlier node may have admitted requests: none of

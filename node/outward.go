@@ -106,7 +106,7 @@ func pushDetail(ctx context.Context, q *transfer, base, old, commit string) []nu
 		if err != nil {
 			text = "cannot be shown: " + err.Error()
 		}
-		details = append(details, nucleus.Detail{Title: title, Text: cut(text, limit)})
+		details = append(details, nucleus.Detail{Title: title, Text: cutDetail(text, limit)})
 	}
 	add("commits", 16<<10, "log", "--no-color", "--format=%h %an <%ae> %s", base+".."+commit)
 	add("files", 16<<10, "diff", "--no-color", "--stat=100", base, commit)
@@ -148,6 +148,7 @@ func (n *Node) preparePR(ctx context.Context, p *Pod, raw []byte, pre *prepared)
 	if pre.action.PR.HeadID, err = q.take(ctx, "refs/heads/"+repo.Branch); err != nil {
 		return err
 	}
+	pre.detail = pushDetail(ctx, q, cmp.Or(stored.PersonBase, repo.Base), zeroID, pre.action.PR.HeadID)
 	pr := *pre.action.PR
 	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
 		return n.config.GitHub.open(ctx, pr)

@@ -54,6 +54,8 @@ type Pod struct {
 	laps    laps          // of its start
 	ahead   string        // the note of the spare that its machine was; empty: of none
 
+	logged bool // pod.create is in the log
+
 	// The keys that can approve for this pod, as they were at its boot: the machine
 	// knows these, and an authority that shows others later changes nothing.
 	approvers []nucleus.Approver
@@ -397,6 +399,10 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 	}); err != nil {
 		return logFailure(err)
 	}
+	p.logged = true
+	if _, err := n.append(p.policyEntry(actor)); err != nil {
+		return logFailure(err)
+	}
 	p.laps.lap("log")
 	if p.ahead == "" {
 		made, err := driver.Create(ctx, p.machineSpec(n))
@@ -422,7 +428,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 		Exposure: p.root.legs().Names(),
 		Data: data(map[string]any{
 			"boot": p.record.Boot, "outcome_key": reply.OutcomeKey, "proxy": reply.Version, "limits": p.machine.Limits(), "one_id": p.machine.Facts().OneID,
-			"proxy_sha256": n.proxyDigest(), "policy": p.record.Policy, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
+			"proxy_sha256": n.proxyDigest(), "policy_sha256": p.digest, "approvers": p.approvers, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
 		}),
 	}); err != nil {
 		return logFailure(err)
@@ -444,6 +450,18 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 	p.state = stateRunning
 	return nil
 }
+
+// policyEntry says what the pod may do: its policy whole, where an entry has room for it.
+func (p *Pod) policyEntry(actor string) nucleus.Entry {
+	values := map[string]any{"policy_sha256": p.digest, "bytes": len(p.record.Policy)}
+	if len(p.record.Policy) <= shownPolicy {
+		values["policy"] = p.record.Policy
+	}
+	return nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPolicyLoad, Data: data(values)}
+}
+
+// shownPolicy is the longest policy in bytes that the log has whole.
+const shownPolicy = 60_000
 
 func consoleHint(m machine.Machine) string {
 	if text := m.Console(); text != "" {
@@ -519,7 +537,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	config, err := json.Marshal(guest.Config{
 		ToolsUID: facts.ToolsUID, ToolsGID: facts.ToolsGID, AgentUID: facts.AgentUID, AgentGID: facts.AgentGID,
 		Mode: spec.Mode, Env: p.toolsEnv(facts), Layers: p.agentLayers(), Identity: spec.Identity,
-		MaxPids: facts.Tasks, WaitAsk: waitAsk,
+		MaxPids: facts.Tasks, WaitAsk: waitAsk(spec.Agent),
 	})
 	if err != nil {
 		return reply, err
@@ -555,7 +573,12 @@ func (p *Pod) time() nucleus.NodeTime {
 }
 
 // waitAsk is how long, in seconds, an agent's call waits for a person.
-const waitAsk = 50
+func waitAsk(agent *nucleus.Agent) int {
+	if agent == nil {
+		return nucleus.Agent{}.WaitAsk()
+	}
+	return agent.WaitAsk()
+}
 
 // toolsEnv is the environment of tools: the image's, then what the person handed over.
 func (p *Pod) toolsEnv(facts machine.Facts) map[string]string {
@@ -951,9 +974,14 @@ func (n *Node) teardown(p *Pod) error {
 		}
 	}
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if !p.removed {
-		p.removed = true
+	first := !p.removed
+	p.removed = true
+	p.mu.Unlock()
+	if first {
+		if p.logged {
+			n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodEnd})
+			n.witness.wish()
+		}
 		close(p.gone)
 	}
 	return nil

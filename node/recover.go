@@ -59,7 +59,7 @@ func (n *Node) recover(ctx context.Context) error {
 			continue
 		}
 		slog.Warn("pod cannot be adopted; removing what is left of it", "pod", l.name, "cause", err)
-		if err := n.remove(ctx, l.dir, l.name, err); err != nil {
+		if err := n.remove(ctx, l, err); err != nil {
 			return fmt.Errorf("removing what is left of pod %s: %w", l.name, err)
 		}
 	}
@@ -132,7 +132,7 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	if left.err != nil {
 		return nil, left.err
 	}
-	p := &Pod{node: n, dir: left.dir, record: left.record, state: stateRunning, gone: make(chan struct{})}
+	p := &Pod{node: n, dir: left.dir, record: left.record, state: stateRunning, logged: true, gone: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			p.leaveSession()
@@ -231,11 +231,17 @@ func (n *Node) proveTo(session *wire.Session, p *Pod) error {
 }
 
 // remove takes away all that a pod left, whatever its record says.
-func (n *Node) remove(ctx context.Context, dir, id string, cause error) error {
-	if _, err := n.append(nucleus.Entry{Pod: id, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 1000)})}); err != nil {
+func (n *Node) remove(ctx context.Context, left leftPod, cause error) error {
+	e := nucleus.Entry{Pod: left.name, Session: left.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 1000)})}
+	if _, err := n.append(e); err != nil {
 		return err
 	}
-	return n.removeDir(ctx, dir)
+	if err := n.removeDir(ctx, left.dir); err != nil {
+		return err
+	}
+	e.Kind, e.Data = nucleus.KindPodEnd, nil
+	_, err := n.append(e)
+	return err
 }
 
 func (n *Node) removeDir(ctx context.Context, dir string) error {

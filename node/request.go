@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"cal/audit"
@@ -17,14 +18,16 @@ import (
 
 // request is one operation that somebody asks of a pod.
 type request struct {
-	caller wire.Caller
-	signed *wire.SignedRequest
-	op     nucleus.Op
-	args   json.RawMessage
-	wait   time.Duration // how long the caller waits for a person
-	call   guest.Call    // terminal and streaming; Op and Permit are filled in here
-	stream *wire.Stream  // where frames of a running command go and come from; nil: none
-	laps   *laps
+	caller  wire.Caller
+	signed  *wire.SignedRequest
+	op      nucleus.Op
+	args    json.RawMessage
+	until   time.Time        // when the caller stops waiting for a person; zero: it does not wait
+	ask     string           // the ask that it goes on waiting for; empty: any that is for the same
+	call    guest.Call       // terminal and streaming; Op and Permit are filled in here
+	stream  *wire.Stream     // where frames of a running command go and come from; nil: none
+	waiting func(ask string) // tells the caller what it waits for; nil: nobody is told
+	laps    *laps
 
 	attempt *egress.Attempt // a connection of a program: nobody signed for it yet, and nobody waits
 }
@@ -234,6 +237,7 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 		permit.Grants, entry.Grants, entry.Ask = open.used.tokens, open.used.grants, ask.ID
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
+		n.keepSalt(pre.digest, pre.salt)
 		if _, err := n.append(entry); err != nil {
 			return ruling{}, logFailure(err)
 		}
@@ -254,6 +258,13 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 		permit.Seq = p.nextSeq()
 	}
 	return ruling{permit, ask, intent, reserved}, nil
+}
+
+// keepSalt keeps the salt of what has no permit: it is found by the digest.
+func (n *Node) keepSalt(digest string, salt nucleus.Salt) {
+	if err := n.salts.Put(digest, salt); err != nil {
+		slog.Warn("a refused request cannot be shown to fit its entry later", "error", err)
+	}
 }
 
 // ruling is a decision to go ahead. It counts when its intent is on the disk.

@@ -44,6 +44,7 @@ type witnesses struct {
 	asks     *approvals.Client
 	required []*witness.Client
 	now      func() time.Time // a monotonic clock
+	soon     chan struct{}    // a round is wanted before its time
 
 	mu      sync.Mutex // the authority is shown checkpoints in their order
 	builtIn *witness.Client
@@ -54,7 +55,7 @@ type witnesses struct {
 }
 
 func newWitnesses(log *audit.Log, key ed25519.PublicKey, asks *approvals.Client, required []Witness) (*witnesses, error) {
-	w := &witnesses{log: log, key: audit.VerifierKey(nucleus.LogOrigin, key), asks: asks, now: time.Now, err: errors.New("none was asked yet")}
+	w := &witnesses{log: log, key: audit.VerifierKey(nucleus.LogOrigin, key), asks: asks, now: time.Now, soon: make(chan struct{}, 1), err: errors.New("none was asked yet")}
 	direct := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	for _, r := range required {
 		if err := audit.CheckWitnessKey(r.Key); err != nil {
@@ -184,8 +185,18 @@ func (w *witnesses) keep(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-w.soon:
 		case <-time.After(wait):
 		}
+	}
+}
+
+// wish asks for a round now: a session has ended, and its receipt shall have the word of
+// those who vouch for the log.
+func (w *witnesses) wish() {
+	select {
+	case w.soon <- struct{}{}:
+	default: // one is wanted already
 	}
 }
 

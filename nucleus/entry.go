@@ -19,6 +19,7 @@ type Entry struct {
 	Time     string          `json:"time"` // RFC 3339 with nanoseconds, UTC
 	Pod      string          `json:"pod,omitempty"`
 	Session  string          `json:"session,omitempty"`
+	Prev     *int64          `json:"prev,omitempty"`  // the entry before this one of the same session; absent at the first, or where the log does not know
 	Actor    string          `json:"actor,omitempty"` // key id
 	Kind     string          `json:"kind"`
 	Op       Op              `json:"op,omitempty"`
@@ -39,7 +40,8 @@ type Entry struct {
 const (
 	KindPodStart       = "pod.start"
 	KindPodAdopt       = "pod.adopt"
-	KindPodStop        = "pod.stop"
+	KindPodStop        = "pod.stop" // nothing is decided any more
+	KindPodEnd         = "pod.end"  // the machine is gone: the last entry of its session
 	KindPodFail        = "pod.fail"
 	KindPodCreate      = "pod.create"
 	KindPodPause       = "pod.pause"
@@ -61,10 +63,10 @@ const (
 	KindModelCall      = "model.call"
 	KindRepoImport     = "repo.import"
 	KindRepoFetch      = "repo.fetch"
-	KindPolicyLoad     = "policy.load"
-	KindKeyNew         = "key.new"
-	KindKeyRemove      = "key.remove"
-	KindLogOpen        = "log.open"
+	KindPolicyLoad     = "policy.load" // what a pod may do
+	KindKeyLoad        = "key.load"    // the public keys of a node that starts
+	KindKeyNew         = "key.new"     // the authority's: an approver's key was made
+	KindKeyRemove      = "key.remove"  // the authority's: an approver's key was taken away
 	KindLogTorn        = "log.torn"
 	KindLogFork        = "log.fork"   // a witness's: the log's key signed two histories
 	KindLogForget      = "log.forget" // a witness's: it gave up what it kept of a log

@@ -122,6 +122,22 @@ type Agent struct {
 	// Task is the argv by which it works on a task without a terminal, as a sub-agent: one
 	// element, TaskHere, stands for the task. Empty: it cannot.
 	Task []string `json:"task,omitempty"`
+
+	// CallS is how many seconds its client waits for one tool call; 0 is CallSeconds. A call
+	// that needs a person waits for nine tenths of it.
+	CallS int `json:"call_s,omitempty"`
+}
+
+// CallSeconds is what a client of MCP waits for a call unless it is told otherwise.
+const CallSeconds = 60
+
+// WaitAsk is how many seconds a call of the agent waits for a person.
+func (a Agent) WaitAsk() int {
+	seconds := a.CallS
+	if seconds == 0 {
+		seconds = CallSeconds
+	}
+	return seconds * 9 / 10
 }
 
 // TaskHere is the element of Agent.Task that stands for the task.

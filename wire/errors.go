@@ -13,6 +13,10 @@ import (
 
 const maxErrorBody = 1 << 20
 
+// AskHeader is where the informational response 102 to a request that waits for a person has
+// the ask's id.
+const AskHeader = "Nucleus-Ask"
+
 // statuses is the one table of kinds and HTTP statuses. The kind in the body is
 // what programs branch on; the status is for those that read no body. For a
 // status that several kinds share, the first is read back where there is no body.

@@ -54,6 +54,10 @@ def main(name, key):
     index = [entry["seq"] for entry in parsed]
     assert all(a < b for a, b in zip(index, index[1:])), "order"
     assert all(entry["session"] == session for entry in parsed), "session"
+    links = [entry.get("prev") for entry in parsed]
+    assert links[0] is None, "an entry before the first"
+    assert all(link in (None, before) for link, before in zip(links[1:], index)), "an entry that was left out"
+    whole = parsed[0]["kind"] == "pod.create" and None not in links[1:]
     assert (len(index), index[0], index[-1]) == (int(count), int(first), int(last)), "entries"
 
     text, signatures = note.split(b"\n\n", 1)
@@ -90,7 +94,7 @@ def main(name, key):
         Ed25519PublicKey.from_public_bytes(key[1:]).verify(mine[0][4:], text + b"\n")
         checked = "signature checked"
     between = index[-1] - index[0] + 1 - len(index)
-    print(f"{len(index)} entries from {index[0]} to {index[-1]} of {origin}, {between} between; {checked}")
+    print(f"{len(index)} entries from {index[0]} to {index[-1]} of {origin}, {between} between; {checked}; " + ("all of the session to there" if whole else "maybe not all"))
 
 
 main(*sys.argv[1:])

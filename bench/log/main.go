@@ -48,7 +48,7 @@ func entry(i int) nucleus.Entry {
 		kind = nucleus.KindOutcome
 	}
 	return nucleus.Entry{
-		Kind: kind, Pod: "p-xgvre4zojk", Session: "s-4ooc2vgppmcsdaf6sov7hxkee5", Actor: "agent", Op: nucleus.ReadFiles,
+		Kind: kind, Pod: "p-xgvre4zojk", Session: fmt.Sprintf("s-%026d", i/40), Actor: "agent", Op: nucleus.ReadFiles,
 		Digest: fmt.Sprintf("%x", sum), Args: json.RawMessage(fmt.Sprintf(`{"files":[{"path":"greeter/src/file-%d.go"}],"op":"read_files"}`, i)),
 		Verdict: nucleus.Allow, Rule: "operations.read_files", Exposure: []string{"private"}, Permit: permit,
 	}
@@ -223,7 +223,7 @@ var key = func() ed25519.PrivateKey {
 }()
 
 func openOurs(dir string) (func(int) error, func() error, error) {
-	l, err := audit.Open(dir, audit.Options{Origin: origin, Key: key})
+	l, err := audit.Open(dir, audit.Options{Origin: origin, Key: key, Link: true})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -287,7 +287,7 @@ func openTessera(dir string) (func(int) error, func() error, error) {
 
 // fill appends n entries, a thousand to a sync: only their verification is timed.
 func fill(dir string, n int) error {
-	l, err := audit.Open(dir, audit.Options{Origin: origin, Key: key})
+	l, err := audit.Open(dir, audit.Options{Origin: origin, Key: key, Link: true})
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -313,6 +314,9 @@ func auditShowCommand() *cobra.Command {
 			"the arguments shown, or of those in --args, canonical JSON, where the entry shows them redacted or cut.",
 		Example: "  cal audit show 12\n  cal audit show 12 --reveal", Args: args(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, given []string) error {
+			if file != "" && !reveal {
+				return usageError{errors.New("--args is for --reveal")}
+			}
 			n, err := entryNumber(given[0])
 			if err != nil {
 				return err
@@ -384,6 +388,9 @@ func printEntry(e nucleus.Entry, found *revealed) {
 	field("kind", approval.Visible(e.Kind))
 	field("pod", approval.Visible(e.Pod))
 	field("session", approval.Visible(e.Session))
+	if e.Prev != nil {
+		field("before it", fmt.Sprintf("entry %d of the session", *e.Prev))
+	}
 	field("actor", approval.Visible(e.Actor))
 	field("operation", string(e.Op))
 	field("what", timeline.What(e))
@@ -446,14 +453,14 @@ type revealed struct {
 }
 
 func revealEntry(e nucleus.Entry, file string) (*revealed, error) {
-	if e.Permit == "" || e.Digest == "" {
-		return nil, fmt.Errorf("entry %d has no permit and digest: salts are kept for what was permitted", e.Seq)
+	if e.Digest == "" {
+		return nil, fmt.Errorf("entry %d has no digest: requests and asks have one", e.Seq)
 	}
 	home, err := workspace.OpenHome()
 	if err != nil {
 		return nil, err
 	}
-	salt, err := audit.FindSalt(filepath.Join(home.Dir, "keys", "salts"), e.Permit)
+	salt, err := findSalt(filepath.Join(home.Dir, "keys", "salts"), e)
 	if err != nil {
 		return nil, err
 	}
@@ -479,4 +486,15 @@ func revealEntry(e nucleus.Entry, file string) (*revealed, error) {
 		r.Why = fmt.Sprintf("the digest of entry %d is not that of the arguments in %s", e.Seq, file)
 	}
 	return r, nil
+}
+
+// findSalt looks for the salt of what was permitted by its permit, of anything else by its
+// digest.
+func findSalt(file string, e nucleus.Entry) (nucleus.Salt, error) {
+	if e.Permit != "" {
+		if salt, err := audit.FindSalt(file, e.Permit); !errors.Is(err, fs.ErrNotExist) {
+			return salt, err
+		}
+	}
+	return audit.FindSalt(file, e.Digest)
 }

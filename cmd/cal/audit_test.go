@@ -220,7 +220,8 @@ func TestAuditShow(t *testing.T) {
 		}
 		want(t, dir, code, "digest", "audit", "show", "3", "--reveal", "--args", whole)
 	}
-	want(t, dir, 1, "no permit and digest", "audit", "show", "0", "--reveal")
+	want(t, dir, 1, "has no digest", "audit", "show", "0", "--reveal")
+	want(t, dir, 2, "--args is for --reveal", "audit", "show", "1", "--args", whole)
 	want(t, dir, 1, "no entry 99", "audit", "show", "99")
 	want(t, dir, 2, "no entry number", "audit", "show", "1x")
 }
@@ -306,7 +307,7 @@ func TestAuditReceipt(t *testing.T) {
 	file := filepath.Join(dir, "s.receipt")
 	want(t, dir, 0, "", "audit", "prove", "--session", "s-1", "-o", file)
 	elsewhere := t.TempDir() // a stranger has the file and the key
-	want(t, elsewhere, 0, "from entry 0 to entry 6; 1 entry of the log lies between them and is not shown", "audit", "verify-receipt", file, "--key", key)
+	want(t, elsewhere, 0, "from entry 0 to entry 6\n  1 entry of the log lies between them and is not shown", "audit", "verify-receipt", file, "--key", key)
 	want(t, elsewhere, 0, "evil.example", "audit", "verify-receipt", file, "--key", key, "--entries")
 	want(t, elsewhere, 1, "no log yet, and no --key", "audit", "verify-receipt", file)
 	want(t, elsewhere, 1, "foreign", "audit", "verify-receipt", file, "--key", key, "--session", "s-2")

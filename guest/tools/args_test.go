@@ -163,7 +163,10 @@ func TestSchemasMatchStructs(t *testing.T) {
 		for _, name := range schema.Required {
 			required[name] = true
 		}
-		fields := 0
+		fields := 1 // "ask", which Continued takes away
+		if _, ok := schema.Properties["ask"]; !ok {
+			t.Errorf("%s: no \"ask\" in the schema", tool.Name)
+		}
 		for _, field := range reflect.VisibleFields(reflect.TypeOf(structs[tool.Name])) {
 			name, options, _ := strings.Cut(field.Tag.Get("json"), ",")
 			if field.Anonymous || tool.Name == "run_bash" && (name == "output" || name == "stop") {
@@ -229,6 +232,26 @@ func TestResolveStatic(t *testing.T) {
 		}
 		if c.path != "" && (len(action.Files) != 1 || action.Files[0] != nucleus.File{Path: c.path}) {
 			t.Errorf("%s %s: files %v", c.op, c.raw, action.Files)
+		}
+	}
+}
+
+func TestContinued(t *testing.T) {
+	for _, c := range []struct{ args, ask, rest string }{
+		{`{"path":"a"}`, "", `{"path":"a"}`},
+		{`{"path":"a","ask":"a-1"}`, "a-1", `{"path":"a"}`},
+		{`{"ask":"a-1"}`, "a-1", `{}`},
+		{``, "", ``},
+		{`[1]`, "", `[1]`},
+		{`{"path":"ask"}`, "", `{"path":"ask"}`},
+	} {
+		if ask, rest, err := Continued(json.RawMessage(c.args)); err != nil || ask != c.ask || string(rest) != c.rest {
+			t.Errorf("%s: %q, %s, %v; want %q, %s", c.args, ask, rest, err, c.ask, c.rest)
+		}
+	}
+	for _, bad := range []string{`{"ask":1}`, `{"ask":"a","ask":"b"}`, `{"path":"a","path":"b","ask":"a-1"}`} {
+		if ask, rest, err := Continued(json.RawMessage(bad)); err == nil {
+			t.Errorf("%s: taken as %q, %s", bad, ask, rest)
 		}
 	}
 }

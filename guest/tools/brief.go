@@ -59,8 +59,9 @@ func Split(message []byte, n int) ([][]byte, error) {
 
 // BriefResult is the header of a reply; the value is its second part.
 type BriefResult struct {
-	Action *nucleus.Action `json:"action,omitempty"` // resolved
-	Error  *nucleus.Error  `json:"error,omitempty"`
+	Action   *nucleus.Action `json:"action,omitempty"` // resolved
+	Standing []byte          `json:"standing_b64,omitempty"`
+	Error    *nucleus.Error  `json:"error,omitempty"`
 }
 
 func (r BriefResult) join(value []byte) []byte {
@@ -97,7 +98,7 @@ func (w *worker) briefResolve(call Call, args []byte) []byte {
 	if err != nil {
 		return BriefResult{Error: w.failure(call.Op, err)}.join(nil)
 	}
-	return BriefResult{Action: &p.action}.join(nil)
+	return BriefResult{Action: &p.action, Standing: w.standing(call, p.action)}.join(nil)
 }
 
 func (w *worker) briefDo(ctx context.Context, call Call, permitted, args []byte) ([]byte, error) {

@@ -63,7 +63,29 @@ const (
 
 func schema(required, properties string) json.RawMessage {
 	names, _ := json.Marshal(strings.Fields(required)) // strings marshal
-	return json.RawMessage(`{"type":"object","additionalProperties":false,"required":` + string(names) + `,"properties":{` + properties + `}}`)
+	return json.RawMessage(`{"type":"object","additionalProperties":false,"required":` + string(names) + `,"properties":{` + properties + askSchema + `}}`)
+}
+
+// askSchema is an argument of every tool: any of them can need an approval.
+const askSchema = `,"ask":{"type":"string","description":"only after approval_required: its ask id, with the same arguments, to wait on"}`
+
+// Continued takes the id of the ask that a call goes on waiting for out of its arguments;
+// empty where it names none. The rest are the arguments.
+func Continued(args json.RawMessage) (ask string, rest json.RawMessage, err error) {
+	var given map[string]json.RawMessage
+	if json.Unmarshal(args, &given) != nil || given["ask"] == nil {
+		return "", args, nil // what is wrong with it is said where it is read
+	}
+	// Two of a name would be one of them below.
+	if _, err := nucleus.CanonicalJSON(args); err != nil {
+		return "", nil, nucleus.Errorf(nucleus.KindInvalid, "arguments: %v", err)
+	}
+	if err := json.Unmarshal(given["ask"], &ask); err != nil {
+		return "", nil, nucleus.Errorf(nucleus.KindInvalid, `argument "ask": want the id of an ask`)
+	}
+	delete(given, "ask")
+	rest, err = json.Marshal(given)
+	return ask, rest, err
 }
 
 // Operation turns a tool's name and arguments into the operation that policy

@@ -261,20 +261,22 @@ func (w *worker) planEdit(action nucleus.Action, args EditArgs) (plan, error) {
 	}}, nil
 }
 
-func (w *worker) readWhole(rel string) (string, error) {
+func (w *worker) readWhole(rel string) (string, error) { return w.readUpTo(rel, maxEditFile) }
+
+func (w *worker) readUpTo(rel string, limit int64) (string, error) {
 	file, size, err := w.box.Open(rel)
 	if err != nil {
 		return "", err
 	}
 	defer file.Close()
-	if size > maxEditFile {
-		return "", nucleus.Errorf(nucleus.KindTooLarge, "%q has %d bytes, at most %d", rel, size, maxEditFile)
+	if size > limit {
+		return "", nucleus.Errorf(nucleus.KindTooLarge, "%q has %d bytes, at most %d", rel, size, limit)
 	}
-	content, err := io.ReadAll(io.LimitReader(file, maxEditFile+1))
+	content, err := io.ReadAll(io.LimitReader(file, limit+1))
 	if err != nil {
 		return "", w.box.refusal(rel, err)
 	}
-	if len(content) > maxEditFile {
+	if int64(len(content)) > limit {
 		return "", errors.Join(nucleus.Errorf(nucleus.KindTooLarge, "%q grows while it is read", rel))
 	}
 	return string(content), nil

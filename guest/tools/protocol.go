@@ -60,9 +60,10 @@ type Call struct {
 	Terminal bool             `json:"terminal,omitempty"` // run_bash on a PTY
 	Rows     uint16           `json:"rows,omitempty"`
 	Cols     uint16           `json:"cols,omitempty"`
-	Stream   bool             `json:"stream,omitempty"` // run_bash: send output as it comes and do not keep it
-	Stdin    bool             `json:"stdin,omitempty"`  // run_bash: stdin comes as FrameStdin
-	Identity nucleus.Identity `json:"identity"`         // for git_commit
+	Stream   bool             `json:"stream,omitempty"`   // run_bash: send output as it comes and do not keep it
+	Stdin    bool             `json:"stdin,omitempty"`    // run_bash: stdin comes as FrameStdin
+	Standing bool             `json:"standing,omitempty"` // "resolve" of write_files, edit_files: what the file holds is wanted too
+	Identity nucleus.Identity `json:"identity"`           // for git_commit
 }
 
 // Args is the FrameJSON that follows a Call's header.
@@ -73,8 +74,9 @@ type Args struct {
 
 // Resolved answers "resolve".
 type Resolved struct {
-	Action *nucleus.Action `json:"action,omitempty"`
-	Error  *nucleus.Error  `json:"error,omitempty"`
+	Action   *nucleus.Action `json:"action,omitempty"`
+	Standing []byte          `json:"standing_b64,omitempty"` // what the file holds that would be changed; nil where it is too long
+	Error    *nucleus.Error  `json:"error,omitempty"`
 }
 
 // Result ends a call. Exactly one of Value and Error is present. Value is the

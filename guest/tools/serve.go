@@ -130,7 +130,7 @@ func (w *worker) serve(ctx context.Context, stream *wire.Stream) {
 			c.finish(Resolved{Error: w.failure(c.call.Op, err)})
 			return
 		}
-		c.finish(Resolved{Action: &action})
+		c.finish(Resolved{Action: &action, Standing: w.standing(c.call, action)})
 	case StreamDo:
 		value, exit, err := w.do(ctx, c)
 		w.conclude(c, value, exit, err)
@@ -246,6 +246,22 @@ func (w *worker) resolve(c *caller) (nucleus.Action, error) {
 	}
 	p, err := w.plan(c.call, args.Args)
 	return p.action, err
+}
+
+// maxStanding is the longest file that is shown to a person beside what would be in its place.
+const maxStanding = 1 << 20
+
+// standing is what the file holds that a call would change; nil where that is not wanted, or
+// not what was resolved.
+func (w *worker) standing(call Call, action nucleus.Action) []byte {
+	if !call.Standing || len(action.Files) != 1 || action.Files[0].Before == "" || call.Op != nucleus.WriteFiles && call.Op != nucleus.EditFiles {
+		return nil
+	}
+	content, err := w.readUpTo(action.Files[0].Path, maxStanding)
+	if err != nil || nucleus.SHA256([]byte(content)) != action.Files[0].Before {
+		return nil
+	}
+	return []byte(content)
 }
 
 // do carries a call out if it still resolves to what was permitted.

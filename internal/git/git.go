@@ -332,3 +332,25 @@ func PersonalSetting(ctx context.Context, dir, name string) string {
 	}
 	return strings.TrimSpace(string(out))
 }
+
+// Difference returns the hunks between two texts, which lie in files below dir meanwhile.
+func Difference(ctx context.Context, dir string, before, after []byte) (hunks string, err error) {
+	place, err := os.MkdirTemp(dir, "difference-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(place)) }()
+	for name, content := range map[string][]byte{"before": before, "after": after} {
+		if err := os.WriteFile(filepath.Join(place, name), content, 0o600); err != nil {
+			return "", err
+		}
+	}
+	out, err := Repo{place}.Run(ctx, "diff", "--no-index", "--no-color", "before", "after")
+	if err != nil && !Exit(err, 1) { // 1: they differ
+		return "", err
+	}
+	if at := strings.Index(out, "\n@@ "); at >= 0 {
+		return out[at+1:], nil
+	}
+	return out, nil // binary, or the same
+}

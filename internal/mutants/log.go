@@ -47,6 +47,11 @@ var logMutants = []mutant{
 	{"receipt: what is unpacked is bounded", "audit/receipt.go", "if len(body) > maxBody {", "if false {", "TestReceiptIsBounded"},
 	{"receipt: the machine signed this permit's outcome", "audit/receipt_verify.go", "signed.Permit != e.Permit || signed.Pod != e.Pod", "signed.Permit == \"\"", "TestReceiptOutcomes"},
 	{"receipt: the cosigned checkpoint covers it", "audit/view.go", "last < cp.Size && cp.Size <= w.Size", "cp.Size <= w.Size", "TestReceiptCosigned"},
+	{"receipt: an entry that is named is shown", "audit/receipt_verify.go", "case g.prev >= 0 && g.prev != before:", "case false:", "TestReceiptIsComplete"},
+	{"receipt: without links it may not be all", "audit/receipt_verify.go", "case g.prev < 0 && i > 0:", "case false:", "TestReceiptWithoutLinks"},
+	{"log: a link is to the entry before", "audit/verify.go", "if g.prev >= 0 && g.prev != before {", "if false {", "TestVerifyFindsWrongLink"},
+	{"log: no link to what was not written", "audit/recover.go", "	l.links.forget()", "", "TestLinksAfterFailure"},
+	{"log: what is queued is linked", "audit/link.go", "			if seq < size {", "			if seq < size+1<<40 {", "TestLinksInTheQueue"},
 	{"receipt: a grant that was used was given", "audit/compare.go", "!ok || ask != e.Ask {", "!ok && ask != e.Ask {", "TestCompare"},
 	{"log: a filter looks at the member it names", "audit/find.go", "return hasMembers(raw, members) &&", "return", "TestFind"},
 }

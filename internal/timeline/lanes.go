@@ -566,7 +566,7 @@ func (s *story) count() counts {
 			}
 		case nucleus.KindPodCreate:
 			c.driver, c.tier, c.mode = cmp.Or(c.driver, v.x.Driver), cmp.Or(c.tier, v.x.Tier), cmp.Or(c.mode, v.x.Mode)
-		case nucleus.KindPodStart:
+		case nucleus.KindPolicyLoad:
 			c.policy = cmp.Or(c.policy, v.x.Policy.Name)
 		case nucleus.KindSessionEnd:
 			if v.x.ExitCode != nil {

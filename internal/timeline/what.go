@@ -136,7 +136,7 @@ func said(e nucleus.Entry) string {
 		}
 	case nucleus.KindPodCreate:
 		return strings.Join(filled(x.Workspace, x.below(), x.Mode, x.Driver, x.Tier), ", ")
-	case nucleus.KindPodStart:
+	case nucleus.KindPolicyLoad:
 		if x.Policy.Name != "" {
 			return "policy " + x.Policy.Name
 		}

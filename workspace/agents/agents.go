@@ -27,7 +27,7 @@ import (
 // away and adds the real one outside the machine.
 const Placeholder = "placeholder-held-by-cal"
 
-// toolTimeout bounds one MCP call as the agent sees it: a long test run, or a
+// toolTimeout bounds one MCP call as the built-in agents see it: a long test run, or a
 // person who is asked and takes a while.
 const toolTimeout = 2 * time.Hour
 
@@ -42,8 +42,9 @@ type Definition struct {
 	ModelProtocol  string   // as in nucleus.Model
 	KeyEnv         []string // where a person's credential may stand, first wins
 	BaseURLEnv     string
-	DefaultBaseURL string   // what comes before /v1 in the provider's paths
-	Instructions   []string // file names that it reads in a project, first wins
+	DefaultBaseURL string        // what comes before /v1 in the provider's paths
+	CallTimeout    time.Duration // how long its client waits for one tool call, as the recipe tells it to
+	Instructions   []string      // file names that it reads in a project, first wins
 
 	bearer   []string // those of KeyEnv that are sent as Authorization where others are not
 	versions string   // what `--version` prints, with %s for the version

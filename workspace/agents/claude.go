@@ -17,6 +17,7 @@ var claudeCode = Definition{
 	InstallHint:    "npm install -g @anthropic-ai/claude-code",
 	ModelProtocol:  "anthropic",
 	KeyEnv:         []string{"ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN"},
+	CallTimeout:    toolTimeout,
 	BaseURLEnv:     "ANTHROPIC_BASE_URL",
 	DefaultBaseURL: "https://api.anthropic.com",
 	Instructions:   []string{"CLAUDE.md", "AGENTS.md"},
@@ -45,7 +46,7 @@ func startClaude(d Definition, l Launch) (start, error) {
 			"ENABLE_CLAUDEAI_MCP_SERVERS":                          "false",
 			"ENABLE_TOOL_SEARCH":                                   "false", // every tool is shown to the model at once
 			"MCP_CONNECTION_NONBLOCKING":                           "false",
-			"MCP_TOOL_TIMEOUT":                                     strconv.FormatInt(toolTimeout.Milliseconds(), 10),
+			"MCP_TOOL_TIMEOUT":                                     strconv.FormatInt(d.CallTimeout.Milliseconds(), 10),
 		},
 		home: map[string][]byte{},
 	}

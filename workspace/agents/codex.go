@@ -18,6 +18,7 @@ var codex = Definition{
 	InstallHint:    "npm install -g @openai/codex",
 	ModelProtocol:  "openai",
 	KeyEnv:         []string{"OPENAI_API_KEY"},
+	CallTimeout:    toolTimeout,
 	BaseURLEnv:     "OPENAI_BASE_URL",
 	DefaultBaseURL: "https://api.openai.com",
 	Instructions:   []string{"AGENTS.md", "CLAUDE.md"},
@@ -39,7 +40,7 @@ var builtin = []string{
 	"shell_snapshot", "shell_tool", "skill_mcp_dependency_install", "unified_exec", "view_image",
 }
 
-func startCodex(_ Definition, l Launch) (start, error) {
+func startCodex(d Definition, l Launch) (start, error) {
 	var config bytes.Buffer
 	set := func(key string, value any) {
 		raw, err := json.Marshal(value) // of a string, boolean or number: TOML too
@@ -73,7 +74,7 @@ func startCodex(_ Definition, l Launch) (start, error) {
 		set("url", l.MCPURL)
 		set("default_tools_approval_mode", "approve")
 		set("startup_timeout_sec", 30)
-		set("tool_timeout_sec", int(toolTimeout.Seconds()))
+		set("tool_timeout_sec", int(d.CallTimeout.Seconds()))
 	}
 	table("features")
 	set("daemon_auto_start", false) // would outlive the session

@@ -92,11 +92,12 @@ func (d Definition) Agent(in Install, l Launch) (nucleus.Agent, error) {
 		}
 	}
 	agent := nucleus.Agent{
-		Name: d.Name,
-		Root: root,
-		Argv: append([]string{d.guestPath(d.Program)}, s.argv...),
-		Env:  s.env,
-		Home: s.home,
+		Name:  d.Name,
+		Root:  root,
+		Argv:  append([]string{d.guestPath(d.Program)}, s.argv...),
+		Env:   s.env,
+		Home:  s.home,
+		CallS: int(d.CallTimeout.Seconds()),
 	}
 	if len(s.task) > 0 {
 		agent.Task = append([]string{agent.Argv[0]}, s.task...)

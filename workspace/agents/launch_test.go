@@ -252,3 +252,37 @@ func TestOwnTask(t *testing.T) {
 		}
 	}
 }
+
+// What a client waits for one call is told to the client and to CAL alike.
+func TestCallTimeout(t *testing.T) {
+	for text, want := range map[string]int{"": nucleus.CallSeconds, "call_timeout_s: 300": 300, "call_timeout_s: 9": 0, "call_timeout_s: 100000": 0, "call_timeout_s: soon": 0} {
+		file := filepath.Join(t.TempDir(), "mine.yaml")
+		if err := os.WriteFile(file, []byte("program: /bin/true\nmodel: anthropic\n"+text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		d, in, err := Own(file)
+		if want == 0 {
+			if err == nil {
+				t.Errorf("%q is taken", text)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		agent, err := d.Agent(in, launch(nucleus.Mediated, ""))
+		if err != nil || agent.CallS != want {
+			t.Errorf("%q: %d s, %v; want %d", text, agent.CallS, err, want)
+		}
+	}
+	for name, told := range map[string]string{"claude-code": "7200000", "codex": "tool_timeout_sec = 7200\n"} {
+		d, err := Find(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		agent, err := d.Agent(fake(t), launch(nucleus.Mediated, ""))
+		if err != nil || agent.CallS != 7200 || agent.Env["MCP_TOOL_TIMEOUT"] != told && !strings.Contains(string(agent.Home[".codex/config.toml"]), told) {
+			t.Errorf("%s: %d s, told %q", name, agent.CallS, agent.Env["MCP_TOOL_TIMEOUT"])
+		}
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -18,12 +19,16 @@ import (
 // ownFile is an agent that the person describes: ~/.cal/agents/NAME.yaml. In Args
 // and Env {prompt}, {mcp_url}, {model_url} and {placeholder} stand for their values. Task are the
 // arguments by which it works as a sub-agent: one whole element, {task}, stands for the task.
+// CallTimeoutS is how many seconds its client of MCP waits for a tool call, by default
+// nucleus.CallSeconds.
 type ownFile struct {
 	Program string            `yaml:"program"` // absolute path of a native program
 	Args    []string          `yaml:"args"`
 	Model   string            `yaml:"model"` // "anthropic" or "openai"
 	Task    []string          `yaml:"task"`
 	Env     map[string]string `yaml:"env"`
+
+	CallTimeoutS *int `yaml:"call_timeout_s"`
 }
 
 // Own reads the person's own definition of an agent and its install. Without
@@ -57,6 +62,13 @@ func (own ownFile) definition(name string) (Definition, error) {
 	if n := len(slices.DeleteFunc(slices.Clone(own.Task), func(arg string) bool { return arg != nucleus.TaskHere })); len(own.Task) > 0 && n != 1 {
 		return Definition{}, fmt.Errorf("task has %d elements that are %s, want one", n, nucleus.TaskHere)
 	}
+	call := nucleus.CallSeconds
+	if own.CallTimeoutS != nil {
+		call = *own.CallTimeoutS
+	}
+	if call < 10 || call > 86_400 {
+		return Definition{}, fmt.Errorf("call_timeout_s %d: want 10 to 86400 seconds", call)
+	}
 	i := slices.IndexFunc(definitions, func(d Definition) bool { return d.ModelProtocol == own.Model })
 	if i < 0 {
 		return Definition{}, fmt.Errorf("model %q: want anthropic or openai", own.Model)
@@ -65,7 +77,7 @@ func (own ownFile) definition(name string) (Definition, error) {
 	return Definition{
 		Name: name, Title: name, Program: filepath.Base(own.Program), ModelProtocol: like.ModelProtocol,
 		KeyEnv: like.KeyEnv, BaseURLEnv: like.BaseURLEnv, DefaultBaseURL: like.DefaultBaseURL, bearer: like.bearer,
-		Instructions: []string{"AGENTS.md", "CLAUDE.md"}, recipe: own.start,
+		CallTimeout: time.Duration(call) * time.Second, Instructions: []string{"AGENTS.md", "CLAUDE.md"}, recipe: own.start,
 	}, nil
 }
 

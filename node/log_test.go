@@ -1,0 +1,179 @@
+package node
+
+import (
+	"crypto/ed25519"
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"cal/audit"
+	"cal/internal/keyfile"
+	"cal/nucleus"
+)
+
+func (h *host) verifierKey() string {
+	key, err := keyfile.Load(filepath.Join(h.node.dirs.Keys(), "log.key"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return audit.VerifierKey(nucleus.LogOrigin, key.Public().(ed25519.PublicKey))
+}
+
+// receipt is the receipt of a pod's session, as a stranger verifies it.
+func (h *host) receipt(session string) *audit.Receipt {
+	h.t.Helper()
+	raw, err := audit.NewReceipt(h.node.dirs.Log(), audit.ReceiptOptions{Key: h.verifierKey(), Session: session})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	v, err := audit.VerifyReceipt(raw, audit.VerifyReceiptOptions{Key: h.verifierKey()})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	return v
+}
+
+// A session's receipt says that none of its entries is left out, from the first to the
+// last: with calls that were permitted, refused and asked for, a node that ended in order,
+// one that was killed, and another session beside it. Whoever has the salts can show for
+// each request and each ask, refused ones too, that its digest is of what the entry shows.
+func TestSessionIsWhole(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	p, other := h.pod(specOf("", policyOf("read_files write_files=ask")), map[string]string{"a": "text"}), h.pod(specOf("", policyOf("read_files")), nil)
+	calls := func(p *Pod) {
+		h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"})
+		h.tool(p, nucleus.EditFiles, map[string]any{"path": "a", "old": "text", "new": "x"}).want(t, nucleus.KindDenied)
+		h.tool(other, nucleus.ReadFiles, map[string]string{"path": "nothing"})
+	}
+	ask := h.tool(p, nucleus.WriteFiles, writeArgs("b")).want(t, nucleus.KindApproval).Ask
+	calls(p)
+	h.authority.grant(ask, nil)
+	h.tool(p, nucleus.WriteFiles, writeArgs("b")).want(t, "")
+	h.tool(p, nucleus.WriteFiles, writeArgs("c")).want(t, nucleus.KindApproval)
+	for _, end := range []func(){h.restart, func() { h.kill(); h.start() }} {
+		end()
+		var err error
+		if p, err = h.node.pod(p.record.ID); err != nil {
+			t.Fatal(err)
+		}
+		if other, err = h.node.pod(other.record.ID); err != nil {
+			t.Fatal(err)
+		}
+		calls(p)
+	}
+	if v := h.receipt(p.record.Session); !v.Begins || !v.Linked || v.Ends {
+		t.Errorf("while it lives: begins %v, linked %v, ends %v", v.Begins, v.Linked, v.Ends)
+	}
+	if err := h.node.DeletePod(h.context(), "operator", p.record.ID); err != nil {
+		t.Fatal(err)
+	}
+	h.tool(other, nucleus.ReadFiles, map[string]string{"path": "nothing"})
+	v := h.receipt(p.record.Session)
+	if !v.Begins || !v.Linked || !v.Ends || v.Between == 0 {
+		t.Errorf("begins %v, linked %v, ends %v, %d of others between", v.Begins, v.Linked, v.Ends, v.Between)
+	}
+	if v := h.receipt(other.record.Session); !v.Begins || !v.Linked || v.Ends {
+		t.Errorf("the other: begins %v, linked %v, ends %v", v.Begins, v.Linked, v.Ends)
+	}
+
+	kinds, revealed := []string{}, map[string]int{}
+	for _, raw := range v.Entries {
+		e, err := audit.ParseEntry(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.Contains(kinds, e.Kind) {
+			kinds = append(kinds, e.Kind)
+		}
+		if e.Kind != nucleus.KindIntent && e.Kind != nucleus.KindApprovalAsk || e.Rule == "resolve" {
+			continue
+		}
+		id := e.Permit
+		if id == "" {
+			id = e.Digest
+		}
+		salt, err := audit.FindSalt(filepath.Join(h.node.dirs.Keys(), "salts"), id)
+		if err != nil || nucleus.ActionDigest(e.Args, salt) != e.Digest {
+			t.Errorf("entry %d, %s %s %s: its digest is not that of %s: %v", e.Seq, e.Kind, e.Op, e.Verdict, e.Args, err)
+		}
+		revealed[fmt.Sprint(e.Kind, " ", e.Verdict, " ", e.Status)]++
+	}
+	for _, want := range []string{"request.intent allow ", "request.intent deny refused", "request.intent ask ", "approval.ask ask "} {
+		if revealed[want] == 0 {
+			t.Errorf("no entry %q among %v", want, revealed)
+		}
+	}
+	want := []string{nucleus.KindPodCreate, nucleus.KindPolicyLoad, nucleus.KindPodStart, nucleus.KindApprovalAsk, nucleus.KindIntent, nucleus.KindOutcome,
+		nucleus.KindApprovalUse, nucleus.KindPodAdopt, nucleus.KindPodStop, nucleus.KindPodEnd}
+	if !slices.Equal(kinds, want) {
+		t.Errorf("kinds\n%v, want\n%v", kinds, want)
+	}
+}
+
+// A pod's policy stands in the log whole, with the digest that permits and grants name; a
+// very long one by its digest alone.
+func TestPolicyIsRecorded(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	hosts := make([]string, 3000)
+	for i := range hosts {
+		hosts[i] = fmt.Sprintf(`{"host":"a-rather-long-name-of-host-%d.example.org","port":443}`, i)
+	}
+	long := `{"operations":{"net_connect":"always"},"hosts":{"only":[` + strings.Join(hosts, ",") + `]}}`
+	for _, c := range []struct {
+		policy json.RawMessage
+		whole  bool
+	}{{policyOf("read_files"), true}, {json.RawMessage(`"default"`), true}, {json.RawMessage(long), false}} {
+		p := h.pod(specOf("", c.policy), nil)
+		var got struct {
+			Digest string          `json:"policy_sha256"`
+			Policy json.RawMessage `json:"policy"`
+			Bytes  int             `json:"bytes"`
+		}
+		for _, e := range h.entries(nucleus.KindPolicyLoad, "") {
+			if e.Pod == p.record.ID {
+				if err := json.Unmarshal(e.Data, &got); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if got.Digest != p.digest || got.Bytes != len(p.record.Policy) || (got.Policy != nil) != c.whole {
+			t.Errorf("recorded %+.300v", got)
+		}
+		if c.whole && nucleus.SHA256(got.Policy) != p.digest {
+			t.Errorf("the policy recorded has another digest: %s", got.Policy)
+		}
+	}
+}
+
+// Each start of a node records its public keys.
+func TestKeysAreRecorded(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.restart()
+	loads := h.entries(nucleus.KindKeyLoad, "")
+	if len(loads) != 2 {
+		t.Fatalf("%d entries, want 2", len(loads))
+	}
+	var got struct {
+		Keys map[string]struct {
+			Algorithm string
+			Public    []byte
+		}
+	}
+	if err := json.Unmarshal(loads[1].Data, &got); err != nil {
+		t.Fatal(err)
+	}
+	for name, key := range map[string]ed25519.PrivateKey{"node": h.node.key, OperatorKey: h.operator} {
+		if k := got.Keys[name]; k.Algorithm != "ed25519" || !key.Public().(ed25519.PublicKey).Equal(ed25519.PublicKey(k.Public)) {
+			t.Errorf("%s: recorded %+v", name, k)
+		}
+	}
+	if !strings.Contains(h.verifierKey(), "+") || len(got.Keys["log"].Public) != ed25519.PublicKeySize {
+		t.Errorf("the log's key: %+v", got.Keys["log"])
+	}
+}
