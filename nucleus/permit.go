@@ -105,6 +105,7 @@ const (
 	DomainAttach  = "nucleus-attach-v1"
 	DomainAsk     = "nucleus-ask-v1"
 	DomainVouch   = "nucleus-approver-v1"
+	DomainPasskey = "nucleus-passkey-v1"
 )
 
 // Sign makes the canonical bytes of v and signs them.
