@@ -86,7 +86,7 @@ func root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.dir, "dir", filepath.Join(home, "authority"), "directory of key and database")
 	root.PersistentFlags().StringVar(&c.socket, "socket", filepath.Join(home, "run", "authority.sock"), "unix socket of the daemon")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(c.init(), c.serve(), c.approve(), c.deny(), c.list(), c.show(), c.approver(), c.witness())
+	root.AddCommand(c.init(), c.serve(), c.approve(), c.deny(), c.list(), c.show(), c.approver(), c.page(), c.witness())
 	return root
 }
 
