@@ -113,8 +113,10 @@ async function show(id, whole) {
     if (fresh) doze();
     list();
     buttons();
-    if (moved) $("ask-h").focus();
-    complain("");
+    if (moved) {
+      $("ask-h").focus();
+      complain("");
+    }
   } catch (error) {
     complain(error);
   }
@@ -126,7 +128,7 @@ function outcome(ask) {
     pending: by ? "Granted by " + by + "; nothing is done until " + more + " more of " + ask.need + " have granted it." : "",
     granted: "Granted by " + by + ".", denied: "Denied" + (ask.reason ? ": " + ask.reason : "."), expired: "Nobody answered in time.",
     withdrawn: "No longer asked" + (ask.reason ? ": " + ask.reason : "."), revoked: "Taken back" + (ask.reason ? ": " + ask.reason : "."),
-  }[ask.state] || ask.state;
+  }[ask.state] ?? ask.state;
   $("outcome").textContent = text;
   $("outcome").hidden = text === "";
   $("outcome").className = ask.state === "granted" || ask.state === "pending" ? "" : "no";
@@ -194,6 +196,7 @@ async function enrol(enrolment) {
     const on = await call("enrolment", { enrolment });
     live(true, "connected");
     $("enrol-name").textContent = on.name;
+    $("enrol-go").disabled = false;
     $("enrol-go").addEventListener("click", async (event) => {
       if (!event.isTrusted) return;
       $("enrol-go").disabled = true;

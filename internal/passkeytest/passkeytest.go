@@ -30,7 +30,7 @@ type Authenticator struct {
 	Origin string
 	Party  string
 	Flags  byte
-	Count  uint32         // of the next answer; 0 stays 0
+	Count  uint32         // of what comes next; 0 stays 0
 	Member map[string]any // of the client data, beside or instead of the right ones; nil leaves one out
 	More   []byte         // after the authenticator data
 }
@@ -73,9 +73,6 @@ func (a *Authenticator) SPKI(t testing.TB) []byte {
 func (a *Authenticator) Answer(t testing.TB, challenge []byte) (clientData, authData, signature []byte) {
 	t.Helper()
 	clientData, authData = a.clientData(t, "webauthn.get", challenge), append(a.authData(a.Flags), a.More...)
-	if a.Count > 0 {
-		a.Count++
-	}
 	return clientData, authData, a.Sign(t, clientData, authData)
 }
 
@@ -105,7 +102,11 @@ func (a *Authenticator) Register(t testing.TB, challenge []byte) (clientData, au
 
 func (a *Authenticator) authData(flags byte) []byte {
 	party := sha256.Sum256([]byte(a.Party))
-	return binary.BigEndian.AppendUint32(append(party[:], flags), a.Count)
+	data := binary.BigEndian.AppendUint32(append(party[:], flags), a.Count)
+	if a.Count > 0 {
+		a.Count++
+	}
+	return data
 }
 
 func (a *Authenticator) clientData(t testing.TB, kind string, challenge []byte) []byte {
