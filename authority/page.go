@@ -47,7 +47,7 @@ type page struct {
 const (
 	pageKeyHeader  = "Nucleus-Page"
 	pagePatience   = 25 * time.Second // of a request that waits for a change
-	pageColumns    = 100
+	maxColumns     = 160
 	securityPolicy = "default-src 'none'; script-src '%s'; style-src '%s'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 	permissions    = "publickey-credentials-create=(self), publickey-credentials-get=(self), accelerometer=(), camera=(), clipboard-read=(), display-capture=(), geolocation=(), gyroscope=(), hid=(), microphone=(), midi=(), payment=(), serial=(), usb=()"
 )
@@ -379,13 +379,17 @@ type pageAsk struct {
 
 func (p *page) ask(r *http.Request) (any, error) {
 	whole := r.URL.Query().Get("whole") == "true"
+	columns, err := strconv.Atoi(r.URL.Query().Get("columns"))
+	if err != nil || columns < 40 || columns > maxColumns {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "columns=%q, want 40 to %d", r.URL.Query().Get("columns"), maxColumns)
+	}
 	p.a.mu.Lock()
 	row, ask, err := p.a.known(r.PathValue("id"))
 	p.a.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
-	screen, err := approval.Draw(ask, approval.View{Width: pageColumns, Whole: whole})
+	screen, err := approval.Draw(ask, approval.View{Width: columns, Whole: whole})
 	if err != nil {
 		return nil, err
 	}

@@ -89,10 +89,23 @@ function list() {
   countdown();
 }
 
+// The text is drawn as wide as there is room: what stands beyond an edge might go unread.
+function columns() {
+  const pre = $("text"), probe = document.createElement("span"), hidden = $("ask").hidden;
+  $("ask").hidden = false;
+  probe.textContent = "0".repeat(100);
+  pre.append(probe);
+  const style = getComputedStyle(pre), room = pre.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  const fit = Math.floor(room / (probe.getBoundingClientRect().width / 100)) - 1;
+  probe.remove();
+  $("ask").hidden = hidden;
+  return Math.min(Math.max(fit || 0, 40), 160);
+}
+
 async function show(id, whole) {
   wanted = id;
   try {
-    const ask = await call("asks/" + encodeURIComponent(id) + (whole ? "?whole=true" : ""));
+    const ask = await call("asks/" + encodeURIComponent(id) + "?columns=" + columns() + (whole ? "&whole=true" : ""));
     if (wanted !== id) return;
     const fresh = !shown || shown.id !== ask.id || shown.text !== ask.text;
     const moved = !shown || shown.id !== ask.id;
@@ -245,6 +258,11 @@ $("decide").addEventListener("submit", (event) => event.preventDefault());
 $("whole").addEventListener("click", () => show(shown.id, true));
 $("approver").addEventListener("change", buttons);
 addEventListener("focus", doze);
+let resized = 0;
+addEventListener("resize", () => {
+  clearTimeout(resized);
+  resized = setTimeout(() => { if (shown) show(shown.id, false); }, 300);
+});
 addEventListener("blur", buttons);
 document.addEventListener("visibilitychange", doze);
 addEventListener("hashchange", () => { if (/^#(key|ask|enrol)=/.test(location.hash)) location.reload(); });

@@ -2,6 +2,7 @@ package authority
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -89,14 +90,21 @@ func TestPageInChromium(t *testing.T) {
 	digest := b.submit(t, ask).AskDigest
 	tab.Click(`[data-ask="a-1"]`)
 	tab.Until(`document.getElementById("text").textContent`)
-	screen, err := approval.Draw(ask, approval.View{Width: pageColumns})
-	if err != nil {
-		t.Fatal(err)
+	for _, width := range []int{1280, 700, 390} {
+		tab.Call("Emulation.setDeviceMetricsOverride", map[string]any{"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": false}, nil)
+		tab.Until(`document.getElementById("text").scrollWidth <= document.getElementById("text").clientWidth && document.documentElement.scrollWidth <= innerWidth`)
+		var text string
+		var columns int
+		if err := errors.Join(tab.Eval(`document.getElementById("text").textContent`, &text), tab.Eval(`columns()`, &columns)); err != nil {
+			t.Fatal(err)
+		}
+		screen, err := approval.Draw(ask, approval.View{Width: columns})
+		if err != nil || text != screen.Text {
+			t.Fatalf("%d wide: the page shows %q, %v; what is signed draws %q", width, text, err, screen.Text)
+		}
 	}
-	var text string
-	if err := tab.Eval(`document.getElementById("text").textContent`, &text); err != nil || text != screen.Text {
-		t.Fatalf("the page shows %q, %v; what is signed draws %q", text, err, screen.Text)
-	}
+	tab.Call("Emulation.clearDeviceMetricsOverride", nil, nil)
+	tab.Until(`innerWidth !== 390`)
 	if got := tab.Text("#ask-digest"); got != digest {
 		t.Errorf("digest %q, want %q", got, digest)
 	}
@@ -410,7 +418,9 @@ func TestPagePictures(t *testing.T) {
 		tab.Call("Emulation.setDeviceMetricsOverride", map[string]any{"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": false}, nil)
 		for _, scheme := range []string{"light", "dark"} {
 			tab.Call("Emulation.setEmulatedMedia", map[string]any{"features": []map[string]string{{"name": "prefers-color-scheme", "value": scheme}}}, nil)
-			name := func(what string) string { return filepath.Join(dir, fmt.Sprintf("%s-%s-%d.png", what, scheme, size[0])) }
+			name := func(what string) string {
+				return filepath.Join(dir, fmt.Sprintf("%s-%s-%d.png", what, scheme, size[0]))
+			}
 			tab.Go("about:blank")
 			tab.Go(b.link(t, "a-1"))
 			tab.Until(`!document.getElementById("ask").hidden && !document.getElementById("approve").disabled`)

@@ -438,7 +438,8 @@ func TestPageRefusesStrangers(t *testing.T) {
 		"the page":                     {"GET", "/", nil, nil, 200, "CAL approvals"},
 		"the page by a link":           {"GET", "/", nil, func(r *http.Request) { r.Header.Set("Sec-Fetch-Site", "cross-site") }, 200, "CAL approvals"},
 		"the list":                     {"GET", "/api/asks", nil, nil, 200, "a-1"},
-		"the ask":                      {"GET", "/api/asks/a-1", nil, nil, 200, digest},
+		"the ask":                      {"GET", "/api/asks/a-1?columns=80", nil, nil, 200, digest},
+		"the ask, too wide":            {"GET", "/api/asks/a-1?columns=1000", nil, nil, 400, "columns"},
 		"the page in a frame":          {"GET", "/", nil, func(r *http.Request) { r.Header.Set("Sec-Fetch-Dest", "iframe") }, 403, "window of its own"},
 		"the page as a script":         {"GET", "/", nil, func(r *http.Request) { r.Header.Set("Sec-Fetch-Mode", "no-cors") }, 403, "window of its own"},
 		"a name pointed here":          {"GET", "/api/asks", nil, func(r *http.Request) { r.Host = "evil.example" }, 403, "not"},
@@ -584,10 +585,10 @@ func TestPasskeyQuorum(t *testing.T) {
 		t.Error(err)
 	}
 	var shown pageAsk
-	if err := v.call("GET", "/api/asks/a-1", nil, &shown); err != nil || shown.Grants[0].Token != "" {
+	if err := v.call("GET", "/api/asks/a-1?columns=100", nil, &shown); err != nil || shown.Grants[0].Token != "" {
 		t.Fatalf("%+v, %v", shown, err)
 	}
-	screen, err := approval.Draw(ask, approval.View{Width: pageColumns})
+	screen, err := approval.Draw(ask, approval.View{Width: 100})
 	if err != nil || shown.Text != screen.Text || shown.AskDigest != digest {
 		t.Errorf("the page shows %q", shown.Text)
 	}
