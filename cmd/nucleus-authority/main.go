@@ -53,7 +53,7 @@ func run() int {
 	switch {
 	case err == nil:
 		return 0
-	case ctx.Err() != nil:
+	case ctx.Err() != nil, errors.Is(err, authority.ErrInterrupted):
 		return exitInterrupted
 	}
 	fmt.Fprintln(os.Stderr, "nucleus-authority:", err)
@@ -187,6 +187,11 @@ func (c *command) approve() *cobra.Command {
 		}
 		api := client.New(c.socket)
 		defer api.Close()
+		if len(ids) == 0 && wholeScreen() {
+			return atTerminal(ctx, func(p *authority.Prompt) error {
+				return p.Queue(ctx, api, identity, reason, os.Getenv("NO_COLOR") != "")
+			})
+		}
 		if len(ids) == 0 {
 			pending, err := api.List(ctx, client.Pending)
 			if err != nil {
@@ -213,6 +218,12 @@ func (c *command) approve() *cobra.Command {
 		})
 	}
 	return cmd
+}
+
+// wholeScreen reports whether the terminal is one that a screen can be drawn on.
+func wholeScreen() bool {
+	kind := os.Getenv("TERM")
+	return kind != "" && kind != "dumb"
 }
 
 func (c *command) deny() *cobra.Command {
