@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -38,7 +39,7 @@ func askFor(t testing.TB, action nucleus.Action) nucleus.AskRequest {
 	return sealed(t, nucleus.AskRequest{
 		ID: "a-1", Pod: "p-1", Workspace: "shop", Session: "s-1", Boot: "b-1", Requester: "agent-1",
 		Request: json.RawMessage(`{"method":"POST"}`), Action: action, Salt: salt[:], Policy: hexOf("policy"),
-		Rule: "trifecta", Why: "private data met a stranger's text", Tier: "kernel", Mode: "mediated",
+		Rule: "trifecta", Why: "private data met a stranger's text", Approvals: 1, Tier: "kernel", Mode: "mediated",
 		Context:  nucleus.Context{Exposure: nucleus.Private | nucleus.Untrusted, UntrustedRepo: true, UnixMilli: created - 1},
 		Detail:   []nucleus.Detail{{Title: "diff", Text: "-old\n+new"}},
 		Evidence: []nucleus.Evidence{{Seq: 12, Leg: "private", What: "read_files secret.txt"}},
@@ -82,8 +83,8 @@ func newApprover(t testing.TB, name string) approver {
 	return approver{name, public, key}
 }
 
-func (a approver) keys() map[string]ed25519.PublicKey {
-	return map[string]ed25519.PublicKey{a.name: a.public}
+func (a approver) keys() []nucleus.Approver {
+	return []nucleus.Approver{{Name: a.name, Kind: nucleus.ApproverEd25519, Key: a.public}}
 }
 
 // sign makes a token of any claims, as a faulty or hostile signer could.
@@ -248,7 +249,7 @@ func TestVerifyKeysAndTokens(t *testing.T) {
 	dot := strings.LastIndexByte(token, '.')
 	for name, c := range map[string]struct {
 		token string
-		keys  map[string]ed25519.PublicKey
+		keys  []nucleus.Approver
 		want  Reason
 	}{
 		"empty":                 {"", ann.keys(), BadSize},
@@ -263,8 +264,9 @@ func TestVerifyKeysAndTokens(t *testing.T) {
 		"payload too short":     {tokenHeader + "AAAA" + token[dot:], ann.keys(), BadFormat},
 		"another's key":         {forged, ann.keys(), BadSignature},
 		"nobody approves":       {token, nil, BadApprover},
-		"approver unknown":      {token, map[string]ed25519.PublicKey{"bob": ann.public}, BadApprover},
-		"key of no length":      {token, map[string]ed25519.PublicKey{"ann": {}}, BadApprover},
+		"approver unknown":      {token, []nucleus.Approver{{Name: "bob", Kind: nucleus.ApproverEd25519, Key: ann.public}}, BadApprover},
+		"key of no length":      {token, []nucleus.Approver{{Name: "ann", Kind: nucleus.ApproverEd25519}}, BadApprover},
+		"key of another kind":   {token, []nucleus.Approver{{Name: "ann", Kind: "rsa", Key: ann.public}}, BadApprover},
 		"claims changed":        {flip(len(tokenHeader) + 12), ann.keys(), BadFormat},
 		"signature changed":     {flip(dot - 9), ann.keys(), BadSignature},
 		"without assertion":     {ann.sign(t, good, Footer("ann"), nil), ann.keys(), BadSignature},
@@ -517,6 +519,71 @@ func BenchmarkVerify(b *testing.B) {
 	for b.Loop() {
 		if _, err := Verify(token, ask, a.keys(), created+1); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// As many different approvers as the ask needs: no more, no fewer, none twice, by name, key or
+// grant.
+func TestApproved(t *testing.T) {
+	ann, bob, carol := newApprover(t, "ann"), newApprover(t, "bob"), newApprover(t, "carol")
+	twin := approver{"twin", ann.public, ann.key}
+	known := slices.Concat(ann.keys(), bob.keys(), twin.keys())
+	ask := askFor(t, actions()["push"])
+	ask.Approvals = 2
+	other := ask
+	other.Nonce = "n-2"
+	token := func(a approver, ask nucleus.AskRequest, id string) string {
+		b, err := Bind(ask)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a.sign(t, b.Grant(id, a.name, ""), Footer(a.name), Assertion(b.AskDigest))
+	}
+	one, two := token(ann, ask, "g-1"), token(bob, ask, "g-2")
+	for what, c := range map[string]struct {
+		tokens []string
+		want   Reason
+	}{
+		"none":                   {nil, BadQuorum},
+		"one":                    {[]string{one}, BadQuorum},
+		"three":                  {[]string{one, two, token(twin, ask, "g-3")}, BadQuorum},
+		"one twice":              {[]string{one, one}, BadTwice},
+		"two of one approver":    {[]string{one, token(ann, ask, "g-3")}, BadTwice},
+		"one key by two names":   {[]string{one, token(twin, ask, "g-3")}, BadTwice},
+		"one id by two":          {[]string{one, token(bob, ask, "g-1")}, BadTwice},
+		"an unknown second":      {[]string{one, token(carol, ask, "g-3")}, BadApprover},
+		"a second for other":     {[]string{one, token(bob, other, "g-3")}, BadNonce},
+		"a second by the first":  {[]string{one, token(approver{"bob", ann.public, ann.key}, ask, "g-3")}, BadSignature},
+		"a second that is empty": {[]string{one, ""}, BadSize},
+	} {
+		_, err := Approved(c.tokens, ask, known, created+1)
+		wantReason(t, what, err, c.want)
+	}
+	if grants, err := Approved([]string{two, one}, ask, known, created+1); err != nil || len(grants) != 2 || grants[0].Approver != "bob" {
+		t.Errorf("positive control: %+v, %v", grants, err)
+	}
+	ask.Approvals = 0
+	_, err := Approved(nil, ask, known, created+1)
+	wantReason(t, "an ask for none", err, BadQuorum)
+}
+
+func TestDifferent(t *testing.T) {
+	ann, bob := newApprover(t, "ann"), newApprover(t, "bob")
+	twin := approver{"twin", ann.public, ann.key}
+	all := slices.Concat(ann.keys(), bob.keys(), twin.keys())
+	for what, c := range map[string]struct {
+		requesters [][]byte
+		want       string
+	}{
+		"one key counts once": {nil, "ann bob"}, "who asks does not count": {[][]byte{bob.public}, "ann"}, "by whatever name": {[][]byte{ann.public, {}}, "bob"},
+	} {
+		var got []string
+		for _, a := range Different(all, c.requesters...) {
+			got = append(got, a.Name)
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%s: %v, want %s", what, got, c.want)
 		}
 	}
 }

@@ -94,6 +94,9 @@ func Check(ask nucleus.AskRequest) error {
 	if ask.Created <= 0 || ask.Expires <= ask.Created || ask.Expires-ask.Created > MaxLife {
 		return fmt.Errorf("ask %q: made at %d ms, expires at %d ms; want a life of at most %d ms", ask.ID, ask.Created, ask.Expires, int64(MaxLife))
 	}
+	if ask.Approvals < 1 || ask.Approvals > nucleus.MaxApprovals {
+		return fmt.Errorf("ask %q: it needs %d approvals, want 1 to %d", ask.ID, ask.Approvals, nucleus.MaxApprovals)
+	}
 	if err := checkParts(ask.Action); err != nil {
 		return fmt.Errorf("ask %q: %w", ask.ID, err)
 	}

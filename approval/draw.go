@@ -252,6 +252,9 @@ func (d *drawing) why(ask nucleus.AskRequest) {
 	d.begin("why you are asked")
 	d.field("rule", quote(ask.Rule))
 	d.text("because", ask.Why)
+	if ask.Approvals != 1 {
+		d.field("needs", fmt.Sprintf("%d different approvers; you are one of them", ask.Approvals))
+	}
 	d.field("policy", quote(ask.Policy))
 	d.field("decided", moment(ask.Context.UnixMilli))
 	d.field("exposure", legs(ask.Context.Exposure))

@@ -3,8 +3,10 @@ package approval
 import (
 	"crypto/ed25519"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	paseto "aidanwoods.dev/go-paseto"
@@ -47,6 +49,8 @@ const (
 	NotYet       Reason = "not_yet"    // before its time
 	Expired      Reason = "expired"    // after its time
 	BadWant      Reason = "binding"    // what the verifier compares with is itself incomplete
+	BadQuorum    Reason = "quorum"     // fewer approvers than the ask needs, or more
+	BadTwice     Reason = "twice"      // one approver, one key or one grant counts twice
 )
 
 // Refusal is the error of a grant that does not hold.
@@ -107,8 +111,9 @@ func (b Binding) Grant(id, approver, reason string) nucleus.Grant {
 	}
 }
 
-// Verify checks that token grants exactly ask, now. See Binding.Verify.
-func Verify(token string, ask nucleus.AskRequest, approvers map[string]ed25519.PublicKey, nowMillis int64) (nucleus.Grant, error) {
+// Verify checks that token grants exactly ask, now: one approver's part of what Approved
+// checks. See Binding.Verify.
+func Verify(token string, ask nucleus.AskRequest, approvers []nucleus.Approver, nowMillis int64) (nucleus.Grant, error) {
 	b, err := Bind(ask)
 	if err != nil {
 		return nucleus.Grant{}, refuse(BadWant, "%v", err)
@@ -116,31 +121,89 @@ func Verify(token string, ask nucleus.AskRequest, approvers map[string]ed25519.P
 	return b.Verify(token, approvers, nowMillis)
 }
 
+// Approved checks that tokens grant exactly ask, now: a grant of each of as many different
+// approvers, by different keys, as the ask needs. See Binding.Verify.
+func Approved(tokens []string, ask nucleus.AskRequest, approvers []nucleus.Approver, nowMillis int64) ([]nucleus.Grant, error) {
+	b, err := Bind(ask)
+	if err != nil {
+		return nil, refuse(BadWant, "%v", err)
+	}
+	if ask.Approvals < 1 || len(tokens) != ask.Approvals {
+		return nil, refuse(BadQuorum, "%d approvers granted, the ask needs %d", len(tokens), ask.Approvals)
+	}
+	var grants []nucleus.Grant
+	counted := map[string]bool{}
+	for _, token := range tokens {
+		grant, err := b.Verify(token, approvers, nowMillis)
+		if err != nil {
+			return nil, err
+		}
+		approver, _ := find(approvers, grant.Approver)
+		for _, once := range []string{"approver " + grant.Approver, "key " + hex.EncodeToString(approver.Key), "grant " + grant.ID} {
+			if counted[once] {
+				return nil, refuse(BadTwice, "%s counts once, the ask needs %d different ones", once, ask.Approvals)
+			}
+			counted[once] = true
+		}
+		grants = append(grants, grant)
+	}
+	return grants, nil
+}
+
+// Different returns approvers without those who would count twice, or who would grant what
+// they asked for themselves: of several with one key the first stays, and none that has the
+// key of a requester.
+func Different(approvers []nucleus.Approver, requesters ...[]byte) []nucleus.Approver {
+	var different []nucleus.Approver
+	known := map[string]bool{}
+	for _, key := range requesters {
+		known[string(key)] = true
+	}
+	for _, a := range approvers {
+		if !known[string(a.Key)] {
+			known[string(a.Key)] = true
+			different = append(different, a)
+		}
+	}
+	return different
+}
+
+func find(approvers []nucleus.Approver, name string) (nucleus.Approver, bool) {
+	at := slices.IndexFunc(approvers, func(a nucleus.Approver) bool { return a.Name == name })
+	if at < 0 {
+		return nucleus.Approver{}, false
+	}
+	return approvers[at], true
+}
+
 // Verify checks that token is the grant of one of approvers for exactly b, now.
 // Every error is a *Refusal. The grant is not used up by it: that is the duty of
 // whoever acts, before the act.
-func (b Binding) Verify(token string, approvers map[string]ed25519.PublicKey, nowMillis int64) (nucleus.Grant, error) {
+func (b Binding) Verify(token string, approvers []nucleus.Approver, nowMillis int64) (nucleus.Grant, error) {
 	if err := b.complete(); err != nil {
 		return nucleus.Grant{}, err
 	}
-	approver, err := approverOf(token)
+	name, err := approverOf(token)
 	if err != nil {
 		return nucleus.Grant{}, err
 	}
-	public, ok := approvers[approver]
+	approver, ok := find(approvers, name)
 	if !ok {
-		return nucleus.Grant{}, refuse(BadApprover, "%q is not an approver", approver)
+		return nucleus.Grant{}, refuse(BadApprover, "%q is not an approver", name)
 	}
-	key, err := paseto.NewV4AsymmetricPublicKeyFromEd25519(public)
+	if approver.Kind != nucleus.ApproverEd25519 {
+		return nucleus.Grant{}, refuse(BadApprover, "the key of %q is of kind %q, which is not known", name, approver.Kind)
+	}
+	key, err := paseto.NewV4AsymmetricPublicKeyFromEd25519(approver.Key)
 	if err != nil {
-		return nucleus.Grant{}, refuse(BadApprover, "key of %q: %v", approver, err)
+		return nucleus.Grant{}, refuse(BadApprover, "key of %q: %v", name, err)
 	}
 	grant, err := open(token, key, b.AskDigest)
 	if err != nil {
 		return nucleus.Grant{}, b.explain(token, key, err)
 	}
-	if grant.Approver != approver {
-		return nucleus.Grant{}, refuse(BadIssuer, "it was issued by %q, its footer names %q", grant.Approver, approver)
+	if grant.Approver != name {
+		return nucleus.Grant{}, refuse(BadIssuer, "it was issued by %q, its footer names %q", grant.Approver, name)
 	}
 	if err := b.compare(grant); err != nil {
 		return nucleus.Grant{}, err

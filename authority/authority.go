@@ -1,5 +1,5 @@
-// Package authority is the approval daemon: it keeps the approver's key, shows
-// asks to a person, and is the only code that signs a grant.
+// Package authority is the approval daemon: it keeps the approvers' keys, shows
+// asks to persons, and is the only code that signs a grant.
 //
 // The threat is an asker on the same host that wants its own ask granted: it
 // lies about what was requested, decides in the person's place, guesses the
@@ -7,7 +7,11 @@
 // taken only with the request that its requester signed; a grant takes the
 // digest of the bytes that were shown and the passphrase that seals the key; the
 // key never leaves the process and is in clear only while it signs; and a
-// decision is recorded before anybody learns of it.
+// decision is recorded before anybody learns of it. What is granted is used by
+// word of the authority alone, use by use, so that what was taken back is not used.
+//
+// That several approvers are several persons nobody can prove here: each is a key
+// with a passphrase of its own, and who knows two passphrases counts twice.
 //
 // Where asker and approver are the same user, the passphrase is all that stands
 // between them. An asker that can read the terminal on which it is typed, or
@@ -22,6 +26,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -75,22 +80,23 @@ const (
 	maxKeys    = 64 // of one pod
 )
 
-// Authority is one open key and database. Its methods may be called at the same
-// time.
+// Authority is one open directory of keys and its database. Its methods may be called at
+// the same time.
 type Authority struct {
-	cfg      Config
-	identity Identity
-	sealed   []byte
-	store    *store
-	lock     *os.File
-	witness  *witness.Witness
+	cfg     Config
+	store   *store
+	lock    *os.File
+	witness *witness.Witness
 
-	mu       sync.Mutex // one change of an ask at a time
-	changed  chan struct{}
-	attempts attempts
+	mu      sync.Mutex // one change of an ask or of the approvers at a time
+	files   []keyFile
+	changed chan struct{}
+
+	trying   sync.Mutex // held while one passphrase is tried: each takes 256 MiB
+	attempts map[string]attempts
 }
 
-// Open opens the key and database in cfg.Dir and holds them alone; a second Open
+// Open opens the keys and the database in cfg.Dir and holds them alone; a second Open
 // fails. There is ErrNoKey before Init.
 func Open(cfg Config) (*Authority, error) {
 	if cfg.Now == nil {
@@ -99,7 +105,7 @@ func Open(cfg Config) (*Authority, error) {
 	if err := checkPrivate(cfg.Dir); err != nil {
 		return nil, err
 	}
-	identity, sealed, err := readKey(cfg.Dir)
+	files, err := readKeys(cfg.Dir)
 	if err != nil {
 		return nil, err
 	}
@@ -107,14 +113,17 @@ func Open(cfg Config) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, err := openStore(filepath.Join(cfg.Dir, "authority.db"))
+	if err := adoptOldKey(cfg.Dir); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	s, err := openStore(filepath.Join(cfg.Dir, "authority.db"), files[0].Approver)
 	if err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
 	if cfg.Recorder == nil {
 		cfg.Recorder = s
 	}
-	a := &Authority{cfg: cfg, identity: identity, sealed: sealed, store: s, lock: lock, changed: make(chan struct{})}
+	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}}
 	if err := a.openWitness(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
@@ -124,8 +133,21 @@ func Open(cfg Config) (*Authority, error) {
 // Close releases database and lock.
 func (a *Authority) Close() error { return errors.Join(a.store.close(), a.lock.Close()) }
 
-// Identity says whose key it is.
-func (a *Authority) Identity() Identity { return a.identity }
+// Approvers lists who can approve now.
+func (a *Authority) Approvers() []nucleus.Approver {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.approvers()
+}
+
+func (a *Authority) approvers() (list []nucleus.Approver) {
+	for _, f := range a.files {
+		if f.Removed == 0 {
+			list = append(list, f.public())
+		}
+	}
+	return list
+}
 
 func holdAlone(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
@@ -153,6 +175,9 @@ func checkPrivate(dir string) error {
 
 func (a *Authority) millis() int64 { return a.cfg.Now().UnixMilli() }
 
+// actor is the actor of what the authority itself does.
+const actor = "authority"
+
 // record writes one entry about an ask.
 func (a *Authority) record(kind string, ask nucleus.AskRequest, digest string, data map[string]any, change func(*nucleus.Entry)) error {
 	data["ask_sha256"] = digest
@@ -161,7 +186,7 @@ func (a *Authority) record(kind string, ask nucleus.AskRequest, digest string, d
 		return err
 	}
 	entry := nucleus.Entry{
-		Time: a.cfg.Now().UTC().Format(time.RFC3339Nano), Kind: kind, Pod: ask.Pod, Session: ask.Session, Actor: a.identity.Approver,
+		Time: a.cfg.Now().UTC().Format(time.RFC3339Nano), Kind: kind, Pod: ask.Pod, Session: ask.Session, Actor: actor,
 		Op: ask.Action.Op, Digest: ask.Digest, Rule: ask.Rule, Ask: ask.ID, Exposure: ask.Context.Exposure.Names(), Data: raw,
 	}
 	if change != nil {
@@ -233,7 +258,7 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 	if err := a.record(nucleus.KindApprovalAsk, ask, digest, map[string]any{"summary": approval.Summary(ask)}, nil); err != nil {
 		return client.Status{}, err
 	}
-	row := askRow{id: ask.ID, digest: digest, canonical: canonical, request: nucleus.SHA256(ask.Request), pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), created: ask.Created, expires: ask.Expires, state: client.Pending}
+	row := askRow{id: ask.ID, digest: digest, canonical: canonical, request: nucleus.SHA256(ask.Request), pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), need: ask.Approvals, created: ask.Created, expires: ask.Expires, state: client.Pending}
 	if err := a.store.addAsk(row); err != nil {
 		return client.Status{}, unavailable(err)
 	}
@@ -257,19 +282,12 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 	if pending >= maxPending {
 		return nucleus.Errorf(nucleus.KindUnavailable, "%d asks are pending, no more are taken", pending)
 	}
-	raw, err := a.store.podKeys(ask.Pod)
-	if errors.Is(err, errUnknown) {
-		return nucleus.Errorf(nucleus.KindUnauthenticated, "pod %s is not registered with the authority", ask.Pod)
-	} else if err != nil {
-		return unavailable(err)
+	if there := len(a.approvers()); ask.Approvals > there {
+		return nucleus.Errorf(nucleus.KindInvalid, "ask %s needs %d different approvers, there are %d (nucleus-authority approver add)", ask.ID, ask.Approvals, there)
 	}
-	var keys map[string]ed25519.PublicKey
-	if err := json.Unmarshal([]byte(raw), &keys); err != nil {
-		return fmt.Errorf("keys of pod %s: %w", ask.Pod, err)
-	}
-	key, ok := keys[ask.Requester]
-	if !ok {
-		return nucleus.Errorf(nucleus.KindUnauthenticated, "pod %s has no requester %s", ask.Pod, ask.Requester)
+	key, err := a.requester(ask)
+	if err != nil {
+		return err
 	}
 	if a.cfg.VerifyRequest == nil {
 		return nucleus.Errorf(nucleus.KindUnavailable, "this authority cannot check what a requester signed")
@@ -297,8 +315,27 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 	return nil
 }
 
+// requester is the key that was registered for who asks.
+func (a *Authority) requester(ask nucleus.AskRequest) (ed25519.PublicKey, error) {
+	raw, err := a.store.podKeys(ask.Pod)
+	if errors.Is(err, errUnknown) {
+		return nil, nucleus.Errorf(nucleus.KindUnauthenticated, "pod %s is not registered with the authority", ask.Pod)
+	} else if err != nil {
+		return nil, unavailable(err)
+	}
+	var keys map[string]ed25519.PublicKey
+	if err := json.Unmarshal([]byte(raw), &keys); err != nil {
+		return nil, fmt.Errorf("keys of pod %s: %w", ask.Pod, err)
+	}
+	key, ok := keys[ask.Requester]
+	if !ok {
+		return nil, nucleus.Errorf(nucleus.KindUnauthenticated, "pod %s has no requester %s", ask.Pod, ask.Requester)
+	}
+	return key, nil
+}
+
 // Decide answers the ask id with a person's decision. A decision stands: there
-// is no second one.
+// is no second one of the same approver, and one denial is the end of the ask.
 func (a *Authority) Decide(id string, d client.Decision) (client.Status, error) {
 	if len(d.Reason) > approval.MaxReason || !utf8.ValidString(d.Reason) {
 		return client.Status{}, nucleus.Errorf(nucleus.KindInvalid, "the reason has %d bytes, at most %d of UTF-8 are allowed", len(d.Reason), approval.MaxReason)
@@ -307,106 +344,142 @@ func (a *Authority) Decide(id string, d client.Decision) (client.Status, error) 
 		return a.deny(id, d)
 	}
 	a.mu.Lock()
-	_, ask, err := a.undecided(id, d.AskDigest)
+	approver, _, ask, err := a.undecided(id, d)
 	a.mu.Unlock()
 	if err != nil {
 		return client.Status{}, err
 	}
 	// Without mu: this takes a second, and nobody else need wait for it.
-	key, err := a.unseal(d.Passphrase)
+	key, err := a.unseal(approver, d.Passphrase)
 	switch {
 	case err == nil:
 	case nucleus.AsError(err).Kind == nucleus.KindConflict: // nothing was tried
 		return client.Status{}, err
 	default:
 		data := map[string]any{"why": nucleus.AsError(err).Message}
-		return client.Status{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, d.AskDigest, data, nil))
+		return client.Status{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, d.AskDigest, data, by(approver)))
 	}
 	defer clear(key)
 	return a.grant(id, d, key)
 }
 
+// by names who acted in an entry.
+func by(approver keyFile) func(*nucleus.Entry) {
+	return func(e *nucleus.Entry) { e.Actor = approver.Approver }
+}
+
 func (a *Authority) deny(id string, d client.Decision) (client.Status, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	row, ask, err := a.undecided(id, d.AskDigest)
+	approver, row, ask, err := a.undecided(id, d)
 	if err != nil {
 		return client.Status{}, err
 	}
-	err = a.record(nucleus.KindApprovalDeny, ask, row.digest, map[string]any{"reason": d.Reason}, func(e *nucleus.Entry) { e.Verdict = nucleus.Deny })
+	err = a.record(nucleus.KindApprovalDeny, ask, row.digest, map[string]any{"reason": d.Reason}, func(e *nucleus.Entry) {
+		e.Actor, e.Verdict = approver.Approver, nucleus.Deny
+	})
 	if err != nil {
 		return client.Status{}, err
 	}
-	row.state, row.reason = client.Denied, d.Reason
-	return a.conclude(row)
+	return a.concluded(id, a.store.end(id, client.Pending, client.Denied, d.Reason, a.millis()))
 }
 
 func (a *Authority) grant(id string, d client.Decision, key ed25519.PrivateKey) (client.Status, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	row, ask, err := a.undecided(id, d.AskDigest)
+	approver, row, ask, err := a.undecided(id, d)
 	if err != nil {
 		return client.Status{}, err
 	}
-	grant, token, err := sign(key, a.identity, ask, d.Reason)
+	grant, token, err := sign(key, approver.public(), ask, d.Reason)
 	if err != nil {
 		return client.Status{}, err
 	}
-	err = a.record(nucleus.KindApprovalGrant, ask, row.digest, map[string]any{"reason": d.Reason, "expires_ms": grant.Expires}, func(e *nucleus.Entry) {
-		e.Verdict, e.Grants = nucleus.Allow, []string{grant.ID}
+	err = a.record(nucleus.KindApprovalGrant, ask, row.digest, map[string]any{"reason": d.Reason, "expires_ms": grant.Expires, "need": row.need}, func(e *nucleus.Entry) {
+		e.Actor, e.Verdict, e.Grants = approver.Approver, nucleus.Allow, []string{grant.ID}
 	})
 	if err != nil {
 		return client.Status{}, err
 	}
-	row.state, row.reason, row.token, row.grant = client.Granted, d.Reason, token, grant.ID
-	return a.conclude(row)
+	return a.concluded(id, a.store.addGrant(row, client.Given{Grant: grant.ID, Approver: approver.Approver, Reason: d.Reason, Given: a.millis(), Token: token}))
 }
 
-// undecided returns the ask id if it can still be decided by somebody who was
-// shown what has the digest shown. The caller holds mu.
-func (a *Authority) undecided(id, shown string) (askRow, nucleus.AskRequest, error) {
-	fail := func(err error) (askRow, nucleus.AskRequest, error) { return askRow{}, nucleus.AskRequest{}, err }
+// undecided returns the ask id, and the approver that d names, if this approver can still decide
+// it and was shown what it says. The caller holds mu.
+func (a *Authority) undecided(id string, d client.Decision) (keyFile, askRow, nucleus.AskRequest, error) {
+	fail := func(err error) (keyFile, askRow, nucleus.AskRequest, error) {
+		return keyFile{}, askRow{}, nucleus.AskRequest{}, err
+	}
+	row, ask, err := a.known(id)
+	if err != nil {
+		return fail(err)
+	}
+	if state := row.stateAt(a.millis()); state != client.Pending {
+		return fail(nucleus.Errorf(nucleus.KindConflict, "ask %s is %s", id, state))
+	}
+	approver, err := choose(a.files, d.Approver)
+	if err != nil {
+		return fail(err)
+	}
+	refuse := func(kind nucleus.Kind, format string, args ...any) (keyFile, askRow, nucleus.AskRequest, error) {
+		err := nucleus.Errorf(kind, format, args...)
+		return fail(errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, row.digest, map[string]any{"why": err.Message}, by(approver))))
+	}
+	if d.AskDigest != row.digest {
+		return refuse(nucleus.KindConflict, "what was shown has digest %q, ask %s has %s", d.AskDigest, id, row.digest)
+	}
+	if _, given := row.given(approver.Approver); given && d.Approve {
+		return fail(nucleus.Errorf(nucleus.KindConflict, "%s has granted ask %s; %d more of %d have to", approver.Approver, id, row.need-len(row.grants), row.need))
+	}
+	if d.Approve {
+		requester, err := a.requester(ask)
+		if err != nil {
+			return fail(err)
+		}
+		if approver.PublicKey.Equal(requester) {
+			return refuse(nucleus.KindForbidden, "ask %s was signed by the key of %s; who asks cannot grant", id, approver.Approver)
+		}
+	}
+	return approver, row, ask, nil
+}
+
+// known returns an ask and what its bytes say.
+func (a *Authority) known(id string) (askRow, nucleus.AskRequest, error) {
 	row, err := a.store.ask(id)
 	if errors.Is(err, errUnknown) {
-		return fail(nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", id))
+		return row, nucleus.AskRequest{}, nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", id)
 	} else if err != nil {
-		return fail(unavailable(err))
+		return row, nucleus.AskRequest{}, unavailable(err)
 	}
 	ask, digest, _, err := approval.Parse(row.canonical)
 	if err != nil || digest != row.digest || ask.ID != id {
-		return fail(nucleus.Errorf(nucleus.KindInternal, "ask %s is damaged in the database", id))
-	}
-	if state := row.status(a.millis()).State; state != client.Pending {
-		return fail(nucleus.Errorf(nucleus.KindConflict, "ask %s is %s", id, state))
-	}
-	if shown != digest {
-		err := nucleus.Errorf(nucleus.KindConflict, "what was shown has digest %q, ask %s has %s", shown, id, digest)
-		return fail(errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, map[string]any{"why": err.Message}, nil)))
+		return row, ask, nucleus.Errorf(nucleus.KindInternal, "ask %s is damaged in the database", id)
 	}
 	return row, ask, nil
 }
 
-// conclude makes the decision durable and then known.
-func (a *Authority) conclude(row askRow) (client.Status, error) {
-	if err := a.store.decide(row); err != nil {
+// concluded makes known what has become of an ask.
+func (a *Authority) concluded(id string, err error) (client.Status, error) {
+	if err != nil {
 		return client.Status{}, unavailable(err)
 	}
 	a.broadcast()
-	return row.status(a.millis()), nil
+	row, err := a.store.ask(id)
+	return row.status(a.millis()), unavailable(err)
 }
 
 // sign makes the token and looks at it as a verifier will.
-func sign(key ed25519.PrivateKey, identity Identity, ask nucleus.AskRequest, reason string) (nucleus.Grant, string, error) {
+func sign(key ed25519.PrivateKey, approver nucleus.Approver, ask nucleus.AskRequest, reason string) (nucleus.Grant, string, error) {
 	binding, err := approval.Bind(ask)
 	if err != nil {
 		return nucleus.Grant{}, "", err
 	}
-	grant := binding.Grant(nucleus.NewID("g-"), identity.Approver, reason)
+	grant := binding.Grant(nucleus.NewID("g-"), approver.Name, reason)
 	claims, err := nucleus.Canonical(grant)
 	if err != nil {
 		return nucleus.Grant{}, "", err
 	}
-	token, err := paseto.NewTokenFromClaimsJSON(claims, approval.Footer(identity.Approver))
+	token, err := paseto.NewTokenFromClaimsJSON(claims, approval.Footer(approver.Name))
 	if err != nil {
 		return nucleus.Grant{}, "", err
 	}
@@ -415,37 +488,51 @@ func sign(key ed25519.PrivateKey, identity Identity, ask nucleus.AskRequest, rea
 		return nucleus.Grant{}, "", err
 	}
 	signed := token.V4Sign(secret, approval.Assertion(binding.AskDigest))
-	known := map[string]ed25519.PublicKey{identity.Approver: identity.PublicKey}
-	if _, err := binding.Verify(signed, known, ask.Created); err != nil {
+	if _, err := binding.Verify(signed, []nucleus.Approver{approver}, ask.Created); err != nil {
 		return nucleus.Grant{}, "", fmt.Errorf("the new grant does not hold: %w", err)
 	}
 	return grant, signed, nil
 }
 
-// Used records the report that a grant was used. A second report of the same
-// grant is a conflict, recorded too: an effect may have happened twice.
-func (a *Authority) Used(grant string) error {
+// Use counts one use of what was granted for an ask. It is in the database before it is in the
+// log, and in the log before anybody learns of it: where something fails in between, a use is
+// lost and none is gained.
+func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
+	if err := approval.CheckName("permit", u.Permit); err != nil {
+		return client.Used{}, nucleus.Errorf(nucleus.KindInvalid, "%v", err)
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	row, err := a.store.grant(grant)
-	if errors.Is(err, errUnknown) {
-		return nucleus.Errorf(nucleus.KindNotFound, "there is no grant %q", grant)
-	} else if err != nil {
-		return unavailable(err)
-	}
-	ask, digest, _, err := approval.Parse(row.canonical)
+	row, ask, err := a.known(id)
 	if err != nil {
-		return err
+		return client.Used{}, err
 	}
-	named := func(e *nucleus.Entry) { e.Grants = []string{grant} }
-	if row.used != 0 {
-		err := nucleus.Errorf(nucleus.KindConflict, "grant %s was reported as used at %d ms", grant, row.used)
-		return errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, map[string]any{"why": err.Message}, named))
+	named := func(e *nucleus.Entry) { e.Grants, e.Permit = u.Grants, u.Permit }
+	refuse := func(format string, args ...any) (client.Used, error) {
+		err := nucleus.Errorf(nucleus.KindRefused, format, args...)
+		return client.Used{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, row.digest, map[string]any{"why": err.Message}, named))
 	}
-	if err := a.record(nucleus.KindApprovalUse, ask, digest, map[string]any{}, named); err != nil {
-		return err
+	var given []string
+	for _, g := range row.grants {
+		given = append(given, g.Grant)
 	}
-	return unavailable(a.store.markUsed(grant, a.millis()))
+	const most = 1
+	now := a.millis()
+	switch {
+	case row.state != client.Granted:
+		return refuse("ask %s is %s", id, row.stateAt(now))
+	case !slices.Equal(u.Grants, given):
+		return refuse("ask %s was granted by %q, not %q", id, given, u.Grants)
+	case row.uses >= most:
+		return refuse("what was granted for ask %s was used before", id)
+	case now >= row.expires:
+		return refuse("what was granted for ask %s expired %d ms ago", id, now-row.expires)
+	}
+	used := client.Used{N: row.uses + 1, Of: most}
+	if err := a.store.addUse(id, used.N, u.Permit, now); err != nil {
+		return client.Used{}, unavailable(err)
+	}
+	return used, a.record(nucleus.KindApprovalUse, ask, row.digest, map[string]any{"n": used.N, "of": used.Of}, named)
 }
 
 // broadcast wakes all that wait for a change; the caller holds mu.

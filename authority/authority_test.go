@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -71,7 +72,7 @@ func askAt(t testing.TB, c *clock, id string, change func(*nucleus.AskRequest)) 
 	ask := nucleus.AskRequest{
 		ID: id, Pod: "p-1", Workspace: "w", Session: "s-1", Boot: "b-1", Requester: "agent",
 		Action: nucleus.Action{Op: nucleus.GitPush, Args: hexOf("args"), Push: &nucleus.Push{Repo: "app", Remote: "https://example.com/app.git", Ref: "refs/heads/main", Old: "0", New: "1"}},
-		Salt:   salt[:], Policy: hexOf("policy"), Rule: "trifecta", Why: "because", Tier: "kernel", Mode: "mediated",
+		Salt:   salt[:], Policy: hexOf("policy"), Rule: "trifecta", Why: "because", Approvals: 1, Tier: "kernel", Mode: "mediated",
 		Context: nucleus.Context{Exposure: nucleus.Private | nucleus.Untrusted, UnixMilli: c.ms.Load()},
 		Created: c.ms.Load(), Expires: c.ms.Load() + 300_000, Nonce: "n-1",
 	}
@@ -149,9 +150,7 @@ func startBench(t *testing.T, c *clock, cfg Config) *bench {
 	return b
 }
 
-func (b *bench) keys() map[string]ed25519.PublicKey {
-	return map[string]ed25519.PublicKey{"ann": b.identity.PublicKey}
-}
+func (b *bench) keys() []nucleus.Approver { return b.Approvers() }
 
 func (b *bench) submit(t *testing.T, ask nucleus.AskRequest) client.Status {
 	t.Helper()
@@ -219,12 +218,12 @@ func wantRecord(t *testing.T, dir string, want ...string) {
 func TestAskAndDecide(t *testing.T) {
 	b := newBench(t, nil)
 	info, err := b.client.Info(t.Context())
-	if err != nil || info.Approver != "ann" || !bytes.Equal(info.PublicKey, b.identity.PublicKey) || info.Approvals != client.SameUser {
+	if err != nil || len(info.Approvers) != 1 || info.Approvers[0].Name != "ann" || info.Approvers[0].Kind != nucleus.ApproverEd25519 || !bytes.Equal(info.Approvers[0].Key, b.Approvers()[0].Key) || info.Approvals != client.SameUser {
 		t.Fatalf("info %+v, %v", info, err)
 	}
 	one, two := askAt(t, b.c, "a-1", nil), askAt(t, b.c, "a-2", nil)
 	status := b.submit(t, one)
-	if again := b.submit(t, one); again != status || status.State != client.Pending {
+	if again := b.submit(t, one); !reflect.DeepEqual(again, status) || status.State != client.Pending {
 		t.Errorf("the same ask again: %+v, want %+v pending", again, status)
 	}
 	b.submit(t, two)
@@ -250,19 +249,19 @@ func TestAskAndDecide(t *testing.T) {
 	if err != nil || granted.State != client.Granted {
 		t.Fatalf("decide %+v, %v", granted, err)
 	}
-	if r := <-waited; r.err != nil || r.status != granted {
+	if r := <-waited; r.err != nil || !reflect.DeepEqual(r.status, granted) {
 		t.Errorf("wait %+v, want %+v", r, granted)
 	}
-	grant, err := approval.Verify(granted.Token, one, b.keys(), b.c.ms.Load())
-	if err != nil || grant.ID != granted.Grant || grant.Reason != "fine <&>" {
+	grant, err := approval.Verify(granted.Grants[0].Token, one, b.keys(), b.c.ms.Load())
+	if err != nil || grant.ID != granted.Grants[0].Grant || grant.Reason != "fine <&>" {
 		t.Errorf("grant %+v, %v", grant, err)
 	}
-	if _, err := approval.Verify(granted.Token, two, b.keys(), b.c.ms.Load()); approval.ReasonOf(err) != approval.BadAsk {
+	if _, err := approval.Verify(granted.Grants[0].Token, two, b.keys(), b.c.ms.Load()); approval.ReasonOf(err) != approval.BadAsk {
 		t.Errorf("the token for the other ask: %v", err)
 	}
 
 	denied, err := b.client.Decide(t.Context(), "a-2", client.Decision{AskDigest: items[1].AskDigest, Reason: "not today"})
-	if err != nil || denied.State != client.Denied || denied.Token != "" {
+	if err != nil || denied.State != client.Denied || len(denied.Grants) != 0 {
 		t.Errorf("deny %+v, %v", denied, err)
 	}
 	if s, err := b.client.Wait(t.Context(), "a-2"); err != nil || s.Reason != "not today" {
@@ -273,17 +272,32 @@ func TestAskAndDecide(t *testing.T) {
 		wantKind(t, "a second decision", err, nucleus.KindConflict, "a-2 is denied")
 	}
 
-	if err := b.client.Used(t.Context(), granted.Grant); err != nil {
-		t.Error(err)
+	use := client.Use{Permit: "r-1", Grants: []string{granted.Grants[0].Grant}}
+	if used, err := b.client.Use(t.Context(), "a-1", use); err != nil || used != (client.Used{N: 1, Of: 1}) {
+		t.Errorf("used %+v, %v", used, err)
 	}
-	wantKind(t, "used again", b.client.Used(t.Context(), granted.Grant), nucleus.KindConflict, "reported as used")
-	wantKind(t, "used, unknown", b.client.Used(t.Context(), "g-none"), nucleus.KindNotFound, "g-none")
-	wantRecord(t, b.cfg.Dir, "approval.ask", "approval.ask", "approval.grant", "approval.deny", "approval.use", "approval.refuse")
+	for _, c := range []struct {
+		what, ask string
+		use       client.Use
+		kind      nucleus.Kind
+		text      string
+	}{
+		{"used again", "a-1", use, nucleus.KindRefused, "was used before"},
+		{"with another's grant", "a-1", client.Use{Permit: "r-2", Grants: []string{"g-1"}}, nucleus.KindRefused, "was granted by"},
+		{"with none", "a-1", client.Use{Permit: "r-2"}, nucleus.KindRefused, "was granted by"},
+		{"of a denied ask", "a-2", use, nucleus.KindRefused, "is denied"},
+		{"of none", "a-none", use, nucleus.KindNotFound, "a-none"},
+		{"for no permit", "a-1", client.Use{Grants: use.Grants}, nucleus.KindInvalid, "permit"},
+	} {
+		_, err := b.client.Use(t.Context(), c.ask, c.use)
+		wantKind(t, c.what, err, c.kind, c.text)
+	}
+	wantRecord(t, b.cfg.Dir, "approval.ask", "approval.ask", "approval.grant", "approval.deny", "approval.use", "approval.refuse", "approval.refuse", "approval.refuse", "approval.refuse")
 
 	// What was decided is still so for the next daemon.
 	b.stop()
 	b = startBench(t, b.c, b.cfg)
-	if s, err := b.client.Status(t.Context(), "a-1"); err != nil || s != granted {
+	if s, err := b.client.Status(t.Context(), "a-1"); err != nil || !reflect.DeepEqual(s, granted) {
 		t.Errorf("after a restart %+v, %v; want %+v", s, err, granted)
 	}
 }
@@ -376,7 +390,7 @@ func TestDecideRefuses(t *testing.T) {
 		b.c.advance(time.Minute / 2) // past the wait after the last wrong one
 		_, err := b.client.Decide(t.Context(), "a-1", c.d)
 		wantKind(t, name, err, c.kind, c.text)
-		if s, err := b.client.Status(t.Context(), "a-1"); err != nil || s.State != client.Pending || s.Token != "" {
+		if s, err := b.client.Status(t.Context(), "a-1"); err != nil || s.State != client.Pending || s.Tokens() != nil {
 			t.Fatalf("%s: now %+v, %v", name, s, err)
 		}
 	}
@@ -468,11 +482,12 @@ func TestNoRecordNoDecision(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			wantKind(t, kind, b.client.Used(t.Context(), status.Grant), nucleus.KindUnavailable, "no space left")
+			_, err := b.client.Use(t.Context(), "a-1", client.Use{Permit: "r-1", Grants: []string{status.Grants[0].Grant}})
+			wantKind(t, kind, err, nucleus.KindUnavailable, "no space left")
 			continue
 		}
 		wantKind(t, kind, err, nucleus.KindUnavailable, "no space left")
-		if s, err := b.client.Status(t.Context(), "a-1"); err != nil || s.State != client.Pending || s.Token != "" {
+		if s, err := b.client.Status(t.Context(), "a-1"); err != nil || s.State != client.Pending || s.Tokens() != nil {
 			t.Errorf("%s: now %+v, %v; want pending", kind, s, err)
 		}
 	}
@@ -565,7 +580,7 @@ func TestKeyFile(t *testing.T) {
 	if _, err := Init(cfg, "ann", phrase, passphrase); err == nil || !strings.Contains(err.Error(), "not replaced") {
 		t.Errorf("a second key: %v", err)
 	}
-	path := filepath.Join(dir, keyName)
+	path := keyPath(dir, "ann")
 	raw, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -580,7 +595,7 @@ func TestKeyFile(t *testing.T) {
 	if second, err := Open(cfg); err == nil {
 		t.Error("opened twice", second.Close())
 	}
-	key, err := a.open(passphrase)
+	key, err := open(a.files[0], passphrase)
 	if err != nil || !identity.PublicKey.Equal(key.Public()) {
 		t.Errorf("positive control: %v", err)
 	}
@@ -611,7 +626,7 @@ func TestKeyFile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := a.open(passphrase); err == nil {
+		if _, err := open(a.files[0], passphrase); err == nil {
 			t.Errorf("%s changed: the key opens", name)
 		}
 		if err := a.Close(); err != nil {
@@ -693,10 +708,10 @@ func TestDecisionNotStored(t *testing.T) {
 	for _, approve := range []bool{true, false} {
 		s, err := b.client.Decide(t.Context(), "a-1", client.Decision{Approve: approve, AskDigest: digest, Passphrase: passphrase})
 		wantKind(t, fmt.Sprint("approve ", approve), err, nucleus.KindUnavailable, "disk is full")
-		if s.Token != "" {
+		if s.Tokens() != nil {
 			t.Errorf("a token came: %+v", s)
 		}
-		if s, err := b.client.Status(t.Context(), "a-1"); err != nil || s.State != client.Pending || s.Token != "" {
+		if s, err := b.client.Status(t.Context(), "a-1"); err != nil || s.State != client.Pending || s.Tokens() != nil {
 			t.Errorf("now %+v, %v", s, err)
 		}
 	}
@@ -707,13 +722,14 @@ func TestDecisionNotStored(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	row.state = client.Denied
-	if err := b.store.decide(row); err != nil {
+	if err := b.store.end("a-1", client.Pending, client.Denied, "", 1); err != nil {
 		t.Errorf("positive control: %v", err)
 	}
-	row.state, row.token, row.grant = client.Granted, "token", "g-1"
-	if err := b.store.decide(row); err == nil {
-		t.Error("the store took a second decision")
+	if err := b.store.end("a-1", client.Pending, client.Denied, "", 1); err == nil {
+		t.Error("the store took a second denial")
+	}
+	if err := b.store.addGrant(row, client.Given{Grant: "g-1", Approver: "ann", Token: "token"}); err == nil {
+		t.Error("the store took a grant for what was denied")
 	}
 }
 
@@ -834,7 +850,7 @@ func TestKillAroundDecision(t *testing.T) {
 			_, err := b.client.Decide(t.Context(), "a-1", approve)
 			wantKind(t, "a second grant", err, nucleus.KindConflict, "a-1 is granted")
 		}
-		if _, err := approval.Verify(status.Token, ask, b.keys(), b.c.ms.Load()); err != nil {
+		if _, err := approval.Verify(status.Grants[0].Token, ask, b.keys(), b.c.ms.Load()); err != nil {
 			t.Errorf("%s: %v", c.when, err)
 		}
 		wantRecord(t, b.cfg.Dir, c.records...)
@@ -865,7 +881,7 @@ func TestDecideConcurrently(t *testing.T) {
 
 func BenchmarkListThousand(bm *testing.B) {
 	c := newClock()
-	s, err := openStore(filepath.Join(bm.TempDir(), "a.db"))
+	s, err := openStore(filepath.Join(bm.TempDir(), "a.db"), "ann")
 	if err != nil {
 		bm.Fatal(err)
 	}

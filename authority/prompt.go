@@ -96,40 +96,72 @@ func (p *Prompt) passphrase(text string) (string, error) {
 
 // Init asks the person for passphrase and phrase and makes the key.
 func (p *Prompt) Init(cfg Config, approver string) (Identity, error) {
-	if _, err := ReadIdentity(cfg.Dir); err == nil {
+	if _, err := ReadApprovers(cfg.Dir); err == nil {
 		return Identity{}, fmt.Errorf("there is an approval key in %s; it is not replaced", cfg.Dir)
 	} else if !errors.Is(err, ErrNoKey) {
 		return Identity{}, err
 	}
-	if err := p.print("A key for approver %q is made in %s.\nA passphrase seals it; whoever knows it can approve. At least %d characters.\n", approver, cfg.Dir, MinPassphrase); err != nil {
+	if err := p.print("A key for approver %q is made in %s.\n", approver, cfg.Dir); err != nil {
 		return Identity{}, err
 	}
-	first, err := p.passphrase("passphrase: ")
+	phrase, passphrase, err := p.newSecret()
 	if err != nil {
 		return Identity{}, err
 	}
-	if err := checkPassphrase(first); err != nil {
-		return Identity{}, err
-	}
-	again, err := p.passphrase("passphrase again: ")
-	if err != nil {
-		return Identity{}, err
-	}
-	if first != again {
-		return Identity{}, errors.New("the two passphrases differ")
-	}
-	if err := p.print("A phrase of your own stands on every screen that asks for the passphrase.\nWhere you do not see it, do not type the passphrase.\n"); err != nil {
-		return Identity{}, err
-	}
-	phrase, err := p.question("your phrase: ")
-	if err != nil {
-		return Identity{}, err
-	}
-	identity, err := Init(cfg, approver, phrase, first)
+	identity, err := Init(cfg, approver, phrase, passphrase)
 	if err != nil {
 		return Identity{}, err
 	}
 	return identity, p.print("The key is made. Approver %s, public key %x\n", identity.Approver, []byte(identity.PublicKey))
+}
+
+// newSecret asks the person for a phrase and a passphrase of their own.
+func (p *Prompt) newSecret() (phrase, passphrase string, err error) {
+	if err := p.print("A passphrase seals it; whoever knows it can approve. At least %d characters.\n", MinPassphrase); err != nil {
+		return "", "", err
+	}
+	if passphrase, err = p.passphrase("passphrase: "); err != nil {
+		return "", "", err
+	}
+	if err := checkPassphrase(passphrase); err != nil {
+		return "", "", err
+	}
+	again, err := p.passphrase("passphrase again: ")
+	if err != nil {
+		return "", "", err
+	}
+	if passphrase != again {
+		return "", "", errors.New("the two passphrases differ")
+	}
+	if err := p.print("A phrase of your own stands on every screen that asks for the passphrase.\nWhere you do not see it, do not type the passphrase.\n"); err != nil {
+		return "", "", err
+	}
+	phrase, err = p.question("your phrase: ")
+	return phrase, passphrase, err
+}
+
+// AddApprover lets one who can approve add another: first the one who vouches types the
+// passphrase, then the new one chooses phrase and passphrase.
+func (p *Prompt) AddApprover(ctx context.Context, c *client.Client, by Identity, name string) (nucleus.Approver, error) {
+	if err := p.print("%s adds approver %q, who can then grant alone what needs one approval.\nyour phrase: %s\n", by.Approver, name, approval.Visible(by.Phrase)); err != nil {
+		return nucleus.Approver{}, err
+	}
+	voucher, err := p.passphrase(fmt.Sprintf("passphrase of %s: ", by.Approver))
+	if err != nil {
+		return nucleus.Approver{}, err
+	}
+	if err := p.print("Now %q, the new approver.\n", name); err != nil {
+		return nucleus.Approver{}, err
+	}
+	phrase, passphrase, err := p.newSecret()
+	if err != nil {
+		return nucleus.Approver{}, err
+	}
+	made, err := c.AddApprover(ctx, client.NewApprover{Name: name, Phrase: phrase, Passphrase: passphrase, By: by.Approver, ByPassphrase: voucher})
+	if err != nil {
+		return nucleus.Approver{}, err
+	}
+	return made, p.print("The key is made. Approver %s, public key %x\nIt can grant for machines that start from now on; those that run know it not.\n", made.Name, made.Key)
 }
 
 const passphraseTries = 3
@@ -152,7 +184,7 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identit
 		if err != nil {
 			return client.Status{}, err
 		}
-		status, err := c.Decide(ctx, id, client.Decision{Approve: true, AskDigest: digest, Reason: reason, Passphrase: passphrase})
+		status, err := c.Decide(ctx, id, client.Decision{Approve: true, Approver: identity.Approver, AskDigest: digest, Reason: reason, Passphrase: passphrase})
 		var refusal *nucleus.Error
 		if errors.As(err, &refusal) && refusal.Kind == nucleus.KindForbidden {
 			if err := p.print("%s\n", approval.Visible(refusal.Message)); err != nil {
@@ -167,6 +199,9 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identit
 			return client.Status{}, err
 		}
 		until := time.UnixMilli(ask.Expires).UTC().Format("2006-01-02 15:04:05 MST")
+		if more := status.Need - len(status.Grants); more > 0 {
+			return status, p.print("granted by %s; nothing is done until %d more of %d approvers have granted it, by %s\n", identity.Approver, more, status.Need, until)
+		}
 		if ask.Passage != nil {
 			return status, p.print("granted; it has to be used by %s, and stands from then on as shown\n", until)
 		}

@@ -204,8 +204,22 @@ func (a *Authority) handler() http.Handler {
 		}
 		return a.Decide(r.PathValue("id"), d)
 	})
-	route("POST /v1/grants/{id}/used", asker, func(r *http.Request, _ int) (any, error) {
-		return struct{}{}, a.Used(r.PathValue("id"))
+	route("POST /v1/asks/{id}/uses", asker, func(r *http.Request, _ int) (any, error) {
+		var use client.Use
+		if err := read(r, maxBody, &use); err != nil {
+			return nil, err
+		}
+		return a.Use(r.PathValue("id"), use)
+	})
+	route("POST /v1/approvers", decider, func(r *http.Request, _ int) (any, error) {
+		var n client.NewApprover
+		if err := read(r, maxBody, &n); err != nil {
+			return nil, err
+		}
+		return a.AddApprover(n)
+	})
+	route("DELETE /v1/approvers/{name}", decider, func(r *http.Request, _ int) (any, error) {
+		return a.RemoveApprover(r.PathValue("name"))
 	})
 	a.witnessRoutes(mux, route)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
@@ -215,7 +229,7 @@ func (a *Authority) handler() http.Handler {
 }
 
 func (a *Authority) info(uid int) client.Info {
-	info := client.Info{Approver: a.identity.Approver, PublicKey: a.identity.PublicKey, Approvals: client.OtherUser, Witness: a.witness.PublicKey()}
+	info := client.Info{Approvers: a.Approvers(), Approvals: client.OtherUser, Witness: a.witness.PublicKey()}
 	if uid == os.Geteuid() || uid == 0 { // root can be any user
 		info.Approvals = client.SameUser
 	}
@@ -304,7 +318,7 @@ func statusOf(kind nucleus.Kind) int {
 		return http.StatusBadRequest
 	case nucleus.KindUnauthenticated:
 		return http.StatusUnauthorized
-	case nucleus.KindForbidden:
+	case nucleus.KindForbidden, nucleus.KindRefused:
 		return http.StatusForbidden
 	case nucleus.KindNotFound:
 		return http.StatusNotFound

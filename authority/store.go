@@ -2,6 +2,7 @@ package authority
 
 import (
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
@@ -33,15 +34,31 @@ CREATE TABLE IF NOT EXISTS asks (
 	pod TEXT NOT NULL,
 	op TEXT NOT NULL,
 	summary TEXT NOT NULL,
+	need INTEGER NOT NULL,
 	created_ms INTEGER NOT NULL,
 	expires_ms INTEGER NOT NULL,
-	state TEXT NOT NULL CHECK (state IN ('pending', 'granted', 'denied')),
+	state TEXT NOT NULL CHECK (state IN ('pending', 'granted', 'denied', 'withdrawn', 'revoked')),
 	reason TEXT NOT NULL DEFAULT '',
-	token TEXT NOT NULL DEFAULT '',
-	jti TEXT UNIQUE,
-	used_ms INTEGER NOT NULL DEFAULT 0
+	decided_ms INTEGER NOT NULL DEFAULT 0
 ) STRICT;
-CREATE INDEX IF NOT EXISTS asks_state ON asks (state, expires_ms);
+CREATE INDEX IF NOT EXISTS asks_by_state ON asks (state, expires_ms);
+CREATE TABLE IF NOT EXISTS grants (
+	jti TEXT PRIMARY KEY,
+	ask TEXT NOT NULL,
+	approver TEXT NOT NULL,
+	reason TEXT NOT NULL,
+	token TEXT NOT NULL,
+	given_ms INTEGER NOT NULL,
+	UNIQUE (ask, approver)
+) STRICT;
+CREATE TABLE IF NOT EXISTS uses (
+	ask TEXT NOT NULL,
+	n INTEGER NOT NULL,
+	permit TEXT NOT NULL,
+	used_ms INTEGER NOT NULL,
+	outcome TEXT NOT NULL DEFAULT '',
+	PRIMARY KEY (ask, n)
+) STRICT;
 CREATE TABLE IF NOT EXISTS logs (
 	origin TEXT PRIMARY KEY,
 	key TEXT NOT NULL,
@@ -52,7 +69,23 @@ CREATE TABLE IF NOT EXISTS record (
 	entry TEXT NOT NULL
 ) STRICT;`
 
-func openStore(path string) (*store, error) {
+// migrate brings a database of the time when there was one approver, whose name is given, to
+// the present form. What was not decided or used then has bytes that say less than is signed
+// today, so it is void.
+const migrate = `
+DROP INDEX IF EXISTS asks_state;
+ALTER TABLE asks RENAME TO old_asks;` + schema + `
+INSERT INTO asks SELECT id, sha256, canonical, request_sha256, pod, op, summary, 1, created_ms, expires_ms,
+	CASE WHEN state = 'pending' THEN 'withdrawn' WHEN state = 'granted' AND used_ms = 0 THEN 'revoked' ELSE state END, reason, 0 FROM old_asks;
+INSERT INTO grants SELECT jti, id, @approver, reason, token, created_ms FROM old_asks WHERE jti IS NOT NULL;
+INSERT INTO uses SELECT id, 1, '', used_ms, '' FROM old_asks WHERE used_ms != 0;
+DROP TABLE old_asks;`
+
+const schemaVersion = 1
+
+// openStore opens the database. approver is the first one, who signed all that an older
+// database holds.
+func openStore(path, approver string) (*store, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -72,12 +105,43 @@ func openStore(path string) (*store, error) {
 		err = errors.New(check)
 	}
 	if err == nil {
-		_, err = db.Exec(schema)
+		err = prepare(db, approver)
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), db.Close())
 	}
 	return &store{db}, nil
+}
+
+func prepare(db *sql.DB, approver string) error {
+	tx, err := db.Begin()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	var version, tables int
+	if err := tx.QueryRow("PRAGMA user_version").Scan(&version); err != nil {
+		return err
+	}
+	if err := tx.QueryRow("SELECT COUNT(*) FROM sqlite_schema WHERE type = 'table' AND name = 'asks'").Scan(&tables); err != nil {
+		return err
+	}
+	switch {
+	case version == schemaVersion:
+	case version > schemaVersion:
+		return fmt.Errorf("its format is %d, this program knows %d: it was written by a newer one", version, schemaVersion)
+	case tables == 0:
+		_, err = tx.Exec(schema)
+	default:
+		_, err = tx.Exec(migrate, sql.Named("approver", approver))
+	}
+	if err == nil {
+		_, err = tx.Exec(fmt.Sprintf("PRAGMA user_version = %d", schemaVersion))
+	}
+	if err != nil {
+		return err
+	}
+	return tx.Commit()
 }
 
 func (s *store) close() error { return s.db.Close() }
@@ -115,42 +179,86 @@ type askRow struct {
 	pod              string
 	op               nucleus.Op
 	summary          string
+	need             int
 	created, expires int64
 	state            string
-	reason, token    string
-	grant            string
-	used             int64
+	reason           string
+	grants           []client.Given
+	uses             int
 }
 
-// status is what came of the ask at a time: one that nobody decided expires.
-func (r askRow) status(now int64) client.Status {
-	state := r.state
-	if state == client.Pending && now >= r.expires {
-		state = client.Expired
+// stateAt is the state of the ask at a time: one that too few decided expires.
+func (r askRow) stateAt(now int64) string {
+	if r.state == client.Pending && now >= r.expires {
+		return client.Expired
 	}
-	return client.Status{ID: r.id, State: state, AskDigest: r.digest, Grant: r.grant, Token: r.token, Reason: r.reason}
+	return r.state
+}
+
+// status is what came of the ask at a time. The tokens are handed out once all are there, and
+// as long as they are good.
+func (r askRow) status(now int64) client.Status {
+	status := client.Status{ID: r.id, State: r.stateAt(now), AskDigest: r.digest, Need: r.need, Reason: r.reason}
+	for _, g := range r.grants {
+		if status.State != client.Granted {
+			g.Token = ""
+		}
+		status.Grants = append(status.Grants, g)
+	}
+	return status
+}
+
+// given is the grant of an approver, if there is one.
+func (r askRow) given(approver string) (client.Given, bool) {
+	for _, g := range r.grants {
+		if g.Approver == approver {
+			return g, true
+		}
+	}
+	return client.Given{}, false
 }
 
 func (s *store) addAsk(r askRow) error {
-	_, err := s.db.Exec("INSERT INTO asks (id, sha256, canonical, request_sha256, pod, op, summary, created_ms, expires_ms, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-		r.id, r.digest, r.canonical, r.request, r.pod, string(r.op), r.summary, r.created, r.expires, r.state)
+	_, err := s.db.Exec("INSERT INTO asks (id, sha256, canonical, request_sha256, pod, op, summary, need, created_ms, expires_ms, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+		r.id, r.digest, r.canonical, r.request, r.pod, string(r.op), r.summary, r.need, r.created, r.expires, r.state)
 	return err
 }
 
-// decide writes the decision on an ask that has none.
-func (s *store) decide(r askRow) error {
-	var grant any
-	if r.grant != "" {
-		grant = r.grant
-	}
-	result, err := s.db.Exec("UPDATE asks SET state = ?, reason = ?, token = ?, jti = ? WHERE id = ? AND state = 'pending'",
-		r.state, r.reason, r.token, grant, r.id)
+// end writes what became of an ask that was in a state before.
+func (s *store) end(id, before, after, reason string, now int64) error {
+	result, err := s.db.Exec("UPDATE asks SET state = ?, reason = ?, decided_ms = ? WHERE id = ? AND state = ?", after, reason, now, id, before)
 	return exactlyOne(result, err)
 }
 
-func (s *store) markUsed(grant string, now int64) error {
-	result, err := s.db.Exec("UPDATE asks SET used_ms = ? WHERE jti = ? AND used_ms = 0", now, grant)
+// addGrant adds an approver's grant to a pending ask, and makes the ask granted when that was
+// the last one needed.
+func (s *store) addGrant(r askRow, g client.Given) error {
+	tx, err := s.db.Begin()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	if _, err := tx.Exec("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?)", g.Grant, r.id, g.Approver, g.Reason, g.Token, g.Given); err != nil {
+		return err
+	}
+	result, err := tx.Exec(`UPDATE asks SET decided_ms = ?, state = CASE WHEN (SELECT COUNT(*) FROM grants WHERE ask = id) >= need THEN 'granted' ELSE 'pending' END
+		WHERE id = ? AND state = 'pending'`, g.Given, r.id)
+	if err := exactlyOne(result, err); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// dropGrant forgets a grant of an ask that is pending.
+func (s *store) dropGrant(id string) error {
+	result, err := s.db.Exec("DELETE FROM grants WHERE jti = ? AND (SELECT state FROM asks WHERE id = ask) = 'pending'", id)
 	return exactlyOne(result, err)
+}
+
+// addUse counts use n of what was granted for an ask; two of one number are an error.
+func (s *store) addUse(ask string, n int, permit string, now int64) error {
+	_, err := s.db.Exec("INSERT INTO uses (ask, n, permit, used_ms) VALUES (?, ?, ?, ?)", ask, n, permit, now)
+	return err
 }
 
 func exactlyOne(result sql.Result, err error) error {
@@ -164,22 +272,48 @@ func exactlyOne(result sql.Result, err error) error {
 	return err
 }
 
-const askColumns = "SELECT id, sha256, canonical, pod, op, summary, created_ms, expires_ms, state, reason, token, COALESCE(jti, ''), used_ms FROM asks"
+const askColumns = `SELECT id, sha256, canonical, pod, op, summary, need, created_ms, expires_ms, state, reason,
+	(SELECT COUNT(*) FROM uses WHERE ask = id) FROM asks`
 
-func (s *store) ask(id string) (askRow, error) {
-	return scanAsk(s.db.QueryRow(askColumns+" WHERE id = ?", id))
-}
-
-func (s *store) grant(id string) (askRow, error) {
-	return scanAsk(s.db.QueryRow(askColumns+" WHERE jti = ?", id))
-}
-
-func scanAsk(row *sql.Row) (r askRow, err error) {
-	err = row.Scan(&r.id, &r.digest, &r.canonical, &r.pod, &r.op, &r.summary, &r.created, &r.expires, &r.state, &r.reason, &r.token, &r.grant, &r.used)
+func (s *store) ask(id string) (r askRow, err error) {
+	err = s.db.QueryRow(askColumns+" WHERE id = ?", id).Scan(&r.id, &r.digest, &r.canonical, &r.pod, &r.op, &r.summary, &r.need, &r.created, &r.expires, &r.state, &r.reason, &r.uses)
 	if errors.Is(err, sql.ErrNoRows) {
 		err = errUnknown
 	}
-	return r, err
+	if err != nil {
+		return r, err
+	}
+	rows, err := s.db.Query("SELECT jti, approver, reason, given_ms, token FROM grants WHERE ask = ? ORDER BY given_ms, rowid", id)
+	if err != nil {
+		return r, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var g client.Given
+		if err := rows.Scan(&g.Grant, &g.Approver, &g.Reason, &g.Given, &g.Token); err != nil {
+			return r, err
+		}
+		r.grants = append(r.grants, g)
+	}
+	return r, rows.Err()
+}
+
+// unusedOf lists the asks with a grant of an approver that can still be used for the first time.
+func (s *store) unusedOf(approver string, now int64) (asks []string, err error) {
+	rows, err := s.db.Query(`SELECT id FROM asks WHERE state IN ('pending', 'granted') AND expires_ms > ?
+		AND EXISTS (SELECT 1 FROM grants WHERE ask = id AND approver = ?) AND NOT EXISTS (SELECT 1 FROM uses WHERE ask = id) ORDER BY created_ms, id`, now, approver)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		asks = append(asks, id)
+	}
+	return asks, rows.Err()
 }
 
 func (s *store) askOfRequest(digest string) (id string, err error) {
@@ -203,13 +337,14 @@ func (s *store) list(state string, now int64) (items []client.Item, err error) {
 		where, args = " WHERE state = 'pending' AND expires_ms > ?", []any{now}
 	case client.Expired:
 		where, args = " WHERE state = 'pending' AND expires_ms <= ?", []any{now}
-	case client.Granted, client.Denied:
+	case client.Granted, client.Denied, client.Withdrawn, client.Revoked:
 		where, args = " WHERE state = ?", []any{state}
 	default:
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "unknown state %q", state)
 	}
 	//nolint:gosec // where is one of the constants above
-	rows, err := s.db.Query("SELECT id, state, pod, op, summary, sha256, created_ms, expires_ms FROM asks"+where+" ORDER BY created_ms, id", args...)
+	rows, err := s.db.Query(`SELECT id, state, pod, op, summary, need, (SELECT json_group_array(approver) FROM (SELECT approver FROM grants WHERE ask = id ORDER BY given_ms, rowid)),
+		sha256, created_ms, expires_ms FROM asks`+where+" ORDER BY created_ms, id", args...)
 	if err != nil {
 		return nil, unavailable(err)
 	}
@@ -217,10 +352,14 @@ func (s *store) list(state string, now int64) (items []client.Item, err error) {
 	items = []client.Item{}
 	for rows.Next() {
 		var i client.Item
-		if err := rows.Scan(&i.ID, &i.State, &i.Pod, &i.Op, &i.Summary, &i.AskDigest, &i.Created, &i.Expires); err != nil {
+		var granted string
+		if err := rows.Scan(&i.ID, &i.State, &i.Pod, &i.Op, &i.Summary, &i.Need, &granted, &i.AskDigest, &i.Created, &i.Expires); err != nil {
 			return nil, unavailable(err)
 		}
-		i.State = askRow{state: i.State, expires: i.Expires}.status(now).State
+		if err := json.Unmarshal([]byte(granted), &i.Granted); err != nil {
+			return nil, unavailable(err)
+		}
+		i.State = askRow{state: i.State, expires: i.Expires}.stateAt(now)
 		items = append(items, i)
 	}
 	return items, unavailable(rows.Err())

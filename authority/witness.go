@@ -77,7 +77,7 @@ func (a *Authority) ForgetLog(origin string) error {
 	if err != nil {
 		return err
 	}
-	err = a.cfg.Recorder.Record(nucleus.Entry{Time: a.cfg.Now().UTC().Format(time.RFC3339Nano), Kind: nucleus.KindLogForget, Actor: a.identity.Approver, Data: data})
+	err = a.cfg.Recorder.Record(nucleus.Entry{Time: a.cfg.Now().UTC().Format(time.RFC3339Nano), Kind: nucleus.KindLogForget, Actor: actor, Data: data})
 	if err != nil {
 		return nucleus.Errorf(nucleus.KindUnavailable, "the authority cannot record that it forgets log %s: %v", origin, err)
 	}

@@ -97,7 +97,7 @@ func TestBuiltInWitness(t *testing.T) {
 	if now, _ := b.client.Witnessed(t.Context(), witnessedOrigin); now != before {
 		t.Errorf("a refusal changed what is kept: %+v", now)
 	}
-	other := audit.VerifierKey(witnessedOrigin, b.identity.PublicKey)
+	other := audit.VerifierKey(witnessedOrigin, b.Approvers()[0].Key)
 	wantKind(t, "another key for the log", b.client.RegisterLog(t.Context(), other), nucleus.KindConflict, "--forget")
 	wantKind(t, "no key", b.client.RegisterLog(t.Context(), "x"), nucleus.KindInvalid, "verifier key")
 	// A person may say that the log was begun anew.

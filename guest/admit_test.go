@@ -54,7 +54,7 @@ func newLock(t testing.TB) *lock {
 		t.Fatal(err)
 	}
 	l.p = &Proxy{clock: newNodeClock(), changed: make(chan struct{}), boot: nucleus.Boot{
-		Pod: "p-1", Boot: "b-1", NodeKey: nodePublic, Approvers: map[string][]byte{"person": approverPublic},
+		Pod: "p-1", Boot: "b-1", NodeKey: nodePublic, Approvers: []nucleus.Approver{{Name: "person", Kind: nucleus.ApproverEd25519, Key: approverPublic}},
 		Policy: json.RawMessage(lockPolicy), Time: nucleus.NodeTime{Epoch: 1, Tick: 1000, UnixMilli: time.Now().UnixMilli()}, Guest: config,
 	}}
 	l.p.clock.own = func() time.Duration { return l.passed }
@@ -104,26 +104,37 @@ func (l *lock) ask(permit nucleus.Permit, action nucleus.Action) nucleus.AskRequ
 	return nucleus.AskRequest{
 		ID: nucleus.NewID("a-"), Pod: permit.Pod, Workspace: "w", Session: permit.Session, Boot: permit.Boot, Requester: "agent",
 		Request: json.RawMessage(`{}`), Action: action, Digest: permit.Digest, Salt: permit.Salt, Policy: nucleus.SHA256([]byte("policy")),
-		Rule: "operations.write_files", Why: "asks", Context: permit.Context, Tier: "kernel", Mode: "mediated",
+		Rule: "operations.write_files", Why: "asks", Approvals: 1, Context: permit.Context, Tier: "kernel", Mode: "mediated",
 		Created: permit.Issued.UnixMilli - 1000, Expires: permit.Issued.UnixMilli + 60_000, Nonce: nucleus.NewID("n-"),
 	}
 }
 
+// tester is an approver.
+type tester struct {
+	name string
+	key  paseto.V4AsymmetricSecretKey
+}
+
 func (l *lock) token(ask nucleus.AskRequest) string {
+	l.t.Helper()
+	return l.tokenBy(tester{"person", l.approver}, ask)
+}
+
+func (l *lock) tokenBy(by tester, ask nucleus.AskRequest) string {
 	l.t.Helper()
 	b, err := approval.Bind(ask)
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	raw, err := nucleus.Canonical(b.Grant(nucleus.NewID("g-"), "person", "yes"))
+	raw, err := nucleus.Canonical(b.Grant(nucleus.NewID("g-"), by.name, "yes"))
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	token, err := paseto.NewTokenFromClaimsJSON(raw, approval.Footer("person"))
+	token, err := paseto.NewTokenFromClaimsJSON(raw, approval.Footer(by.name))
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	return token.V4Sign(l.approver, approval.Assertion(b.AskDigest))
+	return token.V4Sign(by.key, approval.Assertion(b.AskDigest))
 }
 
 func (l *lock) refused(what string, call Call, action *nucleus.Action, text string) {
@@ -338,24 +349,64 @@ func TestGrantOnce(t *testing.T) {
 	l.refusedAsk("the same grant", Call{Op: action.Op, Permit: l.sign(second)}, &action, &ask, "grant")
 }
 
-// A quorum is more than one grant, and more than one grant no permit can hold.
+// What more approvers have to grant has as many tokens, each of another key.
 func TestQuorum(t *testing.T) {
-	for approvals, text := range map[int]string{1: "", 2: "2 approvals are needed", 16: "16 approvals are needed"} {
+	for _, need := range []int{1, 2, 16} {
 		l := newLock(t)
 		var err error
-		l.p.policy, err = policy.Load("p", fmt.Appendf(nil, `{"operations":{"write_files":"ask"},"obligations":{"write_files":{"approvals":%d}}}`, approvals))
+		l.p.policy, err = policy.Load("p", fmt.Appendf(nil, `{"operations":{"write_files":"ask"},"obligations":{"write_files":{"approvals":%d}}}`, need))
 		if err != nil {
 			t.Fatal(err)
 		}
-		action := writeAction("a")
-		permit := l.permit(action)
-		ask := l.ask(permit, action)
-		permit.Grants = []string{l.token(ask), l.token(ask)}
-		_, e := l.p.admit(Call{Op: action.Op, Permit: l.sign(permit)}, &action, &ask)
-		if text == "" && e != nil || text != "" && (e == nil || !strings.Contains(e.Message, text)) {
-			t.Errorf("%d approvals: %+v, want %q", approvals, e, text)
+		bobKey, bobSecret := newKey(t)
+		_, eveSecret := newKey(t)
+		bob, eve := tester{"bob", mustSecret(t, bobSecret)}, tester{"eve", mustSecret(t, eveSecret)}
+		l.p.boot.Approvers = append(l.p.boot.Approvers, nucleus.Approver{Name: "bob", Kind: nucleus.ApproverEd25519, Key: bobKey},
+			nucleus.Approver{Name: "twin", Kind: nucleus.ApproverEd25519, Key: bobKey})
+		ann := tester{"person", l.approver}
+		twin := tester{"twin", bob.key}
+		self := tester{"self", mustSecret(t, l.p.key)}
+		l.p.boot.Approvers = append(l.p.boot.Approvers, nucleus.Approver{Name: "self", Kind: nucleus.ApproverEd25519, Key: l.p.key.Public().(ed25519.PublicKey)})
+		for _, c := range []struct {
+			what   string
+			needs  int // of the ask
+			by     []tester
+			text   string // by what it is refused; "" where one approval is enough
+			reason string // where two are needed
+		}{
+			{"none", need, nil, "holds none", "holds none"},
+			{"one", need, []tester{ann}, "", "1 approvers granted, the ask needs 2"},
+			{"one of an ask for one", 1, []tester{ann}, "", "2 approvals are needed, the ask was for 1"},
+			{"two", need, []tester{ann, bob}, "2 approvers granted, the ask needs 1", ""},
+			{"two of an ask for two", 2, []tester{ann, bob}, "", ""},
+			{"one twice", 2, []tester{ann, ann}, "approver person counts once", "approver person counts once"},
+			{"one by two names", 2, []tester{bob, twin}, "not an approver", "not an approver"},
+			{"a stranger", 2, []tester{ann, eve}, "not an approver", "not an approver"},
+			{"the machine itself", 2, []tester{ann, self}, "not an approver", "not an approver"},
+		} {
+			action := writeAction("a")
+			permit := l.permit(action)
+			ask := l.ask(permit, action)
+			ask.Approvals = c.needs
+			for _, by := range c.by {
+				permit.Grants = append(permit.Grants, l.tokenBy(by, ask))
+			}
+			_, e := l.p.admit(Call{Op: action.Op, Permit: l.sign(permit)}, &action, &ask)
+			text := map[int]string{1: c.text, 2: c.reason, 16: "the machine refuses"}[need]
+			if text == "" && e != nil || text != "" && (e == nil || !strings.Contains(e.Message, text)) {
+				t.Errorf("%d approvals, %s: %+v, want %q", need, c.what, e, text)
+			}
 		}
 	}
+}
+
+func mustSecret(t testing.TB, key ed25519.PrivateKey) paseto.V4AsymmetricSecretKey {
+	t.Helper()
+	secret, err := paseto.NewV4AsymmetricSecretKeyFromEd25519(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return secret
 }
 
 // A sequence number is accepted once, in whatever order numbers come; an epoch that

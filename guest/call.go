@@ -209,10 +209,7 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, action nucleus.Action, ask *n
 	}
 	passage := false
 	if permit.Verdict == nucleus.Ask {
-		if own.Approvals > 1 {
-			return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: %d approvals are needed, and a permit holds one", own.Approvals)
-		}
-		if e := p.checkGrants(permit, action, ask, now); e != nil {
+		if e := p.checkGrants(permit, action, ask, own.Approvals, now); e != nil {
 			return e
 		}
 		passage = ask.Passage != nil
@@ -221,52 +218,68 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, action nucleus.Action, ask *n
 	return nil
 }
 
-// checkGrants verifies the approvers' own signatures: the node cannot make one.
-// One for a place opens it, for every request there until it ends; any other is good once.
-func (p *Proxy) checkGrants(permit nucleus.Permit, action nucleus.Action, shown *nucleus.AskRequest, now int64) *nucleus.Error {
+// checkGrants verifies the approvers' own signatures, of as many different ones as this machine
+// itself wants: the node cannot make one. Those for a place open it, for every request there until
+// it ends; any others are good once, all together.
+func (p *Proxy) checkGrants(permit nucleus.Permit, action nucleus.Action, shown *nucleus.AskRequest, need int, now int64) *nucleus.Error {
 	refuse := func(format string, args ...any) *nucleus.Error {
 		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: "+format, args...)
 	}
 	if shown == nil || len(permit.Grants) == 0 {
 		return refuse("an approval is needed and the permit holds none")
 	}
-	ask, token := *shown, permit.Grants[0]
+	ask := *shown
+	if ask.Approvals < need {
+		return refuse("%d approvals are needed, the ask was for %d", need, ask.Approvals)
+	}
 	if ask.Boot != p.boot.Boot || ask.Pod != p.boot.Pod || ask.Action.Op != permit.Op {
 		return refuse("the approval is for something else")
 	}
+	together := strings.Join(permit.Grants, "\n")
 	if ask.Passage != nil {
-		if open, ok := p.served.passages[token]; ok {
+		if open, ok := p.served.passages[together]; ok && open.approvals >= need {
 			return p.served.passes(open, action, now)
 		}
 	} else if ask.Digest != permit.Digest {
 		return refuse("the approval is for something else")
 	}
-	grant, err := approval.Verify(token, ask, approverKeys(p.boot.Approvers), now)
+	grants, err := approval.Approved(permit.Grants, ask, p.approvers(), now)
 	if err != nil {
 		return refuse("grant: %v", err)
 	}
-	if p.served.grants[grant.ID] {
-		return refuse("grant %s was used before", grant.ID)
+	for _, grant := range grants {
+		if p.served.grants[grant.ID] {
+			return refuse("grant %s was used before", grant.ID)
+		}
 	}
 	if ask.Passage != nil {
 		if err := approval.Check(ask); err != nil {
 			return refuse("%v", err)
 		}
-		open := opened{permit.Op, *ask.Passage, now + ask.Passage.Millis}
+		open := opened{permit.Op, *ask.Passage, len(grants), now + ask.Passage.Millis}
 		if e := p.served.passes(open, action, now); e != nil {
 			return e
 		}
-		p.served.passages[token] = open
+		p.served.passages[together] = open
 	}
-	p.served.grants[grant.ID] = true
+	for _, grant := range grants {
+		p.served.grants[grant.ID] = true
+	}
 	return nil
 }
 
-// opened is a passage that a grant opened here.
+// approvers are those of the boot who count here: each key once, and not this machine's own,
+// which asks.
+func (p *Proxy) approvers() []nucleus.Approver {
+	return approval.Different(p.boot.Approvers, p.key.Public().(ed25519.PublicKey))
+}
+
+// opened is a passage that grants opened here.
 type opened struct {
-	op      nucleus.Op
-	passage nucleus.Passage
-	until   int64 // on the node's wall clock
+	op        nucleus.Op
+	passage   nucleus.Passage
+	approvals int
+	until     int64 // on the node's wall clock
 }
 
 // passes says why a passage does not let action through: it leads elsewhere, its time
@@ -460,12 +473,4 @@ func (p *Proxy) repo(ctx context.Context, stream *wire.Stream) {
 	}
 	stream.SetWriteDeadline(time.Now().Add(bootDeadline))
 	stream.SendJSON(wire.FrameResult, result)
-}
-
-func approverKeys(raw map[string][]byte) map[string]ed25519.PublicKey {
-	keys := map[string]ed25519.PublicKey{}
-	for name, key := range raw {
-		keys[name] = key
-	}
-	return keys
 }

@@ -21,11 +21,11 @@ import (
 	"cal/nucleus"
 )
 
-// approved is a grant that the authority gave for an ask of ours.
+// approved are the grants that the authority gave for an ask of ours, one of each approver.
 type approved struct {
-	ask   nucleus.AskRequest
-	grant nucleus.Grant
-	token string
+	ask    nucleus.AskRequest
+	grants []nucleus.Grant
+	tokens []string
 }
 
 // askLife is how long a person has to answer.
@@ -188,7 +188,7 @@ func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, nee
 	if err != nil {
 		return ruling{}, prepared{}, n.recordUnapproved(p, r, pre, needed, err)
 	}
-	ruled, err := n.decide(p, r, approvedPre, grant)
+	ruled, err := n.decide(ctx, p, r, approvedPre, grant)
 	if grant != nil {
 		p.dropAsk(grant.ask.ID)
 	}
@@ -198,17 +198,14 @@ func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, nee
 	return ruled, approvedPre, err
 }
 
-// mostApprovals is how many persons one ask can reach: one authority, with one key.
-const mostApprovals = 1
-
 // unapprovable says why nobody could grant to this pod what a decision asks for; "" where
 // somebody could.
 func (n *Node) unapprovable(p *Pod, d nucleus.Decision) string {
 	switch {
 	case n.asks == nil || len(p.approvers) == 0:
 		return "nobody could approve when this machine started (cal approve init makes the key)"
-	case d.Approvals > mostApprovals:
-		return fmt.Sprintf("the policy wants the approvals of %d different persons, and one alone can be asked here", d.Approvals)
+	case d.Approvals > len(p.approvers):
+		return fmt.Sprintf("the policy wants the approvals of %d different persons, and %d could approve when this machine started (nucleus-authority approver add makes more; machines that start then know them)", d.Approvals, len(p.approvers))
 	}
 	return ""
 }
@@ -248,7 +245,7 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 	}
 	switch answer.State {
 	case approvals.Granted:
-	case approvals.Denied, approvals.Expired:
+	case approvals.Denied, approvals.Expired, approvals.Withdrawn, approvals.Revoked:
 		refused, err := n.recordRefusal(p, r, pending, answer.State, answer.Reason)
 		if err != nil {
 			return fail(err)
@@ -260,18 +257,26 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 		}
 		return fail(refused)
 	default:
-		return refuse(pending.ask.ID, fmt.Sprintf("a person has been asked and has not answered yet; call again with the same arguments and \"ask\": %q to wait on", pending.ask.ID))
+		return refuse(pending.ask.ID, fmt.Sprintf("%s; call again with the same arguments and \"ask\": %q to wait on", waitsFor(answer), pending.ask.ID))
 	}
-	grant, err := approval.Verify(answer.Token, pending.ask, approverMap(p.approvers), n.config.Now().UnixMilli())
+	grants, err := approval.Approved(answer.Tokens(), pending.ask, p.approvers, n.config.Now().UnixMilli())
 	if err != nil {
 		return fail(&nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Ask: pending.ask.ID, Message: fmt.Sprintf("the authority's grant for %s: %v", pending.ask.ID, err)})
 	}
-	got := &approved{pending.ask, grant, answer.Token}
+	got := &approved{pending.ask, grants, answer.Tokens()}
 	if pending.ask.Passage != nil {
 		return holding(got, pre)
 	}
 	p.dropAsk(pending.ask.ID)
 	return holding(got, pending.pre) // what was approved, not what was resolved anew for a retry
+}
+
+// waitsFor says what an ask that is not decided waits for.
+func waitsFor(s approvals.Status) string {
+	if s.Need > 1 {
+		return fmt.Sprintf("%d persons have been asked to approve and %d have", s.Need, len(s.Grants))
+	}
+	return "a person has been asked and has not answered yet"
 }
 
 // recordUnapproved records a request that needed an approval and has none, unless the
@@ -385,7 +390,7 @@ func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, need
 	ask := nucleus.AskRequest{
 		ID: id, Pod: p.record.ID, Workspace: n.workspaceOf(p), Session: p.record.Session, Boot: p.record.Boot,
 		Requester: r.caller.KeyID, Action: pre.action, Digest: pre.digest, Salt: pre.salt[:],
-		Policy: p.digest, Rule: needed.decision.Rule, Why: needed.decision.Why, Context: needed.context,
+		Policy: p.digest, Rule: needed.decision.Rule, Why: needed.decision.Why, Approvals: max(needed.decision.Approvals, 1), Context: needed.context,
 		Tier: string(p.record.Tier), Mode: string(p.record.Spec.Mode), Detail: pre.detail, Evidence: p.root.shown(), Nonce: nucleus.NewID("n-"),
 	}
 	if sub := p.record.Sub; sub != nil {
@@ -458,8 +463,16 @@ func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reaso
 		return nil, logFailure(err)
 	}
 	message := "the person said no"
-	if state == approvals.Expired {
+	switch state {
+	case approvals.Expired:
 		message = "nobody answered in time"
+		if pending.ask.Approvals > 1 {
+			message = fmt.Sprintf("%d persons had to approve, and too few answered in time", pending.ask.Approvals)
+		}
+	case approvals.Withdrawn:
+		message = "the question was taken back"
+	case approvals.Revoked:
+		message = "the person took the approval back"
 	}
 	if reason != "" {
 		message += ": " + reason
@@ -467,70 +480,95 @@ func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reaso
 	return &nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Rule: pending.ask.Rule, Ask: pending.ask.ID, Message: message}, nil
 }
 
-// useGrant uses a grant up durably, before the effect, once. One for a place opens its
-// passage, which lets a through; another is good for this effect alone. The caller
+// usePatience is how long a session waits for the authority's word that a grant may be used.
+const usePatience = 3 * time.Second
+
+// useGrants uses the grants of an ask up durably, all at once, before the effect, once. Those
+// for a place open its passage, which lets a through; others are good for this effect alone.
+// The authority counts the use first, so that what was taken back is not used. The caller
 // holds the session's mutex.
-func (n *Node) useGrant(p *Pod, a *approved, action nucleus.Action, permit string, now time.Time) (*passage, error) {
+func (n *Node) useGrants(ctx context.Context, p *Pod, a *approved, action nucleus.Action, permit string, now time.Time) (*passage, error) {
 	if err := p.root.admits(a.ask, action); err != nil {
 		return nil, err
 	}
-	err := n.spent.Use(a.grant)
+	ids, names := grantIDs(a.grants), approverNames(a.grants)
+	counted, err := n.countUse(ctx, a.ask.ID, approvals.Use{Permit: permit, Grants: ids})
+	if err != nil {
+		return nil, err
+	}
+	err = n.spent.Use(a.grants...)
 	if errors.Is(err, spent.ErrUsed) {
-		return nil, nucleus.Errorf(nucleus.KindRefused, "grant %s was used before", a.grant.ID)
+		return nil, nucleus.Errorf(nucleus.KindRefused, "what was granted for ask %s was used before", a.ask.ID)
 	}
 	if err != nil {
-		return nil, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: grant %s cannot be used up: %v", a.grant.ID, err)
+		return nil, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: what was granted for ask %s cannot be used up: %v", a.ask.ID, err)
 	}
-	opened := passage{used: used{&a.ask, a.grant.ID, a.token}}
-	values := map[string]any{"token": a.token}
+	opened := passage{used: used{&a.ask, ids, a.tokens}}
+	values := map[string]any{"tokens": a.tokens, "approvers": names, "n": counted.N, "of": counted.Of}
 	if q := a.ask.Passage; q != nil {
 		opened.pod, opened.op, opened.host, opened.port, opened.exposure = p.record.ID, action.Op, q.Host, q.Port, q.Exposure
 		opened.until = now.UnixMilli() + min(q.Millis, passageLife.Milliseconds())
 		values["passage"] = map[string]any{"host": q.Host, "port": q.Port, "exposure": q.Exposure.Names(), "until_ms": opened.until}
 	}
 	if _, err := n.append(nucleus.Entry{
-		Pod: p.record.ID, Session: p.record.Session, Actor: a.grant.Approver, Kind: nucleus.KindApprovalUse, Op: a.grant.Op,
-		Digest: a.grant.Digest, Ask: a.ask.ID, Grants: []string{a.grant.ID}, Permit: permit, Data: data(values),
+		Pod: p.record.ID, Session: p.record.Session, Actor: names[len(names)-1], Kind: nucleus.KindApprovalUse, Op: a.ask.Action.Op,
+		Digest: a.ask.Digest, Ask: a.ask.ID, Grants: ids, Permit: permit, Data: data(values),
 	}); err != nil {
 		return nil, logFailure(err)
 	}
 	if a.ask.Passage != nil {
 		p.root.passages = append(p.root.passages, opened)
 	}
-	// For the authority's record; the grant is used up whether it hears of it or not.
-	go n.reportUse(a.grant.ID)
 	return &opened, nil
 }
 
-func (n *Node) reportUse(grant string) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	if err := n.asks.Used(ctx, grant); err != nil {
-		slog.Warn("the authority did not take note of a grant's use", "grant", grant, "error", err)
+func grantIDs(grants []nucleus.Grant) (ids []string) {
+	for _, g := range grants {
+		ids = append(ids, g.ID)
 	}
+	return ids
 }
 
-// approverKeys asks the authority for its public keys; without an authority there
-// are none and nothing can be approved.
-func (n *Node) approverKeys(ctx context.Context) map[string][]byte {
+func approverNames(grants []nucleus.Grant) (names []string) {
+	for _, g := range grants {
+		names = append(names, g.Approver)
+	}
+	return names
+}
+
+// countUse has the authority count a use. What it refuses is refused; where it does not answer
+// nothing is done.
+func (n *Node) countUse(ctx context.Context, ask string, use approvals.Use) (approvals.Used, error) {
+	ctx, cancel := context.WithTimeout(ctx, usePatience)
+	defer cancel()
+	used, err := n.asks.Use(ctx, ask, use)
+	var refused *nucleus.Error
+	if errors.As(err, &refused) && refused.Kind == nucleus.KindRefused {
+		return used, &nucleus.Error{Kind: nucleus.KindRefused, Ask: ask, Message: "the authority: " + refused.Message}
+	}
+	if err != nil {
+		return used, authorityFailure(err)
+	}
+	return used, nil
+}
+
+// approversNow asks the authority who can approve; without an authority there is nobody and
+// nothing can be approved. Who has the operator's key does not count: it asks.
+func (n *Node) approversNow(ctx context.Context) []nucleus.Approver {
 	if n.asks == nil {
+		return nil
+	}
+	operator, err := keyfile.Load(n.operatorKeyFile())
+	if err != nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	info, err := n.asks.Info(ctx)
-	if err != nil || len(info.PublicKey) != ed25519.PublicKeySize {
+	if err != nil {
 		return nil
 	}
-	return map[string][]byte{info.Approver: info.PublicKey}
-}
-
-func approverMap(keys map[string][]byte) map[string]ed25519.PublicKey {
-	out := map[string]ed25519.PublicKey{}
-	for name, key := range keys {
-		out[name] = key
-	}
-	return out
+	return approval.Different(info.Approvers, operator.Public().(ed25519.PublicKey))
 }
 
 // registerRequesters tells the authority which keys may ask for this pod. When it

@@ -175,12 +175,11 @@ func TestGrantForOtherValues(t *testing.T) {
 	}
 	// A key that nobody has named.
 	ask := h.tool(p, nucleus.WriteFiles, writeArgs("forged")).want(t, nucleus.KindApproval).Ask
-	forger := &authorityStub{t: t, name: h.authority.name}
-	forger.newKey()
-	h.authority.answer(ask, approvals.Status{State: approvals.Granted, Token: forger.token(h.authority.asked()[len(h.authority.asked())-1])})
+	forger := newPerson(t, "person")
+	h.authority.answer(ask, given(forger.token(t, h.authority.asked()[len(h.authority.asked())-1])))
 	h.tool(p, nucleus.WriteFiles, writeArgs("forged")).want(t, nucleus.KindRefused, "grant")
 	for _, token := range []string{"", "yes", "v4.public.AAAA.AAAA", strings.Repeat("v4.public.", 2000)} {
-		h.authority.answer(ask, approvals.Status{State: approvals.Granted, Token: token})
+		h.authority.answer(ask, given(token))
 		h.tool(p, nucleus.WriteFiles, writeArgs("forged")).want(t, nucleus.KindRefused, "grant")
 	}
 	if written(p, "forged") {
@@ -271,12 +270,12 @@ func TestNoAuthority(t *testing.T) {
 	}
 }
 
-// What more persons have to approve than can be asked is not done, and nobody is asked.
-func TestQuorumBeyondOne(t *testing.T) {
+// What more persons have to approve than can is not done, and nobody is asked.
+func TestQuorumBeyondApprovers(t *testing.T) {
 	t.Parallel()
-	for approvals, want := range map[int]string{1: "a person has been asked", 2: "the approvals of 2 different persons"} {
+	for approvals, want := range map[int]string{1: "a person has been asked", 2: "the approvals of 2 different persons, and 1 could approve when this machine started (nucleus-authority approver add"} {
 		h := newHost(t, withAuthority)
-		p := h.pod(specOf("", json.RawMessage(fmt.Sprintf(`{"operations":{"write_files":"ask","read_files":"always"},"obligations":{"write_files":{"approvals":%d}}}`, approvals))), map[string]string{"b": "text"})
+		p := h.pod(specOf("", writeNeeds(approvals)), map[string]string{"b": "text"})
 		e := h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval, want)
 		if asked := len(h.authority.asked()); asked != 2-approvals || (e.Ask != "") != (asked == 1) {
 			t.Errorf("%d approvals: %d asks, %+v", approvals, asked, e)
@@ -285,6 +284,61 @@ func TestQuorumBeyondOne(t *testing.T) {
 		if written(p, "a") {
 			t.Error("it was done")
 		}
+	}
+}
+
+func writeNeeds(approvals int) json.RawMessage {
+	return json.RawMessage(fmt.Sprintf(`{"operations":{"write_files":"ask","read_files":"always"},"obligations":{"write_files":{"approvals":%d}}}`, approvals))
+}
+
+// Two of three persons have to grant, each by an own key. What an authority hands out beside
+// that - one token, one twice, two of one person, one for something else - is refused, and is
+// not used up.
+func TestQuorum(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	ann := h.authority.persons[0]
+	bob, eve := newPerson(t, "bob"), newPerson(t, "eve")
+	twin := person{nucleus.Approver{Name: "twin", Kind: bob.Kind, Key: bob.Key}, bob.key}
+	h.authority.persons = []person{ann, bob, twin}
+	p := h.pod(specOf("", writeNeeds(2)), nil)
+	if len(p.approvers) != 2 {
+		t.Fatalf("approvers %+v: one key counts once", p.approvers)
+	}
+	ask := h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval, "2 persons have been asked to approve and 0 have").Ask
+	shown := h.authority.asked()[0]
+	if shown.Approvals != 2 {
+		t.Errorf("ask for %d approvals", shown.Approvals)
+	}
+	half := given(ann.token(t, shown))
+	half.State, half.Need = approvals.Pending, 2
+	h.authority.answer(ask, half)
+	h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval, "2 persons have been asked to approve and 1 have")
+	other := shown
+	other.ID = "a-other"
+	one := ann.token(t, shown)
+	for what, tokens := range map[string][]string{
+		"none": nil, "one": {one}, "one twice": {one, one}, "two of one": {one, ann.token(t, shown)}, "three": {one, bob.token(t, shown), twin.token(t, shown)},
+		"a stranger": {one, eve.token(t, shown)}, "one key by two names": {bob.token(t, shown), twin.token(t, shown)}, "one for another ask": {one, bob.token(t, other)},
+	} {
+		h.authority.answer(ask, given(tokens...))
+		h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindRefused, "grant")
+		if written(p, "a") {
+			t.Errorf("%s: it was done", what)
+		}
+	}
+	h.authority.answer(ask, given(bob.token(t, shown), one))
+	h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, "")
+	if !written(p, "a") {
+		t.Error("it was not done")
+	}
+	uses := h.entries(nucleus.KindApprovalUse, "")
+	if len(uses) != 1 || len(uses[0].Grants) != 2 || !strings.Contains(string(uses[0].Data), `"approvers":["bob","person"]`) {
+		t.Errorf("uses %+v", uses)
+	}
+	permits := h.inside(p).permits()
+	if last := permits[len(permits)-1]; len(last.Grants) != 2 {
+		t.Errorf("permit with %d grants", len(last.Grants))
 	}
 }
 
@@ -318,7 +372,7 @@ func TestGrantIsUsedAcrossRestart(t *testing.T) {
 	h.authority.grant(ask, nil)
 	h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, "")
 	h.authority.mu.Lock()
-	token := h.authority.status[ask].Token
+	token := h.authority.status[ask].Tokens()[0]
 	h.authority.mu.Unlock()
 
 	for _, end := range []func(){h.restart, func() { h.kill(); h.start() }} {
@@ -332,7 +386,7 @@ func TestGrantIsUsedAcrossRestart(t *testing.T) {
 		again.ask.Nonce = pending.ask.Nonce
 		p.asks.put(again)
 		before := len(h.inside(p).permits())
-		h.authority.answer(ask, approvals.Status{State: approvals.Granted, Token: token})
+		h.authority.answer(ask, given(token))
 		_, _, err = h.node.approve(h.context(), p, request{caller: wire.Caller{KeyID: p.record.Boot}, op: nucleus.WriteFiles}, pending.pre, &needsApproval{})
 		if e := nucleus.AsError(err); err == nil || e.Kind != nucleus.KindRefused || !strings.Contains(e.Message, "used before") {
 			t.Errorf("got %v", err)

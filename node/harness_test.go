@@ -765,16 +765,14 @@ func (m *inside) admit(c *callInside) error {
 		return errors.New("another machine or operation")
 	case m.policy.Decide(*c.args.Action, c.permit.Context).Verdict.StricterThan(c.permit.Verdict):
 		return errors.New("its own decision is stricter")
-	case m.policy.Decide(*c.args.Action, c.permit.Context).Approvals > 1:
-		return errors.New("a quorum that no permit holds")
 	}
 	if c.permit.Verdict != nucleus.Ask {
 		return nil
 	}
-	if c.args.Ask == nil || len(c.permit.Grants) != 1 {
-		return errors.New("no grant")
+	if c.args.Ask == nil || c.args.Ask.Approvals < m.policy.Decide(*c.args.Action, c.permit.Context).Approvals {
+		return errors.New("too few grants")
 	}
-	token, now := c.permit.Grants[0], c.permit.Issued.UnixMilli
+	token, now := strings.Join(c.permit.Grants, " "), c.permit.Issued.UnixMilli
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	spent, again := m.grants[token]
@@ -790,7 +788,7 @@ func (m *inside) admit(c *callInside) error {
 		}
 		return nil
 	}
-	_, err = approval.Verify(token, *c.args.Ask, approverMap(m.boot.Approvers), now)
+	_, err = approval.Approved(c.permit.Grants, *c.args.Ask, m.boot.Approvers, now)
 	if err == nil {
 		m.grants[token] = now
 	}
@@ -1004,13 +1002,30 @@ func sendBundle(stream *wire.Stream, data []byte) error {
 	return stream.Send(wire.FrameData, nil)
 }
 
-// authorityStub approves and denies at a test's word, with a real key.
+// person is an approver with a real key.
+type person struct {
+	nucleus.Approver
+	key paseto.V4AsymmetricSecretKey
+}
+
+func newPerson(t testing.TB, name string) person {
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	p := person{Approver: nucleus.Approver{Name: name, Kind: nucleus.ApproverEd25519, Key: public}}
+	if err == nil {
+		p.key, err = paseto.NewV4AsymmetricSecretKeyFromEd25519(private)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// authorityStub approves and denies at a test's word, with real keys.
 type authorityStub struct {
-	t      testing.TB
-	socket string
-	name   string
-	public ed25519.PublicKey
-	key    paseto.V4AsymmetricSecretKey
+	t       testing.TB
+	socket  string
+	persons []person
+	uses    map[string]int // of what was granted for an ask
 
 	mu      sync.Mutex
 	asks    map[string]nucleus.AskRequest
@@ -1028,24 +1043,15 @@ func newAuthority(t testing.TB) *authorityStub {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &authorityStub{t: t, socket: filepath.Join(dir, "s"), name: "person", asks: map[string]nucleus.AskRequest{},
+	a := &authorityStub{t: t, socket: filepath.Join(dir, "s"), persons: []person{newPerson(t, "person")}, uses: map[string]int{}, asks: map[string]nucleus.AskRequest{},
 		status: map[string]approvals.Status{}, changed: make(chan struct{}), keys: map[string]map[string][]byte{}, witness: newWitnessed()}
-	a.newKey()
 	a.start()
 	t.Cleanup(func() { a.stop(); os.RemoveAll(dir) })
 	return a
 }
 
-func (a *authorityStub) newKey() {
-	public, private, err := ed25519.GenerateKey(rand.Reader)
-	if err == nil {
-		a.public = public
-		a.key, err = paseto.NewV4AsymmetricSecretKeyFromEd25519(private)
-	}
-	if err != nil {
-		a.t.Fatal(err)
-	}
-}
+// newKey gives the first person another key.
+func (a *authorityStub) newKey() { a.persons[0] = newPerson(a.t, a.persons[0].Name) }
 
 func (a *authorityStub) start() {
 	l, err := net.Listen("unix", a.socket)
@@ -1056,7 +1062,11 @@ func (a *authorityStub) start() {
 	mux.HandleFunc("GET /v1/info", func(w http.ResponseWriter, _ *http.Request) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		json.NewEncoder(w).Encode(approvals.Info{Approver: a.name, PublicKey: a.public, Approvals: approvals.SameUser, Witness: a.witness.PublicKey()})
+		info := approvals.Info{Approvals: approvals.SameUser, Witness: a.witness.PublicKey()}
+		for _, p := range a.persons {
+			info.Approvers = append(info.Approvers, p.Approver)
+		}
+		json.NewEncoder(w).Encode(info)
 	})
 	mux.HandleFunc("POST "+approvals.WitnessPrefix+"/logs", func(w http.ResponseWriter, r *http.Request) {
 		var log approvals.Log
@@ -1073,7 +1083,18 @@ func (a *authorityStub) start() {
 		a.keys[p.Pod] = p.Keys
 		w.Write([]byte("{}"))
 	})
-	mux.HandleFunc("POST /v1/grants/{id}/used", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("{}")) })
+	// It counts and refuses nothing: what refuses in these tests is the node.
+	mux.HandleFunc("POST /v1/asks/{id}/uses", func(w http.ResponseWriter, r *http.Request) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		id := r.PathValue("id")
+		if a.status[id].State == approvals.Revoked {
+			wire.WriteError(w, nucleus.Errorf(nucleus.KindRefused, "ask %s is revoked", id))
+			return
+		}
+		a.uses[id]++
+		json.NewEncoder(w).Encode(approvals.Used{N: a.uses[id], Of: 1})
+	})
 	mux.HandleFunc("POST /v1/asks", func(w http.ResponseWriter, r *http.Request) {
 		raw, _ := io.ReadAll(r.Body)
 		ask, digest, _, err := approval.Parse(raw)
@@ -1085,7 +1106,7 @@ func (a *authorityStub) start() {
 		defer a.mu.Unlock()
 		if _, known := a.asks[ask.ID]; !known {
 			a.order = append(a.order, ask.ID)
-			a.status[ask.ID] = approvals.Status{ID: ask.ID, State: approvals.Pending, AskDigest: digest}
+			a.status[ask.ID] = approvals.Status{ID: ask.ID, State: approvals.Pending, AskDigest: digest, Need: ask.Approvals}
 		}
 		a.asks[ask.ID] = ask
 		close(a.changed)
@@ -1150,24 +1171,37 @@ func (a *authorityStub) grant(id string, change func(*nucleus.AskRequest)) {
 	if change != nil {
 		change(&ask)
 	}
-	a.answer(id, approvals.Status{State: approvals.Granted, Token: a.token(ask)})
+	var tokens []string
+	for _, p := range a.persons[:ask.Approvals] {
+		tokens = append(tokens, p.token(a.t, ask))
+	}
+	a.answer(id, given(tokens...))
 }
 
-func (a *authorityStub) token(ask nucleus.AskRequest) string {
-	a.t.Helper()
+// given is the answer of an authority where these tokens were granted.
+func given(tokens ...string) approvals.Status {
+	s := approvals.Status{State: approvals.Granted, Need: len(tokens)}
+	for _, token := range tokens {
+		s.Grants = append(s.Grants, approvals.Given{Token: token})
+	}
+	return s
+}
+
+func (p person) token(t testing.TB, ask nucleus.AskRequest) string {
+	t.Helper()
 	b, err := approval.Bind(ask)
 	if err != nil {
-		a.t.Fatal(err)
+		t.Fatal(err)
 	}
-	raw, err := nucleus.Canonical(b.Grant(nucleus.NewID("g-"), a.name, "looks right"))
+	raw, err := nucleus.Canonical(b.Grant(nucleus.NewID("g-"), p.Name, "looks right"))
 	if err != nil {
-		a.t.Fatal(err)
+		t.Fatal(err)
 	}
-	token, err := paseto.NewTokenFromClaimsJSON(raw, approval.Footer(a.name))
+	token, err := paseto.NewTokenFromClaimsJSON(raw, approval.Footer(p.Name))
 	if err != nil {
-		a.t.Fatal(err)
+		t.Fatal(err)
 	}
-	return token.V4Sign(a.key, approval.Assertion(b.AskDigest))
+	return token.V4Sign(p.key, approval.Assertion(b.AskDigest))
 }
 
 // personRepo is a person's repository with a bare remote, both below one directory.

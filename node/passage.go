@@ -34,10 +34,10 @@ type passage struct {
 	used     used
 }
 
-// used is a grant that was used up, and for what.
+// used are the grants that were used up for an ask.
 type used struct {
-	ask          *nucleus.AskRequest
-	grant, token string
+	ask            *nucleus.AskRequest
+	grants, tokens []string
 }
 
 // passageLife is how long a passage stands at most.
@@ -150,7 +150,7 @@ func (n *Node) connect(ctx context.Context, p *Pod, a egress.Attempt) (nucleus.P
 	if pre.digest, err = pre.action.Digest(pre.salt); err != nil {
 		return nucleus.Permit{}, err
 	}
-	ruled, err := n.decide(p, r, pre, nil)
+	ruled, err := n.decide(ctx, p, r, pre, nil)
 	if needed := needsOf(err); needed != nil {
 		ctx, cancel := context.WithTimeout(ctx, askPatience)
 		defer cancel()

@@ -323,16 +323,16 @@ func TestGrantOfAnotherPlace(t *testing.T) {
 	id := h.asks(h.get(p, site)).Ask
 	h.authority.grant(id, nil)
 	h.authority.mu.Lock()
-	token, ask := h.authority.status[id].Token, h.authority.asks[id]
+	tokens, ask := h.authority.status[id].Tokens(), h.authority.asks[id]
 	h.authority.mu.Unlock()
-	grant, err := approval.Verify(token, ask, approverMap(p.approvers), h.clock.now().UnixMilli())
+	grants, err := approval.Approved(tokens, ask, p.approvers, h.clock.now().UnixMilli())
 	if err != nil {
 		t.Fatal(err)
 	}
-	with := &approved{ask, grant, token}
+	with := &approved{ask, grants, tokens}
 	decide := func(action nucleus.Action) error {
 		pre := prepared{action: action, salt: nucleus.NewSalt()}
-		_, err := h.node.decide(p, request{op: action.Op, caller: wire.Caller{KeyID: p.record.Boot}}, pre, with)
+		_, err := h.node.decide(t.Context(), p, request{op: action.Op, caller: wire.Caller{KeyID: p.record.Boot}}, pre, with)
 		return err
 	}
 	for what, action := range map[string]nucleus.Action{
@@ -481,14 +481,14 @@ func TestStaleAsk(t *testing.T) {
 	}
 	// The same where the grant is at hand already: decide has the last word.
 	h.authority.mu.Lock()
-	ask, token := h.authority.asks[first], h.authority.status[first].Token
+	ask, tokens := h.authority.asks[first], h.authority.status[first].Tokens()
 	h.authority.mu.Unlock()
-	grant, err := approval.Verify(token, ask, approverMap(p.approvers), h.clock.now().UnixMilli())
+	grants, err := approval.Approved(tokens, ask, p.approvers, h.clock.now().UnixMilli())
 	if err != nil {
 		t.Fatal(err)
 	}
 	pre := prepared{action: connectAction(egress.Attempt{Via: egress.ViaSOCKS, Host: site.host, Port: site.port}), salt: nucleus.NewSalt()}
-	if _, err := h.node.decide(p, request{op: nucleus.NetConnect}, pre, &approved{ask, grant, token}); err == nil || !strings.Contains(err.Error(), "taken more") {
+	if _, err := h.node.decide(t.Context(), p, request{op: nucleus.NetConnect}, pre, &approved{ask, grants, tokens}); err == nil || !strings.Contains(err.Error(), "taken more") {
 		t.Errorf("got %v", err)
 	}
 }

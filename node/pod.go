@@ -58,7 +58,7 @@ type Pod struct {
 
 	// The keys that can approve for this pod, as they were at its boot: the machine
 	// knows these, and an authority that shows others later changes nothing.
-	approvers map[string][]byte
+	approvers []nucleus.Approver
 
 	acting    sync.WaitGroup // effects on the host that have begun
 	recording sync.Mutex     // held while the record of a repository is read and written anew
@@ -92,7 +92,7 @@ type record struct {
 	Session    string               `json:"session"`
 	Boot       string               `json:"boot"`
 	OutcomeKey []byte               `json:"outcome_key,omitempty"` // empty until the machine has answered
-	Approvers  map[string][]byte    `json:"approvers,omitempty"`
+	Approvers  []nucleus.Approver   `json:"approvers,omitempty"`
 	Policy     json.RawMessage      `json:"policy"`
 	Repos      []nucleus.RepoStatus `json:"repos,omitempty"`
 	Untrusted  bool                 `json:"untrusted"` // holds a repository that is labelled so
@@ -544,7 +544,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	p.approvers = p.node.approverKeys(ctx)
+	p.approvers = p.node.approversNow(ctx)
 	stream, err := session.Open(ctx, guest.StreamBoot, nil)
 	if err != nil {
 		return reply, err

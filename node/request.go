@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -56,7 +57,7 @@ func (n *Node) request(ctx context.Context, p *Pod, r request) (json.RawMessage,
 	}
 	defer pre.sent.drop()
 	r.laps.lap("resolve")
-	ruled, err := n.decide(p, r, pre, nil)
+	ruled, err := n.decide(ctx, p, r, pre, nil)
 	if needed := needsOf(err); needed != nil {
 		ruled, pre, err = n.approve(ctx, p, r, pre, needed)
 		defer pre.sent.drop()
@@ -173,7 +174,7 @@ func (p *Pod) context(now time.Time) nucleus.Context {
 // on the disk is waited for outside, so that requests of one session share a sync.
 // approval is nil on the first pass; an ask for which no passage is open then comes back
 // as *needsApproval. A grant that was given is judged against what holds now.
-func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (_ ruling, err error) {
+func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, approval *approved) (_ ruling, err error) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	var reserved *newSub
@@ -225,13 +226,15 @@ func (n *Node) decide(p *Pod, r request, pre prepared, approval *approved) (_ ru
 	case nucleus.Allow:
 	case nucleus.Ask:
 		if open == nil {
-			var err error
-			if open, err = n.useGrant(p, approval, pre.action, permit.ID, now); err != nil {
+			if asked := approval.ask.Approvals; decision.Approvals > asked {
+				return ruling{}, &nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Ask: approval.ask.ID, Message: fmt.Sprintf("%d approvals are needed, the ask was for %d", decision.Approvals, asked)}
+			}
+			if open, err = n.useGrants(ctx, p, approval, pre.action, permit.ID, now); err != nil {
 				return ruling{}, err
 			}
 		}
 		ask = open.used.ask
-		permit.Grants, entry.Grants, entry.Ask = []string{open.used.token}, []string{open.used.grant}, ask.ID
+		permit.Grants, entry.Grants, entry.Ask = open.used.tokens, open.used.grants, ask.ID
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
 		n.keepSalt(pre.digest, pre.salt)

@@ -57,6 +57,7 @@ const (
 	KindApprovalDeny   = "approval.deny"
 	KindApprovalUse    = "approval.use"
 	KindApprovalRefuse = "approval.refuse"
+	KindApprovalRevoke = "approval.revoke"
 	KindEgressOpen     = "egress.open"
 	KindEgressClose    = "egress.close"
 	KindModelCall      = "model.call"
@@ -64,6 +65,8 @@ const (
 	KindRepoFetch      = "repo.fetch"
 	KindPolicyLoad     = "policy.load" // what a pod may do
 	KindKeyLoad        = "key.load"    // the public keys of a node that starts
+	KindKeyNew         = "key.new"     // the authority's: an approver's key was made
+	KindKeyRemove      = "key.remove"  // the authority's: an approver's key was taken away
 	KindLogTorn        = "log.torn"
 	KindLogFork        = "log.fork"   // a witness's: the log's key signed two histories
 	KindLogForget      = "log.forget" // a witness's: it gave up what it kept of a log

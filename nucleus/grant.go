@@ -19,6 +19,7 @@ type AskRequest struct {
 	Policy    string          `json:"policy_sha256"`
 	Rule      string          `json:"rule"`
 	Why       string          `json:"why"`
+	Approvals int             `json:"approvals"` // how many different approvers have to grant it, at least 1
 	Context   Context         `json:"context"`
 	Tier      string          `json:"tier"`
 	Mode      string          `json:"mode"`
@@ -52,6 +53,20 @@ func (a Action) Place() (host string, port int, ok bool) {
 	}
 	return "", 0, false
 }
+
+// Approver is one key that can grant, by a name of its own.
+type Approver struct {
+	Name string `json:"name"`
+	Kind string `json:"kind"` // ApproverEd25519
+	Key  []byte `json:"key"`  // the public key, in the form of its kind
+}
+
+// ApproverEd25519 is the kind of an approver's key that signs PASETO v4.public tokens; the
+// public key has 32 bytes.
+const ApproverEd25519 = "ed25519"
+
+// MaxApprovals is the largest number of approvers that an ask can need.
+const MaxApprovals = 16
 
 // Detail is one titled block of text for the approver.
 type Detail struct {

@@ -11,13 +11,13 @@ import (
 // other process starts in the machine. Keys are raw Ed25519 public keys, base64
 // in JSON.
 type Boot struct {
-	Pod       string            `json:"pod"`
-	Boot      string            `json:"boot"`
-	NodeKey   []byte            `json:"node_key"`
-	Approvers map[string][]byte `json:"approvers,omitempty"` // name -> key
-	Policy    json.RawMessage   `json:"policy"`              // normalised, canonical
-	Time      NodeTime          `json:"time"`
-	Guest     json.RawMessage   `json:"guest"` // users, mounts and ports; package guest reads it
+	Pod       string          `json:"pod"`
+	Boot      string          `json:"boot"`
+	NodeKey   []byte          `json:"node_key"`
+	Approvers []Approver      `json:"approvers,omitempty"` // who can grant to this boot
+	Policy    json.RawMessage `json:"policy"`              // normalised, canonical
+	Time      NodeTime        `json:"time"`
+	Guest     json.RawMessage `json:"guest"` // users, mounts and ports; package guest reads it
 }
 
 // NodeTime is what a node's clocks say in one moment. Tick is milliseconds on the
@@ -53,7 +53,7 @@ type Permit struct {
 	Verdict   Verdict  `json:"verdict"`
 	Rule      string   `json:"rule"`
 	Context   Context  `json:"context"`
-	Grants    []string `json:"grants,omitempty"` // tokens, where Verdict is Ask
+	Grants    []string `json:"grants,omitempty"` // tokens, one of each approver, where Verdict is Ask
 	Issued    NodeTime `json:"issued"`
 	Life      int64    `json:"life_ms"` // from Issued
 	Requester string   `json:"requester"`
@@ -104,6 +104,7 @@ const (
 	DomainOutcome = "nucleus-outcome-v1"
 	DomainAttach  = "nucleus-attach-v1"
 	DomainAsk     = "nucleus-ask-v1"
+	DomainVouch   = "nucleus-approver-v1"
 )
 
 // Sign makes the canonical bytes of v and signs them.

@@ -317,20 +317,21 @@ func (h Home) StopAuthority() error {
 
 // Approvals says who can approve: "same user", "other user", or that nobody can.
 func (h Home) Approvals(ctx context.Context) string {
-	if !h.HasAuthority() {
+	info, err := approvals.New(h.AuthoritySocket()).Info(ctx)
+	switch {
+	case err == nil:
+		return info.Approvals
+	case !h.HasAuthority():
 		return "none: nobody can approve (cal approve init)"
 	}
-	info, err := approvals.New(h.AuthoritySocket()).Info(ctx)
-	if err != nil {
-		return "none: the authority does not answer (cal node start)"
-	}
-	return info.Approvals
+	return "none: the authority does not answer (cal node start)"
 }
 
 // HasAuthority reports whether the person has made an approval key.
 func (h Home) HasAuthority() bool {
-	_, err := os.Stat(filepath.Join(h.AuthorityDir(), "key.json"))
-	return err == nil
+	keys, _ := filepath.Glob(filepath.Join(h.AuthorityDir(), "approvers", "*.json"))
+	_, err := os.Stat(filepath.Join(h.AuthorityDir(), "key.json")) // of an earlier version, until its daemon has started
+	return len(keys) > 0 || err == nil
 }
 
 // startDaemon starts a program that outlives this one, in a session of its own.

@@ -27,7 +27,10 @@ const (
 	Pending = "pending"
 	Granted = "granted"
 	Denied  = "denied"
-	Expired = "expired" // nobody decided in time
+	Expired = "expired" // too few decided in time
+
+	Withdrawn = "withdrawn" // nobody waits for the answer any more
+	Revoked   = "revoked"   // granted once, and void since
 )
 
 // Who approves, seen from the one who asks.
@@ -36,23 +39,42 @@ const (
 	OtherUser = "other user" // the key belongs to another user of the host
 )
 
-// Info says who approves.
+// Info says who approves: every approver that can grant now.
 type Info struct {
-	Approver  string `json:"approver"`
-	PublicKey []byte `json:"public_key"` // Ed25519
-	Approvals string `json:"approvals"`  // SameUser or OtherUser
-	Witness   string `json:"witness"`    // audit.WitnessKey of its cosignatures
+	Approvers []nucleus.Approver `json:"approvers"`
+	Approvals string             `json:"approvals"` // SameUser or OtherUser
+	Witness   string             `json:"witness"`   // audit.WitnessKey of its cosignatures
 }
 
-// Status is what came of an ask. Token is there when it was granted, Reason is
-// the approver's, for a grant as for a denial.
+// Status is what came of an ask. It is pending until as many approvers as it needs have
+// granted it, or one has denied. Reason is the one of who denied, or why it is no longer
+// asked; a grant has its own.
 type Status struct {
-	ID        string `json:"id"`
-	State     string `json:"state"`
-	AskDigest string `json:"ask_sha256"`
-	Grant     string `json:"grant,omitempty"` // the grant's id
-	Token     string `json:"token,omitempty"`
-	Reason    string `json:"reason,omitempty"`
+	ID        string  `json:"id"`
+	State     string  `json:"state"`
+	AskDigest string  `json:"ask_sha256"`
+	Need      int     `json:"need"`             // how many approvers have to grant
+	Grants    []Given `json:"grants,omitempty"` // so far, in the order in which they were given
+	Reason    string  `json:"reason,omitempty"`
+}
+
+// Given is one approver's grant. Token is there once all have granted that are needed.
+type Given struct {
+	Grant    string `json:"grant"` // its id
+	Approver string `json:"approver"`
+	Reason   string `json:"reason,omitempty"`
+	Given    int64  `json:"given_ms"`
+	Token    string `json:"token,omitempty"`
+}
+
+// Tokens are what a permit holds for this ask: none before all are there.
+func (s Status) Tokens() (tokens []string) {
+	for _, g := range s.Grants {
+		if g.Token != "" {
+			tokens = append(tokens, g.Token)
+		}
+	}
+	return tokens
 }
 
 // Item is one line of a listing. Summary is printable ASCII.
@@ -62,18 +84,49 @@ type Item struct {
 	Pod       string     `json:"pod"`
 	Op        nucleus.Op `json:"op"`
 	Summary   string     `json:"summary"`
+	Need      int        `json:"need"`              // how many approvers have to grant
+	Granted   []string   `json:"granted,omitempty"` // the approvers who have
 	AskDigest string     `json:"ask_sha256"`
 	Created   int64      `json:"created_ms"`
 	Expires   int64      `json:"expires_ms"`
 }
 
-// Decision is a person's answer to the ask with exactly this digest. To approve
-// takes the passphrase of the key.
+// Decision is a person's answer to the ask with exactly this digest. To approve takes the
+// passphrase of the approver's key. Approver may be empty where there is only one.
 type Decision struct {
 	Approve    bool   `json:"approve"`
+	Approver   string `json:"approver,omitempty"`
 	AskDigest  string `json:"ask_sha256"`
 	Reason     string `json:"reason,omitempty"`
 	Passphrase string `json:"passphrase,omitempty"`
+}
+
+// Use is one use of what was granted for an ask.
+type Use struct {
+	Permit string   `json:"permit"` // id of the permit that it is for
+	Grants []string `json:"grants"` // ids of the grants that were verified
+}
+
+// Used says that it is use N of Of.
+type Used struct {
+	N  int `json:"n"`
+	Of int `json:"of"`
+}
+
+// NewApprover makes a key for one more approver, sealed with a passphrase of its own, on the
+// word of one who is there.
+type NewApprover struct {
+	Name         string `json:"name"`
+	Phrase       string `json:"phrase"` // see authority.Identity
+	Passphrase   string `json:"passphrase"`
+	By           string `json:"by"`
+	ByPassphrase string `json:"by_passphrase"`
+}
+
+// Removed says what went with an approver: the asks whose grants, not used yet, are void.
+type Removed struct {
+	Name    string   `json:"name"`
+	Revoked []string `json:"revoked"`
 }
 
 // Pod registers the keys that sign a pod's requests: key id -> key.
@@ -134,6 +187,17 @@ func (c *Client) Info(ctx context.Context) (info Info, err error) {
 	return info, c.call(ctx, http.MethodGet, "/v1/info", nil, &info)
 }
 
+// AddApprover makes the key of one more approver.
+func (c *Client) AddApprover(ctx context.Context, a NewApprover) (made nucleus.Approver, err error) {
+	return made, c.call(ctx, http.MethodPost, "/v1/approvers", a, &made)
+}
+
+// RemoveApprover takes an approver's key away for good, and revokes what it granted and was
+// not used.
+func (c *Client) RemoveApprover(ctx context.Context, name string) (gone Removed, err error) {
+	return gone, c.call(ctx, http.MethodDelete, "/v1/approvers/"+url.PathEscape(name), nil, &gone)
+}
+
 // RegisterPod makes the keys of a pod's requesters known, once: the same keys
 // again are accepted, others are a conflict.
 func (c *Client) RegisterPod(ctx context.Context, pod string, keys map[string][]byte) error {
@@ -189,9 +253,10 @@ func (c *Client) Decide(ctx context.Context, id string, d Decision) (status Stat
 	return status, c.call(ctx, http.MethodPost, askPath(id)+"/decision", d, &status)
 }
 
-// Used reports that a grant was used up, for the authority's record.
-func (c *Client) Used(ctx context.Context, grant string) error {
-	return c.call(ctx, http.MethodPost, "/v1/grants/"+url.PathEscape(grant)+"/used", struct{}{}, nil)
+// Use claims one use of what was granted for an ask, before the effect. The authority counts
+// and records it first; an error means that nothing may be done.
+func (c *Client) Use(ctx context.Context, ask string, use Use) (used Used, err error) {
+	return used, c.call(ctx, http.MethodPost, askPath(ask)+"/uses", use, &used)
 }
 
 // RegisterLog makes the key of a log known, once: the same key again is accepted,

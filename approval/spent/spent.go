@@ -86,24 +86,37 @@ func syncDir(dir string) error {
 // Close releases the file.
 func (s *Store) Close() error { return s.db.Close() }
 
-// Use marks a verified grant as used, durably, and must return before the effect
-// starts. It returns ErrUsed for a grant that was used before; any other error
-// means that nobody can say, and the effect must not start.
-func (s *Store) Use(grant nucleus.Grant) error {
-	if grant.ID == "" {
-		return errors.New("grant has no id")
+// Use marks the verified grants of one ask as used, all of them or none, durably, and must
+// return before the effect starts. It returns ErrUsed where one was used before; any other
+// error means that nobody can say, and the effect must not start.
+func (s *Store) Use(grants ...nucleus.Grant) error {
+	if len(grants) == 0 {
+		return errors.New("no grant to use")
 	}
-	result, err := s.db.Exec("INSERT INTO spent VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-		grant.ID, grant.Ask, grant.Pod, grant.Digest, grant.Expires)
+	tx, err := s.db.Begin()
 	if err != nil {
-		return fmt.Errorf("using grant %s: %w", grant.ID, err)
+		return fmt.Errorf("using grant %s: %w", grants[0].ID, err)
 	}
-	added, err := result.RowsAffected()
-	if err != nil {
-		return fmt.Errorf("using grant %s: %w", grant.ID, err)
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	for _, grant := range grants {
+		if grant.ID == "" {
+			return errors.New("grant has no id")
+		}
+		result, err := tx.Exec("INSERT INTO spent VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+			grant.ID, grant.Ask, grant.Pod, grant.Digest, grant.Expires)
+		if err != nil {
+			return fmt.Errorf("using grant %s: %w", grant.ID, err)
+		}
+		added, err := result.RowsAffected()
+		if err != nil {
+			return fmt.Errorf("using grant %s: %w", grant.ID, err)
+		}
+		if added == 0 {
+			return fmt.Errorf("grant %s: %w", grant.ID, ErrUsed)
+		}
 	}
-	if added == 0 {
-		return fmt.Errorf("grant %s: %w", grant.ID, ErrUsed)
+	if err := tx.Commit(); err != nil {
+		return fmt.Errorf("using grant %s: %w", grants[0].ID, err)
 	}
 	return nil
 }

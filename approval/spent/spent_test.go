@@ -206,3 +206,27 @@ func BenchmarkUse(b *testing.B) {
 		}
 	}
 }
+
+// The grants of one ask are used together: where one was used before, none is.
+func TestUseTogether(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "spent.db")
+	s := open(t, path)
+	if err := s.Use(grant(1), grant(2), grant(3)); err != nil {
+		t.Fatal(err)
+	}
+	for _, grants := range [][]nucleus.Grant{{grant(4), grant(2)}, {grant(4), grant(5), grant(1)}, {grant(4), grant(4)}} {
+		if err := s.Use(grants...); !errors.Is(err, ErrUsed) {
+			t.Errorf("%v: %v, want ErrUsed", grants, err)
+		}
+	}
+	if err := s.Use(grant(4), nucleus.Grant{}); err == nil {
+		t.Error("a grant without an id was used")
+	}
+	if err := s.Use(); err == nil {
+		t.Error("nothing was used")
+	}
+	_ = s.Close()
+	if err := open(t, path).Use(grant(4), grant(5)); err != nil {
+		t.Errorf("those beside a used one: %v", err)
+	}
+}

@@ -48,7 +48,7 @@ func entry(i int) nucleus.Entry {
 		kind = nucleus.KindOutcome
 	}
 	return nucleus.Entry{
-		Kind: kind, Pod: "p-xgvre4zojk", Session: fmt.Sprintf("s-%026d", i/40), Actor: "agent", Op: nucleus.ReadFiles,
+		Kind: kind, Pod: "p-xgvre4zojk", Session: fmt.Sprintf("s-%026d", i%97), Actor: "agent", Op: nucleus.ReadFiles,
 		Digest: fmt.Sprintf("%x", sum), Args: json.RawMessage(fmt.Sprintf(`{"files":[{"path":"greeter/src/file-%d.go"}],"op":"read_files"}`, i)),
 		Verdict: nucleus.Allow, Rule: "operations.read_files", Exposure: []string{"private"}, Permit: permit,
 	}

@@ -262,7 +262,8 @@ func approveCommand() *cobra.Command {
 	cmd := sub("approve", "See and decide what agents ask for", "  cal approve list\n  cal approve a-2X...")
 	cmd.Use = "approve [ID]"
 	cmd.AddCommand(sub("list", "List what waits for a decision", "  cal approve list --json"), sub("show ID", "Show one ask", "  cal approve show ID"),
-		sub("deny ID", "Say no", "  cal approve deny ID --reason 'not this one'"), sub("init", "Make the approval key", "  cal approve init"))
+		sub("deny ID", "Say no", "  cal approve deny ID --reason 'not this one'"), sub("init", "Make the first approval key", "  cal approve init"),
+		sub("approver", "Who can approve: add, list and remove", "  cal approve approver add bob\n  cal approve approver list --json\n  cal approve approver remove bob"))
 	return cmd
 }
 

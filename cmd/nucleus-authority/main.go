@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"os/user"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -85,7 +86,7 @@ func root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.dir, "dir", filepath.Join(home, "authority"), "directory of key and database")
 	root.PersistentFlags().StringVar(&c.socket, "socket", filepath.Join(home, "run", "authority.sock"), "unix socket of the daemon")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(c.init(), c.serve(), c.approve(), c.deny(), c.list(), c.show(), c.witness())
+	root.AddCommand(c.init(), c.serve(), c.approve(), c.deny(), c.list(), c.show(), c.approver(), c.witness())
 	return root
 }
 
@@ -148,7 +149,7 @@ func (c *command) serve() *cobra.Command {
 	cmd.RunE = func(cmd *cobra.Command, _ []string) (err error) {
 		ctx := cmd.Context()
 		cfg := authority.Config{Dir: c.dir, AskUIDs: askUIDs, VerifyRequest: requested}
-		if _, noKey := authority.ReadIdentity(c.dir); errors.Is(noKey, authority.ErrNoKey) {
+		if _, noKey := authority.ReadApprovers(c.dir); errors.Is(noKey, authority.ErrNoKey) {
 			err := atTerminal(ctx, func(p *authority.Prompt) error { return c.makeKey(p, "") })
 			if err != nil {
 				return fmt.Errorf("%w; %w", noKey, err)
@@ -166,22 +167,27 @@ func (c *command) serve() *cobra.Command {
 		}
 		defer func() { err = errors.Join(err, a.Close()) }()
 		return a.Serve(ctx, c.socket, func() {
-			fmt.Printf("approver %s at %s\n", a.Identity().Approver, c.socket)
+			var names []string
+			for _, approver := range a.Approvers() {
+				names = append(names, approver.Name)
+			}
+			fmt.Printf("approver %s at %s\n", strings.Join(names, ", "), c.socket)
 		})
 	}
 	return cmd
 }
 
 func (c *command) approve() *cobra.Command {
-	var reason string
+	var reason, approver string
 	cmd := &cobra.Command{Use: "approve [ID]", Short: "Show an ask, or each that is pending, and grant it once", Args: args(cobra.MaximumNArgs(1))}
+	cmd.Flags().StringVar(&approver, "approver", "", "who grants (default: the only one there is)")
 	cmd.Flags().StringVar(&reason, "reason", "", "why; the agent is told")
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		ctx := cmd.Context()
 		if err := authority.CheckSocketDir(c.socket); err != nil {
 			return err
 		}
-		identity, err := authority.ReadIdentity(c.dir)
+		identity, err := authority.ReadIdentity(c.dir, approver)
 		if err != nil {
 			return err
 		}
@@ -227,8 +233,9 @@ func wholeScreen() bool {
 }
 
 func (c *command) deny() *cobra.Command {
-	var reason string
+	var reason, approver string
 	cmd := &cobra.Command{Use: "deny ID", Short: "Refuse an ask", Args: args(cobra.ExactArgs(1))}
+	cmd.Flags().StringVar(&approver, "approver", "", "who refuses (default: the only one there is)")
 	cmd.Flags().StringVar(&reason, "reason", "", "why; the agent is told")
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		api := client.New(c.socket)
@@ -237,7 +244,7 @@ func (c *command) deny() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if _, err := api.Decide(cmd.Context(), ids[0], client.Decision{AskDigest: digest, Reason: reason}); err != nil {
+		if _, err := api.Decide(cmd.Context(), ids[0], client.Decision{Approver: approver, AskDigest: digest, Reason: reason}); err != nil {
 			return err
 		}
 		fmt.Println("denied:", approval.Summary(ask))
@@ -251,7 +258,7 @@ func (c *command) list() *cobra.Command {
 	var state string
 	cmd := &cobra.Command{Use: "list", Short: "List asks, oldest first", Args: args(cobra.NoArgs)}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
-	cmd.Flags().StringVar(&state, "state", client.Pending, "pending, granted, denied, expired, or empty for all")
+	cmd.Flags().StringVar(&state, "state", client.Pending, "pending, granted, denied, expired, withdrawn, revoked, or empty for all")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		api := client.New(c.socket)
 		defer api.Close()
@@ -266,7 +273,11 @@ func (c *command) list() *cobra.Command {
 		}
 		for _, i := range items {
 			until := time.UnixMilli(i.Expires).Format("15:04:05")
-			fmt.Printf("%s  %s  pod %s  until %s  %s\n", approval.Visible(i.ID), approval.Visible(i.State), approval.Visible(i.Pod), until, i.Summary)
+			of := ""
+			if i.Need > 1 {
+				of = fmt.Sprintf("%d of %d approvals  ", len(i.Granted), i.Need)
+			}
+			fmt.Printf("%s  %s  pod %s  until %s  %s%s\n", approval.Visible(i.ID), approval.Visible(i.State), approval.Visible(i.Pod), until, of, i.Summary)
 		}
 		return nil
 	}

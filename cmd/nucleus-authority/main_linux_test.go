@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
@@ -250,7 +251,7 @@ func newAsk(t *testing.T, id string, argv ...string) nucleus.AskRequest {
 	ask := nucleus.AskRequest{
 		ID: id, Pod: "p-1", Workspace: "w", Session: "s-1", Boot: "b-1", Requester: "agent", Request: signedRequest(t, http.MethodPost, "http://nucleus/v1/pods/p-1/tools/run_bash", "p-1", string(args)),
 		Action: nucleus.Action{Op: nucleus.RunBash, Args: nucleus.SHA256(args), Command: &nucleus.Command{Argv: argv, Dir: ".", Binary: "/usr/bin/" + argv[0]}},
-		Salt:   salt[:], Policy: nucleus.SHA256([]byte("policy")), Rule: "operations.run_bash", Why: "this profile asks", Tier: "kernel", Mode: "mediated",
+		Salt:   salt[:], Policy: nucleus.SHA256([]byte("policy")), Rule: "operations.run_bash", Why: "this profile asks", Approvals: 1, Tier: "kernel", Mode: "mediated",
 		Context: nucleus.Context{UnixMilli: now}, Created: now, Expires: now + 300_000, Nonce: "n-1",
 	}
 	if ask.Digest, err = ask.Action.Digest(salt); err != nil {
@@ -262,7 +263,7 @@ func newAsk(t *testing.T, id string, argv ...string) nucleus.AskRequest {
 func wantState(t *testing.T, api *client.Client, id, want string) client.Status {
 	t.Helper()
 	status, err := api.Status(t.Context(), id)
-	if err != nil || status.State != want || (status.Token != "") != (want == client.Granted) {
+	if err != nil || status.State != want || (status.Tokens() != nil) != (want == client.Granted) {
 		t.Fatalf("%s: %+v, %v; want %s", id, status, err, want)
 	}
 	return status
@@ -373,20 +374,19 @@ func TestApprove(t *testing.T) {
 		t.Fatalf("approve: %d %s", code, out)
 	}
 	status := wantState(t, api, "a-1", client.Granted)
-	if status.Reason != "looks right" {
+	if status.Grants[0].Reason != "looks right" {
 		t.Errorf("status %+v", status)
 	}
 	info, err := api.Info(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	keys := map[string]ed25519.PublicKey{info.Approver: info.PublicKey}
-	if _, err := approval.Verify(status.Token, ask, keys, time.Now().UnixMilli()); err != nil {
+	if _, err := approval.Approved(status.Tokens(), ask, info.Approvers, time.Now().UnixMilli()); err != nil {
 		t.Errorf("the grant: %v", err)
 	}
 	other := ask
 	other.Pod = "p-2"
-	if _, err := approval.Verify(status.Token, other, keys, time.Now().UnixMilli()); approval.ReasonOf(err) != approval.BadPod {
+	if _, err := approval.Approved(status.Tokens(), other, info.Approvers, time.Now().UnixMilli()); approval.ReasonOf(err) != approval.BadPod {
 		t.Errorf("the grant for another pod: %v", err)
 	}
 
@@ -408,8 +408,91 @@ func TestApprove(t *testing.T) {
 
 	kill()
 	api, _ = daemon(t, home, nil)
-	if after := wantState(t, api, "a-1", client.Granted); after != status {
+	if after := wantState(t, api, "a-1", client.Granted); !reflect.DeepEqual(after, status) {
 		t.Errorf("after kill -9: %+v, want %+v", after, status)
+	}
+}
+
+// A second approver is added at a terminal, by who knows the first one's passphrase; then two
+// persons approve one ask, each with a passphrase and a phrase of their own.
+func TestTwoApprovers(t *testing.T) {
+	home := t.TempDir()
+	quickKey(t, home)
+	api, _ := daemon(t, home, nil)
+	ctx := t.Context()
+	if err := api.RegisterPod(ctx, "p-1", map[string][]byte{"agent": requester.Public().(ed25519.PublicKey)}); err != nil {
+		t.Fatal(err)
+	}
+	if code, out := withoutTerminal(t, home, passphrase+"\n", "approver", "add", "bob"); code != 1 || !strings.Contains(out, "no terminal") {
+		t.Errorf("add without a terminal: %d %s", code, out)
+	}
+	const second, phrase2 = "an own secret of bob", "red lamp"
+	add := func(first string) (int, string) {
+		p := atPty(t, home, "", "approver", "add", "bob")
+		p.expect(`ann adds approver "bob"`)
+		p.expect("your phrase: " + phrase)
+		p.secret("passphrase of ann: ", first)
+		p.secret("passphrase: ", second)
+		p.secret("passphrase again: ", second)
+		p.expect("your phrase: ")
+		p.send(phrase2)
+		return p.end()
+	}
+	if code, out := add("not the passphrase"); code != 1 || !strings.Contains(out, "wrong passphrase") {
+		t.Errorf("add by a stranger: %d %s", code, out)
+	}
+	if info, err := api.Info(ctx); err != nil || len(info.Approvers) != 1 {
+		t.Fatalf("approvers %+v, %v", info, err)
+	}
+	for deadline := time.Now().Add(patience); ; { // after the wrong one none is tried for a while
+		code, out := add(passphrase)
+		if code == 0 && strings.Contains(out, "those that run know it not") {
+			break
+		}
+		if !strings.Contains(out, "wrong passphrases none is tried") || time.Now().After(deadline) {
+			t.Fatalf("add: %d %s", code, out)
+		}
+	}
+	var list []authority.Listed
+	if code, out := withoutTerminal(t, home, "", "approver", "list", "--json"); code != 0 || json.Unmarshal([]byte(out), &list) != nil || len(list) != 2 || list[1].Name != "bob" || list[1].AddedBy != "ann" {
+		t.Errorf("list: %d %s", code, out)
+	}
+
+	ask := newAsk(t, "a-1", "rm", "-r", "x")
+	ask.Approvals = 2
+	if _, err := api.Submit(ctx, ask); err != nil {
+		t.Fatal(err)
+	}
+	if code, out := withoutTerminal(t, home, "", "approve", "a-1"); code != 1 || !strings.Contains(out, "which approver? there are ann, bob") {
+		t.Errorf("approve by nobody: %d %s", code, out)
+	}
+	for _, who := range []struct{ name, phrase, passphrase, says string }{
+		{"ann", phrase, passphrase, "granted by ann; nothing is done until 1 more of 2 approvers"}, {"bob", phrase2, second, "granted once, until "},
+	} {
+		wantState(t, api, "a-1", client.Pending)
+		p := atPty(t, home, "", "approve", "a-1", "--approver", who.name)
+		p.expect("needs       2 different approvers; you are one of them")
+		p.expect("grant this once? [y/N] ")
+		p.send("y")
+		p.expect("your phrase: " + who.phrase)
+		p.secret("passphrase of "+who.name+": ", who.passphrase)
+		if code, out := p.end(); code != 0 || !strings.Contains(out, who.says) {
+			t.Fatalf("approve by %s: %d %s", who.name, code, out)
+		}
+	}
+	status := wantState(t, api, "a-1", client.Granted)
+	info, err := api.Info(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := approval.Approved(status.Tokens(), ask, info.Approvers, time.Now().UnixMilli()); err != nil {
+		t.Errorf("the grants: %v", err)
+	}
+	if code, out := withoutTerminal(t, home, "", "approver", "remove", "bob"); code != 0 || !strings.Contains(out, "approver bob is removed; 1 grants of it were not used and are void\n  ask a-1") {
+		t.Errorf("remove: %d %s", code, out)
+	}
+	if status, err := api.Status(ctx, "a-1"); err != nil || status.State != client.Revoked {
+		t.Errorf("after the removal %+v, %v", status, err)
 	}
 }
 

@@ -13,8 +13,6 @@ var mutants = []mutant{
 	{"a level is <= a looser one", "policy/level.go", "d.level <= e.level && d.approvals >= e.approvals", "d.approvals >= e.approvals", "TestLatticeLaws"},
 	{"more approvals are stricter", "policy/level.go", "d.level <= e.level && d.approvals >= e.approvals", "d.level <= e.level", "TestLatticeLaws"},
 	{"meet of levels is the stricter", "policy/level.go", "duty{min(d.level, e.level), max(d.approvals, e.approvals)}", "duty{max(d.level, e.level), max(d.approvals, e.approvals)}", "TestLatticeLaws"},
-	{"a quorum is more than one grant", "guest/call.go", "if own.Approvals > 1 {", "if own.Approvals > 16 {", "TestQuorum"},
-	{"nobody is asked for a quorum", "node/approve.go", "case d.Approvals > mostApprovals:", "case d.Approvals > 16:", "TestQuorumBeyondOne"},
 	{"a known name elsewhere is arbitrary code", "policy/command/command.go", "case !installed(c.Binary):", "case c.Binary == \"\" && !installed(c.Binary):", "TestOf"},
 	{"meet of quorums is the larger", "policy/level.go", "duty{min(d.level, e.level), max(d.approvals, e.approvals)}", "duty{min(d.level, e.level), min(d.approvals, e.approvals)}", "TestLatticeLaws"},
 	{"join of levels is the looser", "policy/level.go", "duty{max(d.level, e.level), min(d.approvals, e.approvals)}", "duty{min(d.level, e.level), min(d.approvals, e.approvals)}", "TestLatticeLaws"},

@@ -1,0 +1,131 @@
+package authority
+
+import (
+	"slices"
+	"time"
+
+	"cal/approval/client"
+	"cal/internal/durable"
+	"cal/nucleus"
+)
+
+// AddApprover makes the key of one more approver, on the word of one who is there. It is
+// recorded before the key is. Machines that were started before do not know it.
+func (a *Authority) AddApprover(n client.NewApprover) (nucleus.Approver, error) {
+	fail := func(err error) (nucleus.Approver, error) { return nucleus.Approver{}, err }
+	if err := checkNew(n.Name, n.Phrase, n.Passphrase); err != nil {
+		return fail(nucleus.Errorf(nucleus.KindInvalid, "%v", err))
+	}
+	a.mu.Lock()
+	voucher, err := choose(a.files, n.By)
+	a.mu.Unlock()
+	if err != nil {
+		return fail(err)
+	}
+	key, err := a.unseal(voucher, n.ByPassphrase)
+	if err != nil {
+		return fail(err)
+	}
+	defer clear(key)
+	f, err := newKey(Identity{Approver: n.Name, Phrase: n.Phrase, AddedBy: voucher.Approver}, n.Passphrase, a.cfg.WorkFactor)
+	if err != nil {
+		return fail(err)
+	}
+	vouched, err := nucleus.Sign(key, nucleus.DomainVouch, f.Identity)
+	if err != nil {
+		return fail(err)
+	}
+	f.Vouched = &vouched
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, err := choose(a.files, voucher.Approver); err != nil {
+		return fail(err)
+	}
+	switch at := slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == n.Name }); {
+	case at >= 0:
+		return fail(nucleus.Errorf(nucleus.KindConflict, "there is, or was, an approver %q; a name is used once", n.Name))
+	case len(a.files) >= maxApprovers:
+		return fail(nucleus.Errorf(nucleus.KindInvalid, "there are %d approvers, those who were removed among them; no more are taken", len(a.files)))
+	}
+	if err := a.recordKey(nucleus.KindKeyNew, f.Identity, voucher.Approver); err != nil {
+		return fail(err)
+	}
+	if err := writeNew(a.cfg.Dir, f); err != nil {
+		return fail(err)
+	}
+	a.files = append(a.files, f)
+	return f.public(), nil
+}
+
+// RemoveApprover takes an approver's key away for good. What it granted and was not used is
+// void, at once. The last one stays: without any nobody could add one.
+func (a *Authority) RemoveApprover(name string) (client.Removed, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if name == "" {
+		return client.Removed{}, nucleus.Errorf(nucleus.KindInvalid, "no approver is named")
+	}
+	f, err := choose(a.files, name)
+	if err != nil {
+		return client.Removed{}, err
+	}
+	if len(a.approvers()) == 1 {
+		return client.Removed{}, nucleus.Errorf(nucleus.KindConflict, "%s is the last approver; add another first", name)
+	}
+	gone := client.Removed{Name: name, Revoked: []string{}}
+	if err := a.recordKey(nucleus.KindKeyRemove, f.Identity, actor); err != nil {
+		return gone, err
+	}
+	unused, err := a.store.unusedOf(name, a.millis())
+	if err != nil {
+		return gone, unavailable(err)
+	}
+	for _, id := range unused {
+		if err := a.voidGrantOf(name, id); err != nil {
+			return gone, err
+		}
+		gone.Revoked = append(gone.Revoked, id)
+	}
+	f.Sealed, f.Removed = nil, a.millis()
+	raw, err := nucleus.Canonical(f)
+	if err != nil {
+		return gone, err
+	}
+	if err := durable.WriteFile(keyPath(a.cfg.Dir, name), raw, 0o600); err != nil {
+		return gone, err
+	}
+	a.files[slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == name })] = f
+	a.broadcast()
+	return gone, nil
+}
+
+// voidGrantOf takes back what a removed approver granted for an ask: an ask that others have to
+// grant too goes on without it.
+func (a *Authority) voidGrantOf(name, id string) error {
+	row, ask, err := a.known(id)
+	if err != nil {
+		return err
+	}
+	g, _ := row.given(name)
+	why := "approver " + name + " was removed"
+	err = a.record(nucleus.KindApprovalRevoke, ask, row.digest, map[string]any{"why": why}, func(e *nucleus.Entry) { e.Grants = []string{g.Grant} })
+	if err != nil {
+		return err
+	}
+	if row.state == client.Pending {
+		return unavailable(a.store.dropGrant(g.Grant))
+	}
+	return unavailable(a.store.end(id, client.Granted, client.Revoked, why, a.millis()))
+}
+
+// recordKey records that an approver's key comes or goes.
+func (a *Authority) recordKey(kind string, i Identity, by string) error {
+	raw, err := nucleus.Canonical(i.public())
+	if err != nil {
+		return err
+	}
+	if err := a.cfg.Recorder.Record(nucleus.Entry{Time: a.cfg.Now().UTC().Format(time.RFC3339Nano), Kind: kind, Actor: by, Data: raw}); err != nil {
+		return nucleus.Errorf(nucleus.KindUnavailable, "the authority cannot record %s of approver %s: %v", kind, i.Approver, err)
+	}
+	return nil
+}

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"cal/approval"
+	"cal/approval/client"
+	"cal/authority"
+)
+
+func (c *command) approver() *cobra.Command {
+	cmd := &cobra.Command{Use: "approver", Short: "Who can approve: add, list and remove", Args: args(cobra.NoArgs)}
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	cmd.AddCommand(c.addApprover(), c.listApprovers(), c.removeApprover())
+	return cmd
+}
+
+func (c *command) addApprover() *cobra.Command {
+	var by string
+	cmd := &cobra.Command{
+		Use: "add NAME", Short: "Make the key of one more approver, on the word of one who is there", Args: args(cobra.ExactArgs(1)),
+		Long: "Make the key of one more approver, sealed with a passphrase of its own. One who can approve now types the own passphrase\nfirst. " +
+			"The new key can grant for machines that start from now on; a machine knows only those who were there when it started.",
+		Example: "  nucleus-authority approver add bob\n  nucleus-authority approver add carol --by ann",
+	}
+	cmd.Flags().StringVar(&by, "by", "", "who vouches (default: the only approver there is)")
+	cmd.RunE = func(cmd *cobra.Command, names []string) error {
+		ctx := cmd.Context()
+		if err := authority.CheckSocketDir(c.socket); err != nil {
+			return err
+		}
+		voucher, err := authority.ReadIdentity(c.dir, by)
+		if err != nil {
+			return err
+		}
+		api := client.New(c.socket)
+		defer api.Close()
+		if _, err := api.Info(ctx); err != nil { // before anybody types
+			return err
+		}
+		return atTerminal(ctx, func(p *authority.Prompt) error {
+			_, err := p.AddApprover(ctx, api, voucher, names[0])
+			return err
+		})
+	}
+	return cmd
+}
+
+func (c *command) listApprovers() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "list", Short: "List the approvers and their public keys, those who were removed too", Args: args(cobra.NoArgs),
+		Example: "  nucleus-authority approver list --json",
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	cmd.RunE = func(*cobra.Command, []string) error {
+		list, err := authority.ReadApprovers(c.dir)
+		if err != nil {
+			return err
+		}
+		if asJSON {
+			enc := json.NewEncoder(os.Stdout)
+			enc.SetIndent("", "  ")
+			return enc.Encode(list)
+		}
+		for _, a := range list {
+			line := fmt.Sprintf("%s  %s  %x", a.Name, a.Kind, a.Key)
+			if a.AddedBy != "" {
+				line += "  added by " + a.AddedBy
+			}
+			if a.Removed != 0 {
+				line += "  removed " + time.UnixMilli(a.Removed).Format("2006-01-02 15:04:05")
+			}
+			fmt.Println(approval.Visible(line))
+		}
+		return nil
+	}
+	return cmd
+}
+
+func (c *command) removeApprover() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "remove NAME", Short: "Take an approver's key away for good; what it granted and was not used is void", Args: args(cobra.ExactArgs(1)),
+		Example: "  nucleus-authority approver remove bob",
+	}
+	cmd.RunE = func(cmd *cobra.Command, names []string) error {
+		api := client.New(c.socket)
+		defer api.Close()
+		gone, err := api.RemoveApprover(cmd.Context(), names[0])
+		if err != nil {
+			return err
+		}
+		fmt.Printf("approver %s is removed; %d grants of it were not used and are void\n", approval.Visible(gone.Name), len(gone.Revoked))
+		for _, ask := range gone.Revoked {
+			fmt.Println("  ask", approval.Visible(ask))
+		}
+		return nil
+	}
+	return cmd
+}
