@@ -459,7 +459,7 @@ func (q *queue) decide() effect {
 	if e.all {
 		these = append(these, o.equal...)
 	}
-	d := client.Decision{Approve: e.grant, Reason: q.reason}
+	d := client.Decision{Approve: e.grant, Approver: q.identity.Approver, Reason: q.reason}
 	if e.grant {
 		d.Passphrase = string(e.text)
 	} else {
@@ -491,9 +491,12 @@ func (q *queue) decide() effect {
 // said is what came of a decision, in a line.
 func said(status client.Status, passage bool, until string) string {
 	id := approval.Visible(status.ID)
+	more := status.Need - len(status.Grants)
 	switch {
 	case status.State == client.Denied:
 		return id + " is denied"
+	case more > 0:
+		return fmt.Sprintf("%s has your grant; %d more of %d approvers have to grant it by %s", id, more, status.Need, until)
 	case passage:
 		return id + " is granted; to be used by " + until + ", and stands from then on as shown"
 	}

@@ -56,7 +56,7 @@ func newPerson(t *testing.T, width, height int) (*person, *between) {
 	t.Helper()
 	b := newBench(t, nil)
 	way := &between{Client: b.client}
-	identity, err := ReadIdentity(b.cfg.Dir)
+	identity, err := ReadIdentity(b.cfg.Dir, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -339,7 +339,7 @@ func TestQueueEqual(t *testing.T) {
 	p.press(keyEnter)
 	grants := map[string]bool{}
 	for _, id := range []string{"a-1", "a-2", "a-3"} {
-		grants[p.state(id, client.Granted).Grant] = true
+		grants[p.state(id, client.Granted).Grants[0].Grant] = true
 	}
 	if len(grants) != 3 || fmt.Sprint(way.decided) != "[a-2 a-1 a-3]" {
 		t.Errorf("%d grants, decided %v", len(grants), way.decided)
@@ -352,6 +352,31 @@ func TestQueueEqual(t *testing.T) {
 	if p.q.entry != nil {
 		t.Error("a batch of one")
 	}
+}
+
+// An ask that needs several approvers waits on with the grant of one.
+func TestQueueOfTwo(t *testing.T) {
+	p, _ := newPerson(t, 80, 24)
+	if _, err := p.b.client.AddApprover(t.Context(), client.NewApprover{Name: "bob", Phrase: "red door", Passphrase: "another passphrase", By: "ann", ByPassphrase: passphrase}); err != nil {
+		t.Fatal(err)
+	}
+	p.ask("a-1", func(a *nucleus.AskRequest) { a.Approvals = 2 })
+	p.read("a-1")
+	p.press("g")
+	p.press(chars(passphrase)...)
+	p.press(keyEnter)
+	p.state("a-1", client.Pending)
+	p.shows("a-1 has your grant; 1 more of 2 approvers", "1 of 2  git_push")
+	var err error
+	if p.q.identity, err = ReadIdentity(p.b.cfg.Dir, "bob"); err != nil {
+		t.Fatal(err)
+	}
+	p.read("a-1")
+	p.press("g")
+	p.shows("your phrase: red door", "passphrase of bob: ")
+	p.press(chars("another passphrase")...)
+	p.press(keyEnter)
+	p.state("a-1", client.Granted)
 }
 
 // Going from ask to ask, each is fresh again.
@@ -476,7 +501,7 @@ func TestQueueFrames(t *testing.T) {
 	}
 }
 
-func TestReadKeys(t *testing.T) {
+func TestKeysIn(t *testing.T) {
 	for raw, want := range map[string][]string{
 		"g":             {"g"},
 		"gy\r":          {"g", "y", keyEnter},
@@ -491,7 +516,7 @@ func TestReadKeys(t *testing.T) {
 		"\xff":          {"\xff"},
 		"\x03\x15\x01":  {keyInterrupt, keyKill, keyOther},
 	} {
-		if got := readKeys([]byte(raw)); fmt.Sprintf("%q", got) != fmt.Sprintf("%q", want) {
+		if got := keysIn([]byte(raw)); fmt.Sprintf("%q", got) != fmt.Sprintf("%q", want) {
 			t.Errorf("%q: %q, want %q", raw, got, want)
 		}
 	}

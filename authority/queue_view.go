@@ -78,7 +78,8 @@ func waiting(n int) string {
 	return fmt.Sprintf("%d asks wait", n)
 }
 
-// row is one ask of the list: its age, the time that is left, and what it is for.
+// row is one ask of the list: its age, the time that is left, what it is for, and how many of
+// the approvers that it needs have granted it.
 func (q *queue) row(i client.Item, selected bool) string {
 	mark := "  "
 	if selected {
@@ -88,8 +89,12 @@ func (q *queue) row(i client.Item, selected bool) string {
 	if q.width >= 70 {
 		pod = fmt.Sprintf("  %-12s", approval.Visible(i.Pod))
 	}
+	of := ""
+	if i.Need > 1 {
+		of = fmt.Sprintf("%d of %d  ", len(i.Granted), i.Need)
+	}
 	age, left := q.now.Sub(time.UnixMilli(i.Created)), time.UnixMilli(i.Expires).Sub(q.now)
-	return fmt.Sprintf("%s%6s old %6s left%s  %s", mark, minutes(age), minutes(left), pod, i.Summary)
+	return fmt.Sprintf("%s%6s old %6s left%s  %s%s", mark, minutes(age), minutes(left), pod, of, i.Summary)
 }
 
 // minutes is a time as minutes and seconds.

@@ -48,9 +48,9 @@ var sequences = map[string]string{
 	"[5~": keyPageUp, "[6~": keyPageDown, "[H": keyHome, "[F": keyEnd, "[1~": keyHome, "[4~": keyEnd, "OH": keyHome, "OF": keyEnd,
 }
 
-// readKeys takes apart what a terminal sent. A sequence that is not known is one key that
+// keysIn takes apart what a terminal sent. A sequence that is not known is one key that
 // means nothing.
-func readKeys(raw []byte) (keys []string) {
+func keysIn(raw []byte) (keys []string) {
 	for len(raw) > 0 {
 		size := 1
 		switch c := raw[0]; {
@@ -123,7 +123,7 @@ func (p *Prompt) Queue(ctx context.Context, c asks, identity Identity, reason st
 			working.Go(func() { send(do(ctx)) })
 		}
 	}
-	go p.readKeys(ctx, send) // ends with the process: a read of a terminal cannot be called off
+	go p.keys(ctx, send) // ends with the process: a read of a terminal cannot be called off
 	working.Go(func() { follow(ctx, c, send) })
 	resized := make(chan os.Signal, 1)
 	signal.Notify(resized, syscall.SIGWINCH)
@@ -182,13 +182,13 @@ func (p *Prompt) leaveWhole(old *term.State) error {
 	return errors.Join(p.print("%s", leaveScreen), term.Restore(int(p.tty.Fd()), old))
 }
 
-// readKeys sends what is typed, with the time at which it came.
-func (p *Prompt) readKeys(ctx context.Context, send func(any)) {
+// keys sends what is typed, with the time at which it came.
+func (p *Prompt) keys(ctx context.Context, send func(any)) {
 	raw := make([]byte, 1024)
 	for ctx.Err() == nil {
 		n, err := p.tty.Read(raw)
 		if n > 0 {
-			send(keyEvent{readKeys(raw[:n]), time.Now()})
+			send(keyEvent{keysIn(raw[:n]), time.Now()})
 			clear(raw[:n])
 		}
 		if err != nil {

@@ -130,7 +130,7 @@ func TestQueueAtTerminal(t *testing.T) {
 	p.text(passphrase)
 	p.press("Enter")
 	p.shows("a-1 is granted once, until", "1 ask waits")
-	if status := wantState(t, api, "a-1", client.Granted); status.Reason != "fine" {
+	if status := wantState(t, api, "a-1", client.Granted); status.Grants[0].Reason != "fine" {
 		t.Errorf("%+v", status)
 	}
 
