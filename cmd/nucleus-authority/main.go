@@ -86,7 +86,7 @@ func root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.dir, "dir", filepath.Join(home, "authority"), "directory of key and database")
 	root.PersistentFlags().StringVar(&c.socket, "socket", filepath.Join(home, "run", "authority.sock"), "unix socket of the daemon")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(c.init(), c.serve(), c.approve(), c.grant(), c.deny(), c.list(), c.show(), c.approver(), c.witness())
+	root.AddCommand(c.init(), c.serve(), c.approve(), c.grant(), c.deny(), c.list(), c.show(), c.approver(), c.desktop(), c.witness())
 	return root
 }
 
@@ -144,8 +144,10 @@ func (c *command) makeKey(p *authority.Prompt, approver string) error {
 
 func (c *command) serve() *cobra.Command {
 	var askUIDs []int
+	var tell teller
 	cmd := &cobra.Command{Use: "serve", Short: "Take asks and keep decisions until stopped", Example: "  nucleus-authority serve\n  nucleus-authority serve --ask-uid 1000   # as another user than the node's", Args: args(cobra.NoArgs)}
 	cmd.Flags().IntSliceVar(&askUIDs, "ask-uid", nil, "another user that may ask (and never decide)")
+	tell.flags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) (err error) {
 		ctx := cmd.Context()
 		cfg := authority.Config{Dir: c.dir, AskUIDs: askUIDs, VerifyRequest: requested}
@@ -155,6 +157,12 @@ func (c *command) serve() *cobra.Command {
 				return fmt.Errorf("%w; %w", noKey, err)
 			}
 		}
+		announce, stop, err := tell.start(ctx)
+		if err != nil {
+			return err
+		}
+		defer stop()
+		cfg.Announce = announce
 		log, err := openLog(c.dir)
 		if err != nil {
 			return err
