@@ -521,3 +521,17 @@ func TestKeysIn(t *testing.T) {
 		}
 	}
 }
+
+// A frame of a full queue, drawn after each listing.
+func BenchmarkQueueFrame(b *testing.B) {
+	q := &queue{width: 120, height: 40}
+	now := time.UnixMilli(1_700_000_000_000)
+	var items []client.Item
+	for i := range 1000 {
+		items = append(items, client.Item{ID: fmt.Sprint("a-", i), Pod: "p-1", Op: nucleus.GitPush, Summary: strings.Repeat("x", 160), Need: 1, Created: now.UnixMilli(), Expires: now.UnixMilli() + 900_000})
+	}
+	for b.Loop() {
+		q.update(now, listEvent{items: items})
+		q.view().text(false)
+	}
+}
