@@ -233,7 +233,9 @@ func TestPageHostileTextIsText(t *testing.T) {
 		mu.Lock()
 		hits = nil
 		mu.Unlock()
-		tab := browser.Open(b.link(t, "a-hostile"))
+		tab := browser.Open("about:blank")
+		tab.Call("Emulation.setDeviceMetricsOverride", map[string]any{"width": 1900, "height": 900, "deviceScaleFactor": 1, "mobile": false}, nil) // no payload is cut in two
+		tab.Go(b.link(t, "a-hostile"))
 		tab.Until(`document.getElementById("text").textContent.length > 500`)
 		tab.Until(`document.querySelectorAll("#list button").length === 1`)
 		return tab
