@@ -94,7 +94,7 @@ func PasskeyChallenge(grant nucleus.Grant) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	sum := sha256.Sum256([]byte(nucleus.DomainPasskey + "\n" + grant.AskDigest + "\n" + string(claims)))
+	sum := sha256.Sum256([]byte(nucleus.DomainWebAuthn + "\n" + grant.AskDigest + "\n" + string(claims)))
 	return sum[:], nil
 }
 

@@ -277,6 +277,11 @@ func TestPasskeyToken(t *testing.T) {
 			wantReason(t, name, err, c.want)
 		}
 	}
+	nowhere := *ann
+	nowhere.Origin = ""
+	_, unplaced := passkeyGrant(t, &nowhere, "ann", ask)
+	_, err := Verify(unplaced, ask, with(func(a *nucleus.Approver) { a.Origin = "" }), created+1)
+	wantReason(t, "no origin, and none known", err, BadOrigin)
 	if claims, err := Claims(token); err != nil || claims != good {
 		t.Errorf("claims: %+v, %v", claims, err)
 	}

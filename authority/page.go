@@ -64,7 +64,6 @@ var (
 // pageText is the page and the policy that lets its own script and style through, and nothing else.
 var pageText, pagePolicy = func() ([]byte, string) {
 	var out bytes.Buffer
-	//nolint:gosec // both are files of this package
 	err := template.Must(template.New("page").Parse(pageHTML)).Execute(&out, struct {
 		CSS template.CSS
 		JS  template.JS

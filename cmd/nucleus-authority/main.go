@@ -244,6 +244,9 @@ func (c *command) granting(cmd *cobra.Command, run func(context.Context, granter
 		if err != nil {
 			return err
 		}
+		if identity.Kind == nucleus.ApproverPasskey {
+			return fmt.Errorf("%s has a passkey, which grants in a browser: nucleus-authority page", identity.Approver)
+		}
 		api := client.New(c.socket)
 		defer api.Close()
 		return run(cmd.Context(), granter{api, identity, reason}, ids)

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-const patience = 60 * time.Second
+const patience = 30 * time.Second
 
 // Browser is one Chromium with a profile of its own.
 type Browser struct {
