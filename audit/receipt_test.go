@@ -553,18 +553,15 @@ func TestReceiptIsBounded(t *testing.T) {
 	big := bytes.Repeat([]byte(receiptMagic+"\n"), 100<<20/(len(receiptMagic)+1))
 	var packed bytes.Buffer
 	z, _ := gzip.NewWriterLevel(&packed, gzip.BestCompression)
-	for range 200 {
-		z.Write(bytes.Repeat([]byte("h "), 1<<19)) // 200 MiB in 200 KiB
+	const lines = 3000 // of 60 KB: 180 MB in 400 KB
+	for i := range lines {
+		fmt.Fprintf(z, "e {\"a\":\"%s\",\"kind\":\"x\",\"seq\":%d,\"session\":\"s-a\",\"time\":\"\"}\n", bytes.Repeat([]byte("a"), 60_000), i)
 	}
 	z.Close()
-	good := mustReceipt(t, makeSessions(t, 1), ReceiptOptions{Session: "s-a"})
-	r, err := parseReceipt(good)
-	if err != nil {
-		t.Fatal(err)
-	}
-	rest := append(bytes.Clone(r.note), packed.Bytes()...)
-	bomb := fmt.Appendf(nil, "%s\nsession s-a\nentries 1 from 0 to 0\ncheckpoint %d\nbody gzip %d\nsha256 %x\n\n%s",
-		receiptMagic, len(r.note), packed.Len(), sha256.Sum256(rest), rest)
+	note := signedText(t, testOrigin+"\n90000\n"+EmptyRoot.String()+"\n")
+	rest := append([]byte(note), packed.Bytes()...)
+	bomb := fmt.Appendf(nil, "%s\nsession s-a\nentries %d from 0 to %d\ncheckpoint %d\nbody gzip %d\nsha256 %x\n\n%s",
+		receiptMagic, lines, lines-1, len(note), packed.Len(), sha256.Sum256(rest), rest)
 	for name, raw := range map[string][]byte{"100 MB": big, "a bomb": bomb} {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)

@@ -31,7 +31,7 @@ var logMutants = []mutant{
 	{"log: no effect without a required witness", "node/node.go", "if err := n.witness.allow(); err != nil {", "if err := error(nil); err != nil {", "TestRequiredWitness"},
 	{"log: no patience with a witness that contradicts", "node/witness.go", "		w.last = time.Time{} // it contradicts: no patience", "", "TestRequiredWitness"},
 	// hostile files
-	{"log: a size is not counted up to", "audit/verify.go", "		if from += tileWidth; there {", "		if from += tileWidth; true {", "TestSizeIsNotBelieved"},
+	{"log: a size is not counted up to", "audit/verify.go", "		if from += tileWidth; there {", "		if from += tileWidth; there || true {", "TestSizeIsNotBelieved"},
 	{"log: it goes on behind what is missing", "audit/verify.go", "			next = min(size, c.starts[i])", "", "TestMissingBundles"},
 	{"log: an unsigned size is not believed", "audit/verify.go", "		cp.Size = min(cp.Size, c.extent)", "", "TestSizeIsNotBelieved"},
 	{"log: an unsigned base is not believed", "audit/journal.go", "		return nil, fmt.Errorf(\"its base: %w\", err)", "		return j, fmt.Errorf(\"its base: %w\", err)", "TestSizeIsNotBelieved"},
