@@ -212,7 +212,7 @@ func auditVerifyCommand() *cobra.Command {
 			if o.Checkpoint == nil {
 				all[0].lacks("a checkpoint kept elsewhere: %s; a log that was cut back to an older state, or that the holder of its key wrote anew, looks the same", none)
 			}
-			if report.Cosigned >= 0 && len(witnesses) == 0 {
+			if o.Checkpoint == nil && report.Cosigned >= 0 && len(witnesses) == 0 {
 				all[0].lacks("the cosignatures in the log: no witness was named (--witness)")
 			}
 			if log.dir == "" {
