@@ -86,7 +86,7 @@ func root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.dir, "dir", filepath.Join(home, "authority"), "directory of key and database")
 	root.PersistentFlags().StringVar(&c.socket, "socket", filepath.Join(home, "run", "authority.sock"), "unix socket of the daemon")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(c.init(), c.serve(), c.approve(), c.deny(), c.list(), c.show(), c.approver(), c.witness())
+	root.AddCommand(c.init(), c.serve(), c.approve(), c.deny(), c.list(), c.show(), c.grants(), c.revoke(), c.approver(), c.witness())
 	return root
 }
 
@@ -179,11 +179,20 @@ func (c *command) serve() *cobra.Command {
 
 func (c *command) approve() *cobra.Command {
 	var reason, approver string
+	var task taskFlags
 	cmd := &cobra.Command{Use: "approve [ID]", Short: "Show an ask, or each that is pending, and grant it once", Args: args(cobra.MaximumNArgs(1))}
 	cmd.Flags().StringVar(&approver, "approver", "", "who grants (default: the only one there is)")
 	cmd.Flags().StringVar(&reason, "reason", "", "why; the agent is told")
+	task.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		ctx := cmd.Context()
+		choice, err := task.choice()
+		if err != nil {
+			return err
+		}
+		if choice != nil && len(ids) == 0 {
+			return usageError{errors.New("--uses is for one ask: name it")}
+		}
 		if err := authority.CheckSocketDir(c.socket); err != nil {
 			return err
 		}
@@ -209,7 +218,7 @@ func (c *command) approve() *cobra.Command {
 		return atTerminal(ctx, func(p *authority.Prompt) error {
 			var refused error
 			for _, id := range ids {
-				if _, err := p.Approve(ctx, api, identity, id, reason); errors.Is(err, authority.ErrNotGranted) {
+				if _, err := p.ApproveTask(ctx, api, identity, id, reason, choice); errors.Is(err, authority.ErrNotGranted) {
 					refused = errors.Join(refused, err)
 				} else if err != nil {
 					return err
