@@ -142,6 +142,7 @@ func TestMatches(t *testing.T) {
 		{"another directory", commands, with(func(c *nucleus.Command) { c.Dir = "." }), false},
 		{"another binary", commands, with(func(c *nucleus.Command) { c.Binary = "/usr/local/bin/git" }), false},
 		{"with a variable", commands, with(func(c *nucleus.Command) { c.Env = map[string]string{"GIT_SSH_COMMAND": "x"} }), false},
+		{"with a harmless variable", commands, with(func(c *nucleus.Command) { c.Env = map[string]string{"LC_ALL": "C"} }), false},
 		{"with an input given", commands, with(func(c *nucleus.Command) { c.Stdin = hexOf("x") }), false},
 		{"an option that runs a program", nucleus.Match{Command: &nucleus.CommandMatch{Argv: []string{"git", "**"}, Binary: "/usr/bin/git", Dir: "app"}},
 			with(func(c *nucleus.Command) { c.Argv = []string{"git", "-c", "alias.x=!sh", "x"} }), false},
@@ -231,6 +232,10 @@ func TestTaskIsSigned(t *testing.T) {
 		}
 		_, err = Approved([]string{sign(ann, &task), sign(bob, nil)}, ask, known, created+1)
 		wantReason(t, name+": one for a task, one for one use", err, BadTask)
+		wide := task
+		wide.Uses = nucleus.MaxTaskUses + 1
+		_, err = Approved([]string{sign(ann, &wide), sign(bob, &wide)}, ask, known, created+1)
+		wantReason(t, name+": out of bounds", err, BadTask)
 		raw, err := json.Marshal(task)
 		if err != nil {
 			t.Fatal(err)

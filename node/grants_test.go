@@ -4,11 +4,15 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	approvals "cal/approval/client"
+	"cal/guest"
 	"cal/nucleus"
+	"cal/wire"
 )
 
 const filesAsk = `{"operations":{"write_files":"ask","read_files":"always","edit_files":"ask"},"paths":{"roots":"any"}}`
@@ -220,6 +224,28 @@ func TestRevoked(t *testing.T) {
 	}
 }
 
+// A task is used by word of the authority alone: also where the node has not heard yet that it was
+// taken back.
+func TestRevokedTask(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	p := h.pod(specOf("", json.RawMessage(filesAsk)), nil)
+	ask := h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval).Ask
+	h.authority.grantTask(ask, 9, func(k *nucleus.Task) { k.Match.Files.Root = "." })
+	h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, "")
+	h.authority.answer(ask, approvals.Status{State: approvals.Revoked})
+	if again := h.tool(p, nucleus.WriteFiles, writeArgs("b")).want(t, nucleus.KindApproval).Ask; again == ask || written(p, "b") {
+		t.Errorf("ask %s", again)
+	}
+	h.authority.grantTask(h.authority.asked()[1].ID, 9, func(k *nucleus.Task) { k.Match.Files.Root = "." })
+	h.tool(p, nucleus.WriteFiles, writeArgs("b")).want(t, "")
+	h.authority.stop()
+	h.tool(p, nucleus.WriteFiles, writeArgs("c")).want(t, nucleus.KindUnavailable, "the authority cannot be reached")
+	if written(p, "c") {
+		t.Error("it was done without the authority's word")
+	}
+}
+
 // Where the authority has not been heard of for a lease, nobody knows what was taken back: passages
 // let nothing through, and what went through them is closed. They stand again when it is back.
 func TestPassagesNeedTheAuthority(t *testing.T) {
@@ -291,8 +317,7 @@ func TestLeftApprovals(t *testing.T) {
 	h.kill()
 	h.authority.mu.Lock()
 	h.authority.left = nil
-	h.authority.gone = []approvals.Approval{{Ask: ask, State: approvals.Spent, Pod: p.record.ID, Op: nucleus.WriteFiles, Grants: []approvals.Given{{Grant: "g-1"}},
-		Uses: []approvals.UseOf{{N: 1, Permit: permit}, {N: 2, Permit: "r-lost"}}}}
+	h.authority.uses[ask] = []string{permit, "r-lost"}
 	h.authority.mu.Unlock()
 	h.start()
 	uses := h.entries(nucleus.KindApprovalUse, "")
@@ -342,5 +367,101 @@ func TestConcurrentRetries(t *testing.T) {
 	uses := h.entries(nucleus.KindApprovalUse, "")
 	if permits := len(h.inside(p).permits()) - before; done != 1 || permits != 1 || len(uses) != 1 {
 		t.Errorf("%d of %d retries did it, %d permits, %d uses", done, callers, permits, len(uses))
+	}
+}
+
+// The node dies at each step of an approval: there is never a second effect, what was used up and
+// had no outcome stands in the log as unknown, nothing is done again by itself, and the next ask
+// is a new one.
+func TestKillAtEachStep(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		step             string
+		effects          int // of the ask
+		lost, unfinished int // entries with the status unknown: uses, outcomes
+	}{
+		{"nothing", 1, 0, 0}, {"asked", 0, 0, 0}, {"submitted", 0, 0, 0}, {"granted", 0, 0, 0}, {"counted", 0, 1, 0}, {"admitted", 0, 0, 1}, {"done", 1, 0, 1},
+	} {
+		h := newHost(t, withAuthority)
+		p := h.pod(specOf("w", json.RawMessage(filesAsk)), nil)
+		effects := 0
+		var once sync.Once
+		var killing sync.WaitGroup
+		var dead atomic.Bool
+		at := func(step string) {
+			if step == c.step {
+				once.Do(func() {
+					killing.Add(1)
+					h.kill()
+					dead.Store(true)
+					killing.Done()
+				})
+			}
+		}
+		h.authority.mu.Lock()
+		h.authority.at = at
+		h.authority.mu.Unlock()
+		h.behaves(func(_ *inside, call *callInside) (guest.CallResult, bool) {
+			if len(call.permit.Grants) == 0 {
+				return call.honest(), true
+			}
+			if at("admitted"); dead.Load() {
+				return guest.CallResult{}, false
+			}
+			effects++
+			result := call.honest()
+			at("done")
+			return result, !dead.Load()
+		})
+		node := h.node
+		call := func() {
+			r := request{caller: wire.Caller{KeyID: p.record.Boot}, op: nucleus.WriteFiles, args: document(t, writeArgs("a")), signed: &wire.SignedRequest{}}
+			_, _ = node.request(h.context(), p, r)
+			killing.Wait() // the call ends when the node has begun to die
+		}
+		call()
+		asks := h.authority.asked()
+		if len(asks) == 1 && !dead.Load() {
+			h.authority.grant(asks[0].ID, nil)
+			at("granted")
+			if !dead.Load() {
+				call()
+			}
+		}
+		if dead.Load() != (c.step != "nothing") {
+			t.Fatalf("%s: not reached", c.step)
+		}
+		if dead.Load() {
+			h.start()
+			dead.Store(false)
+		}
+		if effects != c.effects {
+			t.Errorf("killed when %s: %d effects, want %d", c.step, effects, c.effects)
+		}
+		lost, unfinished := 0, 0
+		for _, e := range h.log() {
+			if e.Status == nucleus.OutcomeUnknown && e.Kind == nucleus.KindApprovalUse {
+				lost++
+			}
+			if e.Status == nucleus.OutcomeUnknown && e.Kind == nucleus.KindOutcome {
+				unfinished++
+			}
+		}
+		if lost != c.lost || unfinished != c.unfinished {
+			t.Errorf("killed when %s: %d uses and %d outcomes are unknown, want %d and %d", c.step, lost, unfinished, c.lost, c.unfinished)
+		}
+		p, err := h.node.pod(p.record.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		next := h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval).Ask
+		if len(asks) == 1 && next == asks[0].ID || effects != c.effects {
+			t.Errorf("killed when %s: ask %s again, %d effects", c.step, next, effects)
+		}
+		h.authority.grant(next, nil)
+		h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, "")
+		if effects != c.effects+1 {
+			t.Errorf("killed when %s: %d effects after the next grant", c.step, effects)
+		}
 	}
 }

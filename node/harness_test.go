@@ -1040,10 +1040,10 @@ type authorityStub struct {
 	t       testing.TB
 	socket  string
 	persons []person
-	uses    map[string]int // of what was granted for an ask
+	uses    map[string][]string // permits that used what was granted for an ask
+	at      func(step string)   // nil, or called when something has been written down and is not answered yet
 	voided  []approvals.Voided
-	gone    []approvals.Approval // what a withdrawal finds
-	left    []string             // pods that were withdrawn
+	left    []string // pods that were withdrawn
 	reports []approvals.Outcome
 	answers bool // to who watches
 
@@ -1063,7 +1063,7 @@ func newAuthority(t testing.TB) *authorityStub {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &authorityStub{t: t, socket: filepath.Join(dir, "s"), persons: []person{newPerson(t, "person")}, uses: map[string]int{}, answers: true, asks: map[string]nucleus.AskRequest{},
+	a := &authorityStub{t: t, socket: filepath.Join(dir, "s"), persons: []person{newPerson(t, "person")}, uses: map[string][]string{}, answers: true, asks: map[string]nucleus.AskRequest{},
 		status: map[string]approvals.Status{}, changed: make(chan struct{}), keys: map[string]map[string][]byte{}, witness: newWitnessed()}
 	a.start()
 	t.Cleanup(func() { a.stop(); os.RemoveAll(dir) })
@@ -1105,15 +1105,20 @@ func (a *authorityStub) start() {
 	})
 	// It counts and refuses nothing: what refuses in these tests is the node.
 	mux.HandleFunc("POST /v1/asks/{id}/uses", func(w http.ResponseWriter, r *http.Request) {
-		a.mu.Lock()
-		defer a.mu.Unlock()
 		id := r.PathValue("id")
+		var use approvals.Use
+		json.NewDecoder(r.Body).Decode(&use)
+		a.mu.Lock()
 		if a.status[id].State == approvals.Revoked {
+			a.mu.Unlock()
 			wire.WriteError(w, nucleus.Errorf(nucleus.KindRefused, "ask %s is revoked", id))
 			return
 		}
-		a.uses[id]++
-		json.NewEncoder(w).Encode(approvals.Used{N: a.uses[id], Of: 1})
+		a.uses[id] = append(a.uses[id], use.Permit)
+		used := approvals.Used{N: len(a.uses[id]), Of: 1}
+		a.mu.Unlock()
+		a.reached("counted")
+		json.NewEncoder(w).Encode(used)
 	})
 	mux.HandleFunc("POST /v1/asks/{id}/outcomes", func(w http.ResponseWriter, r *http.Request) {
 		var o approvals.Outcome
@@ -1127,7 +1132,17 @@ func (a *authorityStub) start() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		a.left = append(a.left, r.PathValue("pod"))
-		json.NewEncoder(w).Encode(append([]approvals.Approval{}, a.gone...))
+		gone := []approvals.Approval{}
+		for ask, permits := range a.uses {
+			approval := approvals.Approval{Ask: ask, State: approvals.Spent, Pod: a.asks[ask].Pod, Op: a.asks[ask].Action.Op, Grants: []approvals.Given{{Grant: "g-of-" + ask}}}
+			for i, permit := range permits {
+				approval.Uses = append(approval.Uses, approvals.UseOf{N: i + 1, Permit: permit, Outcome: nucleus.OutcomeUnknown})
+			}
+			if approval.Pod == r.PathValue("pod") {
+				gone = append(gone, approval)
+			}
+		}
+		json.NewEncoder(w).Encode(gone)
 	})
 	mux.HandleFunc("GET /v1/revocations", func(w http.ResponseWriter, r *http.Request) {
 		after, err := strconv.Atoi(r.URL.Query().Get("after"))
@@ -1165,8 +1180,8 @@ func (a *authorityStub) start() {
 			wire.WriteError(w, nucleus.Errorf(nucleus.KindInvalid, "%v", err))
 			return
 		}
+		a.reached("asked")
 		a.mu.Lock()
-		defer a.mu.Unlock()
 		if _, known := a.asks[ask.ID]; !known {
 			a.order = append(a.order, ask.ID)
 			a.status[ask.ID] = approvals.Status{ID: ask.ID, State: approvals.Pending, AskDigest: digest, Need: ask.Approvals}
@@ -1174,7 +1189,10 @@ func (a *authorityStub) start() {
 		a.asks[ask.ID] = ask
 		close(a.changed)
 		a.changed = make(chan struct{})
-		json.NewEncoder(w).Encode(a.status[ask.ID])
+		status := a.status[ask.ID]
+		a.mu.Unlock()
+		a.reached("submitted")
+		json.NewEncoder(w).Encode(status)
 	})
 	mux.HandleFunc("GET /v1/asks/{id}", func(w http.ResponseWriter, r *http.Request) {
 		for {
@@ -1197,6 +1215,15 @@ func (a *authorityStub) start() {
 }
 
 func (a *authorityStub) stop() { a.server.Close() }
+
+func (a *authorityStub) reached(step string) {
+	a.mu.Lock()
+	at := a.at
+	a.mu.Unlock()
+	if at != nil {
+		at(step)
+	}
+}
 
 // asked returns the asks so far.
 func (a *authorityStub) asked() []nucleus.AskRequest {
