@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/term"
@@ -20,7 +21,10 @@ var ErrNotGranted = errors.New("not granted")
 
 // Prompt is a terminal with a person at it. There is no other source of a
 // passphrase: not standard input, not the environment, not an argument.
-type Prompt struct{ tty *os.File }
+type Prompt struct {
+	tty   *os.File
+	whole atomic.Bool // the alternate screen is shown
+}
 
 const maxLine = 1024
 
@@ -33,7 +37,7 @@ func OpenPrompt() (*Prompt, error) {
 	if !term.IsTerminal(int(tty.Fd())) {
 		return nil, errors.Join(errors.New("/dev/tty is no terminal"), tty.Close())
 	}
-	return &Prompt{tty}, nil
+	return &Prompt{tty: tty}, nil
 }
 
 // Close closes the terminal.
@@ -46,7 +50,12 @@ func (p *Prompt) Guard() (restore func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	return func() { _ = term.Restore(int(p.tty.Fd()), state) }, nil
+	return func() {
+		if p.whole.Load() {
+			_ = p.print("%s", leaveScreen)
+		}
+		_ = term.Restore(int(p.tty.Fd()), state)
+	}, nil
 }
 
 func (p *Prompt) print(format string, args ...any) error {
@@ -159,13 +168,10 @@ const passphraseTries = 3
 
 // Approve shows the ask id as its bytes say and grants it if the person wants it
 // and knows the passphrase. ErrNotGranted leaves the ask as it was.
-func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identity, id, reason string) (client.Status, error) {
-	return p.ApproveTask(ctx, c, identity, id, reason, nil)
-}
-
-// ApproveTask is Approve for a task that the person chose; nil is one use. Its bounds are shown, and
+//
+// A choice makes it a grant for a task, nil one for one use. The bounds of a task are shown, and
 // asked for, after the ask.
-func (p *Prompt) ApproveTask(ctx context.Context, c *client.Client, identity Identity, id, reason string, choice *TaskChoice) (client.Status, error) {
+func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identity, id, reason string, choice *TaskChoice) (client.Status, error) {
 	ask, digest, err := c.Get(ctx, id)
 	if err != nil {
 		return client.Status{}, err
