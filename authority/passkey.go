@@ -214,6 +214,7 @@ func (a *Authority) challenge(id string, d client.Decision) (challenge, credenti
 		return fail(err)
 	}
 	grant := binding.Grant(nucleus.NewID("g-"), approver.Approver, d.Reason)
+	grant.Task = d.Task
 	if challenge, err = approval.PasskeyChallenge(grant); err != nil {
 		return fail(err)
 	}
