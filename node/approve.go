@@ -609,25 +609,6 @@ func (n *Node) reportOutcome(ask, permit, status string) {
 	}
 }
 
-// approversNow asks the authority who can approve; without an authority there is nobody and
-// nothing can be approved. Who has the operator's key does not count: it asks.
-func (n *Node) approversNow(ctx context.Context) []nucleus.Approver {
-	if n.asks == nil {
-		return nil
-	}
-	operator, err := keyfile.Load(n.operatorKeyFile())
-	if err != nil {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	info, err := n.asks.Info(ctx)
-	if err != nil {
-		return nil
-	}
-	return approval.Different(info.Approvers, operator.Public().(ed25519.PublicKey))
-}
-
 // registerRequesters tells the authority which keys may ask for this pod. When it
 // is not there, gated operations will be refused; the rest goes on.
 func (n *Node) registerRequesters(ctx context.Context, p *Pod) {

@@ -358,7 +358,7 @@ func (n *Node) derive(ctx context.Context, p *Pod, args tools.NewPod, agent bool
 	from := p.record.Spec
 	spec := nucleus.PodSpec{
 		Driver: p.record.Driver, Require: from.Require, Mode: from.Mode, Image: from.Image, Resources: from.Resources, Watched: from.Watched,
-		Env: from.Env, Identity: from.Identity,
+		Env: from.Env, Identity: from.Identity, Approvals: from.Approvals,
 	}
 	if agent {
 		spec.Agent, spec.Model = from.Agent, from.Model

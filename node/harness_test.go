@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -1040,6 +1041,7 @@ type authorityStub struct {
 	t       testing.TB
 	socket  string
 	persons []person
+	by      string              // whose approvals are: approvals.SameUser unless a test says more
 	uses    map[string][]string // permits that used what was granted for an ask
 	at      func(step string)   // nil, or called when something has been written down and is not answered yet
 	voided  []approvals.Voided
@@ -1082,7 +1084,7 @@ func (a *authorityStub) start() {
 	mux.HandleFunc("GET /v1/info", func(w http.ResponseWriter, _ *http.Request) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		info := approvals.Info{Approvals: approvals.SameUser, Witness: a.witness.PublicKey()}
+		info := approvals.Info{Approvals: cmp.Or(a.by, approvals.SameUser), Witness: a.witness.PublicKey()}
 		for _, p := range a.persons {
 			info.Approvers = append(info.Approvers, p.Approver)
 		}

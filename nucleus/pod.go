@@ -47,13 +47,23 @@ const (
 	Contained Mode = "contained"
 )
 
+// ApprovedBy is who a pod lets approve.
+type ApprovedBy string
+
+// The kinds of approver that a pod can require.
+const (
+	ByOtherUser ApprovedBy = "other-user" // the authority is another user's than the node
+	ByPasskey   ApprovedBy = "passkey"    // only passkeys count
+)
+
 // PodSpec is a request for a pod. Unknown fields are errors; zero values are
 // the safest meaning.
 type PodSpec struct {
-	Ref       string            `json:"ref,omitempty"`       // the caller's own name for the pod, by which it can be ended also where the answer was cut off
-	Workspace string            `json:"workspace,omitempty"` // name of a persistent workspace; empty: one that ends with the pod
-	Driver    string            `json:"driver,omitempty"`    // empty: the strongest whose probe succeeds
-	Require   Tier              `json:"require,omitempty"`   // fail closed below this
+	Ref       string            `json:"ref,omitempty"`               // the caller's own name for the pod, by which it can be ended also where the answer was cut off
+	Workspace string            `json:"workspace,omitempty"`         // name of a persistent workspace; empty: one that ends with the pod
+	Driver    string            `json:"driver,omitempty"`            // empty: the strongest whose probe succeeds
+	Require   Tier              `json:"require,omitempty"`           // fail closed below this
+	Approvals ApprovedBy        `json:"require_approvals,omitempty"` // fail closed where nobody so strong can approve; nobody weaker counts
 	Mode      Mode              `json:"mode"`
 	Policy    json.RawMessage   `json:"policy"` // a profile's name as a string, or a whole policy
 	Image     Image             `json:"image"`
@@ -200,6 +210,7 @@ type PodStatus struct {
 	Exposure     []string     `json:"exposure"`
 	Limits       []Limit      `json:"limits,omitempty"`
 	Repos        []RepoStatus `json:"repos,omitempty"`
+	Approvals    string       `json:"approvals,omitempty"` // who can approve: "same user", "other user", "passkey" or "none"
 	Created      string       `json:"created"`
 	Reason       string       `json:"reason,omitempty"` // why it failed or stopped
 	Policy       string       `json:"policy,omitempty"` // its name, where it has one

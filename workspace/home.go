@@ -326,10 +326,12 @@ func (h Home) StopAuthority() error {
 	return unix.Kill(int(peer.Pid), unix.SIGTERM)
 }
 
-// Approvals says who can approve: "same user", "other user", or that nobody can.
-func (h Home) Approvals(ctx context.Context) string {
+// Approvals says who can approve for a pod that requires so much, or that nobody can.
+func (h Home) Approvals(ctx context.Context, require nucleus.ApprovedBy) string {
 	info, err := approvals.New(h.AuthoritySocket()).Info(ctx)
 	switch {
+	case err == nil && require == nucleus.ByPasskey:
+		return approvals.Passkey // or the node refuses the pod
 	case err == nil:
 		return info.Approvals
 	case !h.HasAuthority():

@@ -93,7 +93,7 @@ func TestNoNode(t *testing.T) {
 	if _, err := h.Node(t.Context()); err == nil || !strings.Contains(err.Error(), "nucleus-node is neither beside cal nor on PATH") {
 		t.Errorf("without a program: %v", err)
 	}
-	if got := h.Approvals(t.Context()); got != "none: nobody can approve (cal approve init)" {
+	if got := h.Approvals(t.Context(), ""); got != "none: nobody can approve (cal approve init)" {
 		t.Errorf("approvals %q", got)
 	}
 }

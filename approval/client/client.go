@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"time"
 
@@ -37,6 +38,8 @@ const (
 const (
 	SameUser  = "same user"  // only the passphrase stands between asker and grant
 	OtherUser = "other user" // the key belongs to another user of the host
+	Passkey   = "passkey"    // only authenticators that verify their owner
+	Nobody    = "none"
 )
 
 // Info says who approves: every approver that can grant now.
@@ -44,6 +47,18 @@ type Info struct {
 	Approvers []nucleus.Approver `json:"approvers"`
 	Approvals string             `json:"approvals"` // SameUser or OtherUser
 	Witness   string             `json:"witness"`   // audit.WitnessKey of its cosignatures
+}
+
+// By says how strong approvals by list are: as strong as its weakest. Another user's authority
+// holds against more than a passkey at one's own, so that it is told first.
+func (i Info) By(list []nucleus.Approver) string {
+	switch {
+	case len(list) == 0:
+		return Nobody
+	case i.Approvals != OtherUser && !slices.ContainsFunc(list, func(a nucleus.Approver) bool { return a.Kind != nucleus.ApproverPasskey }):
+		return Passkey
+	}
+	return i.Approvals
 }
 
 // Status is what came of an ask. It is pending until as many approvers as it needs have

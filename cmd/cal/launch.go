@@ -47,7 +47,7 @@ func confirm(ctx context.Context, home workspace.Home, node *client.Client, plan
 	if err != nil {
 		return err
 	}
-	fmt.Fprint(os.Stderr, plan.Confirmation(pod, home.Approvals(ctx)))
+	fmt.Fprint(os.Stderr, plan.Confirmation(pod, home.Approvals(ctx, plan.Spec.Approvals)))
 	if !ask {
 		return nil
 	}
