@@ -63,6 +63,7 @@ type Node struct {
 	dirs     Dirs
 	key      ed25519.PrivateKey
 	log      *audit.Log
+	owed     owed
 	salts    *audit.Salts
 	keys     *nucleus.Entry // that is not yet in the log
 	witness  *witnesses
@@ -148,7 +149,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 // disk first: where there is room again, it goes on.
 func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
 	recorded, err := n.log.Append(e)
-	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
+	if !errors.Is(err, audit.ErrFailed) || n.reopen() != nil {
 		return recorded, err
 	}
 	return n.log.Append(e)
@@ -161,7 +162,7 @@ func (n *Node) begin(e nucleus.Entry) (*audit.Pending, error) {
 		return nil, err
 	}
 	pending, err := n.log.Begin(e)
-	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
+	if !errors.Is(err, audit.ErrFailed) || n.reopen() != nil {
 		return pending, err
 	}
 	return n.log.Begin(e)
@@ -181,9 +182,12 @@ func (n *Node) keepLog(ctx context.Context) {
 		n.endPassages()
 		err := n.log.Publish()
 		if errors.Is(err, audit.ErrFailed) {
-			if err = n.log.Reopen(); err == nil {
+			if err = n.reopen(); err == nil {
 				slog.Info("the log can be written again")
 			}
+		}
+		if err == nil {
+			n.settle() // what came to be owed while the log was being read anew
 		}
 		n.recordKeys()
 		if err = errors.Join(err, n.salts.Sync()); err != nil {

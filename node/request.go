@@ -257,7 +257,8 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 		}
 		return ruling{}, denial(r.op, decision)
 	}
-	if err := n.expose(p, decision.Takes, placed && decision.Verdict == nucleus.Ask, string(r.op)+" "+describe(pre.action)); err != nil {
+	what := cut(string(r.op)+" "+describe(pre.action), maxWhat)
+	if err := n.expose(p, decision.Takes, placed && decision.Verdict == nucleus.Ask, what); err != nil {
 		return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()
@@ -268,6 +269,7 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 	if err != nil {
 		return ruling{}, logFailure(err)
 	}
+	p.root.lately.add(intent.Seq(), decision.Takes, what)
 	if r.attempt == nil {
 		permit.Seq = p.nextSeq()
 	}
@@ -293,6 +295,11 @@ type ruling struct {
 // the permit's time begins then. Every ruling is waited for: others may wait behind it.
 func (p *Pod) recorded(r ruling) (nucleus.Permit, error) {
 	if _, err := r.intent.Wait(); err != nil {
+		// It may be on the disk all the same, open for ever.
+		p.node.owed.add(nucleus.Entry{
+			Pod: p.record.ID, Session: p.record.Session, Actor: r.permit.Requester, Kind: nucleus.KindOutcome, Op: r.permit.Op, Digest: r.permit.Digest,
+			Permit: r.permit.ID, Status: nucleus.OutcomeRefused, Data: data(map[string]any{"message": "nothing was done: the intent could not be recorded in time"}),
+		})
 		return nucleus.Permit{}, logFailure(err)
 	}
 	r.permit.Issued = p.time()
@@ -391,7 +398,8 @@ func (n *Node) permitted(ctx context.Context, p *Pod, header guest.Call, permit 
 }
 
 // recordOutcome is the last step. When it fails the effect has happened and the
-// intent is in the log: recovery closes it as unknown.
+// intent is in the log: the outcome is owed, and where the node ends before the log can be
+// written again, recovery closes it as unknown.
 func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Permit, outcome *nucleus.Signed, cause error) error {
 	entry := nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindOutcome, Op: r.op,
@@ -411,6 +419,7 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 		entry.Data = data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)})
 	}
 	if _, err := n.append(entry); err != nil {
+		n.owed.add(entry)
 		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded: %v", r.op, err)
 	}
 	if pre.ask != nil {
@@ -544,6 +553,9 @@ func copyFrames(to, from *wire.Stream) {
 }
 
 func (p *Pod) nextSeq() uint64 { return p.record.Epoch<<nucleus.EpochBits | p.seq.Add(1) }
+
+// maxWhat is how much of what a request was for is kept beside the exposure.
+const maxWhat = 300
 
 // describe names an action in a few words.
 func describe(a nucleus.Action) string {
