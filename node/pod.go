@@ -74,8 +74,9 @@ type Pod struct {
 	calls               map[*wire.Stream]context.CancelCauseFunc // commands that run
 	state               string
 	reason              string
-	removed             bool    // nothing of the machine is left
-	errand              *errand // of its agent, where another pod's agent gave it a task
+	removed             bool             // nothing of the machine is left
+	runs                map[int64]string // of the agent, whose end is not recorded: by the start's entry, who started it
+	errand              *errand          // of its agent, where another pod's agent gave it a task
 
 	started chan struct{} // closed when the start has come to an end
 	gone    chan struct{} // closed when removed
@@ -979,6 +980,7 @@ func (n *Node) teardown(p *Pod) error {
 	p.mu.Unlock()
 	if first {
 		if p.logged {
+			n.endRuns(p, nucleus.Errorf(nucleus.KindUnavailable, "%s", p.ended()))
 			n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodEnd})
 			n.witness.wish()
 		}

@@ -166,6 +166,9 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	if err := p.save(); err != nil {
 		return nil, err
 	}
+	if err := n.adoptRun(p); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, adoptDeadline)
 	defer cancel()
 	adopted, err := driver.Adopt(ctx, machineDir(p.dir))

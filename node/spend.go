@@ -565,6 +565,10 @@ func (p *Pod) watchWork(session *wire.Session) {
 		if err := stream.RecvJSON(wire.FrameJSON, 64<<10, &state); err != nil {
 			return
 		}
+		if state.Exit != nil {
+			state.Exit.Error = boundedError(state.Exit.Error)
+			p.node.recordAgentEnd(p, p.endOf(*state.Exit))
+		}
 		p.works(state.Agent || state.Jobs)
 		if why := p.stoppedBy(); why != nil && (state.Agent || state.Jobs) {
 			p.node.endWork(p, why)
