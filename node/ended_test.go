@@ -271,6 +271,8 @@ func TestSessionEndIsRecorded(t *testing.T) {
 				}
 			}
 			ends := func() []nucleus.Entry { return h.entries(nucleus.KindSessionEnd, "") }
+			works := func() bool { p.root.mu.Lock(); defer p.root.mu.Unlock(); return p.working }
+			eventually(t, "the node has heard that it runs", works)
 			if c.says != nil {
 				exit := c.says(start.Seq)
 				if !c.leaves {
@@ -279,9 +281,7 @@ func TestSessionEndIsRecorded(t *testing.T) {
 					<-relayed
 				}
 				ended <- guest.WorkState{Exit: exit}
-				if exit.Start == start.Seq {
-					eventually(t, "the end is recorded", func() bool { return len(ends()) > 0 })
-				}
+				eventually(t, "the node has heard it", func() bool { return !works() })
 			} else if n := len(ends()); n != 0 {
 				t.Errorf("%d ends while it runs", n)
 			}
