@@ -209,7 +209,11 @@ func linkedSessions(t *testing.T) string {
 	dir := filepath.Join(t.TempDir(), "log")
 	l := mustOpen(t, dir, linkedOptions())
 	for _, kind := range []string{nucleus.KindPodCreate, nucleus.KindPodStart, nucleus.KindIntent, nucleus.KindOutcome, nucleus.KindPodStop, nucleus.KindPodEnd} {
-		appendAll(t, l, ofSession("s-a", kind), ofSession("s-b", kind))
+		a, b := ofSession("s-a", kind), ofSession("s-b", kind)
+		if kind == nucleus.KindIntent || kind == nucleus.KindOutcome {
+			a.Permit, b.Permit = "r-a", "r-b"
+		}
+		appendAll(t, l, a, b)
 	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)

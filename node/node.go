@@ -62,7 +62,7 @@ type Node struct {
 	key      ed25519.PrivateKey
 	log      *audit.Log
 	salts    *audit.Salts
-	keys     *nucleus.Entry // that is not yet in the log
+	owed     owed
 	witness  *witnesses
 	gateway  *egress.Gateway
 	spent    *spent.Store
@@ -134,54 +134,6 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	return n, nil
 }
 
-// append records an entry durably. A log that failed before is read anew from the
-// disk first: where there is room again, it goes on.
-func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
-	recorded, err := n.log.Append(e)
-	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
-		return recorded, err
-	}
-	return n.log.Append(e)
-}
-
-// begin gives an entry its place, like append. One that cannot be written afterwards
-// is not begun again: its place was part of a decision.
-func (n *Node) begin(e nucleus.Entry) (*audit.Pending, error) {
-	if err := n.witness.allow(); err != nil {
-		return nil, err
-	}
-	pending, err := n.log.Begin(e)
-	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
-		return pending, err
-	}
-	return n.log.Begin(e)
-}
-
-// keepLog publishes the log for other programs once a second, and takes it up again
-// when it had to refuse entries and can be written once more. It ends passages too.
-func (n *Node) keepLog(ctx context.Context) {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		n.endPassages()
-		err := n.log.Publish()
-		if errors.Is(err, audit.ErrFailed) {
-			if err = n.log.Reopen(); err == nil {
-				slog.Info("the log can be written again")
-			}
-		}
-		n.recordKeys()
-		if err = errors.Join(err, n.salts.Sync()); err != nil {
-			slog.Error("keeping the log", "error", err)
-		}
-	}
-}
-
 func (n *Node) open(ctx context.Context) error {
 	var err error
 	_, none := os.Stat(filepath.Join(n.dirs.Run(), "node.lock"))
@@ -215,8 +167,7 @@ func (n *Node) open(ctx context.Context) error {
 	if n.witness, err = newWitnesses(n.log, logKey.Public().(ed25519.PublicKey), n.asks, n.config.Witnesses); err != nil {
 		return err
 	}
-	n.keys = keysEntry(map[string]ed25519.PrivateKey{"node": n.key, "log": logKey, OperatorKey: operator})
-	n.recordKeys()
+	n.note(keysEntry(map[string]ed25519.PrivateKey{"node": n.key, "log": logKey, OperatorKey: operator}))
 	n.gateway = egress.New(egress.Config{Gate: (*gate)(n)})
 	public := operator.Public().(ed25519.PublicKey)
 	n.verifier = &wire.Verifier{
@@ -236,29 +187,6 @@ func (n *Node) open(ctx context.Context) error {
 		n.verifier.NewEra()
 	}
 	return nil
-}
-
-// keysEntry names the keys of a node that starts: its own, by which it signs permits and
-// what it did itself, the log's, and the person's.
-func keysEntry(keys map[string]ed25519.PrivateKey) *nucleus.Entry {
-	public := map[string]any{}
-	for name, key := range keys {
-		public[name] = map[string]any{"algorithm": "ed25519", "public": key.Public()}
-	}
-	return &nucleus.Entry{Kind: nucleus.KindKeyLoad, Data: data(map[string]any{"version": nucleus.Version, "keys": public})}
-}
-
-// recordKeys writes the entry of the node's keys. On a full disk that fails, and is tried
-// again: machines can be looked after meanwhile, and nothing is decided without a log.
-func (n *Node) recordKeys() {
-	if n.keys == nil {
-		return
-	}
-	if _, err := n.append(*n.keys); err != nil {
-		slog.Error("the node's keys could not be recorded", "error", err)
-		return
-	}
-	n.keys = nil
 }
 
 // admitsSince is the time up to which an earlier node may have admitted requests: none of

@@ -814,14 +814,6 @@ func (n *Node) failPod(p *Pod, cause error) {
 	}
 }
 
-// note records what has happened already. Where that fails there is nothing left to
-// refuse but what comes next, and the log refuses that.
-func (n *Node) note(e nucleus.Entry) {
-	if _, err := n.append(e); err != nil {
-		slog.Error("an event could not be recorded", "kind", e.Kind, "pod", e.Pod, "error", err)
-	}
-}
-
 // ofRef is the id of the pod that its caller gave this name, or the name itself.
 func (n *Node) ofRef(name string) string {
 	n.mu.Lock()
@@ -859,9 +851,7 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 		p.mu.Unlock()
 	}
 	if live {
-		if err := n.stopDeciding(p, actor); err != nil {
-			return err
-		}
+		n.stopDeciding(p, actor)
 	}
 	if err := n.endSubs(ctx, actor, p); err != nil {
 		return err
@@ -882,17 +872,15 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 
 // stopDeciding ends what may be decided for a pod, in the critical section in which
 // it is decided: an intent that was allowed stands before pod.stop in the log, or is none.
-func (n *Node) stopDeciding(p *Pod, actor string) error {
+func (n *Node) stopDeciding(p *Pod, actor string) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	if p.ended() != "" { // whoever deletes it too was first
-		return nil
+		return
 	}
-	if _, err := n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()}); err != nil {
-		return logFailure(err)
-	}
+	// A full disk keeps nobody from ending it.
+	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()})
 	p.setState(stateStopped, "")
-	return nil
 }
 
 // beginEffect lets an effect on the host begin, unless the pod has ended; p.acting is

@@ -159,7 +159,7 @@ func (n *Node) endModelCall(call egress.ModelCall) error {
 		s.mu.Unlock()
 		defer n.stopSpent(s)
 	}
-	_, err := n.append(nucleus.Entry{Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall, Data: data(entry)})
+	err := n.noted(nucleus.Entry{Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall, Data: data(entry)})
 	return errors.Join(storeErr, err)
 }
 

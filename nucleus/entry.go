@@ -68,6 +68,7 @@ const (
 	KindKeyNew         = "key.new"     // the authority's: an approver's key was made
 	KindKeyRemove      = "key.remove"  // the authority's: an approver's key was taken away
 	KindLogTorn        = "log.torn"
+	KindLogLost        = "log.lost"   // events while the log could not be written, of which there is no entry
 	KindLogFork        = "log.fork"   // a witness's: the log's key signed two histories
 	KindLogForget      = "log.forget" // a witness's: it gave up what it kept of a log
 )
