@@ -127,9 +127,9 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	n.stopKeeping = stop
 	n.serving.Go(func() { n.keepLog(keeping) })
 	n.serving.Go(func() { n.keepBudgets(keeping) })
-	if len(config.Witnesses) > 0 { // so that the first effects need not wait
-		_ = n.witness.round(ctx) // what came of it counts in allow
-	}
+	first, cancel := context.WithTimeout(ctx, witnessFirst)
+	_ = n.witness.round(first) // what came of it counts in allow, before the first effect
+	cancel()
 	n.serving.Go(func() { n.witness.keep(keeping) })
 	return n, nil
 }

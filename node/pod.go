@@ -389,6 +389,9 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 	if err := p.save(); err != nil {
 		return err
 	}
+	if err := n.witness.contradicted(); err != nil {
+		return logFailure(err)
+	}
 	if p.ahead != "" { // from here on it is a pod's
 		if err := durable.Remove(p.ahead); err != nil {
 			return err
