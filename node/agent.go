@@ -24,6 +24,9 @@ func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	if body.Attach {
+		if _, err := n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionAttach}); err != nil {
+			return nil, start, logFailure(err)
+		}
 		machine, err := session.Open(ctx, guest.StreamAttach, nil)
 		if err != nil {
 			return nil, start, p.lost(err)
@@ -72,13 +75,9 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest, 
 			return nucleus.Entry{}, logFailure(err)
 		}
 	}
-	shown := make([]string, len(argv)) // a prompt may be longer than an entry
-	for i, arg := range argv {
-		shown[i] = cut(arg, 2000)
-	}
 	start, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionStart, Exposure: p.root.exposure.Names(),
-		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": shown, "tty": body.TTY, "instructions": names}),
+		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": shownArgv(argv), "tty": body.TTY, "instructions": names}),
 	})
 	if err != nil {
 		return start, logFailure(err)
@@ -127,6 +126,19 @@ func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, mac
 			return
 		}
 	}
+}
+
+// shownArgv is what an entry has room for: a prompt may be longer.
+func shownArgv(argv []string) []string {
+	shown, room := []string{}, 20_000
+	for i, arg := range argv {
+		arg = cut(arg, 2000)
+		if room -= len(arg); room < 0 {
+			return append(shown, fmt.Sprintf("[cut: %d more]", len(argv)-i))
+		}
+		shown = append(shown, arg)
+	}
+	return shown
 }
 
 // tookOver reports whether the stream ended because another terminal joined the agent,

@@ -121,14 +121,26 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 	l.begin()
 	p, err := n.plan(ctx, spec)
 	if err != nil {
+		n.recordPodRefused(actor, spec, err)
 		return nil, err
 	}
 	l.lap("plan")
 	p.laps = l
 	if err := n.create(ctx, actor, p); err != nil {
+		if !p.logged {
+			n.recordPodRefused(actor, spec, err)
+		}
 		return nil, err
 	}
 	return p, nil
+}
+
+// recordPodRefused records a pod that was asked for and not made.
+func (n *Node) recordPodRefused(actor string, spec nucleus.PodSpec, why error) {
+	e := nucleus.AsError(why)
+	n.note(nucleus.Entry{Actor: actor, Kind: nucleus.KindPodRefuse, Rule: e.Rule, Status: nucleus.OutcomeRefused, Data: data(map[string]any{
+		"workspace": cut(spec.Workspace, 200), "driver": cut(spec.Driver, 200), "require": cut(string(spec.Require), 200), "mode": cut(string(spec.Mode), 200), "kind": e.Kind, "message": cut(e.Message, 1000),
+	})})
 }
 
 // create starts the machine of a pod that is worked out.

@@ -29,6 +29,7 @@ func (n *Node) recover(ctx context.Context) error {
 	if err := n.removeSpares(ctx); err != nil {
 		return err
 	}
+	n.removeGone(ctx)
 	entries, err := os.ReadDir(n.dirs.Pods())
 	if err != nil {
 		return err

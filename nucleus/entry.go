@@ -44,12 +44,15 @@ const (
 	KindPodEnd         = "pod.end"  // the machine is gone: the last entry of its session
 	KindPodFail        = "pod.fail"
 	KindPodCreate      = "pod.create"
+	KindPodRefuse      = "pod.refuse" // none was made
 	KindPodPause       = "pod.pause"
 	KindPodResume      = "pod.resume"
 	KindSessionStart   = "session.start"
 	KindSessionEnd     = "session.end"
 	KindSessionRefuse  = "session.refuse" // a session.start that started nothing
 	KindSessionBudget  = "session.budget" // the budget is spent, and the session is ended
+	KindSessionAttach  = "session.attach" // a person's terminal joined the agent
+	KindSessionClear   = "session.clear"  // a person deleted a workspace, and with it what its sessions had taken
 	KindIntent         = "request.intent"
 	KindOutcome        = "request.outcome"
 	KindApprovalAsk    = "approval.ask"
