@@ -70,6 +70,8 @@ type Config struct {
 	// Recorder is where asks, decisions and refusals are recorded; nil is a table
 	// of the authority's own database.
 	Recorder Recorder
+	// Announce is told of each ask that was taken, and must not wait; nil: nobody is.
+	Announce func(client.Item)
 	// Now is the clock; nil is the system's.
 	Now func() time.Time
 }
@@ -263,6 +265,9 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 		return client.Status{}, unavailable(err)
 	}
 	a.broadcast()
+	if a.cfg.Announce != nil {
+		a.cfg.Announce(client.Item{ID: row.id, State: row.state, Pod: row.pod, Op: row.op, Summary: row.summary, Need: row.need, AskDigest: row.digest, Created: row.created, Expires: row.expires})
+	}
 	return row.status(a.millis()), nil
 }
 

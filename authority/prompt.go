@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/term"
@@ -20,7 +21,10 @@ var ErrNotGranted = errors.New("not granted")
 
 // Prompt is a terminal with a person at it. There is no other source of a
 // passphrase: not standard input, not the environment, not an argument.
-type Prompt struct{ tty *os.File }
+type Prompt struct {
+	tty   *os.File
+	whole atomic.Bool // the alternate screen is shown
+}
 
 const maxLine = 1024
 
@@ -33,7 +37,7 @@ func OpenPrompt() (*Prompt, error) {
 	if !term.IsTerminal(int(tty.Fd())) {
 		return nil, errors.Join(errors.New("/dev/tty is no terminal"), tty.Close())
 	}
-	return &Prompt{tty}, nil
+	return &Prompt{tty: tty}, nil
 }
 
 // Close closes the terminal.
@@ -46,7 +50,12 @@ func (p *Prompt) Guard() (restore func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	return func() { _ = term.Restore(int(p.tty.Fd()), state) }, nil
+	return func() {
+		if p.whole.Load() {
+			_ = p.print("%s", leaveScreen)
+		}
+		_ = term.Restore(int(p.tty.Fd()), state)
+	}, nil
 }
 
 func (p *Prompt) print(format string, args ...any) error {

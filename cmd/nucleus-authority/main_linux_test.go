@@ -513,7 +513,7 @@ func TestScreen(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p := atPty(t, home, "", "approve")
+		p := atPty(t, home, "", "approve", "a-1")
 		if whole {
 			p.expect("[y/N/v] ")
 			p.send("v")

@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -53,6 +54,14 @@ func waitStory(t *testing.T, p provider) {
 	for i, text := range []string{"greeter/greet.sh", "PASSED", "one file is enough"} {
 		if said := strings.ReplaceAll(got[i].Text, `\"`, `"`); !strings.Contains(said, text) || strings.Contains(said, string(nucleus.KindApproval)) {
 			t.Errorf("call %d: want %q in %.1000s", i, text, said)
+		}
+	}
+	if p.agent == "codex" {
+		// Its programs are handed back to the model, to be looked at again, only when the
+		// call's own time is over.
+		told := func(r script.Request) bool { return strings.Contains(string(r.Body), "Defaults to 7200000 ms") }
+		if !slices.ContainsFunc(model.Requests(), told) {
+			t.Error("the model is to look again while a person thinks")
 		}
 	}
 	for kind, want := range map[string]int{nucleus.KindApprovalAsk: 3, nucleus.KindApprovalUse: 2, nucleus.KindApprovalDeny: 1} {
