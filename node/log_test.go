@@ -186,6 +186,13 @@ func TestKeysAreRecorded(t *testing.T) {
 // with the time at which it happened, before anything new; what is too much is counted.
 func TestLogIsOwed(t *testing.T) {
 	t.Parallel()
+	for _, first := range []nucleus.Op{nucleus.ReadFiles, nucleus.EditFiles} { // what the policy allows, and what not
+		t.Run(string(first), func(t *testing.T) { logIsOwed(t, first) })
+	}
+}
+
+func logIsOwed(t *testing.T, first nucleus.Op) {
+	t.Parallel()
 	h := newHost(t)
 	disk := h.memoryLog()
 	p, other := h.pod(specOf("w", policyOf("read_files")), map[string]string{"a": "text"}), h.pod(specOf("v", policyOf("read_files")), map[string]string{"a": "text"})
@@ -220,6 +227,9 @@ func TestLogIsOwed(t *testing.T) {
 		t.Errorf("%d entries on a full disk, %d before", n, size)
 	}
 	disk.failing(nil)
+	if first == nucleus.EditFiles {
+		h.tool(other, first, map[string]any{"path": "a", "old": "text", "new": "x"}).want(t, nucleus.KindDenied)
+	}
 	h.tool(other, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, "")
 
 	entries := disk.entries(t)[size:]
@@ -239,8 +249,10 @@ func TestLogIsOwed(t *testing.T) {
 			t.Errorf("%s: %s, %v", e.Kind, e.Data, err)
 		}
 	}
-	if lost := entries[len(entries)-3]; string(lost.Data) != `{"entries":3}` {
-		t.Errorf("lost: %s", lost.Data)
+	for _, e := range entries {
+		if e.Kind == nucleus.KindLogLost && string(e.Data) != `{"entries":3}` {
+			t.Errorf("lost: %s", e.Data)
+		}
 	}
 	if open := h.node.log.OpenIntents(); len(open) != 0 {
 		t.Errorf("open: %+v", open)

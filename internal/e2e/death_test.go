@@ -338,7 +338,9 @@ func TestCalDiesUnderAgent(t *testing.T) {
 	run.Cmd.Process.Kill()
 	run.Wait()
 	close(work.hold)
-	ends := func() []nucleus.Entry { return e.Entries(func(n nucleus.Entry) bool { return n.Kind == nucleus.KindSessionEnd }) }
+	ends := func() []nucleus.Entry {
+		return e.Entries(func(n nucleus.Entry) bool { return n.Kind == nucleus.KindSessionEnd })
+	}
 	testenv.Eventually(t, 60*time.Second, "the agent's end is recorded", func() bool { return len(ends()) > 0 })
 	var exit struct {
 		Start int64
