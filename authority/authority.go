@@ -94,6 +94,8 @@ type Authority struct {
 	files   []keyFile
 	changed chan struct{}
 
+	watchers map[string]watcher // see revoke.go
+
 	trying   sync.Mutex // held while one passphrase is tried: each takes 256 MiB
 	attempts map[string]attempts
 }
@@ -125,7 +127,7 @@ func Open(cfg Config) (*Authority, error) {
 	if cfg.Recorder == nil {
 		cfg.Recorder = s
 	}
-	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}}
+	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}, watchers: map[string]watcher{beforeStart: {seen: time.Now()}}}
 	if err := a.openWitness(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
@@ -396,11 +398,15 @@ func (a *Authority) grant(id string, d client.Decision, key ed25519.PrivateKey) 
 	if err != nil {
 		return client.Status{}, err
 	}
-	grant, token, err := sign(key, approver.public(), ask, d.Reason)
+	grant, token, err := sign(key, approver.public(), ask, d.Task, d.Reason)
 	if err != nil {
 		return client.Status{}, err
 	}
-	err = a.record(nucleus.KindApprovalGrant, ask, row.digest, map[string]any{"reason": d.Reason, "expires_ms": grant.Expires, "need": row.need}, func(e *nucleus.Entry) {
+	data := map[string]any{"reason": d.Reason, "expires_ms": grant.Expires, "need": row.need}
+	if d.Task != nil {
+		data["task"] = d.Task
+	}
+	err = a.record(nucleus.KindApprovalGrant, ask, row.digest, data, func(e *nucleus.Entry) {
 		e.Actor, e.Verdict, e.Grants = approver.Approver, nucleus.Allow, []string{grant.ID}
 	})
 	if err != nil {
@@ -441,6 +447,14 @@ func (a *Authority) undecided(id string, d client.Decision) (keyFile, askRow, nu
 		if err != nil {
 			return fail(err)
 		}
+		if d.Task != nil {
+			if err := approval.CheckTask(ask, *d.Task, a.millis()); err != nil {
+				return fail(nucleus.Errorf(nucleus.KindInvalid, "%v", err))
+			}
+		}
+		if len(row.grants) > 0 && !approval.SameTask(row.task(), d.Task) {
+			return fail(nucleus.Errorf(nucleus.KindConflict, "%s granted ask %s for other bounds; all who approve choose the same", row.grants[0].Approver, id))
+		}
 		if approver.PublicKey.Equal(requester) {
 			return refuse(nucleus.KindForbidden, "ask %s was signed by the key of %s; who asks cannot grant", id, approver.Approver)
 		}
@@ -474,12 +488,13 @@ func (a *Authority) concluded(id string, err error) (client.Status, error) {
 }
 
 // sign makes the token and looks at it as a verifier will.
-func sign(key ed25519.PrivateKey, approver nucleus.Approver, ask nucleus.AskRequest, reason string) (nucleus.Grant, string, error) {
+func sign(key ed25519.PrivateKey, approver nucleus.Approver, ask nucleus.AskRequest, task *nucleus.Task, reason string) (nucleus.Grant, string, error) {
 	binding, err := approval.Bind(ask)
 	if err != nil {
 		return nucleus.Grant{}, "", err
 	}
 	grant := binding.Grant(nucleus.NewID("g-"), approver.Name, reason)
+	grant.Task = task
 	claims, err := nucleus.Canonical(grant)
 	if err != nil {
 		return nucleus.Grant{}, "", err
@@ -521,7 +536,13 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 	for _, g := range row.grants {
 		given = append(given, g.Grant)
 	}
-	const most = 1
+	most, until := 1, row.expires
+	if task := row.task(); task != nil {
+		most = task.Uses
+		if row.uses > 0 { // the first use has to come in the ask's time
+			until = task.Until
+		}
+	}
 	now := a.millis()
 	switch {
 	case row.state != client.Granted:
@@ -529,9 +550,9 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 	case !slices.Equal(u.Grants, given):
 		return refuse("ask %s was granted by %q, not %q", id, given, u.Grants)
 	case row.uses >= most:
-		return refuse("what was granted for ask %s was used before", id)
-	case now >= row.expires:
-		return refuse("what was granted for ask %s expired %d ms ago", id, now-row.expires)
+		return refuse("what was granted for ask %s was used before, %d times of %d", id, row.uses, most)
+	case now >= until:
+		return refuse("what was granted for ask %s expired %d ms ago", id, now-until)
 	}
 	used := client.Used{N: row.uses + 1, Of: most}
 	if err := a.store.addUse(id, used.N, u.Permit, now); err != nil {

@@ -67,6 +67,9 @@ type Node struct {
 	gateway  *egress.Gateway
 	spent    *spent.Store
 	asks     *approvals.Client
+	watch    watch
+	leftPods []string  // of an earlier node
+	opened   time.Time // by the host's clock
 	verifier *wire.Verifier
 	storage  storage
 	born     time.Time // of this process's ticks
@@ -109,6 +112,8 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 		config.Monotonic = monotonic
 	}
 	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, modelCalls: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
+	n.watch = watch{id: nucleus.NewID("w-"), seq: -1, clock: config.Monotonic, lapse: n.suspendPassages}
+	n.opened = config.Now()
 	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -131,6 +136,8 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	_ = n.witness.round(first) // what came of it counts in allow, before the first effect
 	cancel()
 	n.serving.Go(func() { n.witness.keep(keeping) })
+	n.beginWatch(ctx)
+	n.serving.Go(func() { n.watchRevocations(keeping) })
 	return n, nil
 }
 

@@ -222,15 +222,29 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 	}
 	var ask *nucleus.AskRequest
 	_, _, placed := pre.action.Place()
+	if placed && decision.Verdict == nucleus.Ask && !n.watch.fresh() {
+		return ruling{}, &nucleus.Error{Kind: nucleus.KindUnavailable, Operation: r.op, Rule: decision.Rule, Message: "nothing was done: the authority has not been reached for a while, so nobody knows what was taken back (start it with: nucleus-authority serve)"}
+	}
 	switch decision.Verdict {
 	case nucleus.Allow:
 	case nucleus.Ask:
-		if open == nil {
+		switch {
+		case open == nil:
 			if asked := approval.ask.Approvals; decision.Approvals > asked {
 				return ruling{}, &nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Ask: approval.ask.ID, Message: fmt.Sprintf("%d approvals are needed, the ask was for %d", decision.Approvals, asked)}
 			}
 			if open, err = n.useGrants(ctx, p, approval, pre.action, permit.ID, now); err != nil {
 				return ruling{}, err
+			}
+		case open.task != nil:
+			if err := n.useAgain(ctx, p, open, permit.ID); err != nil {
+				if nucleus.AsError(err).Kind != nucleus.KindRefused {
+					return ruling{}, err
+				}
+				// Taken back, or used up: a person is asked anew.
+				over := open.used.ask.ID
+				p.root.closePassages(func(q *passage) bool { return q.used.ask.ID == over })
+				return ruling{}, &needsApproval{decision, state, p.root.beside()}
 			}
 		}
 		ask = open.used.ask
@@ -389,6 +403,9 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 	}
 	if err := n.noted(entry); err != nil {
 		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded yet: %v", r.op, err)
+	}
+	if pre.ask != nil {
+		go n.reportOutcome(pre.ask.ID, permit.ID, entry.Status)
 	}
 	return nil
 }

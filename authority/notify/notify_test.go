@@ -127,7 +127,7 @@ func TestHangAndFail(t *testing.T) {
 	out := filepath.Join(t.TempDir(), "out")
 	pid := filepath.Join(t.TempDir(), "pid")
 	s := start(t,
-		[]string{"sh", "-c", `sleep 600 & echo $! > "$0"; wait`, pid},
+		[]string{"sh", "-c", `sleep 40 & echo $! > "$0"; wait`, pid},
 		[]string{"sh", "-c", `printf 'no \033[2J screen'; exit 3`},
 		[]string{"/no/such/program"},
 		[]string{"sh", "-c", `echo "$CAL_ASK" >> "$0"`, out})

@@ -86,7 +86,7 @@ func root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.dir, "dir", filepath.Join(home, "authority"), "directory of key and database")
 	root.PersistentFlags().StringVar(&c.socket, "socket", filepath.Join(home, "run", "authority.sock"), "unix socket of the daemon")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(c.init(), c.serve(), c.approve(), c.grant(), c.deny(), c.list(), c.show(), c.approver(), c.desktop(), c.witness())
+	root.AddCommand(c.init(), c.serve(), c.approve(), c.grant(), c.deny(), c.list(), c.show(), c.grants(), c.revoke(), c.approver(), c.desktop(), c.witness())
 	return root
 }
 
@@ -218,7 +218,7 @@ func (c *command) approve() *cobra.Command {
 func (c *command) grant() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "grant ID...", Short: "Show asks one after the other, line by line, and grant each once",
-		Example: "  nucleus-authority grant a-QFZ2EXAMPLE", Args: args(cobra.MinimumNArgs(1)),
+		Example: "  nucleus-authority grant a-QFZ2EXAMPLE\n  nucleus-authority grant a-QFZ2EXAMPLE --uses 5 --for 30m --match 'refs/heads/agent/**'", Args: args(cobra.MinimumNArgs(1)),
 	}
 	c.granting(cmd, func(ctx context.Context, g granter, ids []string) error { return g.grant(ctx, ids) })
 	return cmd
@@ -229,14 +229,24 @@ type granter struct {
 	api      *client.Client
 	identity authority.Identity
 	reason   string
+	task     *authority.TaskChoice // nil: one use
 }
 
 // granting gives a command the flags of who grants, and runs it.
 func (c *command) granting(cmd *cobra.Command, run func(context.Context, granter, []string) error) {
 	var reason, approver string
+	var task taskFlags
 	cmd.Flags().StringVar(&approver, "approver", "", "who grants (default: the only one there is)")
 	cmd.Flags().StringVar(&reason, "reason", "", "why; the agent is told")
+	task.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
+		choice, err := task.choice()
+		if err != nil {
+			return err
+		}
+		if choice != nil && len(ids) != 1 {
+			return usageError{errors.New("--uses is for one ask: name it")}
+		}
 		if err := authority.CheckSocketDir(c.socket); err != nil {
 			return err
 		}
@@ -246,7 +256,7 @@ func (c *command) granting(cmd *cobra.Command, run func(context.Context, granter
 		}
 		api := client.New(c.socket)
 		defer api.Close()
-		return run(cmd.Context(), granter{api, identity, reason}, ids)
+		return run(cmd.Context(), granter{api, identity, reason, choice}, ids)
 	}
 }
 
@@ -254,7 +264,7 @@ func (g granter) grant(ctx context.Context, ids []string) error {
 	return atTerminal(ctx, func(p *authority.Prompt) error {
 		var refused error
 		for _, id := range ids {
-			if _, err := p.Approve(ctx, g.api, g.identity, id, g.reason); errors.Is(err, authority.ErrNotGranted) {
+			if _, err := p.Approve(ctx, g.api, g.identity, id, g.reason, g.task); errors.Is(err, authority.ErrNotGranted) {
 				refused = errors.Join(refused, err)
 			} else if err != nil {
 				return err
