@@ -1434,6 +1434,8 @@ func (m *memoryFS) Names() ([]string, error) {
 	return slices.Sorted(maps.Keys(names)), nil
 }
 
+func (m *memoryFS) Partials() ([]string, error) { return nil, nil }
+
 func (m *memoryFS) ReadFile(name string, limit int64) ([]byte, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -1465,6 +1467,23 @@ func (m *memoryFS) Remove(name string) error {
 }
 
 func (m *memoryFS) Append(name string) (audit.File, error) { return &memoryFile{m, name}, nil }
+
+// dump writes the disk into a directory.
+func (m *memoryFS) dump(t testing.TB) (dir string) {
+	t.Helper()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	dir = t.TempDir()
+	for name, content := range m.files {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
 
 type memoryFile struct {
 	fs   *memoryFS

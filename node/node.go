@@ -61,8 +61,8 @@ type Node struct {
 	dirs     Dirs
 	key      ed25519.PrivateKey
 	log      *audit.Log
-	salts    *audit.Salts
 	owed     owed
+	salts    *audit.Salts
 	witness  *witnesses
 	gateway  *egress.Gateway
 	spent    *spent.Store

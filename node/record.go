@@ -19,10 +19,6 @@ func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
 	if err := n.payOwed(); err != nil {
 		return nucleus.Entry{}, err
 	}
-	return n.appendNow(e)
-}
-
-func (n *Node) appendNow(e nucleus.Entry) (nucleus.Entry, error) {
 	recorded, err := n.log.Append(e)
 	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
 		return recorded, err
@@ -72,14 +68,20 @@ func (n *Node) noted(e nucleus.Entry) error {
 	if err == nil {
 		return nil
 	}
+	n.owe(e)
+	return err
+}
+
+// owe keeps an entry until the log can be written. An outcome may be owed for an intent that
+// could not be synced: whether that is in the log shows when it has been read anew.
+func (n *Node) owe(e nucleus.Entry) {
 	n.owed.mu.Lock()
 	defer n.owed.mu.Unlock()
 	if len(n.owed.entries) >= maxOwed {
 		n.owed.lost++
-		return err
+		return
 	}
 	n.owed.entries = append(n.owed.entries, happened(e, n.config.Now()))
-	return err
 }
 
 // happened adds the time of an event to its entry, which is recorded later.
@@ -97,17 +99,35 @@ func (n *Node) payOwed() error {
 	o := &n.owed
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for len(o.entries) > 0 {
-		if _, err := n.appendNow(o.entries[0]); errors.Is(err, audit.ErrFailed) || errors.Is(err, audit.ErrClosed) {
+	if len(o.entries) == 0 && o.lost == 0 {
+		return nil
+	}
+	if err := n.log.Publish(); errors.Is(err, audit.ErrFailed) {
+		err = n.log.Reopen()
+		if err != nil {
 			return err
-		} else if err != nil { // it will never be one
-			slog.Error("an event could not be recorded", "kind", o.entries[0].Kind, "pod", o.entries[0].Pod, "error", err)
-			o.lost++
+		}
+	} else if err != nil {
+		return err
+	}
+	open := map[string]bool{}
+	for _, intent := range n.log.OpenIntents() {
+		open[intent.Permit] = true
+	}
+	for len(o.entries) > 0 {
+		e := o.entries[0]
+		if e.Kind != nucleus.KindOutcome || open[e.Permit] {
+			if _, err := n.log.Append(e); errors.Is(err, audit.ErrFailed) || errors.Is(err, audit.ErrClosed) {
+				return err
+			} else if err != nil { // it will never be one
+				slog.Error("an event could not be recorded", "kind", e.Kind, "pod", e.Pod, "error", err)
+				o.lost++
+			}
 		}
 		o.entries = o.entries[1:]
 	}
 	if o.lost > 0 {
-		if _, err := n.appendNow(nucleus.Entry{Kind: nucleus.KindLogLost, Data: data(map[string]int{"entries": o.lost})}); err != nil {
+		if _, err := n.log.Append(nucleus.Entry{Kind: nucleus.KindLogLost, Data: data(map[string]int{"entries": o.lost})}); err != nil {
 			return err
 		}
 		o.lost = 0

@@ -293,6 +293,11 @@ type ruling struct {
 // the permit's time begins then. Every ruling is waited for: others may wait behind it.
 func (p *Pod) recorded(r ruling) (nucleus.Permit, error) {
 	if _, err := r.intent.Wait(); err != nil {
+		// It may be on the disk all the same, open for ever.
+		p.node.owe(nucleus.Entry{
+			Pod: p.record.ID, Session: p.record.Session, Actor: r.permit.Requester, Kind: nucleus.KindOutcome, Op: r.permit.Op, Digest: r.permit.Digest,
+			Permit: r.permit.ID, Status: nucleus.OutcomeRefused, Data: data(map[string]any{"message": "nothing was done: the intent could not be recorded in time"}),
+		})
 		return nucleus.Permit{}, logFailure(err)
 	}
 	r.permit.Issued = p.time()
