@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -262,16 +261,7 @@ func logIsOwed(t *testing.T, first nucleus.Op) {
 // entries are what a reader of the disk finds.
 func (m *memoryFS) entries(t *testing.T) (list []nucleus.Entry) {
 	t.Helper()
-	dir := t.TempDir()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for name, data := range m.files {
-		file := filepath.Join(dir, name)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, data, 0o600)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for e, err := range audit.Read(dir, 0) {
+	for e, err := range audit.Read(m.dump(t), 0) {
 		if err != nil {
 			t.Fatal(err)
 		}
