@@ -257,7 +257,8 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 		}
 		return ruling{}, denial(r.op, decision)
 	}
-	if err := n.expose(p, decision.Takes, placed && decision.Verdict == nucleus.Ask, string(r.op)+" "+describe(pre.action)); err != nil {
+	what := cut(string(r.op)+" "+describe(pre.action), maxWhat)
+	if err := n.expose(p, decision.Takes, placed && decision.Verdict == nucleus.Ask, what); err != nil {
 		return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()
@@ -268,6 +269,7 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 	if err != nil {
 		return ruling{}, logFailure(err)
 	}
+	p.root.lately.add(intent.Seq(), decision.Takes, what)
 	if r.attempt == nil {
 		permit.Seq = p.nextSeq()
 	}
@@ -554,6 +556,9 @@ func copyFrames(to, from *wire.Stream) {
 }
 
 func (p *Pod) nextSeq() uint64 { return p.record.Epoch<<nucleus.EpochBits | p.seq.Add(1) }
+
+// maxWhat is how much of what a request was for is kept beside the exposure.
+const maxWhat = 300
 
 // describe names an action in a few words.
 func describe(a nucleus.Action) string {

@@ -24,6 +24,7 @@ type rootSession struct {
 	exposure nucleus.Legs
 	through  nucleus.Legs       // of the exposure: what passages alone have taken
 	evidence []nucleus.Evidence // which entry took each leg
+	lately   lately             // what it has read and fetched, since this node has it
 	passages []passage          // see passage.go
 	places   map[string]int64   // asks for places that wait for a person, those of pods that have ended too: until when, unix milliseconds
 	budget   *ledger            // see budget.go
