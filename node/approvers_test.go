@@ -17,7 +17,7 @@ func TestRequireApprovals(t *testing.T) {
 	h := newHost(t, withAuthority)
 	ann := h.authority.persons[0]
 	spec := specOf("", writeAsks)
-	refused := func(what string, by nucleus.ApprovedBy, kind nucleus.Kind, text string) {
+	refused := func(what string, by string, kind nucleus.Kind, text string) {
 		t.Helper()
 		spec.Approvals = by
 		_, err := h.node.CreatePod(h.context(), "operator", spec)
@@ -28,8 +28,8 @@ func TestRequireApprovals(t *testing.T) {
 			t.Errorf("%s: started", what)
 		}
 	}
-	refused("no passkey", nucleus.ByPasskey, nucleus.KindUnavailable, "nobody has one")
-	refused("the same user", nucleus.ByOtherUser, nucleus.KindUnavailable, "same user")
+	refused("no passkey", approvals.RequirePasskey, nucleus.KindUnavailable, "nobody has one")
+	refused("the same user", approvals.RequireOtherUser, nucleus.KindUnavailable, "approvals of another user are required")
 	refused("a word", "anybody", nucleus.KindInvalid, `"anybody"`)
 
 	key := passkeytest.New(t, "http://localhost:7433")
@@ -41,7 +41,7 @@ func TestRequireApprovals(t *testing.T) {
 	if p := h.pod(spec, nil); len(p.approvers) != 2 || p.status().Approvals != approvals.SameUser {
 		t.Errorf("requires nothing: %+v, %s", p.approvers, p.status().Approvals)
 	}
-	spec.Approvals = nucleus.ByPasskey
+	spec.Approvals = approvals.RequirePasskey
 	p := h.pod(spec, nil)
 	if len(p.approvers) != 1 || p.approvers[0].Name != "touch" || p.status().Approvals != approvals.Passkey {
 		t.Fatalf("requires a passkey: %+v, %s", p.approvers, p.status().Approvals)
@@ -75,21 +75,23 @@ func TestRequireApprovals(t *testing.T) {
 	}
 
 	delegate := specOf("w", policyOf(delegating))
-	delegate.Approvals = nucleus.ByPasskey
+	delegate.Approvals = approvals.RequirePasskey
 	if sub := h.create(h.pod(delegate, nil), object{}); len(sub.approvers) != 1 || sub.status().Approvals != approvals.Passkey {
 		t.Errorf("below one that requires a passkey: %+v, %s", sub.approvers, sub.status().Approvals)
 	}
 
-	h.authority.mu.Lock()
-	h.authority.by = approvals.OtherUser
-	h.authority.mu.Unlock()
-	spec.Approvals = nucleus.ByOtherUser
-	if p := h.pod(spec, nil); len(p.approvers) != 2 || p.status().Approvals != approvals.OtherUser {
-		t.Errorf("requires another user: %+v, %s", p.approvers, p.status().Approvals)
+	// What the node requires stands beside what the pod does, and neither is in place of the other.
+	spec.Approvals, h.node.config.RequireApprovals = "", approvals.RequirePasskey
+	if p := h.pod(spec, nil); len(p.approvers) != 1 {
+		t.Errorf("the node requires a passkey: %+v", p.approvers)
 	}
+	spec.Approvals = approvals.RequireOtherUser
+	if _, err := h.node.CreatePod(h.context(), "operator", spec); nucleus.AsError(err).Kind != nucleus.KindUnavailable {
+		t.Errorf("the pod requires another user, the node a passkey: %v", err)
+	}
+	spec.Approvals, h.node.config.RequireApprovals = approvals.RequirePasskey, ""
 	h.authority.stop()
-	_, err = h.node.CreatePod(h.context(), "operator", spec)
-	if nucleus.AsError(err).Kind != nucleus.KindUnavailable {
+	if _, err := h.node.CreatePod(h.context(), "operator", spec); nucleus.AsError(err).Kind != nucleus.KindUnavailable {
 		t.Errorf("without an authority: %v", err)
 	}
 	spec.Approvals = ""

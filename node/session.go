@@ -42,8 +42,11 @@ const budgetFile = "budget.json"
 
 // openSession reads the exposure that is stored with a workspace: a new session
 // starts with it. id is the session's; what it has spent lies in podDir.
+// exposureName is the file of a workspace that says what its sessions have taken.
+const exposureName = "exposure.json"
+
 func openSession(id, workspaceDir, podDir string) (*rootSession, error) {
-	s := &rootSession{id: id, pods: map[*Pod]bool{}, file: filepath.Join(workspaceDir, "exposure.json")}
+	s := &rootSession{id: id, pods: map[*Pod]bool{}, file: filepath.Join(workspaceDir, exposureName)}
 	var err error
 	if s.budget, err = openLedger(filepath.Join(podDir, budgetFile)); err != nil {
 		return nil, err

@@ -47,15 +47,6 @@ const (
 	Contained Mode = "contained"
 )
 
-// ApprovedBy is who a pod lets approve.
-type ApprovedBy string
-
-// The kinds of approver that a pod can require.
-const (
-	ByOtherUser ApprovedBy = "other-user" // the authority is another user's than the node
-	ByPasskey   ApprovedBy = "passkey"    // only passkeys count
-)
-
 // PodSpec is a request for a pod. Unknown fields are errors; zero values are
 // the safest meaning.
 type PodSpec struct {
@@ -63,7 +54,7 @@ type PodSpec struct {
 	Workspace string            `json:"workspace,omitempty"`         // name of a persistent workspace; empty: one that ends with the pod
 	Driver    string            `json:"driver,omitempty"`            // empty: the strongest whose probe succeeds
 	Require   Tier              `json:"require,omitempty"`           // fail closed below this
-	Approvals ApprovedBy        `json:"require_approvals,omitempty"` // fail closed where nobody so strong can approve; nobody weaker counts
+	Approvals string            `json:"require_approvals,omitempty"` // "other-user" or "passkey": fail closed where approvals are not as strong
 	Mode      Mode              `json:"mode"`
 	Policy    json.RawMessage   `json:"policy"` // a profile's name as a string, or a whole policy
 	Image     Image             `json:"image"`

@@ -23,7 +23,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	approvals "cal/approval/client"
-	"cal/internal/idmap"
 	"cal/internal/keyfile"
 	"cal/node/client"
 	"cal/nucleus"
@@ -81,7 +80,11 @@ func Program(name string) (string, error) {
 // A node of another version is an error that says how to replace it.
 func (h Home) Node(ctx context.Context) (*client.Client, error) {
 	if err := h.startAuthority(ctx); err != nil {
-		return nil, err
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		// What needs no approval goes on.
+		fmt.Fprintln(os.Stderr, "cal: nobody can approve:", err)
 	}
 	c, err := h.runningNode(ctx)
 	if err == nil {
@@ -99,10 +102,13 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 		return nil, err
 	}
 	args := []string{"--home", h.Dir, "--authority", h.AuthoritySocket()}
+	if config.Approvals.Require != "" {
+		args = append(args, "--require-approvals", config.Approvals.Require)
+	}
 	for _, w := range config.Log.Witnesses {
 		args = append(args, "--witness", w.URL+" "+w.Key)
 	}
-	if err := startDaemon(program, filepath.Join(h.Dir, "run", "node.log"), args...); err != nil {
+	if _, err := startDaemon(program, filepath.Join(h.Dir, "run", "node.log"), args...); err != nil {
 		return nil, err
 	}
 	return h.awaitNode(ctx)
@@ -127,29 +133,17 @@ func (h Home) HasWorkspace(name string) error {
 	return nil
 }
 
-// DeleteWorkspace removes a workspace and everything in it. One that a machine uses is
-// refused.
+// DeleteWorkspace removes a workspace and everything in it; the node does, and records it. One
+// that a machine uses is refused.
 func (h Home) DeleteWorkspace(ctx context.Context, name string) error {
 	if err := h.HasWorkspace(name); err != nil {
 		return err
 	}
-	dir := h.Workspace(name)
-	c, err := h.runningNode(ctx)
-	if err != nil && !errors.Is(err, ErrNoNode) {
+	c, err := h.Node(ctx)
+	if err != nil {
 		return err
 	}
-	if err == nil {
-		pods, err := c.Pods(ctx)
-		if err != nil {
-			return err
-		}
-		for _, p := range pods {
-			if p.Workspace == name && p.Live() {
-				return fmt.Errorf("workspace %q is in use by pod %s (cal vm stop %s)", name, p.ID, p.ID)
-			}
-		}
-	}
-	return idmap.RemoveAll(ctx, dir)
+	return c.DeleteWorkspace(ctx, name)
 }
 
 // ErrNoNode says that no node runs.
@@ -281,7 +275,9 @@ func (h Home) startAuthority(ctx context.Context) error {
 	for _, arg := range config.Approvals.Notify {
 		args = append(args, "--notify="+arg)
 	}
-	if err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), args...); err != nil {
+	var lost <-chan time.Time
+	ended, err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), args...)
+	if err != nil {
 		return err
 	}
 	waiting, cancel := context.WithTimeout(ctx, startDeadline)
@@ -294,6 +290,10 @@ func (h Home) startAuthority(ctx context.Context) error {
 		}
 		select {
 		case <-tick.C:
+		case <-ended: // or another cal has started one at the same time, which will answer
+			ended, lost = nil, time.After(2*time.Second)
+		case <-lost:
+			return fmt.Errorf("the authority ended at once; its log ends with:\n%s", tail(filepath.Join(h.Dir, "run", "authority.log")))
 		case <-waiting.Done():
 		}
 	}
@@ -326,12 +326,10 @@ func (h Home) StopAuthority() error {
 	return unix.Kill(int(peer.Pid), unix.SIGTERM)
 }
 
-// Approvals says who can approve for a pod that requires so much, or that nobody can.
-func (h Home) Approvals(ctx context.Context, require nucleus.ApprovedBy) string {
+// Approvals says who can approve: "same user", "other user", or that nobody can.
+func (h Home) Approvals(ctx context.Context) string {
 	info, err := approvals.New(h.AuthoritySocket()).Info(ctx)
 	switch {
-	case err == nil && require == nucleus.ByPasskey:
-		return approvals.Passkey // or the node refuses the pod
 	case err == nil:
 		return info.Approvals
 	case !h.HasAuthority():
@@ -347,11 +345,12 @@ func (h Home) HasAuthority() bool {
 	return len(keys) > 0 || err == nil
 }
 
-// startDaemon starts a program that outlives this one, in a session of its own.
-func startDaemon(program, logFile string, args ...string) error {
+// startDaemon starts a program that outlives this one, in a session of its own. The channel is
+// closed should it end first.
+func startDaemon(program, logFile string, args ...string) (ended <-chan struct{}, err error) {
 	out, err := os.OpenFile(logFile, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer out.Close()
 	cmd := exec.Command(program, args...)
@@ -359,9 +358,14 @@ func startDaemon(program, logFile string, args ...string) error {
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
-		return err
+		return nil, err
 	}
-	return cmd.Process.Release()
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		_ = cmd.Wait()
+	}()
+	return gone, nil
 }
 
 func tail(path string) string {

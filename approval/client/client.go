@@ -15,11 +15,13 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"time"
 
 	"cal/approval"
+	"cal/internal/peercred"
 	"cal/nucleus"
 )
 
@@ -321,6 +323,67 @@ func (c *Client) Withdraw(ctx context.Context, pod string, w Withdrawal) (gone [
 // Report says what came of a use.
 func (c *Client) Report(ctx context.Context, ask string, o Outcome) error {
 	return c.call(ctx, http.MethodPost, askPath(ask)+"/outcomes", o, nil)
+}
+
+// What can be required of approvals.
+const (
+	RequireOtherUser = "other-user" // they come from another user of the host
+	RequirePasskey   = "passkey"    // a passkey signs them
+)
+
+// CheckRequirement refuses what cannot be required; "" requires nothing.
+func CheckRequirement(require string) error {
+	switch require {
+	case "", RequireOtherUser, RequirePasskey:
+		return nil
+	}
+	return nucleus.Errorf(nucleus.KindInvalid, "required approvals %q: want %q or %q", require, RequireOtherUser, RequirePasskey)
+}
+
+// Approvers says who can approve, if that satisfies all requirements; who does not is left out. That
+// they are another user's the authority says, and so does the kernel; for root nobody is, because
+// root can be any user.
+func (c *Client) Approvers(ctx context.Context, requirements ...string) (Info, error) {
+	for _, require := range requirements {
+		if err := CheckRequirement(require); err != nil {
+			return Info{}, err
+		}
+	}
+	info, err := c.Info(ctx)
+	if err == nil && slices.Contains(requirements, RequireOtherUser) {
+		err = c.otherUser(ctx, info)
+	}
+	if err != nil {
+		return Info{}, err
+	}
+	if slices.Contains(requirements, RequirePasskey) {
+		info.Approvers = slices.DeleteFunc(info.Approvers, func(a nucleus.Approver) bool { return a.Kind != nucleus.ApproverPasskey })
+		if len(info.Approvers) == 0 {
+			return Info{}, nucleus.Errorf(nucleus.KindUnavailable, "approvals by passkey are required, and nobody has one (cal approve approver add NAME --passkey)")
+		}
+	}
+	return info, nil
+}
+
+// otherUser refuses an authority that is not another user's.
+func (c *Client) otherUser(ctx context.Context, info Info) error {
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "unix", c.socket)
+	if err != nil {
+		return nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, err)
+	}
+	uid, err := peercred.UID(conn)
+	if err := errors.Join(err, conn.Close()); err != nil {
+		return nucleus.Errorf(nucleus.KindUnavailable, "whose authority answers at %s: %v", c.socket, err)
+	}
+	own := os.Geteuid()
+	switch {
+	case own == 0:
+		return nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and this node is root's, who can be any user: start it as an ordinary one")
+	case uid == own || info.Approvals != OtherUser:
+		return nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and the authority at %s is uid %d's like this node (how to run it as another user: doc/approvals.md)", c.socket, uid)
+	}
+	return nil
 }
 
 // AddApprover makes the key of one more approver.

@@ -88,7 +88,12 @@ func (s *session) receipt(t testing.TB) *audit.Receipt {
 func (s *session) call(after, took time.Duration, a nucleus.Action, exposure []string, exit int) {
 	permit := fmt.Sprintf("r-%d", len(s.entries))
 	s.add(after, nucleus.Entry{Kind: nucleus.KindIntent, Actor: "b-1", Op: a.Op, Args: js(a), Verdict: nucleus.Allow, Rule: "operations." + string(a.Op), Permit: permit, Exposure: exposure, Digest: nucleus.SHA256([]byte(permit))})
-	payload, _ := nucleus.Canonical(nucleus.Outcome{Permit: permit, Pod: "p-1", Boot: "b-1", Status: nucleus.OutcomeDone, ExitCode: exit, Millis: took.Milliseconds()})
+	outcome := nucleus.Outcome{Permit: permit, Pod: "p-1", Boot: "b-1", Status: nucleus.OutcomeDone, ExitCode: exit, Millis: took.Milliseconds()}
+	if a.Op.OnHost() {
+		admitted, _ := nucleus.Canonical(nucleus.Outcome{Permit: permit, Pod: "p-1", Boot: "b-1", Status: nucleus.OutcomeAdmitted})
+		outcome.Admission = &nucleus.Signed{Payload: admitted, Sig: []byte("x")}
+	}
+	payload, _ := nucleus.Canonical(outcome)
 	s.add(took, nucleus.Entry{Kind: nucleus.KindOutcome, Actor: "b-1", Op: a.Op, Permit: permit, Status: nucleus.OutcomeDone, Outcome: &nucleus.Signed{Payload: payload, Sig: []byte("x")}})
 }
 
@@ -502,6 +507,28 @@ func TestAllTextIsVisible(t *testing.T) {
 	visit("", reflect.ValueOf(p))
 	if texts < 500 {
 		t.Errorf("only %d texts were seen", texts)
+	}
+}
+
+// What a newer program wrote is shown as it is written.
+func TestNewerEntries(t *testing.T) {
+	r := short5().receipt(t)
+	raw := `{"args":{"op":"fold_paper\u202e"},"decision":"perhaps","kind":"request.consider","op":"fold\u001b_paper","seq":%d,"session":"s-1","status":"pondered","time":"2040-01-02T03:04:05Z"}`
+	r.Entries = append(r.Entries, json.RawMessage(fmt.Sprintf(raw, r.Last+1)), json.RawMessage(strings.Replace(fmt.Sprintf(raw, r.Last+2), "request.consider", nucleus.KindIntent, 1)))
+	page := string(write(t, r))
+	for _, want := range []string{`<td>fold\u{1b}_paper</td>`, `<b>perhaps</b> pondered`, "<td>request.consider</td>"} {
+		if !strings.Contains(page, want) {
+			t.Errorf("the page lacks %s", want)
+		}
+	}
+}
+
+func TestPageIsBounded(t *testing.T) {
+	r := short5().receipt(t)
+	r.Entries = make([]json.RawMessage, maxEntries+1)
+	var out bytes.Buffer
+	if err := Write(&out, r); err == nil || !strings.Contains(err.Error(), "has 100001 entries") || out.Len() > 0 {
+		t.Errorf("%d bytes, %v", out.Len(), err)
 	}
 }
 
