@@ -142,6 +142,7 @@ func addPasskey(t *testing.T, e *testenv.Env, tab *chromium.Tab, name string) {
 	testenv.Eventually(t, time.Minute, "a link", func() bool { return link.MatchString(terminal.Screen.String()) })
 	tab.Go(link.FindString(terminal.Screen.String()))
 	tab.Click("#enrol-go")
+	tab.Until(`document.getElementById("fingerprint").textContent`)
 	terminal.Until("passphrase of")
 	if shown := tab.Text("#fingerprint"); shown == "" || !strings.Contains(terminal.Screen.String(), shown) {
 		t.Fatalf("the page shows fingerprint %q; the terminal:\n%s", shown, terminal.Screen)
