@@ -1040,7 +1040,6 @@ type authorityStub struct {
 	t       testing.TB
 	socket  string
 	persons []person
-	by      string              // whose approvals are: approvals.SameUser unless a test says more
 	uses    map[string][]string // permits that used what was granted for an ask
 	at      func(step string)   // nil, or called when something has been written down and is not answered yet
 	voided  []approvals.Voided
