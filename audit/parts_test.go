@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -325,6 +326,18 @@ func TestSalts(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	digests := []string{nucleus.SHA256(nil), nucleus.SHA256([]byte("x"))}
+	if err := s.Put("r-left", a, digests...); err != nil {
+		t.Fatal(err)
+	}
+	if got, left, err := FindSalt(name, "r-left"); err != nil || got != a || !slices.Equal(left, digests) {
+		t.Errorf("got %x %v, %v", got, left, err)
+	}
+	for _, bad := range []string{"xyz", digests[0] + " ", digests[0] + "\nr-1 " + digests[1], digests[0][2:]} {
+		if err := s.Put("r-bad", a, digests[0], bad); err == nil {
+			t.Errorf("kept the digest %q", bad)
+		}
+	}
 	for _, bad := range []string{"", "a b", "a\nb"} {
 		if err := s.Put(bad, a); err == nil {
 			t.Errorf("took the id %q", bad)
@@ -332,13 +345,13 @@ func TestSalts(t *testing.T) {
 	}
 	want := func(id string, salt nucleus.Salt) {
 		t.Helper()
-		if got, err := FindSalt(name, id); err != nil || got != salt {
-			t.Errorf("%s: %x, %v", id, got, err)
+		if got, left, err := FindSalt(name, id); err != nil || got != salt || len(left) > 0 {
+			t.Errorf("%s: %x, %v, %v", id, got, left, err)
 		}
 	}
 	want("r-1", a) // while it is open
 	want("r-10", b)
-	if _, err := FindSalt(name, "r-2"); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "r-2") {
+	if _, _, err := FindSalt(name, "r-2"); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "r-2") {
 		t.Errorf("%v, want ErrNotExist that names the request", err)
 	}
 	if err := s.Close(); err != nil {
@@ -346,7 +359,7 @@ func TestSalts(t *testing.T) {
 	}
 	// A torn line spoils itself alone.
 	content, _ := os.ReadFile(name)
-	write(t, name, string(content)+"r-3 abcdef")
+	write(t, name, string(content)+"r-cut "+digests[0]+" "+digests[1][:20]+"\nr-3 abcdef")
 	if s, err = OpenSalts(name); err != nil {
 		t.Fatal(err)
 	}
@@ -358,8 +371,11 @@ func TestSalts(t *testing.T) {
 	}
 	want("r-1", a)
 	want("r-4", b)
-	if _, err := FindSalt(name, "r-3"); !errors.Is(err, fs.ErrNotExist) {
+	if _, _, err := FindSalt(name, "r-3"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the torn one: %v", err)
+	}
+	if _, _, err := FindSalt(name, "r-cut"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the one whose digests are cut: %v", err)
 	}
 	if info, err := os.Stat(name); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v, %v", info.Mode(), err)

@@ -98,7 +98,8 @@ func TestBriefCallIsLocked(t *testing.T) {
 	}
 	expired := l.permit(action)
 	expired.Life = -1
-	good := Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}
+	permit := l.permit(action)
+	good := Call{Op: nucleus.ReadFiles, Permit: l.sign(permit)}
 	for name, c := range map[string]struct {
 		call   Call
 		action []byte
@@ -136,7 +137,7 @@ func TestBriefCallIsLocked(t *testing.T) {
 		t.Fatalf("control: %+v, value %q, %d calls", result.Error, got, worker.count())
 	}
 	outcome := l.outcomeOf(result)
-	if outcome.Status != nucleus.OutcomeDone || outcome.Result != nucleus.SHA256([]byte(value)) || outcome.Bytes != int64(len(value)) {
+	if outcome.Status != nucleus.OutcomeDone || outcome.Result != nucleus.SHA256(append(permit.Salt, value...)) || outcome.Bytes != int64(len(value)) {
 		t.Errorf("outcome %+v", outcome)
 	}
 	if parts := worker.calls[0]; string(parts[1]) != string(raw) || string(parts[2]) != `{"path":"a"}` || strings.Contains(string(parts[0]), "permit") {

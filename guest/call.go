@@ -425,7 +425,7 @@ func (p *Proxy) outcome(permit nucleus.Permit, result CallResult, status string,
 		outcome.Message = cut(result.Error.Message, 512)
 	}
 	if len(result.Value) > 0 {
-		outcome.Result = nucleus.SHA256(result.Value)
+		outcome.Result = permit.ResultDigest(result.Value)
 	}
 	if signed, err := nucleus.Sign(p.key, nucleus.DomainOutcome, outcome); err == nil {
 		result.Outcome = &signed

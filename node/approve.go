@@ -289,7 +289,7 @@ func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsAp
 	}
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
-	n.keepSalt(pre.digest, pre.salt)
+	n.keepSalt(pre.digest, pre.salt, pre.action)
 	entry := n.intent(p, r, pre, "", needed.decision)
 	entry.Status, entry.Ask = nucleus.OutcomeRefused, e.Ask
 	values := map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}
@@ -365,10 +365,11 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if err != nil {
 		return pendingAsk{}, false, err
 	}
-	n.keepSalt(ask.Digest, pre.salt)
+	n.keepSalt(ask.Digest, pre.salt, ask.Action)
+	shown, _ := ask.Action.Shown()
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalAsk, Op: r.op,
-		Digest: ask.Digest, Args: data(ask.Action), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
+		Digest: ask.Digest, Args: data(shown), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
 	}); err != nil {
 		return pendingAsk{}, false, logFailure(err)
 	}

@@ -237,7 +237,7 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 		permit.Grants, entry.Grants, entry.Ask = open.used.tokens, open.used.grants, ask.ID
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
-		n.keepSalt(pre.digest, pre.salt)
+		n.keepSalt(pre.digest, pre.salt, pre.action)
 		if _, err := n.append(entry); err != nil {
 			return ruling{}, logFailure(err)
 		}
@@ -247,7 +247,11 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 		return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()
-	if err := n.salts.Put(permit.ID, pre.salt); err != nil {
+	id := permit.ID
+	if entry.Permit == "" { // a connection: its entry names no permit
+		id = pre.digest
+	}
+	if err := n.putSalt(id, pre.salt, pre.action); err != nil {
 		return ruling{}, logFailure(err)
 	}
 	intent, err := n.begin(entry)
@@ -260,9 +264,15 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 	return ruling{permit, ask, intent, reserved}, nil
 }
 
+// putSalt keeps the salt of an action and what its entry leaves out.
+func (n *Node) putSalt(id string, salt nucleus.Salt, action nucleus.Action) error {
+	_, left := action.Shown()
+	return n.salts.Put(id, salt, left...)
+}
+
 // keepSalt keeps the salt of what has no permit: it is found by the digest.
-func (n *Node) keepSalt(digest string, salt nucleus.Salt) {
-	if err := n.salts.Put(digest, salt); err != nil {
+func (n *Node) keepSalt(digest string, salt nucleus.Salt, action nucleus.Action) {
+	if err := n.putSalt(digest, salt, action); err != nil {
 		slog.Warn("a refused request cannot be shown to fit its entry later", "error", err)
 	}
 }
@@ -300,9 +310,10 @@ func denial(op nucleus.Op, d nucleus.Decision) error {
 const permitLife = 30 * time.Second
 
 func (n *Node) intent(p *Pod, r request, pre prepared, permit string, d nucleus.Decision) nucleus.Entry {
+	shown, _ := pre.action.Shown()
 	e := nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
-		Digest: pre.digest, Args: data(pre.action), Verdict: d.Verdict, Rule: d.Rule, Permit: permit, Exposure: p.root.exposure.Names(),
+		Digest: pre.digest, Args: data(shown), Verdict: d.Verdict, Rule: d.Rule, Permit: permit, Exposure: p.root.exposure.Names(),
 	}
 	if r.attempt != nil { // its outcome is the opening and closing of connections
 		e.Actor, e.Permit, e.Data = "machine", "", data(map[string]any{"attempt": r.attempt.ID})
