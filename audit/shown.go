@@ -33,7 +33,7 @@ func Shown(v any) json.RawMessage {
 	if err := dec.Decode(&value); err != nil {
 		return mustText(fmt.Sprintf("[not shown: %v]", err))
 	}
-	value = redact.Value(value)
+	value, _ = redact.Value(value)
 	for limit := maxShown; limit >= 16; limit /= 2 {
 		shown, err := nucleus.Canonical(cut(value, limit))
 		if err == nil && len(shown) <= maxShown {
@@ -72,25 +72,23 @@ func shownData(kind string, raw json.RawMessage) json.RawMessage {
 	if dec.Decode(&value) != nil {
 		return raw
 	}
-	if object, ok := value.(map[string]any); ok {
-		kept := map[string]any{}
-		for _, name := range signed[kind] {
-			if member, ok := object[name]; ok {
-				kept[name] = member
-				delete(object, name)
-			}
+	kept := map[string]any{}
+	object, _ := value.(map[string]any)
+	for _, name := range signed[kind] {
+		if member, ok := object[name]; ok {
+			kept[name] = member
+			delete(object, name)
 		}
-		object = redact.Value(object).(map[string]any)
-		maps.Copy(object, kept)
-		value = object
-	} else {
-		value = redact.Value(value)
 	}
-	shown, err := nucleus.Canonical(value)
-	if err != nil {
+	value, changed := redact.Value(value)
+	if !changed {
+		return canonical
+	}
+	maps.Copy(object, kept)
+	if canonical, err = nucleus.Canonical(value); err != nil {
 		return raw
 	}
-	return shown
+	return canonical
 }
 
 // mustText is a short text as JSON.

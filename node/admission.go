@@ -31,7 +31,7 @@ func (n *Node) actOnHost(ctx context.Context, p *Pod, r request, pre prepared, p
 		p.acting.Done()
 	}
 	if err != nil {
-		outcome.Message = cut(err.Error(), 512)
+		outcome.Message = logged(err.Error(), 512)
 	}
 	if len(value) > 0 {
 		outcome.Bytes, outcome.Result = int64(len(value)), permit.ResultDigest(value)

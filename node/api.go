@@ -355,7 +355,7 @@ func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest, 
 	}
 	shown := make([]string, len(argv)) // a prompt may be longer than an entry
 	for i, arg := range argv {
-		shown[i] = cut(arg, 2000)
+		shown[i] = logged(arg, 2000)
 	}
 	start, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionStart, Exposure: p.root.exposure.Names(),

@@ -292,7 +292,7 @@ func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsAp
 	n.keepSalt(pre.digest, pre.salt, pre.action)
 	entry := n.intent(p, r, pre, "", needed.decision)
 	entry.Status, entry.Ask = nucleus.OutcomeRefused, e.Ask
-	values := map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}
+	values := map[string]any{"kind": e.Kind, "message": logged(e.Message, 1000)}
 	if r.attempt != nil {
 		values["attempt"] = r.attempt.ID
 	}
@@ -459,7 +459,7 @@ func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reaso
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalDeny, Op: r.op,
 		Digest: pending.ask.Digest, Verdict: nucleus.Deny, Rule: pending.ask.Rule, Ask: pending.ask.ID, Status: state,
-		Data: data(map[string]any{"reason": cut(reason, 1000)}),
+		Data: data(map[string]any{"reason": logged(reason, 1000)}),
 	}); err != nil {
 		return nil, logFailure(err)
 	}

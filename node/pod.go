@@ -22,6 +22,7 @@ import (
 	"cal/guest"
 	"cal/internal/durable"
 	"cal/internal/idmap"
+	"cal/internal/redact"
 	"cal/machine"
 	"cal/nucleus"
 	"cal/policy"
@@ -806,7 +807,7 @@ func (n *Node) failPod(p *Pod, cause error) {
 	p.state, p.reason = stateFailed, cause.Error()
 	p.mu.Unlock()
 	slog.Error("pod failed", "pod", p.record.ID, "cause", cause)
-	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 2000)})})
+	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": logged(cause.Error(), 2000)})})
 	n.failSubs(p)
 	if err := n.teardown(p); err != nil {
 		slog.Error("removing a failed pod", "pod", p.record.ID, "error", err)
@@ -1024,6 +1025,10 @@ func (p *Pod) status() nucleus.PodStatus {
 	}
 	return s
 }
+
+// logged is a text as an entry has it: at most n bytes and a note of what is missing. Secrets go
+// first, so that none is cut in two and the half shown.
+func logged(s string, n int) string { return cut(redact.Text(s), n) }
 
 // cut shortens a text visibly and keeps it UTF-8: what is signed must be.
 func cut(s string, n int) string {

@@ -332,7 +332,7 @@ func (n *Node) refuseUnresolved(p *Pod, r request, cause error) error {
 	_, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
 		Args: shownArgs(r.args), Verdict: nucleus.Deny, Rule: "resolve", Status: nucleus.OutcomeRefused,
-		Data: data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}),
+		Data: data(map[string]any{"kind": e.Kind, "message": logged(e.Message, 1000)}),
 	})
 	if err != nil {
 		return logFailure(err)
@@ -343,7 +343,7 @@ func (n *Node) refuseUnresolved(p *Pod, r request, cause error) error {
 // shownArgs are arguments as they came, which may be no JSON at all.
 func shownArgs(raw json.RawMessage) json.RawMessage {
 	if _, err := nucleus.CanonicalJSON(raw); err != nil {
-		return data(cut(string(raw), 1000))
+		return data(logged(string(raw), 1000))
 	}
 	return raw
 }
@@ -405,7 +405,7 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 		case errors.As(cause, &none), e.Kind == nucleus.KindForbidden:
 			entry.Status = nucleus.OutcomeRefused
 		}
-		entry.Data = data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)})
+		entry.Data = data(map[string]any{"kind": e.Kind, "message": logged(e.Message, 1000)})
 	}
 	if _, err := n.append(entry); err != nil {
 		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded: %v", r.op, err)

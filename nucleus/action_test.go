@@ -77,3 +77,17 @@ func TestActionShown(t *testing.T) {
 		t.Errorf("%+v, %v: what is empty says nothing", shown, left)
 	}
 }
+
+// Nobody without the salt can confirm a guess of a result.
+func TestResultDigest(t *testing.T) {
+	result := []byte(`"hunter2correct"`)
+	salt, other := NewSalt(), NewSalt()
+	p := Permit{Salt: salt[:]}
+	got := p.ResultDigest(result)
+	if want := SHA256(append(salt[:], result...)); got != want {
+		t.Errorf("got %s, want SHA-256(salt || result) = %s", got, want)
+	}
+	if got == SHA256(result) || got == (Permit{Salt: other[:]}).ResultDigest(result) {
+		t.Errorf("%s is of the result alone", got)
+	}
+}

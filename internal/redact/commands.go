@@ -66,7 +66,7 @@ func (o option) reads(word, next string) (inNext bool, from int, ok bool) {
 
 // redactArgv treats a list as an argv: what stands behind "--token", and what the options of
 // known programs hold. The elements were redacted one by one before.
-func redactArgv(list []any) {
+func redactArgv(list []any) (changed bool) {
 	var options []option
 	seen := map[string]bool{}
 	for i, element := range list {
@@ -86,18 +86,19 @@ func redactArgv(list []any) {
 				continue
 			}
 			if inNext, from, ok := o.reads(word, next); ok && inNext {
-				list[i+1] = next[:from] + Mark
+				list[i+1], changed = next[:from]+Mark, true
 			} else if ok {
-				list[i] = word[:from] + Mark
+				list[i], changed = word[:from]+Mark, true
 			}
 		}
 		if len(seen) < 64 && len(word) < 32 {
 			seen[word] = true
 		}
 		if next != "" && !strings.Contains(next, Mark) && takesSecret(word, next, seen) {
-			list[i+1] = Mark
+			list[i+1], changed = Mark, true
 		}
 	}
+	return changed
 }
 
 // takesSecret reports whether the word behind an element of an argv is a secret for the element's
@@ -124,23 +125,24 @@ var command = regexp.MustCompile(`(?:^|[\s;&|("'` + "`" + `/=])(curl|sshpass|mys
 // word is one of a line of shell.
 var word = regexp.MustCompile(`"(?:[^"\\]|\\.)*"|'[^']*'|[^\s"']+(?:"[^"]*"|'[^']*'|[^\s"']+)*`)
 
-// flagged is a flag whose name is that of a secret, in a line of shell, and its value: the first
-// and the second group.
-var flagged = regexp.MustCompile(`(?:^|[\s"'])(--?[A-Za-z][A-Za-z0-9._-]*)[ \t]+("[^"]*"|'[^']*'|[^\s"']+)`)
-
 // redactCommands treats lines of shell as redactArgv treats an argv.
 func redactCommands(text string) string {
-	if strings.Contains(text, " -") {
-		text = redactFlags(text)
-		text = redactOptions(text)
+	if !strings.Contains(text, " -") {
+		return text
+	}
+	text = redactFlags(text)
+	for _, hint := range hints {
+		if strings.Contains(text, hint) {
+			return redactOptions(text)
+		}
 	}
 	return text
 }
 
+// hints are in the names of the programs.
+var hints = []string{"curl", "sshpass", "mysql", "mariadb", "docker", "podman", "nerdctl", "buildah", "skopeo", "helm", "oras", "crane", "redis-cli", "openssl", "7z", "zip"}
+
 func redactOptions(text string) string {
-	if !command.MatchString(text) {
-		return text
-	}
 	var clean strings.Builder
 	done := 0
 	for _, at := range command.FindAllStringSubmatchIndex(text, -1) {
@@ -192,14 +194,29 @@ func bared(line string, span []int) [2]int {
 func redactFlags(text string) string {
 	var clean strings.Builder
 	done := 0
-	for at := 0; ; {
-		m := flagged.FindStringSubmatchIndex(text[at:])
-		if m == nil {
+	for at := 0; at < len(text); {
+		dash := strings.IndexByte(text[at:], '-')
+		if dash < 0 {
 			break
 		}
-		name, from, to := text[at+m[2]:at+m[3]], at+m[4], at+m[5]
-		value := text[from:to]
-		at += m[3] // the value may be the next flag
+		start := at + dash
+		end := start
+		for end < len(text) && isNameByte(text[end]) {
+			end++
+		}
+		at = end
+		if start > done && strings.IndexByte(" \t\r\n\"'", text[start-1]) < 0 {
+			continue // within a word
+		}
+		from := end
+		for from < len(text) && (text[from] == ' ' || text[from] == '\t') {
+			from++
+		}
+		if from == end || from == len(text) {
+			continue
+		}
+		to := valueEnd(text, from)
+		name, value := text[start:end], text[from:to]
 		if strings.Contains(value, Mark) || !takesSecret(name, value, nil) || !strings.HasPrefix(name, "--") && gradeOf(name) != password {
 			continue
 		}
@@ -212,4 +229,17 @@ func redactFlags(text string) string {
 	}
 	clean.WriteString(text[done:])
 	return clean.String()
+}
+
+// valueEnd is where a word of a line of shell ends that begins at from.
+func valueEnd(text string, from int) int {
+	if quote := text[from]; isQuote(quote) {
+		if n := strings.IndexByte(text[from+1:], quote); n >= 0 {
+			return from + n + 2
+		}
+	}
+	if n := strings.IndexAny(text[from+1:], " \t\r\n\"'"); n >= 0 {
+		return from + 1 + n
+	}
+	return len(text)
 }

@@ -7,19 +7,19 @@ import (
 	"sync"
 )
 
-// knownForm is how a secret looks that says what it is. hint is in every match; looking for it
-// first keeps the common case cheap.
+// knownForm is how a secret looks that says what it is. One of hints is in every match; looking
+// for them first keeps the common case cheap.
 type knownForm struct {
-	hint string
-	form func() *regexp.Regexp // made when it is needed first
+	hints []string
+	form  func() *regexp.Regexp // made when it is needed first
 }
 
-func form(hint, expression string) knownForm {
-	return knownForm{hint, sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expression) })}
+func form(hints, expression string) knownForm {
+	return knownForm{strings.Fields(hints), sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expression) })}
 }
 
 var forms = []knownForm{
-	form("gh", `\bgh[pousr]_[A-Za-z0-9_]{20,}`),
+	form("ghp_ gho_ ghu_ ghs_ ghr_", `\bgh[pousr]_[A-Za-z0-9_]{20,}`),
 	form("github_pat_", `github_pat_[A-Za-z0-9_]{20,}`),
 	form("glpat-", `glpat-[A-Za-z0-9_-]{16,}`),
 	form("sk-", `\bsk-[A-Za-z0-9_-]{16,}`),
@@ -45,33 +45,36 @@ var forms = []knownForm{
 	form("v4.", `\bv4\.(public|local)\.[A-Za-z0-9_-]{40,}`),
 	form("AGE-", `AGE-(PLUGIN-[A-Z0-9-]+|SECRET-KEY)-1[A-Z0-9]{20,}`),
 	form("PRIVATE+KEY+", `PRIVATE\+KEY\+[^\s"]+`),
-	form("PRIVATE KEY", `(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----|$)`),
+	form("KEY-----", `(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----|$)`),
 	form("Signature=", `\bSignature=[A-Za-z0-9%+/=]{16,}`),
 	form("whsec_", `\bwhsec_[A-Za-z0-9+/=]{20,}`),
-	form("gl", `\bgl(rt|dt|ptt|cbt|ft|soat|agent|imt)-[A-Za-z0-9_.-]{16,}`),
+	form("glrt- gldt- glptt- glcbt- glft- glsoat- glagent- glimt-", `\bgl(rt|dt|ptt|cbt|ft|soat|agent|imt)-[A-Za-z0-9_.-]{16,}`),
 	form("xai-", `\bxai-[A-Za-z0-9]{20,}`),
 	form("gsk_", `\bgsk_[A-Za-z0-9]{20,}`),
 	form("pplx-", `\bpplx-[A-Za-z0-9]{20,}`),
-	form("AT", `\bAT(ATT|CTT|BB)[A-Za-z0-9_=-]{20,}`),
-	form("lin_", `\blin_(api|oauth)_[A-Za-z0-9]{20,}`),
-	form("shp", `\bshp(at|ca|pa|ss)_[A-Fa-f0-9]{20,}`),
+	form("ATATT ATCTT ATBB", `\bAT(ATT|CTT|BB)[A-Za-z0-9_=-]{20,}`),
+	form("lin_api_ lin_oauth_", `\blin_(api|oauth)_[A-Za-z0-9]{20,}`),
+	form("shpat_ shpca_ shppa_ shpss_", `\bshp(at|ca|pa|ss)_[A-Fa-f0-9]{20,}`),
 	form("figd_", `\bfigd_[A-Za-z0-9_-]{20,}`),
 	form("glsa_", `\bglsa_[A-Za-z0-9_]{20,}`),
-	form("do", `\bdo[or]_v1_[a-f0-9]{32,}`),
+	form("doo_v1_ dor_v1_", `\bdo[or]_v1_[a-f0-9]{32,}`),
 	form("tskey-", `\btskey-[a-z]+-[A-Za-z0-9-]{16,}`),
 	form("rubygems_", `\brubygems_[a-f0-9]{32,}`),
 	form("PMAK-", `\bPMAK-[A-Za-z0-9-]{20,}`),
 	form("NRAK-", `\bNRAK-[A-Z0-9]{20,}`),
 	form("hvb.", `\bhvb\.[A-Za-z0-9_-]{20,}`),
-	form("MI", `\bMII[A-Za-z0-9+/]{3}IBA(AKCA|DANBgkqhkiG9w0BAQEFAASC)[A-Za-z0-9+/=]+`), // RSA, unarmoured
-	form("MIGHAgEAM", `\bMIGHAgEAM[A-Za-z0-9+/=]{40,}`),                                 // EC, PKCS 8
-	form("MC4CAQAwB", `\bMC4CAQAwB[A-Za-z0-9+/=]{40,}`),                                 // Ed25519, PKCS 8
+	form("IBAAKCA IBADANBgkqhkiG9w0BAQEFAASC", `\bMII[A-Za-z0-9+/]{3}IBA(AKCA|DANBgkqhkiG9w0BAQEFAASC)[A-Za-z0-9+/=]+`), // RSA, unarmoured
+	form("MIGHAgEAM", `\bMIGHAgEAM[A-Za-z0-9+/=]{40,}`),                                                                 // EC, PKCS 8
+	form("MC4CAQAwB", `\bMC4CAQAwB[A-Za-z0-9+/=]{40,}`),                                                                 // Ed25519, PKCS 8
 }
 
 func knownForms(text string) string {
 	for _, f := range forms {
-		if strings.Contains(text, f.hint) {
-			text = f.form().ReplaceAllString(text, Mark)
+		for _, hint := range f.hints {
+			if strings.Contains(text, hint) {
+				text = f.form().ReplaceAllString(text, Mark)
+				break
+			}
 		}
 	}
 	return text
@@ -173,7 +176,7 @@ func redactElements(text string) string {
 
 // redactPairs replaces the value of "name": "Authorization", "value": "...".
 func redactPairs(text string) string {
-	if !containsFold(text, "val") {
+	if !containsFold(text, "value\"") && !containsFold(text, "value\\") && !containsFold(text, "value'") && !containsFold(text, "val\"") && !containsFold(text, "val\\") {
 		return text
 	}
 	return replace(text, pair, func(at []int) (from, to int) {

@@ -20,7 +20,8 @@ const (
 
 	// lowLeast, lowDigits, lowChanges and lowNumbers are for runs of small letters and digits
 	// alone: their least length, shares of digits and of changes, and how many numbers stand in them.
-	// Chance has 0.28 and 0.4. Digests in hex have no letter behind f.
+	// Chance has 0.28 and 0.4. lowBits is what 16 different characters have at most, so that
+	// digests in hex are none.
 	lowLeast, lowMost     = 28, 64
 	lowDigits, lowChanges = 0.15, 0.25
 	lowNumbers, lowBits   = 4, 4.0
@@ -128,7 +129,7 @@ func lowRandom(text string, at, end int) (from, to int) {
 			continue
 		}
 		var counts [256]int
-		digits, changes, numbers, beyond := 0, 0, 0, 0
+		digits, changes, numbers := 0, 0, 0
 		for i := from; i < to; i++ {
 			counts[text[i]]++
 			changed := i > from && class(text[i]) != class(text[i-1])
@@ -140,11 +141,9 @@ func lowRandom(text string, at, end int) (from, to int) {
 				if i == from || changed {
 					numbers++
 				}
-			} else if text[i] > 'f' {
-				beyond++
 			}
 		}
-		if n := float64(to - from); beyond >= 4 && numbers >= lowNumbers && float64(digits) >= lowDigits*n && float64(changes) >= lowChanges*n && bits(&counts, to-from) >= lowBits {
+		if n := float64(to - from); numbers >= lowNumbers && float64(digits) >= lowDigits*n && float64(changes) >= lowChanges*n && bits(&counts, to-from) > lowBits {
 			return from, to
 		}
 	}

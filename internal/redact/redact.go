@@ -22,31 +22,44 @@ const Mark = "[redacted]"
 // secret.
 const CutMark = "[cut: "
 
-// Value is a decoded JSON value without its secrets. Maps are new, lists may be changed in
-// place; numbers are json.Number or float64.
-func Value(value any) any {
+// Value is a decoded JSON value without its secrets, and whether it had any. Lists and maps
+// are changed in place; numbers are json.Number or float64.
+func Value(value any) (clean any, changed bool) {
 	switch v := value.(type) {
 	case string:
-		return Text(v)
+		text := Text(v)
+		return text, text != v
 	case []any:
-		return list(v)
+		return v, list(v)
 	case map[string]any:
-		clean := make(map[string]any, len(v))
-		for key, member := range v {
-			clean[Text(key)] = Member(key, member)
-		}
-		hideNamed(clean)
-		return clean
+		return v, object(v)
 	}
-	return value
+	return value, false
 }
 
-// Member is a member of an object without its secrets.
-func Member(name string, value any) any {
-	if hides(gradeOf(name), value) {
-		return Mark
+// object treats the members, and what only two of them together tell.
+func object(v map[string]any) (changed bool) {
+	var renamed []string
+	for name, member := range v {
+		clean, hidden := any(Mark), hides(gradeOf(name), member)
+		if !hidden {
+			clean, hidden = Value(member)
+		} else if member == Mark {
+			hidden = false
+		}
+		if hidden {
+			v[name], changed = clean, true
+		}
+		if Text(name) != name {
+			renamed = append(renamed, name)
+		}
 	}
-	return Value(value)
+	for _, name := range renamed {
+		member := v[name]
+		delete(v, name)
+		v[Text(name)], changed = member, true
+	}
+	return hideNamed(v) || changed
 }
 
 // hides reports whether a value under a name of this grade is a secret.
@@ -62,8 +75,14 @@ func hides(g grade, value any) bool {
 	return g >= named
 }
 
+// shortest is how long a secret is at least that no name before it tells.
+const shortest = 14
+
 // Text is a text without its secrets.
 func Text(text string) string {
+	if len(text) < shortest && !strings.ContainsAny(text, "=: ") {
+		return text
+	}
 	text = knownForms(text)
 	if strings.Contains(text, "://") {
 		text = redactURLs(text)
@@ -86,31 +105,35 @@ func Text(text string) string {
 
 // list treats the elements, and what only their order tells: argv, pairs of names and values,
 // and a key whose lines are elements.
-func list(v []any) any {
-	hideKeyLines(v)
+func list(v []any) (changed bool) {
+	changed = hideKeyLines(v)
 	for i := range v {
-		v[i] = Value(v[i])
+		clean, hidden := Value(v[i])
+		v[i], changed = clean, changed || hidden
 	}
-	redactArgv(v)
-	for _, element := range v {
-		pair, ok := element.([]any)
-		if !ok || len(pair) != 2 {
-			return v
+	return redactArgv(v) || hidePairs(v) || changed
+}
+
+// hidePairs treats [["X-Api-Key", "..."], ...].
+func hidePairs(list []any) (changed bool) {
+	for _, element := range list {
+		if pair, ok := element.([]any); !ok || len(pair) != 2 {
+			return false
 		}
 	}
-	for _, element := range v { // [["X-Api-Key", "..."], ...]
+	for _, element := range list {
 		pair := element.([]any)
-		if name, ok := pair[0].(string); ok && !strings.ContainsAny(name, " \n") && hides(gradeOf(name), pair[1]) {
-			pair[1] = Mark
+		if name, ok := pair[0].(string); ok && !strings.ContainsAny(name, " \n") && pair[1] != any(Mark) && hides(gradeOf(name), pair[1]) {
+			pair[1], changed = Mark, true
 		}
 	}
-	return v
+	return changed
 }
 
 // hideNamed hides the value of {"name": "Authorization", "value": "..."}.
-func hideNamed(object map[string]any) {
+func hideNamed(object map[string]any) (changed bool) {
 	if len(object) > 8 {
-		return
+		return false
 	}
 	g := harmless
 	for key, member := range object {
@@ -119,13 +142,14 @@ func hideNamed(object map[string]any) {
 		}
 	}
 	if g == harmless {
-		return
+		return false
 	}
 	for key, member := range object {
-		if valueKeys[strings.ToLower(key)] && hides(g, member) {
-			object[key] = Mark
+		if valueKeys[strings.ToLower(key)] && member != any(Mark) && hides(g, member) {
+			object[key], changed = Mark, true
 		}
 	}
+	return changed
 }
 
 var (
@@ -134,7 +158,7 @@ var (
 )
 
 // hideKeyLines hides the lines of a private key that are elements of a list.
-func hideKeyLines(list []any) {
+func hideKeyLines(list []any) (changed bool) {
 	inside := false
 	for i, element := range list {
 		line, ok := element.(string)
@@ -142,13 +166,14 @@ func hideKeyLines(list []any) {
 		case !ok:
 			inside = false
 		case inside:
-			list[i] = Mark
+			list[i], changed = Mark, true
 			inside = !strings.Contains(line, "-----END ")
 		default:
 			at := strings.LastIndex(line, "-----BEGIN ")
 			inside = at >= 0 && strings.Contains(line[at:], "PRIVATE KEY") && !strings.Contains(line[at:], "-----END ")
 		}
 	}
+	return changed
 }
 
 // containsFold is strings.Contains for a lower-case ASCII word in whatever case.

@@ -31,7 +31,12 @@ func shownOf(v any) []byte {
 	if err := dec.Decode(&value); err != nil {
 		panic(err)
 	}
-	shown, err := nucleus.Canonical(Value(value))
+	before, _ := json.Marshal(value)
+	clean, changed := Value(value)
+	if after, _ := json.Marshal(clean); changed == bytes.Equal(before, after) {
+		panic(fmt.Sprintf("changed: %v\n%s\n%s", changed, before, after))
+	}
+	shown, err := nucleus.Canonical(clean)
 	if err != nil {
 		panic(err)
 	}
