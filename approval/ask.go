@@ -97,6 +97,9 @@ func Check(ask nucleus.AskRequest) error {
 	if ask.Approvals < 1 || ask.Approvals > nucleus.MaxApprovals {
 		return fmt.Errorf("ask %q: it needs %d approvals, want 1 to %d", ask.ID, ask.Approvals, nucleus.MaxApprovals)
 	}
+	if ask.Takes&^(nucleus.Private|nucleus.Untrusted|nucleus.WayOut) != 0 {
+		return fmt.Errorf("ask %q: it takes exposure 0x%x, which is none", ask.ID, uint8(ask.Takes))
+	}
 	if err := checkParts(ask.Action); err != nil {
 		return fmt.Errorf("ask %q: %w", ask.ID, err)
 	}

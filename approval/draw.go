@@ -258,6 +258,9 @@ func (d *drawing) why(ask nucleus.AskRequest) {
 	d.field("policy", quote(ask.Policy))
 	d.field("decided", moment(ask.Context.UnixMilli))
 	d.field("exposure", legs(ask.Context.Exposure))
+	if ask.Takes != 0 {
+		d.field("takes", legs(ask.Takes))
+	}
 	d.amounts("spent", ask.Context.Spent)
 	d.amounts("set aside", ask.Context.Reserved)
 	for _, flag := range []struct {
@@ -292,6 +295,8 @@ func legs(l nucleus.Legs) string {
 	}
 	return text
 }
+
+const dropsNote = "no fast-forward: commits that the remote's branch has are dropped from it"
 
 // asked are the arguments that an action holds as digests alone, or not at all, as the
 // requester signed them.
@@ -396,6 +401,9 @@ func (d *drawing) action(ask nucleus.AskRequest) {
 		d.field("ref", quote(p.Ref))
 		d.field("old", quote(p.Old))
 		d.field("new", quote(p.New))
+		if p.Drops {
+			d.field("note", dropsNote)
+		}
 		if len(ask.Detail) == 0 {
 			d.field("note", "no commits, files or diff were given with this push")
 		}

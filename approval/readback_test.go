@@ -198,7 +198,7 @@ func actionIn(t testing.TB, text string, op nucleus.Op) nucleus.Action {
 	case nucleus.NetConnect:
 		a.Connect = &nucleus.Connect{Host: r.one("host"), Port: r.number("port")}
 	case nucleus.GitPush:
-		a.Push = &nucleus.Push{Repo: r.one("repository"), Remote: r.one("remote"), Ref: r.one("ref"), Old: r.one("old"), New: r.one("new")}
+		a.Push = &nucleus.Push{Repo: r.one("repository"), Remote: r.one("remote"), Ref: r.one("ref"), Old: r.one("old"), New: r.one("new"), Drops: r.notes(dropsNote)}
 	case nucleus.CreatePR:
 		a.PR = &nucleus.PR{Repository: r.one("repository"), API: r.one("api"), Base: r.one("base"), Head: r.one("head"), HeadID: r.one("head id"), Title: r.one("title"), Body: r.one("body")}
 	case nucleus.GitCommit:
@@ -216,7 +216,7 @@ func withTexts(a, b string) map[string]nucleus.Action {
 		"command": {Op: nucleus.RunBash, Args: args, Command: &nucleus.Command{Argv: []string{a, b, "", a + "\n" + b}, Script: true, Dir: b, Env: map[string]string{a: b, "x" + b: a}, Stdin: hexOf("in"), Binary: a, Files: files, TTY: true}},
 		"fetch":   {Op: nucleus.WebFetch, Args: args, Fetch: &nucleus.Fetch{Method: b, URL: a, Host: b, Port: 443, Path: a, Headers: map[string]string{a: b, b + "y": a}, Body: hexOf("b"), Bytes: 3}},
 		"connect": {Op: nucleus.NetConnect, Args: args, Connect: &nucleus.Connect{Host: a, Port: 22}},
-		"push":    {Op: nucleus.GitPush, Args: args, Push: &nucleus.Push{Repo: a, Remote: b, Ref: a, Old: b, New: a}},
+		"push":    {Op: nucleus.GitPush, Args: args, Push: &nucleus.Push{Repo: a, Remote: b, Ref: a, Old: b, New: a, Drops: len(a)%2 == 0}},
 		"pr":      {Op: nucleus.CreatePR, Args: args, PR: &nucleus.PR{Repository: a, API: b, Base: a, Head: b, HeadID: a, Title: b, Body: a + "\n" + b}},
 		"job":     {Op: nucleus.RunBash, Args: args, Job: &nucleus.Job{ID: "j" + a, Stop: true}},
 		"commit":  {Op: nucleus.GitCommit, Args: args, Commit: &nucleus.Commit{Repo: a, Message: b, Paths: []string{a, b}, Name: a, Email: b}},

@@ -51,6 +51,7 @@ const (
 	BadWant      Reason = "binding"    // what the verifier compares with is itself incomplete
 	BadQuorum    Reason = "quorum"     // fewer approvers than the ask needs, or more
 	BadTwice     Reason = "twice"      // one approver, one key or one grant counts twice
+	BadTask      Reason = "task"       // bounds of a task that do not fit the ask, or differ between approvers
 )
 
 // Refusal is the error of a grant that does not hold.
@@ -122,7 +123,7 @@ func Verify(token string, ask nucleus.AskRequest, approvers []nucleus.Approver, 
 }
 
 // Approved checks that tokens grant exactly ask, now: a grant of each of as many different
-// approvers, by different keys, as the ask needs. See Binding.Verify.
+// approvers, by different keys, as the ask needs, all for one use or all for the same task. See Binding.Verify.
 func Approved(tokens []string, ask nucleus.AskRequest, approvers []nucleus.Approver, nowMillis int64) ([]nucleus.Grant, error) {
 	b, err := Bind(ask)
 	if err != nil {
@@ -147,7 +148,25 @@ func Approved(tokens []string, ask nucleus.AskRequest, approvers []nucleus.Appro
 		}
 		grants = append(grants, grant)
 	}
+	if err := checkTasks(ask, grants, nowMillis); err != nil {
+		return nil, err
+	}
 	return grants, nil
+}
+
+// checkTasks refuses grants that are good for different things.
+func checkTasks(ask nucleus.AskRequest, grants []nucleus.Grant, now int64) error {
+	for _, g := range grants {
+		if !SameTask(g.Task, grants[0].Task) {
+			return refuse(BadTask, "%s and %s granted different tasks", grants[0].Approver, g.Approver)
+		}
+	}
+	if task := grants[0].Task; task != nil {
+		if err := CheckTask(ask, *task, now); err != nil {
+			return refuse(BadTask, "%v", err)
+		}
+	}
+	return nil
 }
 
 // Different returns approvers without those who would count twice, or who would grant what

@@ -13,8 +13,8 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 )
 
-// maxCheckpoint bounds a signed note with many cosignatures.
-const maxCheckpoint = 1 << 20
+// MaxCheckpoint bounds a signed note with many cosignatures, in bytes.
+const MaxCheckpoint = 1 << 20
 
 // Checkpoint is what a C2SP checkpoint says: the log, how many entries it has,
 // and the root of their Merkle tree.
@@ -62,6 +62,9 @@ var errSignature = errors.New("bad signature")
 // openCheckpoint parses a checkpoint. With errSignature it still returns what
 // the text says.
 func openCheckpoint(signed []byte, v note.Verifier) (Checkpoint, error) {
+	if len(signed) > MaxCheckpoint {
+		return Checkpoint{}, fmt.Errorf("not a checkpoint: %d bytes, at most %d are one", len(signed), MaxCheckpoint)
+	}
 	end := bytes.LastIndex(signed, []byte("\n\n"))
 	if end < 0 {
 		return Checkpoint{}, errors.New("not a checkpoint: no signature")

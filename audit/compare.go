@@ -1,16 +1,26 @@
 package audit
 
 import (
+	"encoding/json"
 	"fmt"
+	"slices"
 
 	"cal/nucleus"
 )
 
-// Ungranted is the kind of a grant that was used and that the authority's log lacks.
-const Ungranted ProblemKind = "ungranted"
+// The kinds of what the node's log and the authority's tell differently, or what either tells of
+// approvals that may not be.
+const (
+	Ungranted ProblemKind = "ungranted"    // a grant that was used and that the authority's log lacks
+	TooFew    ProblemKind = "too few"      // a use by fewer approvers than the ask needs
+	TooOften  ProblemKind = "too often"    // more uses than were granted
+	Uncounted ProblemKind = "uncounted"    // a use that the authority did not count before
+	Revoked   ProblemKind = "used revoked" // a use of what was taken back before
+)
 
 // Compare holds the node's log against the authority's, which another process writes
-// under another key: a grant that was used is one that the authority gave, for that ask,
+// under another key: what was used is what the authority gave, for that ask, by as many approvers as
+// it needs, as often as they said, counted by the authority and not taken back before;
 // and an ask that the authority was shown stands in the node's log, of the same digest.
 // So a node's log that was cut or written anew by its key's holder is found out where it
 // forgets what a person was asked. Both may be written meanwhile. Verify each first.
@@ -20,11 +30,7 @@ func Compare(node, authority string) ([]Problem, error) {
 	if err != nil {
 		return nil, err
 	}
-	grants, err := approvals(authority, nucleus.KindApprovalGrant)
-	if err != nil {
-		return nil, err
-	}
-	shown, err := approvals(authority, nucleus.KindApprovalAsk)
+	decisions, err := approvals(authority, "approval.*")
 	if err != nil {
 		return nil, err
 	}
@@ -32,33 +38,116 @@ func Compare(node, authority string) ([]Problem, error) {
 	if err != nil {
 		return nil, err
 	}
-	problems := []Problem{}
-	given := map[string]string{} // grant: ask
-	for _, e := range grants {
-		for _, grant := range e.Grants {
-			given[grant] = e.Ask
-		}
+	book := approvalBook{asks: map[string]*askedFor{}, problems: []Problem{}}
+	for _, e := range decisions {
+		book.decided(e)
 	}
 	for _, e := range uses {
-		for _, grant := range e.Grants {
-			if ask, ok := given[grant]; !ok || ask != e.Ask {
-				problems = append(problems, Problem{e.Seq, Ungranted, "", fmt.Sprintf("it uses grant %s for ask %s, which the authority's log does not have", grant, e.Ask)})
-			}
-		}
+		book.used(e)
 	}
 	asked := map[string]string{} // ask: digest
 	for _, e := range asks {
 		asked[e.Ask] = e.Digest
 	}
-	for _, e := range shown {
+	for _, e := range decisions {
+		if e.Kind != nucleus.KindApprovalAsk {
+			continue
+		}
 		switch digest, ok := asked[e.Ask]; {
 		case !ok:
-			problems = append(problems, Problem{-1, Missing, "", fmt.Sprintf("the authority was shown ask %s (its entry %d), which the node's log does not have", e.Ask, e.Seq)})
+			book.problem(-1, Missing, "the authority was shown ask %s (its entry %d), which the node's log does not have", e.Ask, e.Seq)
 		case digest != e.Digest:
-			problems = append(problems, Problem{-1, Changed, "", fmt.Sprintf("ask %s has digest %s in the node's log, %s in the authority's (entry %d)", e.Ask, digest, e.Digest, e.Seq)})
+			book.problem(-1, Changed, "ask %s has digest %s in the node's log, %s in the authority's (entry %d)", e.Ask, digest, e.Digest, e.Seq)
 		}
 	}
-	return problems, nil
+	return book.problems, nil
+}
+
+// askedFor is what both logs tell of one ask.
+type askedFor struct {
+	given   map[string]string // grant: approver
+	need    int
+	most    int // uses that were granted
+	counted []string
+	revoked []string // grants
+	used    map[string]bool
+}
+
+type approvalBook struct {
+	asks     map[string]*askedFor
+	problems []Problem
+}
+
+func (b *approvalBook) problem(seq int64, kind ProblemKind, format string, args ...any) {
+	b.problems = append(b.problems, Problem{seq, kind, "", fmt.Sprintf(format, args...)})
+}
+
+func (b *approvalBook) of(ask string) *askedFor {
+	if b.asks[ask] == nil {
+		b.asks[ask] = &askedFor{given: map[string]string{}, need: 1, most: 1, used: map[string]bool{}}
+	}
+	return b.asks[ask]
+}
+
+// decided takes note of an entry of the authority's log.
+func (b *approvalBook) decided(e nucleus.Entry) {
+	a := b.of(e.Ask)
+	switch e.Kind {
+	case nucleus.KindApprovalGrant:
+		var told struct {
+			Need int           `json:"need"`
+			Task *nucleus.Task `json:"task"`
+		}
+		if json.Unmarshal(e.Data, &told) == nil {
+			a.need = max(a.need, told.Need)
+			if told.Task != nil {
+				a.most = told.Task.Uses
+			}
+		}
+		for _, grant := range e.Grants {
+			a.given[grant] = e.Actor
+		}
+	case nucleus.KindApprovalRevoke:
+		a.revoked = append(a.revoked, e.Grants...)
+	case nucleus.KindApprovalUse:
+		a.counted = append(a.counted, e.Permit)
+		if len(a.counted) > a.most {
+			b.problem(-1, TooOften, "the authority counted use %d of ask %s (its entry %d), of %d that were granted", len(a.counted), e.Ask, e.Seq, a.most)
+		}
+		for _, grant := range e.Grants {
+			if slices.Contains(a.revoked, grant) {
+				b.problem(-1, Revoked, "the authority counted a use of grant %s (its entry %d), which was taken back before", grant, e.Seq)
+			}
+		}
+	}
+}
+
+// used holds a use in the node's log against what the authority's tells.
+func (b *approvalBook) used(e nucleus.Entry) {
+	a := b.of(e.Ask)
+	by, known := map[string]bool{}, true
+	for _, grant := range e.Grants {
+		approver, ok := a.given[grant]
+		if !ok {
+			known = false
+			b.problem(e.Seq, Ungranted, "it uses grant %s for ask %s, which the authority's log does not have", grant, e.Ask)
+		}
+		by[approver] = true
+	}
+	if !known {
+		return
+	}
+	if len(by) < a.need {
+		b.problem(e.Seq, TooFew, "it uses the grants of %d approvers for ask %s, which needs %d", len(by), e.Ask, a.need)
+	}
+	var told struct{ N int }
+	_ = json.Unmarshal(e.Data, &told) // a log of before uses were numbered: 0
+	if told.N > 0 && !slices.Contains(a.counted, e.Permit) {
+		b.problem(e.Seq, Uncounted, "it uses what was granted for ask %s under permit %s, which the authority did not count", e.Ask, e.Permit)
+	}
+	if a.used[e.Permit] = true; len(a.used) > a.most {
+		b.problem(e.Seq, TooOften, "it is use %d of ask %s, of %d that were granted", len(a.used), e.Ask, a.most)
+	}
 }
 
 func approvals(dir, kind string) (list []nucleus.Entry, err error) {

@@ -62,6 +62,13 @@ func (h *hostile) Names() ([]string, error) {
 	return h.FS.Names()
 }
 
+func (h *hostile) Partials() ([]string, error) {
+	if h.wrong("list tile", false) {
+		return nil, errDisk
+	}
+	return h.FS.Partials()
+}
+
 func (h *hostile) ReadFile(name string, limit int64) ([]byte, error) {
 	if h.wrong("read "+name, false) {
 		return nil, errDisk

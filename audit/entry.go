@@ -11,13 +11,19 @@ import (
 	"cal/nucleus"
 )
 
-// maxBundle is the largest entry bundle.
-const maxBundle = tileWidth * (2 + nucleus.MaxEntry)
+// maxBundle is the largest entry bundle, leastEntry less than an entry has.
+const (
+	maxBundle  = tileWidth * (2 + nucleus.MaxEntry)
+	leastEntry = len(`{"seq":0}`)
+)
 
 // encode makes the stored bytes of an entry.
 func encode(e nucleus.Entry) ([]byte, error) {
 	if e.Kind == "" {
 		return nil, errors.New("log entry without a kind")
+	}
+	if e.Op != "" && !e.Op.Valid() {
+		return nil, fmt.Errorf("log entry %s: unknown operation %q", e.Kind, e.Op)
 	}
 	raw, err := nucleus.Canonical(e)
 	if err != nil {
@@ -29,10 +35,16 @@ func encode(e nucleus.Entry) ([]byte, error) {
 	return raw, nil
 }
 
+// decode takes an operation as it is written: a log may be of a version that knows more
+// of them than this program does.
 func decode(raw []byte) (nucleus.Entry, error) {
-	var e nucleus.Entry
+	var e struct {
+		nucleus.Entry
+		Op string `json:"op"` // in the place of Entry.Op, which refuses what it does not know
+	}
 	err := json.Unmarshal(raw, &e)
-	return e, err
+	e.Entry.Op = nucleus.Op(e.Op)
+	return e.Entry, err
 }
 
 // appendBundle adds an entry to a bundle: a big-endian uint16 length before it.
@@ -40,14 +52,22 @@ func appendBundle(bundle, raw []byte) []byte {
 	return append(binary.BigEndian.AppendUint16(bundle, uint16(len(raw))), raw...)
 }
 
-// splitBundle returns the entries of a bundle; with an error, those before it.
-func splitBundle(bundle []byte) (entries [][]byte, err error) {
+// splitBundle returns the entries of a bundle; with an error, those before it. One that
+// has more than most is an error, and so is an entry that is hardly there: it is many times
+// larger in memory.
+func splitBundle(bundle []byte, most int) (entries [][]byte, err error) {
 	for at := 0; at < len(bundle); {
+		if len(entries) == most {
+			return entries, fmt.Errorf("more than %d entries in %d bytes", most, len(bundle))
+		}
 		rest := bundle[at:]
 		if len(rest) < 2 {
 			return entries, fmt.Errorf("entry %d of the bundle: its length is cut", len(entries))
 		}
 		n := int(binary.BigEndian.Uint16(rest))
+		if n < leastEntry {
+			return entries, fmt.Errorf("entry %d of the bundle has %d bytes", len(entries), n)
+		}
 		if len(rest) < 2+n {
 			return entries, fmt.Errorf("entry %d of the bundle: %d of %d bytes", len(entries), len(rest)-2, n)
 		}

@@ -255,7 +255,7 @@ func TestEveryEntryOf50(t *testing.T) {
 	dir := logs["closed"]
 	content := contents(t, dir)
 	const n = 50
-	entries, err := splitBundle([]byte(content["tile/entries/000.p/50"]))
+	entries, err := splitBundle([]byte(content["tile/entries/000.p/50"]), 50)
 	if err != nil || len(entries) != n {
 		t.Fatalf("%d entries, %v", len(entries), err)
 	}

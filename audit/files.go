@@ -2,8 +2,10 @@ package audit
 
 import (
 	"io"
+	"io/fs"
 	"os"
 	"path"
+	"strings"
 
 	"cal/internal/durable"
 )
@@ -35,6 +37,16 @@ func (f files) Lock(name string) (io.Closer, error) {
 		return nil, err
 	}
 	return lock, nil
+}
+
+func (f files) Partials() (names []string, err error) {
+	err = fs.WalkDir(f.FS(), "tile", func(name string, entry fs.DirEntry, err error) error {
+		if err == nil && !entry.IsDir() && strings.HasSuffix(path.Dir(name), ".p") {
+			names = append(names, name)
+		}
+		return err
+	})
+	return names, err
 }
 
 func (f files) WriteFile(name string, data []byte) error {

@@ -115,6 +115,19 @@ func TestCompare(t *testing.T) {
 	ask := nucleus.Entry{Kind: nucleus.KindApprovalAsk, Ask: "a-1", Digest: "d-1", Op: nucleus.GitPush}
 	use := nucleus.Entry{Kind: nucleus.KindApprovalUse, Ask: "a-1", Digest: "d-1", Grants: []string{"g-1"}}
 	grant := nucleus.Entry{Kind: nucleus.KindApprovalGrant, Ask: "a-1", Digest: "d-1", Grants: []string{"g-1"}}
+	const one, two, task = `{"need":1}`, `{"need":2}`, `{"need":1,"task":{"uses":3,"until_ms":1,"exposure":0,"match":{}}}`
+	by := func(approver, id, data string) nucleus.Entry {
+		e := grant
+		e.Actor, e.Grants, e.Data = approver, []string{id}, json.RawMessage(data)
+		return e
+	}
+	numbered := func(n int, ids ...string) nucleus.Entry {
+		e := use
+		e.Permit, e.Grants, e.Data = fmt.Sprint("r-", n), ids, json.RawMessage(fmt.Sprintf(`{"n":%d,"of":1}`, n))
+		return e
+	}
+	counted := numbered
+	revoked := nucleus.Entry{Kind: nucleus.KindApprovalRevoke, Ask: "a-1", Grants: []string{"g-1"}}
 	otherAsk, otherGrant := ask, grant
 	otherAsk.Digest, otherGrant.Ask = "d-2", "a-2"
 	for _, c := range []struct {
@@ -129,6 +142,20 @@ func TestCompare(t *testing.T) {
 		{"the grant of another ask", []nucleus.Entry{ask, use}, []nucleus.Entry{ask, otherGrant}, []ProblemKind{Ungranted}},
 		{"the node's log was cut", nil, []nucleus.Entry{ask, grant}, []ProblemKind{Missing}},
 		{"another digest", []nucleus.Entry{otherAsk}, []nucleus.Entry{ask}, []ProblemKind{Changed}},
+
+		{"two of two", []nucleus.Entry{ask, numbered(1, "g-1", "g-2")}, []nucleus.Entry{ask, by("ann", "g-1", two), by("bob", "g-2", two), counted(1, "g-1", "g-2")}, nil},
+		{"one of two", []nucleus.Entry{ask, numbered(1, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", two), by("bob", "g-2", two), counted(1, "g-1")}, []ProblemKind{TooFew}},
+		{"two of one approver", []nucleus.Entry{ask, numbered(1, "g-1", "g-2")}, []nucleus.Entry{ask, by("ann", "g-1", two), by("ann", "g-2", two), counted(1, "g-1", "g-2")}, []ProblemKind{TooFew}},
+		{"a task", []nucleus.Entry{ask, numbered(1, "g-1"), numbered(2, "g-1"), numbered(3, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", task), counted(1, "g-1"), counted(2, "g-1"), counted(3, "g-1")}, nil},
+		{"a use more than the task has", []nucleus.Entry{ask, numbered(1, "g-1"), numbered(2, "g-1"), numbered(3, "g-1"), numbered(4, "g-1")},
+			[]nucleus.Entry{ask, by("ann", "g-1", task), counted(1, "g-1"), counted(2, "g-1"), counted(3, "g-1"), counted(4, "g-1")}, []ProblemKind{TooOften, TooOften}},
+		{"used twice", []nucleus.Entry{ask, numbered(1, "g-1"), numbered(2, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, []ProblemKind{Uncounted, TooOften}},
+		{"not counted", []nucleus.Entry{ask, numbered(1, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one)}, []ProblemKind{Uncounted}},
+		{"counted and not used", []nucleus.Entry{ask}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, nil},
+		{"taken back after its use", []nucleus.Entry{ask, numbered(1, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1"), revoked}, nil},
+		{"used after it was taken back", []nucleus.Entry{ask, numbered(1, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), revoked, counted(1, "g-1")}, []ProblemKind{Revoked}},
+		{"one grant was taken back, two others were used", []nucleus.Entry{ask, numbered(1, "g-2", "g-3")},
+			[]nucleus.Entry{ask, by("ann", "g-1", two), revoked, by("bob", "g-2", two), by("carol", "g-3", two), counted(1, "g-2", "g-3")}, nil},
 	} {
 		problems, err := Compare(makeVaried(t, c.node...), makeVaried(t, c.authority...))
 		var kinds []ProblemKind

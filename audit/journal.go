@@ -23,6 +23,9 @@ const (
 	journalFormat = "cal-journal "
 	frameHeader   = 12
 	maxJournal    = 256 << 20
+
+	// maxRecord is more than one record's payload has: its note, its entries and their lengths.
+	maxRecord = MaxCheckpoint + 2*maxGroup
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -36,14 +39,20 @@ func frame(payload []byte) []byte {
 	return append(f, payload...)
 }
 
-// unframe returns the payload of the whole, undamaged frame at the start of raw.
-func unframe(raw []byte) (payload []byte, ok bool) {
+// frameLength is how long the payload is of the frame that begins with raw; false
+// where no frame begins.
+func frameLength(raw []byte) (n int64, ok bool) {
 	if len(raw) < frameHeader ||
 		crc32.Checksum(raw[:8], castagnoli) != binary.BigEndian.Uint32(raw[8:]) {
-		return nil, false
+		return 0, false
 	}
-	n := int64(binary.BigEndian.Uint32(raw))
-	if int64(len(raw)) < frameHeader+n {
+	return int64(binary.BigEndian.Uint32(raw)), true
+}
+
+// unframe returns the payload of the whole, undamaged frame at the start of raw.
+func unframe(raw []byte) (payload []byte, ok bool) {
+	n, ok := frameLength(raw)
+	if !ok || int64(len(raw)) < frameHeader+n {
 		return nil, false
 	}
 	payload = raw[frameHeader : frameHeader+n]
@@ -96,8 +105,9 @@ var errDamaged = errors.New("damaged")
 
 // parseJournal reads a journal. A writer writes one record at a time and goes on
 // only when it is on the disk, so only the last one can be torn: bytes that are
-// no record but have one after them are damage, and an error. The journal
-// returned with errDamaged holds what lies before it. A bad signature is
+// no record but in which another begins, or that are longer than a record, are damage,
+// and an error. The journal returned with an error holds the records before it; it is nil
+// where the base does not hold. A bad signature is
 // errSignature; v nil leaves signatures unchecked.
 func parseJournal(raw []byte, v note.Verifier) (*journal, error) {
 	if line, _, _ := bytes.Cut(raw[:min(len(raw), 40)], []byte("\n")); bytes.HasPrefix(line, []byte(journalFormat)) && string(line)+"\n" != journalMagic {
@@ -117,7 +127,7 @@ func parseJournal(raw []byte, v note.Verifier) (*journal, error) {
 	j := &journal{note: []byte(b.Checkpoint), open: b.Open, whole: len(journalMagic) + frameHeader + len(payload)}
 	var err error
 	if j.base, err = readNote(j.note, v); err != nil {
-		return j, fmt.Errorf("its base: %w", err)
+		return nil, fmt.Errorf("its base: %w", err)
 	}
 	size := j.base.Size
 	for j.whole < len(raw) {
@@ -136,9 +146,14 @@ func parseJournal(raw []byte, v note.Verifier) (*journal, error) {
 		j.whole += frameHeader + len(payload)
 	}
 	j.tail = raw[j.whole:]
+	if len(j.tail) > frameHeader+maxRecord {
+		return j, fmt.Errorf("%w: the record at byte %d, with %d bytes after it where one record has at most %d", errDamaged, j.whole, len(j.tail), frameHeader+maxRecord)
+	}
+	// Its header is enough: to sum what every header claims would be quadratic. An entry is
+	// text, in which no length is so small.
 	for i := 1; i < len(j.tail); i++ {
-		if _, ok := unframe(j.tail[i:]); ok {
-			return j, fmt.Errorf("%w: the record at byte %d, though a whole one follows at byte %d", errDamaged, j.whole, j.whole+i)
+		if n, ok := frameLength(j.tail[i:]); ok && n <= maxRecord {
+			return j, fmt.Errorf("%w: the record at byte %d, though another begins at byte %d", errDamaged, j.whole, j.whole+i)
 		}
 	}
 	return j, nil
@@ -151,7 +166,7 @@ func parseRecord(payload []byte, v note.Verifier) (record, error) {
 	end := 4 + binary.BigEndian.Uint32(payload)
 	r := record{checkpoint: payload[4:end]}
 	var err error
-	if r.entries, err = splitBundle(payload[end:]); err != nil {
+	if r.entries, err = splitBundle(payload[end:], len(payload)/(2+leastEntry)); err != nil {
 		return record{}, fmt.Errorf("%w: %w", errDamaged, err)
 	}
 	if len(r.entries) == 0 {

@@ -27,6 +27,8 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"math"
+	"path"
 	"slices"
 	"sync"
 	"time"
@@ -73,6 +75,8 @@ type FS interface {
 	Lock(name string) (io.Closer, error)
 	// Names lists the log's directory.
 	Names() ([]string, error)
+	// Partials lists the files in directories below tile/ whose names end with ".p".
+	Partials() ([]string, error)
 	ReadFile(name string, limit int64) ([]byte, error)
 	// WriteFile replaces the file whole, and makes directories on the way.
 	WriteFile(name string, data []byte) error
@@ -518,6 +522,23 @@ func (l *Log) removePartials(before, size int64) {
 				full.W = tileWidth
 				_ = l.fs.Remove(tilePath(full) + ".p")
 			}
+		}
+	}
+}
+
+// removeStale removes the partial tiles that a crash kept from being removed: all for
+// which the tree of size leaves, which is published, has a wider one. Errors are let
+// pass, as above.
+func (l *Log) removeStale(size int64) {
+	names, _ := l.fs.Partials()
+	for _, name := range names {
+		at, err := parseTilePath(name)
+		if err != nil || at.N >= math.MaxInt64/tileWidth {
+			continue // Verify says so
+		}
+		if at.N*tileWidth+int64(at.W) < min(size>>(tileHeight*max(at.L, 0)), (at.N+1)*tileWidth) {
+			_ = l.fs.Remove(name)
+			_ = l.fs.Remove(path.Dir(name)) // which fails where something is left
 		}
 	}
 }

@@ -8,11 +8,19 @@ import (
 	"strconv"
 	"strings"
 
+	"cal/nucleus"
+
 	"golang.org/x/mod/sumdb/tlog"
 )
 
 // proofMagic is the first line of a C2SP tlog-proof.
 const proofMagic = "c2sp.org/tlog-proof@v1"
+
+// A proof has an entry in base64, at most maxPath hashes, and a checkpoint.
+const (
+	maxPath  = 64
+	maxProof = 2*nucleus.MaxEntry + 64*maxPath + MaxCheckpoint
+)
 
 // prove returns what a stranger needs beside the leaves at the indexes, which rise, to
 // compute the root of the view's tree: the hash of each largest subtree in which none of
@@ -136,7 +144,7 @@ func IsProof(raw []byte) bool { return bytes.HasPrefix(raw, []byte(proofMagic+"\
 // parseProof reads a tlog-proof that carries its entry.
 func parseProof(raw []byte) (entry []byte, index int64, path tlog.RecordProof, checkpoint []byte, err error) {
 	head, checkpoint, ok := bytes.Cut(raw, []byte("\n\n"))
-	lines := strings.Split(string(head), "\n")
+	lines := strings.SplitN(string(head), "\n", 3+maxPath+1)
 	if !ok || len(lines) < 3 || lines[0] != proofMagic {
 		return nil, 0, nil, nil, malformed("not a proof: want the lines %q, extra, index, hashes, an empty line and a checkpoint", proofMagic)
 	}
@@ -149,8 +157,8 @@ func parseProof(raw []byte) (entry []byte, index int64, path tlog.RecordProof, c
 	if index, err = decimal(text); !ok || err != nil {
 		return nil, 0, nil, nil, malformed("line 3 is not \"index\" and a number: %.60q", lines[2])
 	}
-	if len(lines) > 3+64 {
-		return nil, 0, nil, nil, malformed("%d hashes, at most 64 make a path", len(lines)-3)
+	if len(lines) > 3+maxPath {
+		return nil, 0, nil, nil, malformed("more than %d hashes, which make the longest path", maxPath)
 	}
 	for i, line := range lines[3:] {
 		h, err := parseHash(line)

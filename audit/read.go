@@ -99,7 +99,7 @@ func readJournal(d *durable.Dir) (*journal, error) {
 
 // publishedOnly is the journal of a copy that was taken without it.
 func publishedOnly(d *durable.Dir) (*journal, error) {
-	signed, err := d.ReadFile(checkpointName, maxCheckpoint)
+	signed, err := d.ReadFile(checkpointName, MaxCheckpoint)
 	if isMissing(err) {
 		return nil, fmt.Errorf("not a log: neither %s nor %s is there", journalName, checkpointName)
 	}
@@ -120,7 +120,7 @@ func readTiles(d *durable.Dir, from, size int64, do func([]byte) bool) (int64, e
 		if err != nil {
 			return from, err
 		}
-		entries, err := splitBundle(raw)
+		entries, err := splitBundle(raw, at.W)
 		if err == nil && len(entries) != at.W {
 			err = fmt.Errorf("%d entries, want %d", len(entries), at.W)
 		}

@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"crypto/sha256"
@@ -23,6 +24,9 @@ const receiptMagic = "cal-receipt/v1"
 const (
 	MaxReceipt = 32 << 20
 	maxBody    = 64 << 20
+
+	maxHeader = 4 << 10
+	maxLine   = len("o ") + nucleus.MaxEntry + len("\n")
 )
 
 // What is wrong with a receipt or a proof, beside the kinds of a log.
@@ -40,7 +44,8 @@ type ReceiptError struct {
 	Detail string
 }
 
-func (e *ReceiptError) Error() string { return string(e.Kind) + ": " + e.Detail }
+// Error is one line of printable ASCII.
+func (e *ReceiptError) Error() string { return Printable(string(e.Kind) + ": " + e.Detail) }
 
 func refuse(kind ProblemKind, format string, args ...any) error {
 	return &ReceiptError{kind, fmt.Sprintf(format, args...)}
@@ -214,8 +219,8 @@ type header struct {
 	session            string
 	count, first, last int64
 	note, body         int64 // bytes
-	packed             bool
-	sum                string
+	gzip               bool
+	sum                string // 64 hex digits
 }
 
 // parseHeader reads a header in its one spelling.
@@ -230,7 +235,7 @@ func parseHeader(text string) (header, error) {
 	if err != nil {
 		return h, malformed("the header is not that of %s: %v", receiptMagic, err)
 	}
-	h.packed = form == "gzip"
+	h.gzip = form == "gzip"
 	again := fmt.Sprintf("%s\nsession %s\nentries %d from %d to %d\ncheckpoint %d\nbody %s %d\nsha256 %s\n",
 		receiptMagic, h.session, h.count, h.first, h.last, h.note, form, h.body, h.sum)
 	if again != text || form != "gzip" && form != "text" {
@@ -239,45 +244,92 @@ func parseHeader(text string) (header, error) {
 	if err := checkSession(h.session); err != nil {
 		return h, malformed("%v", err)
 	}
+	if sum, err := hex.DecodeString(h.sum); err != nil || len(sum) != sha256.Size || hex.EncodeToString(sum) != h.sum {
+		return h, malformed("%.80q is no SHA-256", h.sum)
+	}
 	return h, nil
 }
 
-// parseReceipt reads a receipt and checks that it is whole. What it says is not yet
-// believed.
-func parseReceipt(raw []byte) (*receipt, error) {
+// sealed is a receipt whose body is not yet read: that is dear, and whoever asks for it
+// should have shown a signature first.
+type sealed struct {
+	header
+	note   []byte
+	packed []byte // the body, as it is in the file
+}
+
+// openReceipt reads a receipt up to its body and checks that nothing is cut.
+func openReceipt(raw []byte) (*sealed, error) {
 	if len(raw) > MaxReceipt {
 		return nil, refuse(TooLarge, "%d bytes, a receipt has at most %d", len(raw), MaxReceipt)
 	}
 	if !bytes.HasPrefix(raw, []byte(receiptMagic+"\n")) {
 		return nil, malformed("neither a receipt nor a proof: it begins with %.40q", raw)
 	}
-	head, rest, ok := bytes.Cut(raw, []byte("\n\n"))
-	if !ok {
-		return nil, malformed("the header does not end")
+	end := bytes.Index(raw[:min(len(raw), maxHeader)], []byte("\n\n"))
+	if end < 0 {
+		return nil, malformed("the header does not end within %d bytes", maxHeader)
 	}
-	h, err := parseHeader(string(head) + "\n")
+	h, err := parseHeader(string(raw[:end+1]))
 	if err != nil {
 		return nil, err
 	}
-	if h.note < 0 || h.body < 0 || h.note > maxCheckpoint || h.note+h.body != int64(len(rest)) {
+	rest := raw[end+2:]
+	if h.note < 0 || h.body < 0 || h.note > MaxCheckpoint || h.note+h.body != int64(len(rest)) {
 		return nil, malformed("after the header are %d bytes, it says %d of the checkpoint and %d of the body", len(rest), h.note, h.body)
 	}
 	if sum := sha256.Sum256(rest); hex.EncodeToString(sum[:]) != h.sum {
 		return nil, refuse(Changed, "what follows the header has the SHA-256 %x, the header says %s", sum, h.sum)
 	}
-	body := rest[h.note:]
-	if h.packed {
-		if body, err = unpack(body); err != nil {
-			return nil, err
-		}
-	}
-	r := &receipt{session: h.session, note: rest[:h.note]}
-	if err := r.parseBody(body); err != nil {
-		return nil, err
-	}
-	return r, r.checkHeader(h)
+	return &sealed{h, rest[:h.note], rest[h.note:]}, nil
 }
 
+// read reads the body. What it says is not yet believed.
+func (s *sealed) read() (*receipt, error) {
+	r := &receipt{session: s.session, note: s.note}
+	in := bytes.NewReader(s.packed)
+	if !s.gzip {
+		return r, r.parseBody(in, s.header)
+	}
+	z, err := gzip.NewReader(in)
+	if err != nil {
+		return nil, malformed("the body is not packed with gzip: %v", err)
+	}
+	z.Multistream(false)
+	if err := r.parseBody(z, s.header); err != nil {
+		return nil, err
+	}
+	if in.Len() > 0 {
+		return nil, malformed("%d bytes follow the packed body", in.Len())
+	}
+	return r, nil
+}
+
+// parseBody reads hashes, then entries, line by line: what is of no use ends it early.
+func (r *receipt) parseBody(from io.Reader, h header) error {
+	bounded := &io.LimitedReader{R: from, N: maxBody + 1}
+	in := bufio.NewReaderSize(bounded, maxLine)
+	for {
+		line, err := in.ReadSlice('\n')
+		switch {
+		case bounded.N == 0:
+			return refuse(TooLarge, "the body has more than %d bytes", maxBody)
+		case errors.Is(err, bufio.ErrBufferFull):
+			return refuse(TooLarge, "a line of the body has more than %d bytes: %.60q", maxLine, line)
+		case err == io.EOF && len(line) == 0:
+			return r.checkHeader(h)
+		case err == io.EOF:
+			return malformed("the last line of the body does not end")
+		case err != nil:
+			return malformed("the body cannot be unpacked: %v", err)
+		}
+		if err := r.addLine(line[:len(line)-1], h.count); err != nil {
+			return err
+		}
+	}
+}
+
+// checkHeader compares the header with the whole body.
 func (r *receipt) checkHeader(h header) error {
 	n := len(r.indexes)
 	if int64(n) != h.count || n > 0 && (r.indexes[0] != h.first || r.indexes[n-1] != h.last) {
@@ -289,47 +341,23 @@ func (r *receipt) checkHeader(h header) error {
 	return nil
 }
 
-func unpack(packed []byte) ([]byte, error) {
-	in := bytes.NewReader(packed)
-	z, err := gzip.NewReader(in)
-	if err != nil {
-		return nil, malformed("the body is not packed with gzip: %v", err)
-	}
-	z.Multistream(false)
-	body, err := io.ReadAll(io.LimitReader(z, maxBody+1))
-	if err != nil {
-		return nil, malformed("the body cannot be unpacked: %v", err)
-	}
-	if len(body) > maxBody {
-		return nil, refuse(TooLarge, "the body has more than %d bytes", maxBody)
-	}
-	if in.Len() > 0 {
-		return nil, malformed("%d bytes follow the packed body", in.Len())
-	}
-	return body, nil
-}
-
-// parseBody reads hashes, then entries.
-func (r *receipt) parseBody(body []byte) error {
-	for len(body) > 0 {
-		line, rest, ok := bytes.Cut(body, []byte("\n"))
-		if !ok {
-			return malformed("the last line of the body does not end")
+// addLine takes in a line, which it does not keep, of a body of count entries.
+func (r *receipt) addLine(line []byte, count int64) error {
+	if text, ok := bytes.CutPrefix(line, []byte("h ")); ok && len(r.entries) == 0 {
+		if int64(len(r.hashes)) >= 64*count {
+			return refuse(Extra, "%d hashes and more for %d entries", len(r.hashes), count)
 		}
-		body = rest
-		if text, ok := bytes.CutPrefix(line, []byte("h ")); ok && len(r.entries) == 0 {
-			h, err := parseHash(string(text))
-			if err != nil {
-				return malformed("%v", err)
-			}
-			r.hashes = append(r.hashes, h)
-			continue
+		h, err := parseHash(string(text))
+		if err != nil {
+			return malformed("%v", err)
 		}
-		if err := r.addEntry(line); err != nil {
-			return err
-		}
+		r.hashes = append(r.hashes, h)
+		return nil
 	}
-	return nil
+	if int64(len(r.entries)) >= count {
+		return malformed("the header says %d entries, the body has more", count)
+	}
+	return r.addEntry(bytes.Clone(line))
 }
 
 func (r *receipt) addEntry(line []byte) error {
@@ -337,11 +365,11 @@ func (r *receipt) addEntry(line []byte) error {
 	if err != nil {
 		return err
 	}
-	if canonical, err := nucleus.CanonicalJSON(raw); err != nil || !bytes.Equal(canonical, raw) {
-		return malformed("an entry is not canonical JSON: %.60q", raw)
-	}
 	if len(raw) > nucleus.MaxEntry {
 		return malformed("an entry has %d bytes, at most %d", len(raw), nucleus.MaxEntry)
+	}
+	if canonical, err := nucleus.CanonicalJSON(raw); err != nil || !bytes.Equal(canonical, raw) {
+		return malformed("an entry is not canonical JSON: %.60q", raw)
 	}
 	g, err := look(raw)
 	if err != nil {

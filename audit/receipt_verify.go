@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 
 	"cal/nucleus"
@@ -59,16 +60,20 @@ func VerifyReceipt(raw []byte, o VerifyReceiptOptions) (*Receipt, error) {
 	if IsProof(raw) {
 		return verifyProof(raw, o)
 	}
-	r, err := parseReceipt(raw)
+	s, err := openReceipt(raw)
 	if err != nil {
 		return nil, err
 	}
-	v, err := believe(r.note, o)
+	v, err := believe(s.note, o)
 	if err != nil {
 		return nil, err
 	}
-	if last := r.indexes[len(r.indexes)-1]; last >= v.Size {
-		return nil, refuse(Extra, "entry %d is beyond the checkpoint of %d entries", last, v.Size)
+	if s.last >= v.Size || s.count > v.Size {
+		return nil, refuse(Extra, "%d entries up to %d are beyond the checkpoint of %d entries", s.count, s.last, v.Size)
+	}
+	r, err := s.read()
+	if err != nil {
+		return nil, err
 	}
 	leaves := make([]tlog.Hash, len(r.entries))
 	for i, entry := range r.entries {
@@ -114,8 +119,8 @@ func (v *Receipt) follow() error {
 }
 
 func verifyProof(raw []byte, o VerifyReceiptOptions) (*Receipt, error) {
-	if len(raw) > MaxReceipt {
-		return nil, refuse(TooLarge, "%d bytes, a proof has at most %d", len(raw), MaxReceipt)
+	if len(raw) > maxProof {
+		return nil, refuse(TooLarge, "%d bytes, a proof has at most %d", len(raw), maxProof)
 	}
 	entry, index, path, signed, err := parseProof(raw)
 	if err != nil {
@@ -257,8 +262,16 @@ func (v *Receipt) checkOutcome(e nucleus.Entry, keys map[string][]byte) error {
 	return nil
 }
 
-// Says is what a receipt proves, in sentences for a person.
+// Says is what a receipt proves, in sentences of printable ASCII for a person.
 func (v *Receipt) Says() []string {
+	says := v.proves()
+	for i := range says {
+		says[i] = Printable(says[i])
+	}
+	return says
+}
+
+func (v *Receipt) proves() []string {
 	says := []string{fmt.Sprintf("%s: %d of the %d entries under the checkpoint, each in the log at its place", v.Origin, len(v.Entries), v.Size)}
 	if v.Session == "" {
 		return says
@@ -269,7 +282,7 @@ func (v *Receipt) Says() []string {
 		if v.Ends {
 			end = "the last one ends it"
 		}
-		return append(says, "the first entry begins the session, and each other one names the one before it: none is left out; "+end)
+		return append(says, "the first entry begins the session, and each other one names the one before it: none is left out; "+end, v.openIntents())
 	}
 	between := "no entry of the log lies between them that is not shown"
 	switch {
@@ -278,5 +291,24 @@ func (v *Receipt) Says() []string {
 	case v.Between > 1:
 		between = fmt.Sprintf("%d entries of the log lie between them and are not shown: whose they are, this receipt does not prove", v.Between)
 	}
-	return append(says, between, "it does not prove that the session had no other entry before the first or after the last")
+	return append(says, between, "it does not prove that the session had no other entry before the first or after the last", v.openIntents())
+}
+
+// openIntents says which intents have no outcome; of many, the first.
+func (v *Receipt) openIntents() string {
+	const most = 20
+	list := []string{}
+	for _, seq := range v.Open[:min(len(v.Open), most)] {
+		list = append(list, strconv.FormatInt(seq, 10))
+	}
+	if n := len(v.Open) - most; n > 0 {
+		list = append(list, fmt.Sprintf("%d more", n))
+	}
+	switch len(v.Open) {
+	case 0:
+		return "each intent that had a permit has its outcome"
+	case 1:
+		return "the intent in entry " + list[0] + " has no outcome: what came of it, this receipt does not prove"
+	}
+	return "the intents in entries " + strings.Join(list, ", ") + " have no outcome: what came of them, this receipt does not prove"
 }

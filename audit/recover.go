@@ -70,6 +70,7 @@ func (l *Log) load() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.note, l.public, l.err = signed, own, nil
+	l.removeStale(l.published)
 	return nil
 }
 
@@ -94,7 +95,7 @@ func (l *Log) create() error {
 	}
 	for _, name := range names {
 		if name != lockName {
-			return fmt.Errorf("not a log: it holds %s and no %s", name, journalName)
+			return fmt.Errorf("not a log: it holds %s and no %s", Printable(name), journalName)
 		}
 	}
 	l.tree, l.recent, l.first, l.published, l.records = &tree{}, nil, 0, 0, nil
@@ -185,7 +186,7 @@ func (l *Log) loadBundle(at tlog.Tile) ([][]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	entries, err := splitBundle(raw)
+	entries, err := splitBundle(raw, at.W)
 	if err == nil && len(entries) != at.W {
 		err = fmt.Errorf("%d entries, want %d", len(entries), at.W)
 	}
@@ -222,7 +223,7 @@ func (l *Log) loadOpen(s *state, j *journal) error {
 // checkPublished compares the public checkpoint with the journal. It may be
 // older, after a crash; it is never newer.
 func (l *Log) checkPublished(j *journal, s *state) (signed []byte, stale bool, err error) {
-	signed, err = l.fs.ReadFile(checkpointName, maxCheckpoint)
+	signed, err = l.fs.ReadFile(checkpointName, MaxCheckpoint)
 	if isMissing(err) {
 		return nil, true, nil
 	}
@@ -246,7 +247,7 @@ func (l *Log) checkPublished(j *journal, s *state) (signed []byte, stale bool, e
 // older, with the tiles below.
 func (l *Log) checkCosigned(j *journal, s *state) error {
 	l.kept = 0
-	signed, err := l.fs.ReadFile(cosignedName, maxCheckpoint)
+	signed, err := l.fs.ReadFile(cosignedName, MaxCheckpoint)
 	if isMissing(err) {
 		return nil
 	}

@@ -7,6 +7,7 @@ import (
 	"hash/maphash"
 	"io/fs"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -45,6 +46,7 @@ type Problem struct {
 	Detail string      `json:"detail"`
 }
 
+// String is one line of printable ASCII.
 func (p Problem) String() string {
 	text := string(p.Kind)
 	if p.Index >= 0 {
@@ -53,7 +55,7 @@ func (p Problem) String() string {
 	if p.File != "" {
 		text += ", " + p.File
 	}
-	return text + ": " + p.Detail
+	return Printable(text + ": " + p.Detail)
 }
 
 // Report is what Verify found. The log is as it was signed if there is no
@@ -147,10 +149,14 @@ type check struct {
 	witnesses []string
 	cosigned  *Checkpoint // in the directory
 
-	files   map[string]bool // the files below tile/, listed before anything was read
-	edge    map[string][]byte
-	public  Checkpoint // of the tiles
-	journal *journal
+	files  map[string]bool // the files below tile/, listed before anything was read
+	starts []int64         // where they say that a bundle or a tile of level 0 begins, rising
+	extent int64           // and where the last of them ends
+	edge   map[string][]byte
+	public Checkpoint // of the tiles
+	// believed says that the key signed public, which else is only where to stop.
+	believed bool
+	journal  *journal
 
 	roots map[int64][]claim
 	main  *side // the tree of the entries
@@ -205,10 +211,8 @@ func (c *check) run() error {
 	c.newest, c.seed = map[uint64]int64{}, maphash.MakeSeed()
 	c.check(c.main)
 	c.checkOpen(0)
-	for from := int64(0); from < c.public.Size; from += tileWidth {
-		if err := c.bundle(from); err != nil {
-			return err
-		}
+	if err := c.bundles(); err != nil {
+		return err
 	}
 	for _, s := range c.sides() {
 		c.uppers(s, true)
@@ -232,10 +236,23 @@ func (c *check) list() error {
 		}
 		if !entry.IsDir() {
 			c.files[name] = true
+			c.reaches(name)
 		}
 		return nil
 	})
+	slices.Sort(c.starts)
+	c.starts = slices.Compact(c.starts)
 	return err
+}
+
+// reaches takes note of the entries that a file is about.
+func (c *check) reaches(name string) {
+	at, err := parseTilePath(name)
+	if err != nil || at.L > 0 || at.N >= math.MaxInt64/tileWidth {
+		return
+	}
+	c.starts = append(c.starts, at.N*tileWidth)
+	c.extent = max(c.extent, at.N*tileWidth+int64(at.W))
 }
 
 // snapshot reads what changes while the log is written - checkpoint, partial
@@ -283,7 +300,7 @@ func (c *check) trySnapshot() (again bool, err error) {
 
 // readNote reads a signed checkpoint; nil if there is none.
 func (c *check) readNote(name string) ([]byte, error) {
-	signed, err := c.dir.ReadFile(name, maxCheckpoint)
+	signed, err := c.dir.ReadFile(name, MaxCheckpoint)
 	if isMissing(err) {
 		return nil, nil
 	}
@@ -346,6 +363,7 @@ func (c *check) openCosigned(signed []byte) {
 // or where that is of no use the first one of the journal.
 func (c *check) choose(signed []byte) error {
 	cp, err := openCheckpoint(signed, c.v)
+	c.believed = err == nil
 	switch {
 	case signed == nil:
 		c.report.add(Problem{-1, Missing, checkpointName, "there is none"})
@@ -355,11 +373,14 @@ func (c *check) choose(signed []byte) error {
 	case err != nil:
 		c.report.add(Problem{-1, Changed, checkpointName, err.Error()})
 	}
-	if j := c.journal; j != nil && (err != nil || cp.Size < j.base.Size) {
-		if err == nil {
+	if j := c.journal; j != nil && (!c.believed || cp.Size < j.base.Size) {
+		if c.believed {
 			c.report.add(Problem{-1, Changed, checkpointName, fmt.Sprintf("it is of %d entries, the journal begins at %d", cp.Size, j.base.Size)})
 		}
-		cp, signed, err = j.base, j.note, nil
+		cp, signed, err, c.believed = j.base, j.note, nil, true
+	}
+	if !c.believed { // what nobody signed says nothing: the files do
+		cp.Size = min(cp.Size, c.extent)
 	}
 	c.public = cp
 	c.report.Checkpoint, c.report.Published = string(signed), cp.Size
@@ -434,7 +455,9 @@ func (c *check) collectClaims() {
 	claims := func(cp Checkpoint, kind ProblemKind, file, who string) {
 		c.roots[cp.Size] = append(c.roots[cp.Size], claim{cp.Root, kind, file, who})
 	}
-	claims(c.public, Changed, checkpointName, "the checkpoint")
+	if c.believed {
+		claims(c.public, Changed, checkpointName, "the checkpoint")
+	}
 	if c.kept != nil {
 		claims(*c.kept, Fork, "", "the checkpoint kept elsewhere")
 	}
@@ -469,18 +492,45 @@ func (c *check) sides() []*side {
 	return []*side{c.main, c.other}
 }
 
+// bundles checks all entries below the published size. What a checkpoint says of that may
+// be any number, so where bundle and tile are missing it goes on at the next file.
+func (c *check) bundles() error {
+	for from, size := int64(0), c.public.Size; from < size; {
+		there, err := c.bundle(from)
+		if err != nil {
+			return err
+		}
+		if size-from <= tileWidth {
+			break
+		}
+		if from += tileWidth; there {
+			continue
+		}
+		next := size
+		if i, _ := slices.BinarySearch(c.starts, from); i < len(c.starts) {
+			next = min(size, c.starts[i])
+		}
+		if from < next {
+			c.report.add(Problem{from, Missing, "", fmt.Sprintf("entries %d to %d: neither bundles nor tiles are there", from, next-1)})
+		}
+		from = next
+	}
+	return nil
+}
+
 // bundle checks the entries from an index on, as many as one bundle holds, and
-// the tiles that they complete.
-func (c *check) bundle(from int64) error {
+// the tiles that they complete. It reports whether there are any, or their hashes.
+func (c *check) bundle(from int64) (there bool, err error) {
 	at := tlog.Tile{H: tileHeight, L: 0, N: from / tileWidth, W: int(min(tileWidth, c.public.Size-from))}
 	entries, err := c.readEntries(at)
 	if err != nil {
-		return err
+		return false, err
 	}
 	tile, err := c.readHashes(at)
 	if err != nil {
-		return err
+		return false, err
 	}
+	there = entries != nil || tile != nil
 	if entries == nil {
 		entries = tile // what is missing is reported; the tree goes on
 	}
@@ -501,7 +551,7 @@ func (c *check) bundle(from int64) error {
 		c.uppers(s, false)
 		s.tree.forget(s.tree.size)
 	}
-	return nil
+	return there, nil
 }
 
 func (c *check) grow(s *side, leaves []tlog.Hash) {
@@ -524,7 +574,7 @@ func (c *check) readEntries(at tlog.Tile) ([]tlog.Hash, error) {
 		c.report.add(Problem{from, Missing, name, fmt.Sprintf("entries %d to %d", from, from+int64(at.W)-1)})
 		return nil, nil
 	}
-	entries, err := splitBundle(raw)
+	entries, err := splitBundle(raw, 2*at.W)
 	if err != nil {
 		c.report.add(Problem{from + int64(len(entries)), Changed, name, err.Error()})
 	}

@@ -67,7 +67,7 @@ func (w *view) start(at []byte) error {
 // has one and it covers an entry. What is wrong with one Verify says; here it is as if
 // there were none.
 func (w *view) preferCosigned(last int64) {
-	at, err := w.dir.ReadFile(cosignedName, maxCheckpoint)
+	at, err := w.dir.ReadFile(cosignedName, MaxCheckpoint)
 	if err != nil {
 		return
 	}

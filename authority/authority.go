@@ -70,6 +70,8 @@ type Config struct {
 	// Recorder is where asks, decisions and refusals are recorded; nil is a table
 	// of the authority's own database.
 	Recorder Recorder
+	// Announce is told of each ask that was taken, and must not wait; nil: nobody is.
+	Announce func(client.Item)
 	// Now is the clock; nil is the system's.
 	Now func() time.Time
 }
@@ -91,6 +93,8 @@ type Authority struct {
 	mu      sync.Mutex // one change of an ask or of the approvers at a time
 	files   []keyFile
 	changed chan struct{}
+
+	watchers map[string]watcher // see revoke.go
 
 	trying   sync.Mutex // held while one passphrase is tried: each takes 256 MiB
 	attempts map[string]attempts
@@ -123,7 +127,7 @@ func Open(cfg Config) (*Authority, error) {
 	if cfg.Recorder == nil {
 		cfg.Recorder = s
 	}
-	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}}
+	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}, watchers: map[string]watcher{beforeStart: {seen: time.Now()}}}
 	if err := a.openWitness(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
@@ -263,6 +267,9 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 		return client.Status{}, unavailable(err)
 	}
 	a.broadcast()
+	if a.cfg.Announce != nil {
+		a.cfg.Announce(client.Item{ID: row.id, State: row.state, Pod: row.pod, Op: row.op, Summary: row.summary, Need: row.need, AskDigest: row.digest, Created: row.created, Expires: row.expires})
+	}
 	return row.status(a.millis()), nil
 }
 
@@ -391,11 +398,15 @@ func (a *Authority) grant(id string, d client.Decision, key ed25519.PrivateKey) 
 	if err != nil {
 		return client.Status{}, err
 	}
-	grant, token, err := sign(key, approver.public(), ask, d.Reason)
+	grant, token, err := sign(key, approver.public(), ask, d.Task, d.Reason)
 	if err != nil {
 		return client.Status{}, err
 	}
-	err = a.record(nucleus.KindApprovalGrant, ask, row.digest, map[string]any{"reason": d.Reason, "expires_ms": grant.Expires, "need": row.need}, func(e *nucleus.Entry) {
+	data := map[string]any{"reason": d.Reason, "expires_ms": grant.Expires, "need": row.need}
+	if d.Task != nil {
+		data["task"] = d.Task
+	}
+	err = a.record(nucleus.KindApprovalGrant, ask, row.digest, data, func(e *nucleus.Entry) {
 		e.Actor, e.Verdict, e.Grants = approver.Approver, nucleus.Allow, []string{grant.ID}
 	})
 	if err != nil {
@@ -436,6 +447,14 @@ func (a *Authority) undecided(id string, d client.Decision) (keyFile, askRow, nu
 		if err != nil {
 			return fail(err)
 		}
+		if d.Task != nil {
+			if err := approval.CheckTask(ask, *d.Task, a.millis()); err != nil {
+				return fail(nucleus.Errorf(nucleus.KindInvalid, "%v", err))
+			}
+		}
+		if len(row.grants) > 0 && !approval.SameTask(row.task(), d.Task) {
+			return fail(nucleus.Errorf(nucleus.KindConflict, "%s granted ask %s for other bounds; all who approve choose the same", row.grants[0].Approver, id))
+		}
 		if approver.PublicKey.Equal(requester) {
 			return refuse(nucleus.KindForbidden, "ask %s was signed by the key of %s; who asks cannot grant", id, approver.Approver)
 		}
@@ -469,12 +488,13 @@ func (a *Authority) concluded(id string, err error) (client.Status, error) {
 }
 
 // sign makes the token and looks at it as a verifier will.
-func sign(key ed25519.PrivateKey, approver nucleus.Approver, ask nucleus.AskRequest, reason string) (nucleus.Grant, string, error) {
+func sign(key ed25519.PrivateKey, approver nucleus.Approver, ask nucleus.AskRequest, task *nucleus.Task, reason string) (nucleus.Grant, string, error) {
 	binding, err := approval.Bind(ask)
 	if err != nil {
 		return nucleus.Grant{}, "", err
 	}
 	grant := binding.Grant(nucleus.NewID("g-"), approver.Name, reason)
+	grant.Task = task
 	claims, err := nucleus.Canonical(grant)
 	if err != nil {
 		return nucleus.Grant{}, "", err
@@ -516,7 +536,13 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 	for _, g := range row.grants {
 		given = append(given, g.Grant)
 	}
-	const most = 1
+	most, until := 1, row.expires
+	if task := row.task(); task != nil {
+		most = task.Uses
+		if row.uses > 0 { // the first use has to come in the ask's time
+			until = task.Until
+		}
+	}
 	now := a.millis()
 	switch {
 	case row.state != client.Granted:
@@ -524,9 +550,9 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 	case !slices.Equal(u.Grants, given):
 		return refuse("ask %s was granted by %q, not %q", id, given, u.Grants)
 	case row.uses >= most:
-		return refuse("what was granted for ask %s was used before", id)
-	case now >= row.expires:
-		return refuse("what was granted for ask %s expired %d ms ago", id, now-row.expires)
+		return refuse("what was granted for ask %s was used before, %d times of %d", id, row.uses, most)
+	case now >= until:
+		return refuse("what was granted for ask %s expired %d ms ago", id, now-until)
 	}
 	used := client.Used{N: row.uses + 1, Of: most}
 	if err := a.store.addUse(id, used.N, u.Permit, now); err != nil {

@@ -531,8 +531,11 @@ func TestPeers(t *testing.T) {
 		t.Errorf("info for the node's user: %s", body)
 	}
 	for _, uid := range []int{-1, stranger, node} {
-		if code, body := call(uid, http.MethodPost, "/v1/asks/a-1/decision", decision); code == http.StatusOK {
-			t.Errorf("uid %d decided: %s", uid, body)
+		for _, route := range []string{"POST /v1/asks/a-1/decision", "POST /v1/revocations", "POST /v1/approvers", "DELETE /v1/approvers/ann"} {
+			method, path, _ := strings.Cut(route, " ")
+			if code, body := call(uid, method, path, decision); code != http.StatusForbidden && code != http.StatusUnauthorized {
+				t.Errorf("uid %d: %s: %d %s", uid, route, code, body)
+			}
 		}
 	}
 	big := bytes.Repeat([]byte("x"), maxBody+1)

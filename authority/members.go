@@ -76,15 +76,17 @@ func (a *Authority) RemoveApprover(name string) (client.Removed, error) {
 	if err := a.recordKey(nucleus.KindKeyRemove, f.Identity, actor); err != nil {
 		return gone, err
 	}
-	unused, err := a.store.unusedOf(name, a.millis())
+	granted, err := a.store.granted("")
 	if err != nil {
 		return gone, unavailable(err)
 	}
-	for _, id := range unused {
-		if err := a.voidGrantOf(name, id); err != nil {
-			return gone, err
+	for _, row := range granted {
+		if _, ok := row.given(name); ok && a.living(row) {
+			if err := a.voidGrantOf(name, row); err != nil {
+				return gone, err
+			}
+			gone.Revoked = append(gone.Revoked, row.id)
 		}
-		gone.Revoked = append(gone.Revoked, id)
 	}
 	f.Sealed, f.Removed = nil, a.millis()
 	raw, err := nucleus.Canonical(f)
@@ -101,21 +103,21 @@ func (a *Authority) RemoveApprover(name string) (client.Removed, error) {
 
 // voidGrantOf takes back what a removed approver granted for an ask: an ask that others have to
 // grant too goes on without it.
-func (a *Authority) voidGrantOf(name, id string) error {
-	row, ask, err := a.known(id)
+func (a *Authority) voidGrantOf(name string, row askRow) error {
+	why := "approver " + name + " was removed"
+	if row.state != client.Pending {
+		return a.revoke(row, actor, why)
+	}
+	_, ask, err := a.known(row.id)
 	if err != nil {
 		return err
 	}
 	g, _ := row.given(name)
-	why := "approver " + name + " was removed"
 	err = a.record(nucleus.KindApprovalRevoke, ask, row.digest, map[string]any{"why": why}, func(e *nucleus.Entry) { e.Grants = []string{g.Grant} })
 	if err != nil {
 		return err
 	}
-	if row.state == client.Pending {
-		return unavailable(a.store.dropGrant(g.Grant))
-	}
-	return unavailable(a.store.end(id, client.Granted, client.Revoked, why, a.millis()))
+	return unavailable(a.store.dropGrant(g.Grant))
 }
 
 // recordKey records that an approver's key comes or goes.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/term"
@@ -20,7 +21,10 @@ var ErrNotGranted = errors.New("not granted")
 
 // Prompt is a terminal with a person at it. There is no other source of a
 // passphrase: not standard input, not the environment, not an argument.
-type Prompt struct{ tty *os.File }
+type Prompt struct {
+	tty   *os.File
+	whole atomic.Bool // the alternate screen is shown
+}
 
 const maxLine = 1024
 
@@ -33,7 +37,7 @@ func OpenPrompt() (*Prompt, error) {
 	if !term.IsTerminal(int(tty.Fd())) {
 		return nil, errors.Join(errors.New("/dev/tty is no terminal"), tty.Close())
 	}
-	return &Prompt{tty}, nil
+	return &Prompt{tty: tty}, nil
 }
 
 // Close closes the terminal.
@@ -46,7 +50,12 @@ func (p *Prompt) Guard() (restore func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	return func() { _ = term.Restore(int(p.tty.Fd()), state) }, nil
+	return func() {
+		if p.whole.Load() {
+			_ = p.print("%s", leaveScreen)
+		}
+		_ = term.Restore(int(p.tty.Fd()), state)
+	}, nil
 }
 
 func (p *Prompt) print(format string, args ...any) error {
@@ -159,7 +168,10 @@ const passphraseTries = 3
 
 // Approve shows the ask id as its bytes say and grants it if the person wants it
 // and knows the passphrase. ErrNotGranted leaves the ask as it was.
-func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identity, id, reason string) (client.Status, error) {
+//
+// A choice makes it a grant for a task, nil one for one use. The bounds of a task are shown, and
+// asked for, after the ask.
+func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identity, id, reason string, choice *TaskChoice) (client.Status, error) {
 	ask, digest, err := c.Get(ctx, id)
 	if err != nil {
 		return client.Status{}, err
@@ -167,15 +179,26 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identit
 	if err := approval.Check(ask); err != nil {
 		return client.Status{}, err
 	}
+	var task *nucleus.Task
+	if choice != nil {
+		if task, err = choice.Of(ask, time.Now().UnixMilli()); err != nil {
+			return client.Status{}, err
+		}
+	}
 	if err := p.consent(ask, digest, identity, reason); err != nil {
 		return client.Status{}, err
+	}
+	if task != nil {
+		if err := p.consentTask(ask.Action.Op, *task); err != nil {
+			return client.Status{}, err
+		}
 	}
 	for try := 1; ; try++ {
 		passphrase, err := p.passphrase(fmt.Sprintf("your phrase: %s\npassphrase of %s: ", approval.Visible(identity.Phrase), identity.Approver))
 		if err != nil {
 			return client.Status{}, err
 		}
-		status, err := c.Decide(ctx, id, client.Decision{Approve: true, Approver: identity.Approver, AskDigest: digest, Reason: reason, Passphrase: passphrase})
+		status, err := c.Decide(ctx, id, client.Decision{Approve: true, Approver: identity.Approver, AskDigest: digest, Reason: reason, Passphrase: passphrase, Task: task})
 		var refusal *nucleus.Error
 		if errors.As(err, &refusal) && refusal.Kind == nucleus.KindForbidden {
 			if err := p.print("%s\n", approval.Visible(refusal.Message)); err != nil {
@@ -193,11 +216,26 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identit
 		if more := status.Need - len(status.Grants); more > 0 {
 			return status, p.print("granted by %s; nothing is done until %d more of %d approvers have granted it, by %s\n", identity.Approver, more, status.Need, until)
 		}
+		if task != nil {
+			return status, p.print("granted as a task of %d uses; the first has to come by %s\n", task.Uses, until)
+		}
 		if ask.Passage != nil {
 			return status, p.print("granted; it has to be used by %s, and stands from then on as shown\n", until)
 		}
 		return status, p.print("granted once, until %s\n", until)
 	}
+}
+
+// consentTask shows what a task opens beyond the ask and returns nil if the person wants that.
+func (p *Prompt) consentTask(op nucleus.Op, task nucleus.Task) error {
+	if err := p.print("\n%s\n", approval.DrawTask(op, task, approval.View{})); err != nil {
+		return err
+	}
+	answer, err := p.question("grant all of this? [y/N] ")
+	if err == nil && answer != "y" && answer != "Y" && answer != "yes" {
+		err = fmt.Errorf("%w: the ask stays open until it expires", ErrNotGranted)
+	}
+	return err
 }
 
 // consent shows the ask and returns nil if the person wants to grant it.

@@ -211,6 +211,37 @@ func (a *Authority) handler() http.Handler {
 		}
 		return a.Use(r.PathValue("id"), use)
 	})
+	route("POST /v1/asks/{id}/outcomes", asker, func(r *http.Request, _ int) (any, error) {
+		var o client.Outcome
+		if err := read(r, maxBody, &o); err != nil {
+			return nil, err
+		}
+		return struct{}{}, a.Report(r.PathValue("id"), o)
+	})
+	route("GET /v1/approvals", asker, func(r *http.Request, _ int) (any, error) {
+		return a.Approvals(r.URL.Query().Get("pod"))
+	})
+	route("POST /v1/revocations", decider, func(r *http.Request, _ int) (any, error) {
+		var revocation client.Revocation
+		if err := read(r, maxBody, &revocation); err != nil {
+			return nil, err
+		}
+		return a.Revoke(r.Context(), revocation)
+	})
+	route("GET /v1/revocations", asker, func(r *http.Request, _ int) (any, error) {
+		after, err := strconv.ParseInt(r.URL.Query().Get("after"), 10, 64)
+		if err != nil {
+			return nil, nucleus.Errorf(nucleus.KindInvalid, "after=%q is no number", r.URL.Query().Get("after"))
+		}
+		return a.Watch(r.Context(), r.URL.Query().Get("watcher"), after)
+	})
+	route("POST /v1/pods/{pod}/withdrawal", asker, func(r *http.Request, _ int) (any, error) {
+		var w client.Withdrawal
+		if err := read(r, maxBody, &w); err != nil {
+			return nil, err
+		}
+		return a.Withdraw(r.PathValue("pod"), w)
+	})
 	route("POST /v1/approvers", decider, func(r *http.Request, _ int) (any, error) {
 		var n client.NewApprover
 		if err := read(r, maxBody, &n); err != nil {

@@ -10,6 +10,7 @@ import (
 
 	_ "modernc.org/sqlite" // the driver "sqlite"
 
+	"cal/approval"
 	"cal/approval/client"
 	"cal/audit/witness"
 	"cal/nucleus"
@@ -58,6 +59,10 @@ CREATE TABLE IF NOT EXISTS uses (
 	used_ms INTEGER NOT NULL,
 	outcome TEXT NOT NULL DEFAULT '',
 	PRIMARY KEY (ask, n)
+) STRICT;
+CREATE TABLE IF NOT EXISTS revocations (
+	seq INTEGER PRIMARY KEY AUTOINCREMENT,
+	ask TEXT NOT NULL UNIQUE
 ) STRICT;
 CREATE TABLE IF NOT EXISTS logs (
 	origin TEXT PRIMARY KEY,
@@ -185,6 +190,7 @@ type askRow struct {
 	reason           string
 	grants           []client.Given
 	uses             int
+	ended            int64 // when it was decided or taken back
 }
 
 // stateAt is the state of the ask at a time: one that too few decided expires.
@@ -200,12 +206,30 @@ func (r askRow) stateAt(now int64) string {
 func (r askRow) status(now int64) client.Status {
 	status := client.Status{ID: r.id, State: r.stateAt(now), AskDigest: r.digest, Need: r.need, Reason: r.reason}
 	for _, g := range r.grants {
+		g.Task = taskOf(g)
 		if status.State != client.Granted {
 			g.Token = ""
 		}
 		status.Grants = append(status.Grants, g)
 	}
 	return status
+}
+
+// taskOf is the task that a grant is for, as its token says; nil for one use.
+func taskOf(g client.Given) *nucleus.Task {
+	claims, err := approval.Claims(g.Token)
+	if err != nil {
+		return nil // it was made here
+	}
+	return claims.Task
+}
+
+// task is what all that granted r chose; nil for one use, or where nobody has yet.
+func (r askRow) task() *nucleus.Task {
+	if len(r.grants) == 0 {
+		return nil
+	}
+	return taskOf(r.grants[0])
 }
 
 // given is the grant of an approver, if there is one.
@@ -272,48 +296,137 @@ func exactlyOne(result sql.Result, err error) error {
 	return err
 }
 
-const askColumns = `SELECT id, sha256, canonical, pod, op, summary, need, created_ms, expires_ms, state, reason,
+const askColumns = `SELECT id, sha256, canonical, pod, op, summary, need, created_ms, expires_ms, state, reason, decided_ms,
 	(SELECT COUNT(*) FROM uses WHERE ask = id) FROM asks`
 
-func (s *store) ask(id string) (r askRow, err error) {
-	err = s.db.QueryRow(askColumns+" WHERE id = ?", id).Scan(&r.id, &r.digest, &r.canonical, &r.pod, &r.op, &r.summary, &r.need, &r.created, &r.expires, &r.state, &r.reason, &r.uses)
-	if errors.Is(err, sql.ErrNoRows) {
+func (s *store) ask(id string) (askRow, error) {
+	rows, err := s.asks(" WHERE id = ?", id)
+	if err == nil && len(rows) == 0 {
 		err = errUnknown
 	}
 	if err != nil {
-		return r, err
+		return askRow{}, err
 	}
-	rows, err := s.db.Query("SELECT jti, approver, reason, given_ms, token FROM grants WHERE ask = ? ORDER BY given_ms, rowid", id)
-	if err != nil {
-		return r, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var g client.Given
-		if err := rows.Scan(&g.Grant, &g.Approver, &g.Reason, &g.Given, &g.Token); err != nil {
-			return r, err
-		}
-		r.grants = append(r.grants, g)
-	}
-	return r, rows.Err()
+	return rows[0], nil
 }
 
-// unusedOf lists the asks with a grant of an approver that can still be used for the first time.
-func (s *store) unusedOf(approver string, now int64) (asks []string, err error) {
-	rows, err := s.db.Query(`SELECT id FROM asks WHERE state IN ('pending', 'granted') AND expires_ms > ?
-		AND EXISTS (SELECT 1 FROM grants WHERE ask = id AND approver = ?) AND NOT EXISTS (SELECT 1 FROM uses WHERE ask = id) ORDER BY created_ms, id`, now, approver)
+// granted returns the asks that somebody has granted, oldest first, of a pod or of all.
+func (s *store) granted(pod string) ([]askRow, error) {
+	return s.asks(" WHERE (pod = ? OR ? = '') AND EXISTS (SELECT 1 FROM grants WHERE ask = id) ORDER BY created_ms, id", pod, pod)
+}
+
+// asks returns the asks that a condition, written in this package, chooses, with their grants.
+func (s *store) asks(where string, args ...any) (list []askRow, err error) {
+	rows, err := s.db.Query(askColumns+where, args...)
 	if err != nil {
 		return nil, err
 	}
 	defer rows.Close()
 	for rows.Next() {
+		var r askRow
+		if err := rows.Scan(&r.id, &r.digest, &r.canonical, &r.pod, &r.op, &r.summary, &r.need, &r.created, &r.expires, &r.state, &r.reason, &r.ended, &r.uses); err != nil {
+			return nil, err
+		}
+		list = append(list, r)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	for i := range list {
+		if list[i].grants, err = s.grantsOf(list[i].id); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
+func (s *store) grantsOf(ask string) (list []client.Given, err error) {
+	rows, err := s.db.Query("SELECT jti, approver, reason, given_ms, token FROM grants WHERE ask = ? ORDER BY given_ms, rowid", ask)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var g client.Given
+		if err := rows.Scan(&g.Grant, &g.Approver, &g.Reason, &g.Given, &g.Token); err != nil {
+			return nil, err
+		}
+		list = append(list, g)
+	}
+	return list, rows.Err()
+}
+
+// usesOf lists the uses of what was granted for an ask.
+func (s *store) usesOf(ask string) (list []client.UseOf, err error) {
+	rows, err := s.db.Query("SELECT n, permit, used_ms, outcome FROM uses WHERE ask = ? ORDER BY n", ask)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	list = []client.UseOf{}
+	for rows.Next() {
+		var u client.UseOf
+		if err := rows.Scan(&u.N, &u.Permit, &u.Used, &u.Outcome); err != nil {
+			return nil, err
+		}
+		if u.Outcome == "" {
+			u.Outcome = nucleus.OutcomeUnknown
+		}
+		list = append(list, u)
+	}
+	return list, rows.Err()
+}
+
+// setOutcome writes down what came of a use that nothing was said of before.
+func (s *store) setOutcome(ask, permit, outcome string) error {
+	result, err := s.db.Exec("UPDATE uses SET outcome = ? WHERE ask = ? AND permit = ? AND outcome = ''", outcome, ask, permit)
+	return exactlyOne(result, err)
+}
+
+// askOf is the ask that a grant was given for.
+func (s *store) askOf(grant string) (id string, err error) {
+	err = s.db.QueryRow("SELECT ask FROM grants WHERE jti = ?", grant).Scan(&id)
+	if errors.Is(err, sql.ErrNoRows) {
+		err = errUnknown
+	}
+	return id, err
+}
+
+// revoke makes what was granted for an ask void, and puts it where watchers see it.
+func (s *store) revoke(id, reason string, now int64) error {
+	tx, err := s.db.Begin()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	result, err := tx.Exec("UPDATE asks SET state = 'revoked', reason = ?, decided_ms = ? WHERE id = ? AND state = 'granted'", reason, now, id)
+	if err := exactlyOne(result, err); err != nil {
+		return err
+	}
+	if _, err := tx.Exec("INSERT INTO revocations (ask) VALUES (?)", id); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// revocations returns what was taken back after a number, and the last number.
+func (s *store) revocations(after int64) (asks []string, last int64, err error) {
+	if err := s.db.QueryRow("SELECT COALESCE(MAX(seq), 0) FROM revocations").Scan(&last); err != nil || after < 0 {
+		return nil, last, err
+	}
+	rows, err := s.db.Query("SELECT ask FROM revocations WHERE seq > ? AND seq <= ? ORDER BY seq", after, last)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer rows.Close()
+	for rows.Next() {
 		var id string
 		if err := rows.Scan(&id); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		asks = append(asks, id)
 	}
-	return asks, rows.Err()
+	return asks, last, rows.Err()
 }
 
 func (s *store) askOfRequest(digest string) (id string, err error) {

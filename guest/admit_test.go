@@ -122,11 +122,18 @@ func (l *lock) token(ask nucleus.AskRequest) string {
 
 func (l *lock) tokenBy(by tester, ask nucleus.AskRequest) string {
 	l.t.Helper()
+	return l.taskToken(by, ask, nil)
+}
+
+func (l *lock) taskToken(by tester, ask nucleus.AskRequest, task *nucleus.Task) string {
+	l.t.Helper()
 	b, err := approval.Bind(ask)
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	raw, err := nucleus.Canonical(b.Grant(nucleus.NewID("g-"), by.name, "yes"))
+	grant := b.Grant(nucleus.NewID("g-"), by.name, "yes")
+	grant.Task = task
+	raw, err := nucleus.Canonical(grant)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -407,6 +414,86 @@ func mustSecret(t testing.TB, key ed25519.PrivateKey) paseto.V4AsymmetricSecretK
 		t.Fatal(err)
 	}
 	return secret
+}
+
+// A task is used as often as its approver said, for what was shown, while the machine itself has not
+// served more; by this boot alone.
+func TestTask(t *testing.T) {
+	below := func(root string) func(*nucleus.Task) {
+		return func(k *nucleus.Task) { k.Match.Files.Root = root }
+	}
+	for what, c := range map[string]struct {
+		change func(*nucleus.Task)
+		paths  []string // that are written with it, in order
+		read   bool     // something private, before the last one
+		later  time.Duration
+		text   string // by what the last one is refused
+	}{
+		"as often as it says":       {below("."), []string{"a", "b", "c"}, false, 0, ""},
+		"once more":                 {below("."), []string{"a", "b", "c", "d"}, false, 0, "was used 3 times"},
+		"something else":            {below("src"), []string{"src/a", "b"}, false, 0, "the task is not for this"},
+		"something else at first":   {below("src"), []string{"b"}, false, 0, "not for what was asked"},
+		"after its time":            {below("."), []string{"a", "b"}, false, 31 * time.Minute, "ended"},
+		"when more was served":      {below("."), []string{"a", "b"}, true, 0, "has taken less"},
+		"of more uses than allowed": {func(k *nucleus.Task) { k.Uses = 21 }, []string{"a"}, false, 0, "21 uses"},
+		"of a longer time":          {func(k *nucleus.Task) { k.Until += 3_600_000 }, []string{"a"}, false, 0, "at most an hour"},
+		"of more exposure":          {func(k *nucleus.Task) { k.Exposure = nucleus.Private | nucleus.Untrusted }, []string{"a"}, false, 0, "the ask tells of"},
+	} {
+		l := newLock(t)
+		var err error
+		if l.p.policy, err = policy.Load("p", []byte(`{"operations":{"write_files":"ask","read_files":"always"},"paths":{"roots":"any"}}`)); err != nil {
+			t.Fatal(err)
+		}
+		action := writeAction(c.paths[0])
+		permit := l.permit(action)
+		ask := l.ask(permit, action)
+		match, err := approval.Narrowest(ask)
+		if err != nil {
+			t.Fatal(err)
+		}
+		task := nucleus.Task{Uses: 3, Until: permit.Issued.UnixMilli + 1_800_000, Exposure: approval.Told(ask), Match: match}
+		c.change(&task)
+		token := l.taskToken(tester{"person", l.approver}, ask, &task)
+		var e *nucleus.Error
+		for i, path := range c.paths {
+			action := writeAction(path)
+			if i > 0 {
+				if i == len(c.paths)-1 {
+					if c.read {
+						reading := readAction("secret")
+						if _, e := l.p.admit(Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(reading))}, &reading, nil); e != nil {
+							t.Fatal(e)
+						}
+					}
+					l.wall += c.later
+				}
+				permit = l.permit(action)
+			}
+			permit.Grants = []string{token}
+			if _, e = l.p.admit(Call{Op: action.Op, Permit: l.sign(permit)}, &action, &ask); e != nil && i < len(c.paths)-1 {
+				t.Fatalf("%s: %s: %v", what, path, e)
+			}
+		}
+		if c.text == "" && e != nil || c.text != "" && (e == nil || !strings.Contains(e.Message, c.text)) {
+			t.Errorf("%s: %+v, want %q", what, e, c.text)
+		}
+		if c.text != "" {
+			continue
+		}
+		// Another boot of the machine knows nothing of it, and what was granted is not for it.
+		for boot, text := range map[string]string{"b-1": "", "b-2": "it is for boot"} {
+			other := newLock(t)
+			other.p.boot.Approvers, other.p.policy, other.p.boot.Boot = l.p.boot.Approvers, l.p.policy, boot
+			permit := other.permit(action)
+			permit.Boot, permit.Grants, permit.Digest, permit.Salt = boot, []string{token}, ask.Digest, ask.Salt
+			moved := ask
+			moved.Boot = boot
+			_, e := other.p.admit(Call{Op: action.Op, Permit: other.sign(permit)}, &action, &moved)
+			if text == "" && e != nil || text != "" && (e == nil || !strings.Contains(e.Message, text)) {
+				t.Errorf("boot %s: %+v, want %q", boot, e, text)
+			}
+		}
+	}
 }
 
 // A sequence number is accepted once, in whatever order numbers come; an epoch that

@@ -221,7 +221,7 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, action nucleus.Action, ask *n
 
 // checkGrants verifies the approvers' own signatures, of as many different ones as this machine
 // itself wants: the node cannot make one. Those for a place open it, for every request there until
-// it ends; any others are good once, all together.
+// it ends; those for a task begin it; any others are good once, all together.
 func (p *Proxy) checkGrants(permit nucleus.Permit, action nucleus.Action, shown *nucleus.AskRequest, need int, now int64) *nucleus.Error {
 	refuse := func(format string, args ...any) *nucleus.Error {
 		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: "+format, args...)
@@ -237,11 +237,10 @@ func (p *Proxy) checkGrants(permit nucleus.Permit, action nucleus.Action, shown 
 		return refuse("the approval is for something else")
 	}
 	together := strings.Join(permit.Grants, "\n")
-	if ask.Passage != nil {
-		if open, ok := p.served.passages[together]; ok && open.approvals >= need {
-			return p.served.passes(open, action, now)
-		}
-	} else if ask.Digest != permit.Digest {
+	if open, ok := p.served.passages[together]; ok && open.approvals >= need {
+		return p.served.passes(open, action, now)
+	}
+	if ask.Passage == nil && ask.Digest != permit.Digest { // the first use of a task is what was asked for
 		return refuse("the approval is for something else")
 	}
 	grants, err := approval.Approved(permit.Grants, ask, p.approvers(), now)
@@ -253,11 +252,17 @@ func (p *Proxy) checkGrants(permit nucleus.Permit, action nucleus.Action, shown 
 			return refuse("grant %s was used before", grant.ID)
 		}
 	}
-	if ask.Passage != nil {
+	task := grants[0].Task
+	if task != nil || ask.Passage != nil {
 		if err := approval.Check(ask); err != nil {
 			return refuse("%v", err)
 		}
-		open := opened{permit.Op, *ask.Passage, len(grants), now + ask.Passage.Millis}
+		open := &opened{op: permit.Op, approvals: len(grants), task: task}
+		if task != nil {
+			open.exposure, open.until = task.Exposure, task.Until
+		} else {
+			open.host, open.port, open.exposure, open.until = ask.Passage.Host, ask.Passage.Port, ask.Passage.Exposure, now+ask.Passage.Millis
+		}
 		if e := p.served.passes(open, action, now); e != nil {
 			return e
 		}
@@ -275,30 +280,44 @@ func (p *Proxy) approvers() []nucleus.Approver {
 	return approval.Different(p.boot.Approvers, p.key.Public().(ed25519.PublicKey))
 }
 
-// opened is a passage that grants opened here.
+// opened is a passage that grants opened here, or a task.
 type opened struct {
 	op        nucleus.Op
-	passage   nucleus.Passage
+	host      string
+	port      int
+	exposure  nucleus.Legs
 	approvals int
 	until     int64 // on the node's wall clock
+	task      *nucleus.Task
+	uses      int // of the task
 }
 
-// passes says why a passage does not let action through: it leads elsewhere, its time
-// has passed, or this proxy itself has served more, beside passages, than the person was told.
-func (s *servedState) passes(o opened, action nucleus.Action, now int64) *nucleus.Error {
+// passes says why a passage or a task does not let action through: it is for something else, its
+// time has passed, or this proxy itself has served more, beside passages, than the person was
+// told. It counts the uses of a task.
+func (s *servedState) passes(o *opened, action nucleus.Action, now int64) *nucleus.Error {
 	const both = nucleus.Private | nucleus.Untrusted
 	refuse := func(format string, args ...any) *nucleus.Error {
 		return nucleus.Errorf(nucleus.KindForbidden, "the machine refuses: "+format, args...)
 	}
 	host, port, placed := action.Place()
 	switch {
-	case !placed || action.Op != o.op || host != o.passage.Host || port != o.passage.Port:
-		return refuse("the passage leads to %s port %d by %s", o.passage.Host, o.passage.Port, o.op)
+	case action.Op != o.op || o.task == nil && (!placed || host != o.host || port != o.port):
+		return refuse("the passage leads to %s port %d by %s", o.host, o.port, o.op)
 	case now >= o.until:
 		return refuse("the passage ended %d ms ago", now-o.until)
-	case s.exposure&^s.through&both&^o.passage.Exposure != 0:
+	case s.exposure&^s.through&both&^o.exposure != 0:
 		return refuse("the passage is for a session that has taken less")
+	case o.task == nil:
+		return nil
 	}
+	if err := approval.Matches(o.task.Match, action); err != nil {
+		return refuse("the task is not for this: %v", err)
+	}
+	if o.uses >= o.task.Uses {
+		return refuse("the task was used %d times before", o.uses)
+	}
+	o.uses++
 	return nil
 }
 

@@ -68,9 +68,9 @@ type servedState struct {
 	seqs     map[uint64]bool
 	floor    uint64 // every sequence at or below it was seen
 	exposure nucleus.Legs
-	through  nucleus.Legs      // of the exposure: what passages alone have taken
-	grants   map[string]bool   // used
-	passages map[string]opened // by the token that opened each
+	through  nucleus.Legs       // of the exposure: what passages alone have taken
+	grants   map[string]bool    // used
+	passages map[string]*opened // by the tokens that opened each
 }
 
 // Run serves the machine over conn until its node has been gone for a minute.
@@ -159,7 +159,7 @@ func (p *Proxy) adopt() error {
 		return fmt.Errorf("boot frame: %w", err)
 	}
 	_, p.key, err = ed25519.GenerateKey(rand.Reader)
-	p.served = servedState{seqs: map[uint64]bool{}, grants: map[string]bool{}, passages: map[string]opened{}}
+	p.served = servedState{seqs: map[uint64]bool{}, grants: map[string]bool{}, passages: map[string]*opened{}}
 	return err
 }
 

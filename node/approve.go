@@ -391,7 +391,7 @@ func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, need
 	ask := nucleus.AskRequest{
 		ID: id, Pod: p.record.ID, Workspace: n.workspaceOf(p), Session: p.record.Session, Boot: p.record.Boot,
 		Requester: r.caller.KeyID, Action: pre.action, Digest: pre.digest, Salt: pre.salt[:],
-		Policy: p.digest, Rule: needed.decision.Rule, Why: needed.decision.Why, Approvals: max(needed.decision.Approvals, 1), Context: needed.context,
+		Policy: p.digest, Rule: needed.decision.Rule, Why: needed.decision.Why, Approvals: max(needed.decision.Approvals, 1), Takes: needed.decision.Takes, Context: needed.context,
 		Tier: string(p.record.Tier), Mode: string(p.record.Spec.Mode), Detail: pre.detail, Evidence: p.root.shown(), Nonce: nucleus.NewID("n-"),
 	}
 	if sub := p.record.Sub; sub != nil {
@@ -485,15 +485,16 @@ func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reaso
 const usePatience = 3 * time.Second
 
 // useGrants uses the grants of an ask up durably, all at once, before the effect, once. Those
-// for a place open its passage, which lets a through; others are good for this effect alone.
-// The authority counts the use first, so that what was taken back is not used. The caller
-// holds the session's mutex.
+// for a place open its passage, and those for a task begin it, which lets a through; others are good
+// for this effect alone. The authority counts the use first, so that what was taken back is not
+// used. The caller holds the session's mutex.
 func (n *Node) useGrants(ctx context.Context, p *Pod, a *approved, action nucleus.Action, permit string, now time.Time) (*passage, error) {
-	if err := p.root.admits(a.ask, action); err != nil {
+	task := a.grants[0].Task
+	if err := p.root.admits(a.ask, task, action); err != nil {
 		return nil, err
 	}
-	ids, names := grantIDs(a.grants), approverNames(a.grants)
-	counted, err := n.countUse(ctx, a.ask.ID, approvals.Use{Permit: permit, Grants: ids})
+	opened := passage{pod: p.record.ID, op: action.Op, used: used{&a.ask, grantIDs(a.grants), approverNames(a.grants), a.tokens}, task: task}
+	counted, err := n.countUse(ctx, opened.used, permit)
 	if err != nil {
 		return nil, err
 	}
@@ -504,23 +505,63 @@ func (n *Node) useGrants(ctx context.Context, p *Pod, a *approved, action nucleu
 	if err != nil {
 		return nil, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: what was granted for ask %s cannot be used up: %v", a.ask.ID, err)
 	}
-	opened := passage{used: used{&a.ask, ids, a.tokens}}
-	values := map[string]any{"tokens": a.tokens, "approvers": names, "n": counted.N, "of": counted.Of}
-	if q := a.ask.Passage; q != nil {
-		opened.pod, opened.op, opened.host, opened.port, opened.exposure = p.record.ID, action.Op, q.Host, q.Port, q.Exposure
+	values := map[string]any{"tokens": a.tokens}
+	switch q := a.ask.Passage; {
+	case task != nil:
+		opened.exposure, opened.until = task.Exposure, task.Until
+		values["task"] = task
+		if err := n.countTask(&opened, permit); err != nil {
+			return nil, err
+		}
+	case q != nil:
+		opened.host, opened.port, opened.exposure = q.Host, q.Port, q.Exposure
 		opened.until = now.UnixMilli() + min(q.Millis, passageLife.Milliseconds())
 		values["passage"] = map[string]any{"host": q.Host, "port": q.Port, "exposure": q.Exposure.Names(), "until_ms": opened.until}
 	}
-	if _, err := n.append(nucleus.Entry{
-		Pod: p.record.ID, Session: p.record.Session, Actor: names[len(names)-1], Kind: nucleus.KindApprovalUse, Op: a.ask.Action.Op,
-		Digest: a.ask.Digest, Ask: a.ask.ID, Grants: ids, Permit: permit, Data: data(values),
-	}); err != nil {
-		return nil, logFailure(err)
+	if err := n.recordUse(p, opened.used, permit, counted, values); err != nil {
+		return nil, err
 	}
-	if a.ask.Passage != nil {
+	if task != nil || a.ask.Passage != nil {
 		p.root.passages = append(p.root.passages, opened)
 	}
 	return &opened, nil
+}
+
+// useAgain uses a task once more. The caller holds the session's mutex.
+func (n *Node) useAgain(ctx context.Context, p *Pod, task *passage, permit string) error {
+	counted, err := n.countUse(ctx, task.used, permit)
+	if err != nil {
+		return err
+	}
+	if err := n.countTask(task, permit); err != nil {
+		return err
+	}
+	return n.recordUse(p, task.used, permit, counted, map[string]any{})
+}
+
+// countTask counts a use of a task, here, for itself.
+func (n *Node) countTask(task *passage, permit string) error {
+	id := task.used.ask.ID
+	uses, err := n.spent.Again(id, task.task.Uses, permit)
+	if errors.Is(err, spent.ErrUsed) {
+		return nucleus.Errorf(nucleus.KindRefused, "the task granted for ask %s was used %d times before", id, task.task.Uses)
+	}
+	if err != nil {
+		return nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: the task granted for ask %s cannot be counted: %v", id, err)
+	}
+	task.uses = uses
+	return nil
+}
+
+func (n *Node) recordUse(p *Pod, u used, permit string, counted approvals.Used, values map[string]any) error {
+	values["approvers"], values["n"], values["of"] = u.approvers, counted.N, counted.Of
+	if _, err := n.append(nucleus.Entry{
+		Pod: p.record.ID, Session: p.record.Session, Actor: u.approvers[len(u.approvers)-1], Kind: nucleus.KindApprovalUse, Op: u.ask.Action.Op,
+		Digest: u.ask.Digest, Ask: u.ask.ID, Grants: u.grants, Permit: permit, Data: data(values),
+	}); err != nil {
+		return logFailure(err)
+	}
+	return nil
 }
 
 func grantIDs(grants []nucleus.Grant) (ids []string) {
@@ -539,18 +580,27 @@ func approverNames(grants []nucleus.Grant) (names []string) {
 
 // countUse has the authority count a use. What it refuses is refused; where it does not answer
 // nothing is done.
-func (n *Node) countUse(ctx context.Context, ask string, use approvals.Use) (approvals.Used, error) {
+func (n *Node) countUse(ctx context.Context, u used, permit string) (approvals.Used, error) {
 	ctx, cancel := context.WithTimeout(ctx, usePatience)
 	defer cancel()
-	used, err := n.asks.Use(ctx, ask, use)
+	counted, err := n.asks.Use(ctx, u.ask.ID, approvals.Use{Permit: permit, Grants: u.grants})
 	var refused *nucleus.Error
 	if errors.As(err, &refused) && refused.Kind == nucleus.KindRefused {
-		return used, &nucleus.Error{Kind: nucleus.KindRefused, Ask: ask, Message: "the authority: " + refused.Message}
+		return counted, &nucleus.Error{Kind: nucleus.KindRefused, Ask: u.ask.ID, Message: "the authority: " + refused.Message}
 	}
 	if err != nil {
-		return used, authorityFailure(err)
+		return counted, authorityFailure(err)
 	}
-	return used, nil
+	return counted, nil
+}
+
+// reportOutcome tells the authority what came of a use, for its listing.
+func (n *Node) reportOutcome(ask, permit, status string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if err := n.asks.Report(ctx, ask, approvals.Outcome{Permit: permit, Status: status}); err != nil {
+		slog.Warn("the authority did not take note of what came of a grant", "ask", ask, "error", err)
+	}
 }
 
 // approversNow asks the authority who can approve; without an authority there is nobody and

@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -387,6 +388,7 @@ type inside struct {
 	session *wire.Session
 	seqs    map[uint64]bool
 	grants  map[string]int64          // token -> when it was used first, unix milliseconds
+	tasks   map[string]*nucleus.Task  // token -> what is left of the task
 	acted   []nucleus.Permit          // in order
 	asked   map[string]guest.SignCall // by connection: what its program asks for
 }
@@ -416,7 +418,7 @@ func (h *host) guest(ctx context.Context, in fake.Inside) {
 	}
 	stop := context.AfterFunc(ctx, func() { session.Close() })
 	defer stop()
-	m := &inside{host: h, in: in, session: session, seqs: map[uint64]bool{}, grants: map[string]int64{}}
+	m := &inside{host: h, in: in, session: session, seqs: map[uint64]bool{}, grants: map[string]int64{}, tasks: map[string]*nucleus.Task{}}
 	if err := m.takeBoot(session); err != nil {
 		fmt.Fprintln(in.Console, err)
 		session.Close()
@@ -776,6 +778,13 @@ func (m *inside) admit(c *callInside) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	spent, again := m.grants[token]
+	if task := m.tasks[token]; task != nil {
+		task.Uses--
+		if err := approval.Matches(task.Match, *c.args.Action); err != nil || task.Uses < 0 {
+			return fmt.Errorf("the task is over, or for something else: %w", err)
+		}
+		return nil
+	}
 	if q := c.args.Ask.Passage; q == nil {
 		if c.args.Ask.Digest != c.permit.Digest || again {
 			return errors.New("the grant is for something else, or was used")
@@ -788,11 +797,17 @@ func (m *inside) admit(c *callInside) error {
 		}
 		return nil
 	}
-	_, err = approval.Approved(c.permit.Grants, *c.args.Ask, m.boot.Approvers, now)
-	if err == nil {
-		m.grants[token] = now
+	grants, err := approval.Approved(c.permit.Grants, *c.args.Ask, m.boot.Approvers, now)
+	if err != nil {
+		return err
 	}
-	return err
+	m.grants[token] = now
+	if task := grants[0].Task; task != nil {
+		left := *task
+		left.Uses--
+		m.tasks[token] = &left
+	}
+	return nil
 }
 
 func (m *inside) sign(permit nucleus.Permit, result guest.CallResult, status string) guest.CallResult {
@@ -1025,7 +1040,12 @@ type authorityStub struct {
 	t       testing.TB
 	socket  string
 	persons []person
-	uses    map[string]int // of what was granted for an ask
+	uses    map[string][]string // permits that used what was granted for an ask
+	at      func(step string)   // nil, or called when something has been written down and is not answered yet
+	voided  []approvals.Voided
+	left    []string // pods that were withdrawn
+	reports []approvals.Outcome
+	answers bool // to who watches
 
 	mu      sync.Mutex
 	asks    map[string]nucleus.AskRequest
@@ -1043,7 +1063,7 @@ func newAuthority(t testing.TB) *authorityStub {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &authorityStub{t: t, socket: filepath.Join(dir, "s"), persons: []person{newPerson(t, "person")}, uses: map[string]int{}, asks: map[string]nucleus.AskRequest{},
+	a := &authorityStub{t: t, socket: filepath.Join(dir, "s"), persons: []person{newPerson(t, "person")}, uses: map[string][]string{}, answers: true, asks: map[string]nucleus.AskRequest{},
 		status: map[string]approvals.Status{}, changed: make(chan struct{}), keys: map[string]map[string][]byte{}, witness: newWitnessed()}
 	a.start()
 	t.Cleanup(func() { a.stop(); os.RemoveAll(dir) })
@@ -1085,15 +1105,73 @@ func (a *authorityStub) start() {
 	})
 	// It counts and refuses nothing: what refuses in these tests is the node.
 	mux.HandleFunc("POST /v1/asks/{id}/uses", func(w http.ResponseWriter, r *http.Request) {
-		a.mu.Lock()
-		defer a.mu.Unlock()
 		id := r.PathValue("id")
+		var use approvals.Use
+		json.NewDecoder(r.Body).Decode(&use)
+		a.mu.Lock()
 		if a.status[id].State == approvals.Revoked {
+			a.mu.Unlock()
 			wire.WriteError(w, nucleus.Errorf(nucleus.KindRefused, "ask %s is revoked", id))
 			return
 		}
-		a.uses[id]++
-		json.NewEncoder(w).Encode(approvals.Used{N: a.uses[id], Of: 1})
+		a.uses[id] = append(a.uses[id], use.Permit)
+		used := approvals.Used{N: len(a.uses[id]), Of: 1}
+		a.mu.Unlock()
+		a.reached("counted")
+		json.NewEncoder(w).Encode(used)
+	})
+	mux.HandleFunc("POST /v1/asks/{id}/outcomes", func(w http.ResponseWriter, r *http.Request) {
+		var o approvals.Outcome
+		json.NewDecoder(r.Body).Decode(&o)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.reports = append(a.reports, o)
+		w.Write([]byte("{}"))
+	})
+	mux.HandleFunc("POST /v1/pods/{pod}/withdrawal", func(w http.ResponseWriter, r *http.Request) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.left = append(a.left, r.PathValue("pod"))
+		gone := []approvals.Approval{}
+		for ask, permits := range a.uses {
+			approval := approvals.Approval{Ask: ask, State: approvals.Spent, Pod: a.asks[ask].Pod, Op: a.asks[ask].Action.Op, Grants: []approvals.Given{{Grant: "g-of-" + ask}}}
+			for i, permit := range permits {
+				approval.Uses = append(approval.Uses, approvals.UseOf{N: i + 1, Permit: permit, Outcome: nucleus.OutcomeUnknown})
+			}
+			if approval.Pod == r.PathValue("pod") {
+				gone = append(gone, approval)
+			}
+		}
+		json.NewEncoder(w).Encode(gone)
+	})
+	mux.HandleFunc("GET /v1/revocations", func(w http.ResponseWriter, r *http.Request) {
+		after, err := strconv.Atoi(r.URL.Query().Get("after"))
+		for limit := time.After(approvals.WatchWait); err == nil; {
+			a.mu.Lock()
+			voided, changed, answers := a.voided, a.changed, a.answers
+			a.mu.Unlock()
+			if !answers {
+				break
+			}
+			if after < 0 {
+				voided, after = nil, len(voided)
+			} else {
+				voided = voided[min(after, len(voided)):]
+			}
+			if told := (approvals.Watched{Seq: int64(after + len(voided)), Revoked: append([]approvals.Voided{}, voided...)}); len(voided) > 0 || r.URL.Query().Get("after") == "-1" {
+				json.NewEncoder(w).Encode(told)
+				return
+			}
+			select {
+			case <-changed:
+			case <-limit:
+				json.NewEncoder(w).Encode(approvals.Watched{Seq: int64(after), Revoked: []approvals.Voided{}})
+				return
+			case <-r.Context().Done():
+				return
+			}
+		}
+		wire.WriteError(w, nucleus.Errorf(nucleus.KindUnavailable, "not now"))
 	})
 	mux.HandleFunc("POST /v1/asks", func(w http.ResponseWriter, r *http.Request) {
 		raw, _ := io.ReadAll(r.Body)
@@ -1102,8 +1180,8 @@ func (a *authorityStub) start() {
 			wire.WriteError(w, nucleus.Errorf(nucleus.KindInvalid, "%v", err))
 			return
 		}
+		a.reached("asked")
 		a.mu.Lock()
-		defer a.mu.Unlock()
 		if _, known := a.asks[ask.ID]; !known {
 			a.order = append(a.order, ask.ID)
 			a.status[ask.ID] = approvals.Status{ID: ask.ID, State: approvals.Pending, AskDigest: digest, Need: ask.Approvals}
@@ -1111,7 +1189,10 @@ func (a *authorityStub) start() {
 		a.asks[ask.ID] = ask
 		close(a.changed)
 		a.changed = make(chan struct{})
-		json.NewEncoder(w).Encode(a.status[ask.ID])
+		status := a.status[ask.ID]
+		a.mu.Unlock()
+		a.reached("submitted")
+		json.NewEncoder(w).Encode(status)
 	})
 	mux.HandleFunc("GET /v1/asks/{id}", func(w http.ResponseWriter, r *http.Request) {
 		for {
@@ -1135,6 +1216,15 @@ func (a *authorityStub) start() {
 
 func (a *authorityStub) stop() { a.server.Close() }
 
+func (a *authorityStub) reached(step string) {
+	a.mu.Lock()
+	at := a.at
+	a.mu.Unlock()
+	if at != nil {
+		at(step)
+	}
+}
+
 // asked returns the asks so far.
 func (a *authorityStub) asked() []nucleus.AskRequest {
 	a.mu.Lock()
@@ -1153,6 +1243,14 @@ func (a *authorityStub) answer(id string, s approvals.Status) {
 	a.status[id] = s
 	close(a.changed)
 	a.changed = make(chan struct{})
+}
+
+// revoke takes back what was granted for an ask.
+func (a *authorityStub) revoke(id, reason string) {
+	a.mu.Lock()
+	a.voided = append(a.voided, approvals.Voided{Ask: id, Pod: a.asks[id].Pod, Grants: []string{}, Reason: reason})
+	a.mu.Unlock()
+	a.answer(id, approvals.Status{State: approvals.Revoked, Reason: reason})
 }
 
 func (a *authorityStub) deny(id, reason string) {
@@ -1178,6 +1276,24 @@ func (a *authorityStub) grant(id string, change func(*nucleus.AskRequest)) {
 	a.answer(id, given(tokens...))
 }
 
+// grantTask answers ask id with a grant for a task: as narrow as can be, but for what change makes
+// of it.
+func (a *authorityStub) grantTask(id string, uses int, change func(*nucleus.Task)) {
+	a.t.Helper()
+	a.mu.Lock()
+	ask := a.asks[id]
+	a.mu.Unlock()
+	match, err := approval.Narrowest(ask)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	task := nucleus.Task{Uses: uses, Until: ask.Created + 30*60*1000, Exposure: approval.Told(ask), Match: match}
+	if change != nil {
+		change(&task)
+	}
+	a.answer(id, given(a.persons[0].taskToken(a.t, ask, &task)))
+}
+
 // given is the answer of an authority where these tokens were granted.
 func given(tokens ...string) approvals.Status {
 	s := approvals.Status{State: approvals.Granted, Need: len(tokens)}
@@ -1187,13 +1303,17 @@ func given(tokens ...string) approvals.Status {
 	return s
 }
 
-func (p person) token(t testing.TB, ask nucleus.AskRequest) string {
+func (p person) token(t testing.TB, ask nucleus.AskRequest) string { return p.taskToken(t, ask, nil) }
+
+func (p person) taskToken(t testing.TB, ask nucleus.AskRequest, task *nucleus.Task) string {
 	t.Helper()
 	b, err := approval.Bind(ask)
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw, err := nucleus.Canonical(b.Grant(nucleus.NewID("g-"), p.Name, "looks right"))
+	grant := b.Grant(nucleus.NewID("g-"), p.Name, "looks right")
+	grant.Task = task
+	raw, err := nucleus.Canonical(grant)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1314,6 +1434,8 @@ func (m *memoryFS) Names() ([]string, error) {
 	return slices.Sorted(maps.Keys(names)), nil
 }
 
+func (m *memoryFS) Partials() ([]string, error) { return nil, nil }
+
 func (m *memoryFS) ReadFile(name string, limit int64) ([]byte, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -1345,6 +1467,23 @@ func (m *memoryFS) Remove(name string) error {
 }
 
 func (m *memoryFS) Append(name string) (audit.File, error) { return &memoryFile{m, name}, nil }
+
+// dump writes the disk into a directory.
+func (m *memoryFS) dump(t testing.TB) (dir string) {
+	t.Helper()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	dir = t.TempDir()
+	for name, content := range m.files {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
 
 type memoryFile struct {
 	fs   *memoryFS

@@ -61,12 +61,16 @@ type Node struct {
 	dirs     Dirs
 	key      ed25519.PrivateKey
 	log      *audit.Log
+	owed     owed
 	salts    *audit.Salts
 	keys     *nucleus.Entry // that is not yet in the log
 	witness  *witnesses
 	gateway  *egress.Gateway
 	spent    *spent.Store
 	asks     *approvals.Client
+	watch    watch
+	leftPods []string  // of an earlier node
+	opened   time.Time // by the host's clock
 	verifier *wire.Verifier
 	storage  storage
 	born     time.Time // of this process's ticks
@@ -109,6 +113,8 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 		config.Monotonic = monotonic
 	}
 	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, modelCalls: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
+	n.watch = watch{id: nucleus.NewID("w-"), seq: -1, clock: config.Monotonic, lapse: n.suspendPassages}
+	n.opened = config.Now()
 	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -131,6 +137,8 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 		_ = n.witness.round(ctx) // what came of it counts in allow
 	}
 	n.serving.Go(func() { n.witness.keep(keeping) })
+	n.beginWatch(ctx)
+	n.serving.Go(func() { n.watchRevocations(keeping) })
 	return n, nil
 }
 
@@ -138,7 +146,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 // disk first: where there is room again, it goes on.
 func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
 	recorded, err := n.log.Append(e)
-	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
+	if !errors.Is(err, audit.ErrFailed) || n.reopen() != nil {
 		return recorded, err
 	}
 	return n.log.Append(e)
@@ -151,7 +159,7 @@ func (n *Node) begin(e nucleus.Entry) (*audit.Pending, error) {
 		return nil, err
 	}
 	pending, err := n.log.Begin(e)
-	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
+	if !errors.Is(err, audit.ErrFailed) || n.reopen() != nil {
 		return pending, err
 	}
 	return n.log.Begin(e)
@@ -171,9 +179,12 @@ func (n *Node) keepLog(ctx context.Context) {
 		n.endPassages()
 		err := n.log.Publish()
 		if errors.Is(err, audit.ErrFailed) {
-			if err = n.log.Reopen(); err == nil {
+			if err = n.reopen(); err == nil {
 				slog.Info("the log can be written again")
 			}
+		}
+		if err == nil {
+			n.settle() // what came to be owed while the log was being read anew
 		}
 		n.recordKeys()
 		if err = errors.Join(err, n.salts.Sync()); err != nil {

@@ -76,7 +76,7 @@ func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepare
 		return err
 	}
 	pre.action.Push.New = commit
-	pre.detail = pushDetail(ctx, q, cmp.Or(stored.PersonBase, repo.Base), old, commit)
+	pre.detail, pre.action.Push.Drops = pushDetail(ctx, q, cmp.Or(stored.PersonBase, repo.Base), old, commit)
 	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
 		if err := q.Push(ctx, url, commit, ref, old); err != nil {
 			return nil, nucleus.Errorf(nucleus.KindFailed, "%v", err)
@@ -92,12 +92,12 @@ func (n *Node) preparePush(ctx context.Context, p *Pod, raw []byte, pre *prepare
 
 // pushDetail shows what moves on the remote: from where it is to the commit, and what
 // a push that is no fast-forward drops.
-func pushDetail(ctx context.Context, q *transfer, base, old, commit string) []nucleus.Detail {
-	var details []nucleus.Detail
+func pushDetail(ctx context.Context, q *transfer, base, old, commit string) (details []nucleus.Detail, drops bool) {
 	if old != zeroID {
 		if forward, err := q.IsAncestor(ctx, old, commit); err == nil && forward {
 			base = old
 		} else {
+			drops = true
 			details = append(details, nucleus.Detail{Title: "NOT A FAST-FORWARD", Text: "the branch on the remote, now at " + old + ", is replaced; commits that it has and the new one has not are dropped from it"})
 		}
 	}
@@ -111,7 +111,7 @@ func pushDetail(ctx context.Context, q *transfer, base, old, commit string) []nu
 	add("commits", 16<<10, "log", "--no-color", "--format=%h %an <%ae> %s", base+".."+commit)
 	add("files", 16<<10, "diff", "--no-color", "--stat=100", base, commit)
 	add("diff", 256<<10, "diff", "--no-color", base, commit)
-	return details
+	return details, drops
 }
 
 // preparePR resolves a pull request; GitHub's API is reached by the node.
@@ -148,7 +148,7 @@ func (n *Node) preparePR(ctx context.Context, p *Pod, raw []byte, pre *prepared)
 	if pre.action.PR.HeadID, err = q.take(ctx, "refs/heads/"+repo.Branch); err != nil {
 		return err
 	}
-	pre.detail = pushDetail(ctx, q, cmp.Or(stored.PersonBase, repo.Base), zeroID, pre.action.PR.HeadID)
+	pre.detail, _ = pushDetail(ctx, q, cmp.Or(stored.PersonBase, repo.Base), zeroID, pre.action.PR.HeadID)
 	pr := *pre.action.PR
 	pre.effect = func(ctx context.Context, _ nucleus.Permit) (json.RawMessage, error) {
 		return n.config.GitHub.open(ctx, pr)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"cal/approval"
 	"cal/egress"
 	"cal/guest"
 	"cal/nucleus"
@@ -23,7 +24,10 @@ import (
 // a passage that the person was not told of; and when its time has passed. Connections that
 // went through it end with it.
 
-// passage is one open passage of a session.
+// A task is open like a passage, for one operation and what its pattern describes. It is used by
+// word of the authority each time, and counted.
+
+// passage is one open passage of a session, or a task.
 type passage struct {
 	pod      string // whose machine knows it
 	op       nucleus.Op
@@ -32,28 +36,50 @@ type passage struct {
 	exposure nucleus.Legs // as far as the session may have gone beside its passages
 	until    int64        // unix milliseconds
 	used     used
+	task     *nucleus.Task // nil for a passage
+	uses     int           // of the task
+}
+
+// leads reports whether a goes where the passage leads, or is what the task is for.
+func (p *passage) leads(a nucleus.Action) bool {
+	if p.task != nil {
+		return approval.Matches(p.task.Match, a) == nil
+	}
+	host, port, placed := a.Place()
+	return placed && p.host == host && p.port == port
 }
 
 // used are the grants that were used up for an ask.
 type used struct {
-	ask            *nucleus.AskRequest
-	grants, tokens []string
+	ask       *nucleus.AskRequest
+	grants    []string // their ids
+	approvers []string
+	tokens    []string
 }
 
 // passageLife is how long a passage stands at most.
 const passageLife = time.Hour
 
-// passage returns the open passage of a pod that a goes through, nil for none. The caller holds
-// the session's mutex.
+// passage returns what lets a through now: an open passage of a pod, or else a task with uses
+// left; nil for none. The caller holds the session's mutex.
 func (s *rootSession) passage(pod string, a nucleus.Action, now time.Time) *passage {
-	host, port, placed := a.Place()
+	var task *passage
 	for i := range s.passages {
 		p := &s.passages[i]
-		if placed && p.pod == pod && p.op == a.Op && p.host == host && p.port == port && s.stands(p, now) {
+		switch {
+		case !s.covers(p, pod, a, now):
+		case p.task == nil:
 			return p
+		case p.uses < p.task.Uses:
+			task = p
 		}
 	}
-	return nil
+	return task
+}
+
+// covers reports whether a was let through by p, and would not be cut off now.
+func (s *rootSession) covers(p *passage, pod string, a nucleus.Action, now time.Time) bool {
+	return p.pod == pod && p.op == a.Op && s.stands(p, now) && p.leads(a)
 }
 
 // open reports whether a passage lets a through now.
@@ -71,18 +97,29 @@ func (s *rootSession) stands(p *passage, now time.Time) bool {
 // was told.
 func (s *rootSession) beyond(told nucleus.Legs) bool { return s.beside()&bothLegs&^told != 0 }
 
-// admits says why a passage asked for by ask does not let a through. The caller holds the
+// admits says why what was granted for ask, a passage or a task, does not let a through. The caller holds the
 // session's mutex.
-func (s *rootSession) admits(ask nucleus.AskRequest, a nucleus.Action) error {
+func (s *rootSession) admits(ask nucleus.AskRequest, task *nucleus.Task, a nucleus.Action) error {
 	host, port, placed := a.Place()
 	q := ask.Passage
+	refuse := func(format string, args ...any) error {
+		return &nucleus.Error{Kind: nucleus.KindRefused, Operation: a.Op, Ask: ask.ID, Message: fmt.Sprintf(format, args...)}
+	}
+	if task != nil {
+		if err := approval.Matches(task.Match, a); err != nil || ask.Action.Op != a.Op {
+			return refuse("the task granted for %s is not for this %s: %v", ask.ID, a.Op, err)
+		}
+		if s.beyond(task.Exposure) {
+			return refuse("the session has taken more than the person was told: ask again")
+		}
+	}
 	switch {
 	case !placed && q == nil:
 		return nil
 	case !placed || q == nil || ask.Action.Op != a.Op || q.Host != host || q.Port != port:
-		return &nucleus.Error{Kind: nucleus.KindRefused, Operation: a.Op, Ask: ask.ID, Message: fmt.Sprintf("the grant for %s is not for %s to %s port %d", ask.ID, a.Op, host, port)}
+		return refuse("the grant for %s is not for %s to %s port %d", ask.ID, a.Op, host, port)
 	case s.beyond(q.Exposure):
-		return &nucleus.Error{Kind: nucleus.KindRefused, Operation: a.Op, Ask: ask.ID, Message: "the session has taken more than the person was told: ask again"}
+		return refuse("the session has taken more than the person was told: ask again")
 	}
 	return nil
 }
@@ -103,7 +140,9 @@ func (n *Node) closeUncovered(root *rootSession) {
 			case nucleus.Allow:
 				return true
 			case nucleus.Ask:
-				return root.passage(p.record.ID, action, now) != nil
+				return slices.ContainsFunc(root.passages, func(q passage) bool {
+					return (q.task != nil || n.watch.fresh()) && root.covers(&q, p.record.ID, action, now)
+				})
 			}
 			return false
 		})

@@ -39,6 +39,9 @@ func (n *Node) recover(ctx context.Context) error {
 		l := leftPod{name: e.Name(), dir: filepath.Join(n.dirs.Pods(), e.Name())}
 		l.err = durable.Load(filepath.Join(l.dir, podFile), &l.record)
 		left = append(left, l)
+		if l.err == nil {
+			n.leftPods = append(n.leftPods, l.record.ID)
+		}
 	}
 	slices.SortStableFunc(left, func(a, b leftPod) int { return a.record.depth() - b.record.depth() })
 	for _, l := range left {

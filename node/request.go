@@ -222,15 +222,29 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 	}
 	var ask *nucleus.AskRequest
 	_, _, placed := pre.action.Place()
+	if placed && decision.Verdict == nucleus.Ask && !n.watch.fresh() {
+		return ruling{}, &nucleus.Error{Kind: nucleus.KindUnavailable, Operation: r.op, Rule: decision.Rule, Message: "nothing was done: the authority has not been reached for a while, so nobody knows what was taken back (start it with: nucleus-authority serve)"}
+	}
 	switch decision.Verdict {
 	case nucleus.Allow:
 	case nucleus.Ask:
-		if open == nil {
+		switch {
+		case open == nil:
 			if asked := approval.ask.Approvals; decision.Approvals > asked {
 				return ruling{}, &nucleus.Error{Kind: nucleus.KindRefused, Operation: r.op, Ask: approval.ask.ID, Message: fmt.Sprintf("%d approvals are needed, the ask was for %d", decision.Approvals, asked)}
 			}
 			if open, err = n.useGrants(ctx, p, approval, pre.action, permit.ID, now); err != nil {
 				return ruling{}, err
+			}
+		case open.task != nil:
+			if err := n.useAgain(ctx, p, open, permit.ID); err != nil {
+				if nucleus.AsError(err).Kind != nucleus.KindRefused {
+					return ruling{}, err
+				}
+				// Taken back, or used up: a person is asked anew.
+				over := open.used.ask.ID
+				p.root.closePassages(func(q *passage) bool { return q.used.ask.ID == over })
+				return ruling{}, &needsApproval{decision, state, p.root.beside()}
 			}
 		}
 		ask = open.used.ask
@@ -289,6 +303,11 @@ type ruling struct {
 // the permit's time begins then. Every ruling is waited for: others may wait behind it.
 func (p *Pod) recorded(r ruling) (nucleus.Permit, error) {
 	if _, err := r.intent.Wait(); err != nil {
+		// It may be on the disk all the same, open for ever.
+		p.node.owed.add(nucleus.Entry{
+			Pod: p.record.ID, Session: p.record.Session, Actor: r.permit.Requester, Kind: nucleus.KindOutcome, Op: r.permit.Op, Digest: r.permit.Digest,
+			Permit: r.permit.ID, Status: nucleus.OutcomeRefused, Data: data(map[string]any{"message": "nothing was done: the intent could not be recorded in time"}),
+		})
 		return nucleus.Permit{}, logFailure(err)
 	}
 	r.permit.Issued = p.time()
@@ -388,7 +407,8 @@ func (n *Node) permitted(ctx context.Context, p *Pod, header guest.Call, permit 
 }
 
 // recordOutcome is the last step. When it fails the effect has happened and the
-// intent is in the log: recovery closes it as unknown.
+// intent is in the log: the outcome is owed, and where the node ends before the log can be
+// written again, recovery closes it as unknown.
 func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Permit, outcome *nucleus.Signed, cause error) error {
 	entry := nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindOutcome, Op: r.op,
@@ -408,7 +428,11 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 		entry.Data = data(map[string]any{"kind": e.Kind, "message": logged(e.Message, 1000)})
 	}
 	if _, err := n.append(entry); err != nil {
+		n.owed.add(entry)
 		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded: %v", r.op, err)
+	}
+	if pre.ask != nil {
+		go n.reportOutcome(pre.ask.ID, permit.ID, entry.Status)
 	}
 	return nil
 }

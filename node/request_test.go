@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"cal/audit"
 	"cal/guest"
 	"cal/nucleus"
 	"cal/wire"
@@ -79,6 +80,55 @@ func TestOutcomeNotRecorded(t *testing.T) {
 	open := h.node.log.OpenIntents()
 	if len(open) != 1 || open[0].Op != nucleus.WriteFiles {
 		t.Errorf("open intents: %+v", open)
+	}
+}
+
+// An intent whose sync failed is on the disk all the same, and an outcome that could not be
+// written is owed: when the log can be written again, each intent that is in it gets its
+// outcome, and one that is not gets none. Nobody has to start the node anew.
+func TestOutcomesAreOwed(t *testing.T) {
+	h := newHost(t)
+	disk := h.memoryLog()
+	p := h.pod(specOf("", policyOf(all)), nil)
+	write := func(name string) answer {
+		return h.tool(p, nucleus.WriteFiles, map[string]string{"path": name, "content": "x"})
+	}
+	failing := func(at string) func(string) error {
+		return func(what string) error {
+			if what == at {
+				return errors.New("disk full")
+			}
+			return nil
+		}
+	}
+	disk.failing(failing("append"))
+	write("not there").want(t, nucleus.KindUnavailable, "nothing was done")
+	disk.failing(failing("sync"))
+	write("persisted").want(t, nucleus.KindUnavailable, "nothing was done")
+	disk.failing(nil)
+	h.behave = func(_ *inside, c *callInside) (guest.CallResult, bool) {
+		disk.failing(func(string) error { return errors.New("disk full") })
+		return c.honest(), true
+	}
+	write("done").want(t, nucleus.KindUnavailable, "was done", "could not be recorded")
+	h.behave = nil
+	disk.failing(nil)
+	write("control").want(t, "") // takes the log up again
+	if open := h.node.log.OpenIntents(); len(open) != 0 {
+		t.Errorf("open: %+v", open)
+	}
+	got := []string{}
+	for e, err := range audit.Read(disk.dump(t), 0) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Kind == nucleus.KindIntent || e.Kind == nucleus.KindOutcome {
+			got = append(got, e.Kind+" "+e.Status)
+		}
+	}
+	want := "request.intent |request.outcome refused|request.intent |request.outcome done|request.intent |request.outcome done"
+	if s := strings.Join(got, "|"); s != want {
+		t.Errorf("got %s\nwant %s", s, want)
 	}
 }
 

@@ -80,6 +80,7 @@ type Push struct {
 	Ref    string `json:"ref"`
 	Old    string `json:"old"`
 	New    string `json:"new"`
+	Drops  bool   `json:"drops,omitempty"` // no fast-forward: commits that the remote's branch has are dropped from it
 }
 
 // PR opens a pull request.

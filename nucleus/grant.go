@@ -20,6 +20,7 @@ type AskRequest struct {
 	Rule      string          `json:"rule"`
 	Why       string          `json:"why"`
 	Approvals int             `json:"approvals"` // how many different approvers have to grant it, at least 1
+	Takes     Legs            `json:"takes"`     // what the action adds to the session's exposure
 	Context   Context         `json:"context"`
 	Tier      string          `json:"tier"`
 	Mode      string          `json:"mode"`
@@ -99,4 +100,65 @@ type Grant struct {
 	Nonce     string `json:"nonce"`
 	NotBefore int64  `json:"nbf_ms"`
 	Expires   int64  `json:"exp_ms"`
+	Task      *Task  `json:"task,omitempty"` // nil: good for one use
+}
+
+// Task makes a grant good for several uses, of which the one that was asked for is the first:
+// the operation of the ask, in its pod, for every action that Match describes, as long as the
+// session's exposure, but for what passages took, is not beyond Exposure. An approver chooses
+// it; nobody asks for one.
+type Task struct {
+	Uses     int   `json:"uses"`     // 1 to MaxTaskUses
+	Until    int64 `json:"until_ms"` // Unix milliseconds, at most MaxTaskMillis after it is given
+	Exposure Legs  `json:"exposure"`
+	Match    Match `json:"match"`
+}
+
+// The bounds of a task.
+const (
+	MaxTaskUses   = 20
+	MaxTaskMillis = 60 * 60 * 1000
+)
+
+// Match describes actions by a closed pattern. The part that belongs to the operation is
+// present, and no other. What a part does not name may be anything.
+type Match struct {
+	Push    *PushMatch    `json:"push,omitempty"`
+	Fetch   *FetchMatch   `json:"fetch,omitempty"`
+	Connect *Connect      `json:"connect,omitempty"`
+	Files   *FilesMatch   `json:"files,omitempty"`
+	Command *CommandMatch `json:"command,omitempty"`
+}
+
+// PushMatch is pushes from one repository to one remote that drop nothing from it. Ref is exact,
+// or "prefix/**".
+type PushMatch struct {
+	Repo   string `json:"repo"`
+	Remote string `json:"remote"`
+	Ref    string `json:"ref"`
+}
+
+// FetchMatch is requests to one host. Path is exact, or "prefix/**"; query, headers and body may
+// be any.
+type FetchMatch struct {
+	Method string `json:"method"`
+	Scheme string `json:"scheme"`
+	Host   string `json:"host"`
+	Port   int    `json:"port"`
+	Path   string `json:"path"`
+}
+
+// FilesMatch is files below one directory of the workspace; "." is the workspace.
+type FilesMatch struct {
+	Root string `json:"root"`
+}
+
+// CommandMatch is commands without an input that run one program in one directory and
+// environment. Argv is a pattern: "*" is one argument, "**" all that follow. Commands that may
+// run arbitrary code are never meant.
+type CommandMatch struct {
+	Argv   []string          `json:"argv"`
+	Binary string            `json:"binary"`
+	Dir    string            `json:"dir"`
+	Env    map[string]string `json:"env,omitempty"`
 }

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"go.yaml.in/yaml/v3"
 
@@ -21,6 +22,12 @@ type Config struct {
 		// Witnesses must cosign the log: without them the node begins no effect.
 		Witnesses []Witness `yaml:"witnesses"`
 	} `yaml:"log"`
+	Approvals struct {
+		// Notify is a program and its arguments that the authority runs for a new ask.
+		Notify []string `yaml:"notify"`
+		// Desktop shows a desktop notification for a new ask; nil is true.
+		Desktop *bool `yaml:"desktop"`
+	} `yaml:"approvals"`
 }
 
 // Witness is a C2SP tlog-witness.
@@ -44,6 +51,12 @@ func (h Home) Config() (Config, error) {
 	dec.KnownFields(true)
 	if err := dec.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
 		return Config{}, fmt.Errorf("%s: %w", name, err)
+	}
+	if argv := c.Approvals.Notify; argv != nil {
+		// One with a slash that is not absolute would be looked for where the daemon stands.
+		if len(argv) == 0 || argv[0] == "" || strings.Contains(argv[0], "/") && !filepath.IsAbs(argv[0]) {
+			return Config{}, fmt.Errorf("%s: approvals.notify is %q, want a program, by its name on PATH or its absolute path, and its arguments", name, argv)
+		}
 	}
 	for i, w := range c.Log.Witnesses {
 		u, err := url.Parse(w.URL)

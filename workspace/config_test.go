@@ -22,6 +22,10 @@ func TestConfig(t *testing.T) {
 		"no URL":         {"log:\n  witnesses:\n  - {key: \"" + key + "\"}\n", `witnesses[0].url is ""`},
 		"a file":         {"log:\n  witnesses:\n  - {url: \"file:///x\", key: \"" + key + "\"}\n", "want an http or https URL"},
 		"no witness key": {"log:\n  witnesses:\n  - {url: \"https://w.test\", key: \"x\"}\n", "witnesses[0].key: witness key"},
+		"a notifier":     {"approvals: {notify: [notify-me, \"two words\"], desktop: false}\n", ""},
+		"no notifier":    {"approvals: {notify: []}\n", "approvals.notify is []"},
+		"a shell line":   {"approvals: {notify: \"notify-me --now\"}\n", "line 1"},
+		"a relative one": {"approvals: {notify: [bin/notify-me]}\n", "want a program, by its name on PATH or its absolute path"},
 	} {
 		write(t, filepath.Join(h.Dir, "config.yaml"), c.text)
 		got, err := h.Config()

@@ -270,7 +270,18 @@ func (h Home) startAuthority(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), "serve", "--dir", h.AuthorityDir(), "--socket", h.AuthoritySocket()); err != nil {
+	config, err := h.Config()
+	if err != nil {
+		return err
+	}
+	args := []string{"serve", "--dir", h.AuthorityDir(), "--socket", h.AuthoritySocket()}
+	if desktop := config.Approvals.Desktop; desktop == nil || *desktop {
+		args = append(args, "--desktop")
+	}
+	for _, arg := range config.Approvals.Notify {
+		args = append(args, "--notify="+arg)
+	}
+	if err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), args...); err != nil {
 		return err
 	}
 	waiting, cancel := context.WithTimeout(ctx, startDeadline)

@@ -134,8 +134,33 @@ func (h Home) LoadPolicy(name string) (*policy.Policy, error) {
 	return policy.Load(path, raw)
 }
 
-// pipePatience is how long whoever writes a policy into a pipe may take.
+// pipePatience is how long whoever writes into a pipe may take.
 const pipePatience = 10 * time.Second
+
+// ReadGiven reads a file that a person names, a regular one or a pipe, and waits for no
+// other. Of one that has more than limit bytes it returns limit and one.
+func ReadGiven(path string, limit int64) ([]byte, error) {
+	// Not blocking: a pipe that nobody writes to is empty.
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case info.Mode().IsRegular():
+	case info.Mode()&os.ModeNamedPipe != 0: // what a shell makes of <(...)
+		if err := file.SetReadDeadline(time.Now().Add(pipePatience)); err != nil {
+			return nil, err
+		}
+	default:
+		return nil, fmt.Errorf("%s is no regular file and no pipe (%s)", path, info.Mode().Type())
+	}
+	return io.ReadAll(io.LimitReader(file, limit+1))
+}
 
 // PolicyFile returns the path and the bytes of the policy file that name stands
 // for: of one that is too large, as many as tell.
@@ -144,29 +169,13 @@ func (h Home) PolicyFile(name string) (path string, raw []byte, err error) {
 	if !strings.ContainsAny(name, "/.") {
 		path = filepath.Join(h.Dir, "policies", name+".yaml")
 	}
-	// Not blocking: a pipe that nobody writes to is empty.
-	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return path, nil, nucleus.Errorf(nucleus.KindInvalid, "policy %q is neither a profile (%s) nor the file %s", name, strings.Join(policy.Profiles(), ", "), path)
-	}
-	if err != nil {
-		return path, nil, err
-	}
-	defer file.Close()
-	info, err := file.Stat()
-	if err != nil {
-		return path, nil, err
-	}
+	raw, err = ReadGiven(path, policy.MaxDocument)
 	switch {
-	case info.Mode().IsRegular():
-	case info.Mode()&os.ModeNamedPipe != 0: // what a shell makes of <(...)
-		if err := file.SetReadDeadline(time.Now().Add(pipePatience)); err != nil {
-			return path, nil, err
-		}
-	default:
-		return path, nil, fmt.Errorf("policy %s is no regular file and no pipe (%s)", path, info.Mode().Type())
+	case errors.Is(err, os.ErrNotExist):
+		err = nucleus.Errorf(nucleus.KindInvalid, "policy %q is neither a profile (%s) nor the file %s", name, strings.Join(policy.Profiles(), ", "), path)
+	case err != nil:
+		err = fmt.Errorf("policy %w", err)
 	}
-	raw, err = io.ReadAll(io.LimitReader(file, policy.MaxDocument+1))
 	return path, raw, err
 }
 

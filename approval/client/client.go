@@ -65,6 +65,8 @@ type Given struct {
 	Reason   string `json:"reason,omitempty"`
 	Given    int64  `json:"given_ms"`
 	Token    string `json:"token,omitempty"`
+
+	Task *nucleus.Task `json:"task,omitempty"` // good for more than one use
 }
 
 // Tokens are what a permit holds for this ask: none before all are there.
@@ -99,6 +101,9 @@ type Decision struct {
 	AskDigest  string `json:"ask_sha256"`
 	Reason     string `json:"reason,omitempty"`
 	Passphrase string `json:"passphrase,omitempty"`
+
+	// Task makes it a grant for a task, see approval.CheckTask; all who approve choose the same.
+	Task *nucleus.Task `json:"task,omitempty"`
 }
 
 // Use is one use of what was granted for an ask.
@@ -106,6 +111,94 @@ type Use struct {
 	Permit string   `json:"permit"` // id of the permit that it is for
 	Grants []string `json:"grants"` // ids of the grants that were verified
 }
+
+// The states of what was granted.
+const (
+	Unused = "unused"     // it can still be used, for the first time
+	Open   = "open"       // a task with uses and time left, or a passage that was opened
+	Spent  = "used"       // nothing is left of it
+	Over   = "over"       // its time has passed
+	Void   = Revoked      // it was taken back
+	Partly = "incomplete" // more approvers have to grant
+)
+
+// Approval is what was granted for an ask, and what came of it.
+type Approval struct {
+	Ask     string           `json:"ask"`
+	State   string           `json:"state"` // one of the states above
+	Pod     string           `json:"pod"`
+	Op      nucleus.Op       `json:"op"`
+	Summary string           `json:"summary"`
+	Need    int              `json:"need"`
+	Grants  []Given          `json:"grants"` // without their tokens
+	Task    *nucleus.Task    `json:"task,omitempty"`
+	Passage *nucleus.Passage `json:"passage,omitempty"`
+	Uses    []UseOf          `json:"uses"`
+	Until   int64            `json:"until_ms"`           // when it ends, where nobody takes it back
+	Ended   int64            `json:"ended_ms,omitempty"` // when it was taken back
+	Reason  string           `json:"reason,omitempty"`   // why
+}
+
+// UseOf is one use. Outcome is a nucleus.Outcome status by the node's word, OutcomeUnknown as
+// long as it has said none.
+type UseOf struct {
+	N       int    `json:"n"`
+	Permit  string `json:"permit"`
+	Used    int64  `json:"used_ms"`
+	Outcome string `json:"outcome"`
+}
+
+// Revocation asks to take back what was granted for an ask, or all that was granted to a pod.
+// ID is that of an ask, a grant or a pod.
+type Revocation struct {
+	ID     string `json:"id"`
+	Reason string `json:"reason,omitempty"`
+}
+
+// RevokedNow says what was taken back. From the moment of the answer on no use of it begins, and
+// with Closed no passage of it lets anything through; what had begun before stands in its uses.
+// Closed is false only where it was not waited for because the caller went away.
+type RevokedNow struct {
+	Revoked []Approval `json:"revoked"`
+	Closed  bool       `json:"closed"`
+	Millis  int64      `json:"ms"` // how long it took until all was closed
+}
+
+// Withdrawal is a node's word that nobody waits any more for what a pod asked before a time.
+type Withdrawal struct {
+	Before int64  `json:"before_ms"`
+	Reason string `json:"reason"`
+}
+
+// Outcome is a node's word on what came of a use.
+type Outcome struct {
+	Permit string `json:"permit"`
+	Status string `json:"status"`
+}
+
+// Watched answers a watcher: what was taken back since After, in order, and the number up to which
+// it knows all then.
+type Watched struct {
+	Seq     int64    `json:"seq"`
+	Revoked []Voided `json:"revoked"`
+}
+
+// Voided is one approval that was taken back.
+type Voided struct {
+	Ask    string   `json:"ask"`
+	Pod    string   `json:"pod"`
+	Grants []string `json:"grants"`
+	Reason string   `json:"reason"`
+}
+
+// A watcher asks again at once; the authority answers after WatchWait at the latest. What passages
+// a node has opened stand only while its last word from the authority is younger than Lease: it
+// counts from when it asked, the authority from when it was asked, so that after Lease without
+// a question the authority knows that the node has closed them.
+const (
+	WatchWait = 3 * time.Second
+	Lease     = 10 * time.Second
+)
 
 // Used says that it is use N of Of.
 type Used struct {
@@ -185,6 +278,34 @@ func (c *Client) Close() { c.http.CloseIdleConnections() }
 // the one that is known.
 func (c *Client) Info(ctx context.Context) (info Info, err error) {
 	return info, c.call(ctx, http.MethodGet, "/v1/info", nil, &info)
+}
+
+// Approvals lists what was granted, newest last, of a pod or of all: what is over too.
+func (c *Client) Approvals(ctx context.Context, pod string) (list []Approval, err error) {
+	return list, c.call(ctx, http.MethodGet, "/v1/approvals?pod="+url.QueryEscape(pod), nil, &list)
+}
+
+// Revoke takes back what was granted. It returns when no use of it can begin any more and its
+// passages are closed.
+func (c *Client) Revoke(ctx context.Context, r Revocation) (now RevokedNow, err error) {
+	return now, c.callFor(ctx, Lease+callTimeout, http.MethodPost, "/v1/revocations", r, &now)
+}
+
+// Watch waits for what is taken back after the number of the last answer; -1 begins.
+func (c *Client) Watch(ctx context.Context, watcher string, after int64) (w Watched, err error) {
+	path := "/v1/revocations?watcher=" + url.QueryEscape(watcher) + "&after=" + strconv.FormatInt(after, 10)
+	return w, c.callFor(ctx, Lease/2, http.MethodGet, path, nil, &w)
+}
+
+// Withdraw takes back all that a pod asked, and what of it was granted and can still be used. It
+// returns what was granted and is not any more.
+func (c *Client) Withdraw(ctx context.Context, pod string, w Withdrawal) (gone []Approval, err error) {
+	return gone, c.call(ctx, http.MethodPost, "/v1/pods/"+url.PathEscape(pod)+"/withdrawal", w, &gone)
+}
+
+// Report says what came of a use.
+func (c *Client) Report(ctx context.Context, ask string, o Outcome) error {
+	return c.call(ctx, http.MethodPost, askPath(ask)+"/outcomes", o, nil)
 }
 
 // AddApprover makes the key of one more approver.

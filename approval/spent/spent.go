@@ -1,4 +1,5 @@
-// Package spent keeps the grants that were used: each is good for one effect.
+// Package spent keeps the grants that were used: each is good for one effect, or for as many
+// as its task says.
 //
 // The threat is a grant that works twice: sent again, sent by two callers at
 // once, or sent after a crash between the use and its record. Use is durable
@@ -35,6 +36,12 @@ const schema = `CREATE TABLE IF NOT EXISTS spent (
 	pod TEXT NOT NULL,
 	digest TEXT NOT NULL,
 	expires_ms INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS uses (
+	ask TEXT NOT NULL,
+	n INTEGER NOT NULL,
+	permit TEXT NOT NULL,
+	PRIMARY KEY (ask, n)
 ) STRICT`
 
 // Open opens the store at path and makes it, readable for its owner only, if
@@ -119,4 +126,28 @@ func (s *Store) Use(grants ...nucleus.Grant) error {
 		return fmt.Errorf("using grant %s: %w", grants[0].ID, err)
 	}
 	return nil
+}
+
+// Again counts one use of a task that was granted for an ask, durably, and must return, like Use,
+// before the effect starts. n counts from 1; beyond most it returns ErrUsed.
+func (s *Store) Again(ask string, most int, permit string) (n int, err error) {
+	fail := func(err error) (int, error) { return 0, fmt.Errorf("using ask %s: %w", ask, err) }
+	tx, err := s.db.Begin()
+	if err != nil {
+		return fail(err)
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	if err := tx.QueryRow("SELECT COALESCE(MAX(n), 0) + 1 FROM uses WHERE ask = ?", ask).Scan(&n); err != nil {
+		return fail(err)
+	}
+	if n > most {
+		return fail(ErrUsed)
+	}
+	if _, err := tx.Exec("INSERT INTO uses VALUES (?, ?, ?)", ask, n, permit); err != nil {
+		return fail(err)
+	}
+	if err := tx.Commit(); err != nil {
+		return fail(err)
+	}
+	return n, nil
 }

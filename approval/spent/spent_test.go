@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -228,5 +229,36 @@ func TestUseTogether(t *testing.T) {
 	_ = s.Close()
 	if err := open(t, path).Use(grant(4), grant(5)); err != nil {
 		t.Errorf("those beside a used one: %v", err)
+	}
+}
+
+// A task has as many uses as it has, over all callers and openings.
+func TestAgain(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "spent.db")
+	const most, callers = 7, 50
+	stores := []*Store{open(t, path), open(t, path)}
+	var mu sync.Mutex
+	var got []int
+	var all sync.WaitGroup
+	for i := range callers {
+		all.Go(func() {
+			n, err := stores[i%2].Again("a-1", most, fmt.Sprint("r-", i))
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err == nil:
+				got = append(got, n)
+			case !errors.Is(err, ErrUsed):
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	slices.Sort(got)
+	if !slices.Equal(got, []int{1, 2, 3, 4, 5, 6, 7}) {
+		t.Errorf("uses %v of %d", got, most)
+	}
+	if n, err := open(t, path).Again("a-2", 1, "r-1"); n != 1 || err != nil {
+		t.Errorf("another task: %d, %v", n, err)
 	}
 }

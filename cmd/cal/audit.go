@@ -24,8 +24,41 @@ import (
 func auditCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "audit", Short: "Read, verify and prove the log", Example: "  cal audit log --decision deny\n  cal audit verify"}
 	cmd.AddCommand(auditLogCommand(), auditShowCommand(), auditKeyCommand(), auditVerifyCommand(), auditProveCommand(), auditVerifyReceiptCommand(), auditTimelineCommand(), auditExportCommand())
+	for _, sub := range cmd.Commands() {
+		sub.RunE = reader(sub.RunE)
+	}
 	return cmd
 }
+
+// reader wraps a command that reads what a stranger may have made. Wherever it is - in a
+// long computation, in a read that does not return - a signal ends it: it changes nothing
+// that would have to be put right. And its errors, which name files and texts from there, are
+// printable ASCII.
+func reader(run func(*cobra.Command, []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, given []string) error {
+		ended := make(chan error, 1)
+		go func() { ended <- run(cmd, given) }()
+		var err error
+		select {
+		case err = <-ended:
+		case <-cmd.Context().Done():
+			select {
+			case err = <-ended: // one that waits for the signal
+			case <-time.After(100 * time.Millisecond):
+				return cmd.Context().Err()
+			}
+		}
+		if err != nil {
+			err = printableError{err}
+		}
+		return err
+	}
+}
+
+type printableError struct{ error }
+
+func (e printableError) Error() string { return audit.Printable(e.error.Error()) }
+func (e printableError) Unwrap() error { return e.error }
 
 // logFlags name a log that is read: this host's own where they are empty.
 type logFlags struct{ dir, key string }
@@ -132,9 +165,16 @@ type verified struct {
 	*audit.Report
 	Compared string          `json:"compared_with,omitempty"` // the authority's log
 	Contrary []audit.Problem `json:"contradicts,omitempty"`
+
+	// NotCompared says what nobody looked at, and what would not show therefore.
+	NotCompared []string `json:"not_compared"`
 }
 
 func (v verified) problems() int { return len(v.Problems) + v.More + len(v.Contrary) }
+
+func (v *verified) lacks(format string, args ...any) {
+	v.NotCompared = append(v.NotCompared, fmt.Sprintf(format, args...))
+}
 
 func auditVerifyCommand() *cobra.Command {
 	var log logFlags
@@ -145,7 +185,8 @@ func auditVerifyCommand() *cobra.Command {
 		Use: "verify [DIR]", Short: "Check every entry, tile and signature; says what is wrong, of what kind and where",
 		Long: "Check every entry, tile and signature; says what is wrong, of what kind and where.\n" +
 			"Without DIR it is this host's log, and the authority's, and whether the two contradict one another;\n" +
-			"where the authority runs, also whether the log continues the checkpoint that it cosigned last.",
+			"where the authority runs, also whether the log continues the checkpoint that it cosigned last. What could not be\n" +
+			"compared is said.",
 		Example: "  cal audit verify\n  cal audit verify copy/ --key \"$(cat log.vkey)\" --checkpoint kept.txt", Args: args(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			log.dir = strings.Join(given, "")
@@ -154,10 +195,11 @@ func auditVerifyCommand() *cobra.Command {
 				return err
 			}
 			o := audit.VerifyOptions{Key: key, Witnesses: witnesses}
+			none := "none was given (--checkpoint)"
 			if checkpoint != "" {
-				o.Checkpoint, err = os.ReadFile(checkpoint)
+				o.Checkpoint, err = workspace.ReadGiven(checkpoint, audit.MaxCheckpoint)
 			} else if log.dir == "" {
-				o.Checkpoint, err = keptByAuthority(cmd.Context(), key)
+				o.Checkpoint, none, err = keptByAuthority(cmd.Context(), key)
 			}
 			if err != nil {
 				return err
@@ -167,10 +209,19 @@ func auditVerifyCommand() *cobra.Command {
 				return err
 			}
 			all := []verified{{Dir: dir, Report: report}}
+			if o.Checkpoint == nil {
+				all[0].lacks("a checkpoint kept elsewhere: %s; a log that was cut back to an older state, or that the holder of its key wrote anew, looks the same", none)
+			}
+			if o.Checkpoint == nil && report.Cosigned >= 0 && len(witnesses) == 0 {
+				all[0].lacks("the cosignatures in the log: no witness was named (--witness)")
+			}
 			if log.dir == "" {
-				if all, err = withAuthority(all); err != nil {
-					return err
-				}
+				all, err = withAuthority(all)
+			} else {
+				all[0].lacks("the authority's log: it is compared with this host's own log alone (without DIR)")
+			}
+			if err != nil {
+				return err
 			}
 			return printReports(all, asJSON)
 		},
@@ -182,27 +233,29 @@ func auditVerifyCommand() *cobra.Command {
 	return cmd
 }
 
-// keptByAuthority is the checkpoint of this host's log that a running authority keeps;
-// nil where none runs or none was cosigned yet.
-func keptByAuthority(ctx context.Context, key string) ([]byte, error) {
+// keptByAuthority is the checkpoint of this host's log that a running authority keeps, or
+// why there is none.
+func keptByAuthority(ctx context.Context, key string) (checkpoint []byte, none string, err error) {
 	home, err := workspace.OpenHome()
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	authority := approvals.New(home.AuthoritySocket())
 	defer authority.Close()
 	kept, err := authority.Witnessed(ctx, nucleus.LogOrigin)
 	var refused *nucleus.Error
 	switch {
-	case errors.As(err, &refused) && (refused.Kind == nucleus.KindUnavailable || refused.Kind == nucleus.KindNotFound):
-		return nil, nil
-	case err != nil || kept.Checkpoint == "":
-		return nil, err
+	case errors.As(err, &refused) && refused.Kind == nucleus.KindUnavailable:
+		return nil, "the authority, which keeps one, does not run (cal node start)", nil
+	case errors.As(err, &refused) && refused.Kind == nucleus.KindNotFound || err == nil && kept.Checkpoint == "":
+		return nil, "the authority has cosigned none yet", nil
+	case err != nil:
+		return nil, "", err
 	}
 	if kept.Key != key {
-		return nil, fmt.Errorf("the authority has cosigned log %s with the key %s, this one has %s", nucleus.LogOrigin, kept.Key, key)
+		return nil, "", fmt.Errorf("the authority has cosigned log %s with the key %s, this one has %s", nucleus.LogOrigin, kept.Key, key)
 	}
-	return []byte(kept.Checkpoint), nil
+	return []byte(kept.Checkpoint), "", nil
 }
 
 // withAuthority adds the report on the authority's log, where there is one that this
@@ -215,6 +268,11 @@ func withAuthority(all []verified) ([]verified, error) {
 	dir := filepath.Join(home.AuthorityDir(), "log")
 	key, err := publicKey(filepath.Join(home.AuthorityDir(), "log.key"), nucleus.AuthorityLogOrigin)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+		why := "there is none"
+		if errors.Is(err, fs.ErrPermission) {
+			why = "this user cannot read it"
+		}
+		all[0].lacks("the authority's log: %s; grants that nobody gave, and asks that are left out, would not show", why)
 		return all, nil
 	}
 	if err != nil {
@@ -224,9 +282,12 @@ func withAuthority(all []verified) ([]verified, error) {
 	if err != nil {
 		return all, err
 	}
-	all = append(all, verified{Dir: dir, Report: report})
+	other := verified{Dir: dir, Report: report}
+	other.lacks("a checkpoint kept elsewhere: nobody keeps one of the authority's log; one that was cut back, or that the holder of its key wrote anew, looks the same")
+	all = append(all, other)
 	if all[0].problems() > 0 || !report.OK() {
-		return all, nil // what is wrong already may hide more
+		all[0].lacks("the authority's log: what is wrong already may hide more")
+		return all, nil
 	}
 	all[0].Compared = dir
 	all[0].Contrary, err = audit.Compare(all[0].Dir, dir)
@@ -242,6 +303,9 @@ func printReports(all []verified, asJSON bool) error {
 		}
 	}
 	if asJSON {
+		for i := range all {
+			all[i].NotCompared = append([]string{}, all[i].NotCompared...) // a list where it is empty too
+		}
 		if err := json.NewEncoder(os.Stdout).Encode(all); err != nil {
 			return err
 		}
@@ -264,15 +328,18 @@ func (v verified) print() {
 		fmt.Printf("and %s more\n", count(v.More, "problem"))
 	}
 	if v.OK() {
-		fmt.Printf("%s: %d entries, all as they were written\n", v.Dir, v.Size)
+		fmt.Printf("%s: %d entries, all as they were written\n", audit.Printable(v.Dir), v.Size)
 		if v.Kept >= 0 {
 			fmt.Printf("they continue the checkpoint of %d entries that was kept elsewhere\n", v.Kept)
 		}
 		for _, w := range v.Cosignatures {
-			fmt.Printf("%s cosigned %d entries on %s\n", w.Name, v.Cosigned, time.Unix(w.Unix, 0).UTC().Format(time.DateTime))
+			fmt.Printf("%s cosigned %d entries on %s\n", audit.Printable(w.Name), v.Cosigned, time.Unix(w.Unix, 0).UTC().Format(time.DateTime))
 		}
 	}
 	if v.Compared != "" && len(v.Contrary) == 0 {
 		fmt.Println("each grant that was used is in the authority's log, each ask that it was shown in this one")
+	}
+	for _, what := range v.NotCompared {
+		fmt.Println("not compared:", audit.Printable(what))
 	}
 }

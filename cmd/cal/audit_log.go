@@ -237,7 +237,7 @@ func (l *listing) add(raw []byte) error {
 	}
 	l.count++
 	l.rows = append(l.rows, []string{
-		strconv.FormatInt(e.Seq, 10), e.Time[:min(len(e.Time), 19)], approval.Visible(e.Pod), approval.Visible(e.Kind), string(e.Op),
+		strconv.FormatInt(e.Seq, 10), approval.Visible(e.Time[:min(len(e.Time), 19)]), approval.Visible(e.Pod), approval.Visible(e.Kind), approval.Visible(string(e.Op)),
 		approval.Visible(string(e.Verdict)), approval.Visible(e.Rule), approval.Visible(e.Status), timeline.What(e),
 	})
 	if len(l.rows) >= listingRows {
@@ -393,7 +393,7 @@ func printEntry(e nucleus.Entry, found *revealed) {
 		field("before it", fmt.Sprintf("entry %d of the session", *e.Prev))
 	}
 	field("actor", approval.Visible(e.Actor))
-	field("operation", string(e.Op))
+	field("operation", approval.Visible(string(e.Op)))
 	field("what", timeline.What(e))
 	field("decision", approval.Visible(string(e.Verdict)))
 	field("rule", approval.Visible(e.Rule))
@@ -469,7 +469,7 @@ func revealEntry(e nucleus.Entry, file string) (*revealed, error) {
 	}
 	action := []byte(e.Args)
 	if file != "" {
-		if action, err = os.ReadFile(file); err != nil {
+		if action, err = workspace.ReadGiven(file, audit.MaxReceipt); err != nil {
 			return nil, err
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"cal/approval"
 	"cal/audit"
 	"cal/internal/timeline"
+	"cal/workspace"
 )
 
 func auditProveCommand() *cobra.Command {
@@ -58,7 +59,7 @@ func auditProveCommand() *cobra.Command {
 				return err
 			}
 			if checkpoint != "" {
-				if o.Checkpoint, err = os.ReadFile(checkpoint); err != nil {
+				if o.Checkpoint, err = workspace.ReadGiven(checkpoint, audit.MaxCheckpoint); err != nil {
 					return err
 				}
 			}
@@ -128,15 +129,10 @@ func auditVerifyReceiptCommand() *cobra.Command {
 
 // readReceipt reads a file, "-" standard input, no further than a receipt may be long.
 func readReceipt(name string) ([]byte, error) {
-	file := os.Stdin
-	if name != "-" {
-		var err error
-		if file, err = os.Open(name); err != nil {
-			return nil, err
-		}
-		defer file.Close()
+	if name == "-" {
+		return io.ReadAll(io.LimitReader(os.Stdin, audit.MaxReceipt+1))
 	}
-	return io.ReadAll(io.LimitReader(file, audit.MaxReceipt+1))
+	return workspace.ReadGiven(name, audit.MaxReceipt)
 }
 
 func refusedReceipt(name string, err error, asJSON bool) error {
@@ -172,12 +168,12 @@ func printReceipt(name string, v *audit.Receipt, asJSON, entries bool) error {
 		}
 		fmt.Println()
 	}
-	fmt.Printf("%s: as it was signed\n", name)
+	fmt.Printf("%s: as it was signed\n", audit.Printable(name))
 	for _, line := range v.Says() {
 		fmt.Println("  " + line)
 	}
 	for _, w := range v.Witnesses {
-		fmt.Printf("  cosigned by %s, %s by its clock\n", w.Name, time.Unix(w.Unix, 0).UTC().Format(time.RFC3339))
+		fmt.Printf("  cosigned by %s, %s by its clock\n", audit.Printable(w.Name), time.Unix(w.Unix, 0).UTC().Format(time.RFC3339))
 	}
 	if len(v.Witnesses) == 0 {
 		fmt.Println("  no cosignature was asked for: the log's key alone vouches for the checkpoint")

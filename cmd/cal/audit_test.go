@@ -5,10 +5,13 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -390,4 +393,192 @@ func TestAuditTimeline(t *testing.T) {
 	want(t, dir, 1, "changed", "audit", "timeline", "--receipt", file, "--html", "-")
 	want(t, dir, 2, "--html", "audit", "timeline", "--session", "s-1")
 	want(t, dir, 2, "--html", "audit", "timeline", "--html", "x")
+}
+
+// An audit command ends on a signal wherever it is: here in a read that goes on.
+func TestAuditEndsOnSignal(t *testing.T) {
+	t.Parallel()
+	dir := auditHome(t)
+	name := filepath.Join(dir, "fifo")
+	if err := syscall.Mkfifo(name, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, given := range [][]string{
+		{"verify", "--checkpoint", name}, {"verify-receipt", name}, {"verify-receipt", "-"}, {"timeline", "--html", "x.html", "--receipt", name},
+		{"prove", "--session", "s-1", "-o", "x", "--checkpoint", name}, {"show", "1", "--reveal", "--args", name},
+	} {
+		for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
+			fifo, err := os.OpenFile(name, os.O_RDWR, 0) // which is its writer
+			if err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.CommandContext(t.Context(), program, append([]string{"audit"}, given...)...)
+			cmd.Env = append(os.Environ(), "CAL_TEST_PROGRAM=1", "CAL_HOME="+filepath.Join(dir, "home"))
+			cmd.Dir, cmd.Stdin = dir, fifo
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan struct{})
+			go func() { defer close(ended); _ = cmd.Wait(); fifo.Close() }()
+			// More than a pipe holds: when it is written, the program reads, and wants more.
+			if _, err := fifo.Write(make([]byte, 256<<10)); err != nil {
+				<-ended
+				t.Fatalf("%v: it ended by itself: %v", given, cmd.ProcessState)
+			}
+			if err := cmd.Process.Signal(sig); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-ended:
+				if code := cmd.ProcessState.ExitCode(); code != exitInterrupted {
+					t.Errorf("%v, %v: %v, want exit code %d", given, sig, cmd.ProcessState, exitInterrupted)
+				}
+			case <-time.After(5 * time.Second): // a pipe is read for 10
+				t.Errorf("%v: it does not hear %v", given, sig)
+				_ = cmd.Process.Kill()
+				<-ended
+			}
+		}
+	}
+}
+
+// Files that are none are refused at once, and what they are called does not reach the
+// terminal.
+func TestAuditHostileFiles(t *testing.T) {
+	t.Parallel()
+	dir := auditHome(t)
+	const evil = "\x1b]0;PWNED\a\x1b[2J\u202e\u009b31m"
+	fifo, folder, escape := filepath.Join(dir, "fifo"), filepath.Join(dir, "folder"), filepath.Join(dir, evil)
+	err := syscall.Mkfifo(fifo, 0o600)
+	for _, name := range []string{folder, escape} {
+		if err == nil {
+			err = os.Mkdir(name, 0o700)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	inert := func(code int, says string, given ...string) {
+		t.Helper()
+		out, errs, got := cal(t, dir, "", given...)
+		if got != code || !strings.Contains(out+errs, says) || strings.ContainsFunc(out+errs, func(r rune) bool { return r != '\n' && (r < ' ' || r > '~') }) {
+			t.Errorf("cal %q: exit code %d, want %d, and %q in\n%q", given, got, code, says, out+errs)
+		}
+	}
+	for _, given := range [][]string{
+		{"verify-receipt"}, {"timeline", "--html", "x.html", "--receipt"}, {"verify", "--checkpoint"}, {"prove", "--session", "s-1", "-o", "x", "--checkpoint"}, {"show", "1", "--reveal", "--args"},
+	} {
+		for name, says := range map[string]string{fifo: "", folder: "is no regular file", escape: `\u{1b}]0;PWNED\u{7}`, "/dev/zero": "is no regular file", "/dev/full": "is no regular file", filepath.Join(dir, "none"): "no such file"} {
+			inert(1, says, append(append([]string{"audit"}, given...), name)...)
+		}
+	}
+	large := filepath.Join(dir, "large")
+	f, err := os.Create(large)
+	if err == nil {
+		err = errors.Join(f.Truncate(1<<40), f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	inert(1, "bytes", "audit", "verify-receipt", large)
+	inert(1, "not a checkpoint: 1048577 bytes", "audit", "verify", "--checkpoint", large)
+	// A directory of a stranger's, and a receipt of that name.
+	log := filepath.Join(dir, "home", "log")
+	copied := filepath.Join(dir, "copy"+evil)
+	if err := os.CopyFS(copied, os.DirFS(log)); err != nil {
+		t.Fatal(err)
+	}
+	key := strings.TrimSpace(want(t, dir, 0, "", "audit", "key"))
+	inert(0, "7 entries, all as they were written", "audit", "verify", copied, "--key", key)
+	if err := os.WriteFile(filepath.Join(copied, "tile", "0", evil), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	inert(1, `extra, tile/0/\u{1b}]0;PWNED\u{7}\u{1b}[2J\u{202e}\u{9b}31m: it is neither`, "audit", "verify", copied, "--key", key)
+	if err := os.RemoveAll(filepath.Join(copied, "journal")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(copied, "checkpoint"), filepath.Join(copied, "journal")); err != nil {
+		t.Fatal(err)
+	}
+	inert(1, "damaged", "audit", "log", "--log", copied)
+	receipt := filepath.Join(dir, "receipt"+evil)
+	want(t, dir, 0, "", "audit", "prove", "--session", "s-1", "-o", receipt)
+	inert(0, "as it was signed", "audit", "verify-receipt", receipt, "--key", key)
+	raw, err := os.ReadFile(receipt)
+	if err == nil {
+		at := bytes.Index(raw, []byte("sha256 ")) + len("sha256 ")
+		err = os.WriteFile(receipt, append(append(bytes.Clone(raw[:at]), evil...), raw[at+64:]...), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	inert(1, "is no SHA-256", "audit", "verify-receipt", receipt, "--key", key)
+}
+
+// What nobody compared is said, in words and in JSON: a log that was cut back with its
+// older checkpoint is a valid one.
+func TestAuditVerifySaysWhatIsNotCompared(t *testing.T) {
+	t.Parallel()
+	dir := auditHome(t)
+	home := filepath.Join(dir, "home")
+	key := strings.TrimSpace(want(t, dir, 0, "", "audit", "key"))
+	const authorityGone = "not compared: a checkpoint kept elsewhere: the authority, which keeps one, does not run"
+	lacks := func(says []string, given ...string) {
+		t.Helper()
+		given = append([]string{"audit", "verify"}, given...)
+		out := want(t, dir, 0, "all as they were written", given...)
+		lines := []string{}
+		for _, line := range strings.Split(out, "\n") {
+			if text, ok := strings.CutPrefix(line, "not compared: "); ok {
+				lines = append(lines, text)
+			}
+		}
+		var reports []struct {
+			NotCompared []string `json:"not_compared"`
+		}
+		if err := json.Unmarshal([]byte(want(t, dir, 0, `"not_compared":[`, append(given, "--json")...)), &reports); err != nil {
+			t.Fatal(err)
+		}
+		listed := []string{}
+		for _, r := range reports {
+			listed = append(listed, r.NotCompared...)
+		}
+		if !slices.Equal(lines, listed) || len(lines) != len(says) {
+			t.Errorf("%v: got %q and %q, want %q", given, lines, listed, says)
+			return
+		}
+		for i := range says {
+			if !strings.HasPrefix(lines[i], says[i]) {
+				t.Errorf("%v: got %q, want %q", given, lines[i], says[i])
+			}
+		}
+	}
+	lacks([]string{"a checkpoint kept elsewhere: the authority, which keeps one, does not run", "a checkpoint kept elsewhere: nobody keeps one of the authority's log"})
+	checkpoint := filepath.Join(home, "log", "checkpoint")
+	lacks([]string{"a checkpoint kept elsewhere: nobody keeps one of the authority's log"}, "--checkpoint", checkpoint)
+	lacks([]string{"a checkpoint kept elsewhere: none was given", "the authority's log: it is compared with this host's own"}, filepath.Join(home, "log"), "--key", key)
+	lacks([]string{"the authority's log: it is compared with this host's own"}, filepath.Join(home, "log"), "--key", key, "--checkpoint", checkpoint)
+	if err := os.RemoveAll(filepath.Join(home, "authority")); err != nil {
+		t.Fatal(err)
+	}
+	lacks([]string{"the authority's log: there is none"}, "--checkpoint", checkpoint)
+	if out := want(t, dir, 0, authorityGone, "audit", "verify"); strings.Contains(out, "continue the checkpoint") {
+		t.Errorf("got %s", out)
+	}
+	// The control: a log cut back is found by the checkpoint, and by nothing else.
+	kept := filepath.Join(dir, "kept")
+	raw, err := os.ReadFile(checkpoint)
+	if err == nil {
+		err = errors.Join(os.WriteFile(kept, raw, 0o600), os.RemoveAll(filepath.Join(home, "log")))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeLog(t, filepath.Join(home, "log"), filepath.Join(home, "keys", "log.key"), nucleus.LogOrigin, make7()[:2]...)
+	lacks([]string{"a checkpoint kept elsewhere: the authority", "the authority's log: there is none"})
+	want(t, dir, 1, "truncated", "audit", "verify", "--checkpoint", kept)
 }

@@ -259,10 +259,12 @@ func approveCommand() *cobra.Command {
 			},
 		}
 	}
-	cmd := sub("approve", "See and decide what agents ask for", "  cal approve list\n  cal approve a-2X...")
+	cmd := sub("approve", "See all that waits for you on a whole screen, and decide", "  cal approve\n  cal approve --approver bob")
 	cmd.Use = "approve [ID]"
-	cmd.AddCommand(sub("list", "List what waits for a decision", "  cal approve list --json"), sub("show ID", "Show one ask", "  cal approve show ID"),
+	cmd.AddCommand(sub("list", "List what waits for a decision", "  cal approve list --json"), sub("show ID", "Show one ask, and grant nothing", "  cal approve show ID --whole"),
+		sub("grant ID", "Show one ask line by line, and grant it once", "  cal approve grant ID --reason 'as we said'"),
 		sub("deny ID", "Say no", "  cal approve deny ID --reason 'not this one'"), sub("init", "Make the first approval key", "  cal approve init"),
+		sub("grants", "List what was granted and can still be used", "  cal approve grants\n  cal approve grants --all --json"), sub("revoke ID", "Take back what was granted: for an ask, by a grant, or to a pod", "  cal approve revoke a-2X... --reason enough"),
 		sub("approver", "Who can approve: add, list and remove", "  cal approve approver add bob\n  cal approve approver list --json\n  cal approve approver remove bob"))
 	return cmd
 }

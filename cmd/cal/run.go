@@ -299,6 +299,12 @@ func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
 	}
 	s.current.Store(stream)
 	s.typing.Do(func() { go s.sendInput() })
+	screen := &splice{out: os.Stdout}
+	if s.pod.Agent != "" {
+		waiting, stop := context.WithCancel(ctx)
+		defer stop()
+		go s.sayWaiting(waiting, s.node, screen)
+	}
 	// The first Ctrl-C goes to the command, which may clean up; if it has not ended
 	// soon the stream is closed and the machine kills it.
 	stop := context.AfterFunc(ctx, func() {
@@ -316,7 +322,7 @@ func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
 		}
 		switch kind {
 		case wire.FrameStdout:
-			if _, err := os.Stdout.Write(payload); err != nil {
+			if _, err := screen.Write(payload); err != nil {
 				return 0, err
 			}
 		case wire.FrameStderr:

@@ -14,7 +14,7 @@ import (
 )
 
 func (c *command) approver() *cobra.Command {
-	cmd := &cobra.Command{Use: "approver", Short: "Who can approve: add, list and remove", Args: args(cobra.NoArgs)}
+	cmd := &cobra.Command{Use: "approver", Short: "Who can approve: add, list and remove", Example: "  nucleus-authority approver list", Args: args(cobra.NoArgs)}
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 	cmd.AddCommand(c.addApprover(), c.listApprovers(), c.removeApprover())
 	return cmd

@@ -54,7 +54,7 @@ func run() int {
 	switch {
 	case err == nil:
 		return 0
-	case ctx.Err() != nil:
+	case ctx.Err() != nil, errors.Is(err, authority.ErrInterrupted):
 		return exitInterrupted
 	}
 	fmt.Fprintln(os.Stderr, "nucleus-authority:", err)
@@ -86,7 +86,7 @@ func root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.dir, "dir", filepath.Join(home, "authority"), "directory of key and database")
 	root.PersistentFlags().StringVar(&c.socket, "socket", filepath.Join(home, "run", "authority.sock"), "unix socket of the daemon")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(c.init(), c.serve(), c.approve(), c.deny(), c.list(), c.show(), c.approver(), c.witness())
+	root.AddCommand(c.init(), c.serve(), c.approve(), c.grant(), c.deny(), c.list(), c.show(), c.grants(), c.revoke(), c.approver(), c.desktop(), c.witness())
 	return root
 }
 
@@ -122,7 +122,7 @@ func atTerminal(ctx context.Context, f func(*authority.Prompt) error) error {
 
 func (c *command) init() *cobra.Command {
 	var approver string
-	cmd := &cobra.Command{Use: "init", Short: "Make the approval key, sealed with a passphrase", Args: args(cobra.NoArgs)}
+	cmd := &cobra.Command{Use: "init", Short: "Make the approval key, sealed with a passphrase", Example: "  nucleus-authority init --approver ann", Args: args(cobra.NoArgs)}
 	cmd.Flags().StringVar(&approver, "approver", "", "name of the approver (default: the user's)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		return atTerminal(cmd.Context(), func(p *authority.Prompt) error { return c.makeKey(p, approver) })
@@ -144,8 +144,10 @@ func (c *command) makeKey(p *authority.Prompt, approver string) error {
 
 func (c *command) serve() *cobra.Command {
 	var askUIDs []int
-	cmd := &cobra.Command{Use: "serve", Short: "Take asks and keep decisions until stopped", Args: args(cobra.NoArgs)}
+	var tell teller
+	cmd := &cobra.Command{Use: "serve", Short: "Take asks and keep decisions until stopped", Example: "  nucleus-authority serve\n  nucleus-authority serve --ask-uid 1000   # as another user than the node's", Args: args(cobra.NoArgs)}
 	cmd.Flags().IntSliceVar(&askUIDs, "ask-uid", nil, "another user that may ask (and never decide)")
+	tell.flags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) (err error) {
 		ctx := cmd.Context()
 		cfg := authority.Config{Dir: c.dir, AskUIDs: askUIDs, VerifyRequest: requested}
@@ -155,6 +157,12 @@ func (c *command) serve() *cobra.Command {
 				return fmt.Errorf("%w; %w", noKey, err)
 			}
 		}
+		announce, stop, err := tell.start(ctx)
+		if err != nil {
+			return err
+		}
+		defer stop()
+		cfg.Announce = announce
 		log, err := openLog(c.dir)
 		if err != nil {
 			return err
@@ -178,12 +186,67 @@ func (c *command) serve() *cobra.Command {
 }
 
 func (c *command) approve() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "approve [ID]", Short: "Show all that waits on a whole screen, and decide; with an ID, the same as grant",
+		Example: "  nucleus-authority approve\n  nucleus-authority approve --approver bob --reason 'as we said'", Args: args(cobra.MaximumNArgs(1)),
+	}
+	c.granting(cmd, func(ctx context.Context, g granter, ids []string) error {
+		switch {
+		case len(ids) > 0:
+			return g.grant(ctx, ids)
+		case wholeScreen():
+			return atTerminal(ctx, func(p *authority.Prompt) error {
+				return p.Queue(ctx, g.api, g.identity, g.reason, os.Getenv("NO_COLOR") != "")
+			})
+		}
+		pending, err := g.api.List(ctx, client.Pending)
+		if err != nil {
+			return err
+		}
+		for _, ask := range pending {
+			ids = append(ids, ask.ID)
+		}
+		if len(ids) == 0 {
+			fmt.Println("no ask is pending")
+			return nil
+		}
+		return g.grant(ctx, ids)
+	})
+	return cmd
+}
+
+func (c *command) grant() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "grant ID...", Short: "Show asks one after the other, line by line, and grant each once",
+		Example: "  nucleus-authority grant a-QFZ2EXAMPLE\n  nucleus-authority grant a-QFZ2EXAMPLE --uses 5 --for 30m --match 'refs/heads/agent/**'", Args: args(cobra.MinimumNArgs(1)),
+	}
+	c.granting(cmd, func(ctx context.Context, g granter, ids []string) error { return g.grant(ctx, ids) })
+	return cmd
+}
+
+// granter is who grants, and where.
+type granter struct {
+	api      *client.Client
+	identity authority.Identity
+	reason   string
+	task     *authority.TaskChoice // nil: one use
+}
+
+// granting gives a command the flags of who grants, and runs it.
+func (c *command) granting(cmd *cobra.Command, run func(context.Context, granter, []string) error) {
 	var reason, approver string
-	cmd := &cobra.Command{Use: "approve [ID]", Short: "Show an ask, or each that is pending, and grant it once", Args: args(cobra.MaximumNArgs(1))}
+	var task taskFlags
 	cmd.Flags().StringVar(&approver, "approver", "", "who grants (default: the only one there is)")
 	cmd.Flags().StringVar(&reason, "reason", "", "why; the agent is told")
+	task.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
-		ctx := cmd.Context()
+		choice, err := task.choice()
+		if err != nil {
+			return err
+		}
+		if choice != nil && len(ids) != 1 {
+			return usageError{errors.New("--uses is for one ask: name it")}
+		}
 		if err := authority.CheckSocketDir(c.socket); err != nil {
 			return err
 		}
@@ -193,37 +256,35 @@ func (c *command) approve() *cobra.Command {
 		}
 		api := client.New(c.socket)
 		defer api.Close()
-		if len(ids) == 0 {
-			pending, err := api.List(ctx, client.Pending)
-			if err != nil {
+		return run(cmd.Context(), granter{api, identity, reason, choice}, ids)
+	}
+}
+
+func (g granter) grant(ctx context.Context, ids []string) error {
+	return atTerminal(ctx, func(p *authority.Prompt) error {
+		var refused error
+		for _, id := range ids {
+			if _, err := p.Approve(ctx, g.api, g.identity, id, g.reason, g.task); errors.Is(err, authority.ErrNotGranted) {
+				refused = errors.Join(refused, err)
+			} else if err != nil {
 				return err
 			}
-			for _, ask := range pending {
-				ids = append(ids, ask.ID)
-			}
-			if len(ids) == 0 {
-				fmt.Println("no ask is pending")
-				return nil
-			}
 		}
-		return atTerminal(ctx, func(p *authority.Prompt) error {
-			var refused error
-			for _, id := range ids {
-				if _, err := p.Approve(ctx, api, identity, id, reason); errors.Is(err, authority.ErrNotGranted) {
-					refused = errors.Join(refused, err)
-				} else if err != nil {
-					return err
-				}
-			}
-			return refused
-		})
-	}
-	return cmd
+		return refused
+	})
+}
+
+// wholeScreen reports whether the terminal is one that a screen can be drawn on.
+func wholeScreen() bool {
+	kind := os.Getenv("TERM")
+	return kind != "" && kind != "dumb"
 }
 
 func (c *command) deny() *cobra.Command {
 	var reason, approver string
-	cmd := &cobra.Command{Use: "deny ID", Short: "Refuse an ask", Args: args(cobra.ExactArgs(1))}
+	cmd := &cobra.Command{
+		Use: "deny ID", Short: "Refuse an ask", Example: "  nucleus-authority deny a-QFZ2EXAMPLE --reason 'not this one'", Args: args(cobra.ExactArgs(1)),
+	}
 	cmd.Flags().StringVar(&approver, "approver", "", "who refuses (default: the only one there is)")
 	cmd.Flags().StringVar(&reason, "reason", "", "why; the agent is told")
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
@@ -245,7 +306,7 @@ func (c *command) deny() *cobra.Command {
 func (c *command) list() *cobra.Command {
 	var asJSON bool
 	var state string
-	cmd := &cobra.Command{Use: "list", Short: "List asks, oldest first", Args: args(cobra.NoArgs)}
+	cmd := &cobra.Command{Use: "list", Short: "List asks, oldest first", Example: "  nucleus-authority list --state denied\n  nucleus-authority list --json", Args: args(cobra.NoArgs)}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	cmd.Flags().StringVar(&state, "state", client.Pending, "pending, granted, denied, expired, withdrawn, revoked, or empty for all")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -260,13 +321,14 @@ func (c *command) list() *cobra.Command {
 			enc.SetIndent("", "  ")
 			return enc.Encode(items)
 		}
+		now := time.Now()
 		for _, i := range items {
-			until := time.UnixMilli(i.Expires).Format("15:04:05")
+			age, until := now.Sub(time.UnixMilli(i.Created)).Round(time.Second), time.UnixMilli(i.Expires).Format("15:04:05")
 			of := ""
 			if i.Need > 1 {
 				of = fmt.Sprintf("%d of %d approvals  ", len(i.Granted), i.Need)
 			}
-			fmt.Printf("%s  %s  pod %s  until %s  %s%s\n", approval.Visible(i.ID), approval.Visible(i.State), approval.Visible(i.Pod), until, of, i.Summary)
+			fmt.Printf("%s  %s  pod %s  asked %s ago  until %s  %s%s\n", approval.Visible(i.ID), approval.Visible(i.State), approval.Visible(i.Pod), age, until, of, i.Summary)
 		}
 		return nil
 	}
@@ -275,8 +337,12 @@ func (c *command) list() *cobra.Command {
 
 func (c *command) show() *cobra.Command {
 	var view approval.View
-	cmd := &cobra.Command{Use: "show ID", Short: "Show an ask as approve does, and grant nothing", Args: args(cobra.ExactArgs(1))}
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "show ID", Short: "Show an ask as approve does, and grant nothing", Example: "  nucleus-authority show a-QFZ2EXAMPLE --whole | less", Args: args(cobra.ExactArgs(1)),
+	}
 	cmd.Flags().BoolVar(&view.Whole, "whole", false, "cut nothing")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON: the ask as it is signed, and what came of it")
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		api := client.New(c.socket)
 		defer api.Close()
@@ -287,6 +353,11 @@ func (c *command) show() *cobra.Command {
 		status, err := api.Status(cmd.Context(), ids[0])
 		if err != nil {
 			return err
+		}
+		if asJSON {
+			enc := json.NewEncoder(os.Stdout)
+			enc.SetIndent("", "  ")
+			return enc.Encode(map[string]any{"ask": ask, "status": status})
 		}
 		screen, err := approval.Draw(ask, view)
 		if err != nil {

@@ -496,6 +496,79 @@ func TestTwoApprovers(t *testing.T) {
 	}
 }
 
+// A task is chosen at the terminal, shown with its bounds, and taken back.
+func TestTaskAtTerminal(t *testing.T) {
+	home := t.TempDir()
+	quickKey(t, home)
+	api, _ := daemon(t, home, nil)
+	ctx := t.Context()
+	if err := api.RegisterPod(ctx, "p-1", map[string][]byte{"agent": requester.Public().(ed25519.PublicKey)}); err != nil {
+		t.Fatal(err)
+	}
+	for id, argv := range map[string][]string{"a-sh": {"sh", "-c", "x"}, "a-1": {"git", "log", "-3"}} {
+		if _, err := api.Submit(ctx, newAsk(t, id, argv...)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		args []string
+		code int
+		text string
+	}{
+		{[]string{"approve", "--uses", "3"}, exitUsage, "name it"},
+		{[]string{"approve", "a-1", "--match", "git"}, exitUsage, "--uses"},
+	} {
+		if code, out := withoutTerminal(t, home, "", c.args...); code != c.code || !strings.Contains(out, c.text) {
+			t.Errorf("%v: %d %s", c.args, code, out)
+		}
+	}
+	for text, args := range map[string][]string{
+		"arbitrary code": {"approve", "a-sh", "--uses", "3"}, "21 uses": {"approve", "a-1", "--uses", "21"}, "at most an hour": {"approve", "a-1", "--uses", "2", "--for", "61m"},
+		"not for what was asked": {"approve", "a-1", "--uses", "2", "--match", "git", "--match", "status"},
+	} {
+		p := atPty(t, home, "", args...)
+		if code, out := p.end(); code != 1 || !strings.Contains(out, text) || strings.Contains(out, "passphrase of") {
+			t.Errorf("%v: %d %s, want %q", args, code, out, text)
+		}
+	}
+	p := atPty(t, home, "", "approve", "a-1", "--uses", "3", "--for", "10m", "--match", "git", "--match", "log", "--match", "**")
+	p.expect("grant this once? [y/N] ")
+	p.send("y")
+	p.expect("what a grant for a task opens")
+	p.expect("at most 3, the one that is asked for among them")
+	p.expect(`argv[2]     "**"`)
+	p.expect("grant all of this? [y/N] ")
+	p.send("y")
+	p.secret("passphrase of ann: ", passphrase)
+	if code, out := p.end(); code != 0 || !strings.Contains(out, "granted as a task of 3 uses") {
+		t.Fatalf("approve: %d %s", code, out)
+	}
+	status := wantState(t, api, "a-1", client.Granted)
+	if _, err := api.Use(ctx, "a-1", client.Use{Permit: "r-1", Grants: []string{status.Grants[0].Grant}}); err != nil {
+		t.Fatal(err)
+	}
+	var list []client.Approval
+	if code, out := withoutTerminal(t, home, "", "grants", "--json"); code != 0 || json.Unmarshal([]byte(out), &list) != nil || len(list) != 1 || list[0].State != client.Open || len(list[0].Uses) != 1 {
+		t.Errorf("grants: %d %s", code, out)
+	}
+	if code, out := withoutTerminal(t, home, "", "grants"); code != 0 || !strings.Contains(out, "task, 1 of 3 uses") || !strings.Contains(out, "use 1 at ") {
+		t.Errorf("grants: %d %s", code, out)
+	}
+	began := time.Now()
+	if code, out := withoutTerminal(t, home, "", "revoke", status.Grants[0].Grant, "--reason", "enough"); code != 0 || !strings.Contains(out, "taken back; nothing of it is open") {
+		t.Errorf("revoke: %d %s", code, out)
+	}
+	if took := time.Since(began); took > client.Lease { // nothing needs to be waited for
+		t.Errorf("it took %v", took)
+	}
+	if _, err := api.Use(ctx, "a-1", client.Use{Permit: "r-2", Grants: []string{status.Grants[0].Grant}}); err == nil {
+		t.Error("used after it was taken back")
+	}
+	if code, out := withoutTerminal(t, home, "", "revoke", "a-none"); code != 1 || !strings.Contains(out, "no ask, grant or pod") {
+		t.Errorf("revoke of nothing: %d %s", code, out)
+	}
+}
+
 // The screen at the terminal is the screen of the signed bytes.
 func TestScreen(t *testing.T) {
 	home := t.TempDir()
@@ -513,7 +586,7 @@ func TestScreen(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p := atPty(t, home, "", "approve")
+		p := atPty(t, home, "", "approve", "a-1")
 		if whole {
 			p.expect("[y/N/v] ")
 			p.send("v")

@@ -82,13 +82,14 @@ func (t *Terminal) Wait() int {
 	return t.cmd.ProcessState.ExitCode()
 }
 
-const passphrase = "correct horse battery staple"
+// Passphrase is that of the first approver.
+const Passphrase = "correct horse battery staple"
 
 // Approver makes the person's approval key, at a terminal.
 func (e *Env) Approver() {
 	e.t.Helper()
 	t := e.Terminal(e.Command("cal", "approve", "init"))
-	for _, talk := range [][2]string{{"passphrase: ", passphrase}, {"passphrase again: ", passphrase}, {"your phrase: ", "the person's own phrase"}} {
+	for _, talk := range [][2]string{{"passphrase: ", Passphrase}, {"passphrase again: ", Passphrase}, {"your phrase: ", "the person's own phrase"}} {
 		t.Until(talk[0])
 		t.Type(talk[1] + "\n")
 	}
@@ -105,7 +106,7 @@ func (e *Env) Grant(ask string) string {
 	drawn := t.Screen.String()
 	t.Type("y\n")
 	t.Until("passphrase of")
-	t.Type(passphrase + "\n")
+	t.Type(Passphrase + "\n")
 	if code := t.Wait(); code != 0 {
 		e.t.Fatalf("cal approve %s: exit code %d\n%s", ask, code, t.Screen)
 	}

@@ -158,7 +158,7 @@ func (s *story) approvalLanes() []lane {
 				class = "bad"
 			}
 		}
-		n.add(string(v.Op), s.mark(v, until, class))
+		n.add(v.row.Op, s.mark(v, until, class))
 	}
 	return n.lanes()
 }
@@ -315,14 +315,14 @@ func (s *story) callLanes(class string, names func(*event) []string) []lane {
 	return n.lanes()
 }
 
-func opOf(v *event) []string { return []string{string(v.Op)} }
+func opOf(v *event) []string { return []string{v.row.Op} }
 
 func filesOf(v *event) (names []string) {
 	for _, file := range v.action.Files[:min(len(v.action.Files), 20)] {
 		names = append(names, approval.Visible(file.Path))
 	}
 	if len(names) == 0 {
-		return []string{string(v.Op)}
+		return []string{v.row.Op}
 	}
 	return names
 }

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"html/template"
 	"io"
+	"strings"
 	"time"
 
 	"cal/approval"
@@ -61,8 +62,22 @@ type page struct {
 	Lines                      []tick // over all lanes
 	Rows                       []row
 	Kinds                      []string // groups of rows that there are
-	Checkpoint                 string
+	Checkpoint                 []noteLine
 	Says                       []string
+}
+
+// noteLine is a line of a signed note: one of a signature begins with a dash and a space.
+type noteLine struct {
+	Signs bool
+	Text  string
+}
+
+func noteLines(signed string) (lines []noteLine) {
+	for line := range strings.Lines(signed) {
+		text, signs := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "\u2014 ")
+		lines = append(lines, noteLine{signs, approval.Visible(text)})
+	}
+	return lines
 }
 
 // fact is one of the things to know first. Tone is a class: good, warn, bad or none.
@@ -96,7 +111,7 @@ func newPage(r *audit.Receipt) (*page, error) {
 		Session:    approval.Visible(r.Session),
 		When:       s.start.Format("2 January 2006, 15:04:05 UTC"),
 		Took:       span(s.end.Sub(s.start)),
-		Checkpoint: r.Checkpoint,
+		Checkpoint: noteLines(r.Checkpoint),
 		Says:       r.Says(),
 	}
 	p.Title = s.title()
@@ -216,7 +231,7 @@ func groupOf(e nucleus.Entry) string {
 func (s *story) row(v *event) row {
 	e := v.Entry
 	r := row{
-		Seq: e.Seq, At: since(v.at.Sub(s.start)), Time: approval.Visible(e.Time), Kind: approval.Visible(e.Kind), Op: string(e.Op), What: What(e),
+		Seq: e.Seq, At: since(v.at.Sub(s.start)), Time: approval.Visible(e.Time), Kind: approval.Visible(e.Kind), Op: approval.Visible(string(e.Op)), What: What(e),
 		Verdict: approval.Visible(string(e.Verdict)), Rule: approval.Visible(e.Rule), Status: approval.Visible(e.Status), Tone: tone(e), Group: groupOf(e),
 		Actor: approval.Visible(e.Actor), Permit: approval.Visible(e.Permit), Ask: approval.Visible(e.Ask), Message: short(approval.Visible(v.x.Message)),
 	}

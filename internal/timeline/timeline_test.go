@@ -367,7 +367,7 @@ func TestHostileTextIsText(t *testing.T) {
 	defer web.Close()
 	r := hostile(web.URL).receipt(t)
 	page := write(t, r)
-	if bad := regexp.MustCompile(`[^\x20-\x7e\n—]`).FindAll(page, 3); len(bad) > 0 {
+	if bad := regexp.MustCompile(`[^\x20-\x7e\n]`).FindAll(page, 3); len(bad) > 0 {
 		t.Errorf("the page has characters beyond ASCII: %q", bad)
 	}
 	if !bytes.Contains(page, []byte(`\u{202e}gnp.exe`)) {
@@ -467,9 +467,15 @@ document.title = JSON.stringify({ stops, first, second, detail, row, found, zoom
 // Every text of the page's data is visible ASCII: what a new field shows must pass the
 // same way.
 func TestAllTextIsVisible(t *testing.T) {
-	p, err := newPage(hostile("http://127.0.0.1:1").receipt(t))
+	r := hostile("http://127.0.0.1:1").receipt(t)
+	// Anyone can add a line for a key that nobody gives, and the receipt holds.
+	r.Checkpoint += "\u2014 cal/authority\u202eevil\u009b31m AAAA\n"
+	p, err := newPage(r)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if n := len(p.Checkpoint); n != 6 || !p.Checkpoint[n-1].Signs || p.Checkpoint[n-1].Text != `cal/authority\u{202e}evil\u{9b}31m AAAA` || p.Checkpoint[0].Signs {
+		t.Errorf("the checkpoint: %+v", p.Checkpoint)
 	}
 	p.CSS, p.JS = "", ""
 	texts := 0
@@ -488,7 +494,7 @@ func TestAllTextIsVisible(t *testing.T) {
 			}
 		case reflect.String:
 			texts++
-			if where != ".Checkpoint" && strings.ContainsFunc(v.String(), func(r rune) bool { return r < 0x20 || r > 0x7e }) {
+			if strings.ContainsFunc(v.String(), func(r rune) bool { return r < 0x20 || r > 0x7e }) {
 				t.Errorf("%s is %q", where, v.String())
 			}
 		}

@@ -145,6 +145,12 @@ func (c *Client) Tool(ctx context.Context, pod string, op nucleus.Op, args any) 
 	return value, c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/pods/%s/tools/%s", pod, op), pod, args, &value)
 }
 
+// ToolWithin is Tool for a caller that waits for a person, at most for wait.
+func (c *Client) ToolWithin(ctx context.Context, pod string, op nucleus.Op, args any, wait time.Duration) (json.RawMessage, error) {
+	var value json.RawMessage
+	return value, c.do(ctx, http.MethodPost, fmt.Sprintf("/v1/pods/%s/tools/%s?wait=%d", pod, op, int(wait.Seconds())), pod, args, &value)
+}
+
 // TimedTool is Tool, with what the node says of its parts (W3C Server Timing).
 func (c *Client) TimedTool(ctx context.Context, pod string, op nucleus.Op, args any) (value json.RawMessage, timing string, err error) {
 	header, err := c.exchange(ctx, http.MethodPost, fmt.Sprintf("/v1/pods/%s/tools/%s", pod, op), pod, args, &value)

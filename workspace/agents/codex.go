@@ -87,6 +87,10 @@ func startCodex(d Definition, l Launch) (start, error) {
 		table("skills.bundled") // to be read with a shell
 		set("enabled", false)
 	}
+	// A call through a program would be handed back as "still running" after 30 seconds, and
+	// the model asked to look again, for as long as a person thinks.
+	table("features.code_mode")
+	set("default_exec_yield_time_ms", d.CallTimeout.Milliseconds())
 	dir, err := json.Marshal(l.Dir)
 	if err != nil {
 		return start{}, err

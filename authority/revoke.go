@@ -1,0 +1,390 @@
+package authority
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"cal/approval"
+	"cal/approval/client"
+	"cal/nucleus"
+)
+
+// What was granted is taken back at once where it is used by word of the authority, which refuses
+// the next use. A passage is used without asking, so every node that has opened one watches what
+// is taken back, and holds its passages open only as long as its last word from here is young: a
+// lease. Who takes one back is answered when each watcher has asked again since, or its lease has
+// ended.
+
+// watcher is a node that watches.
+type watcher struct {
+	knows int64     // up to which revocation
+	seen  time.Time // on the monotonic clock
+}
+
+// beforeStart is a watcher that nobody knows any more: of the time before this process.
+const beforeStart = ""
+
+// living reports whether something of what was granted can still be used.
+func (a *Authority) living(row askRow) bool {
+	switch a.approvalState(row, a.passageOf(row)) {
+	case client.Unused, client.Open, client.Partly:
+		return true
+	}
+	return false
+}
+
+func (a *Authority) passageOf(row askRow) *nucleus.Passage {
+	ask, _, _, err := approval.Parse(row.canonical)
+	if err != nil {
+		return nil // of an earlier version: void
+	}
+	return ask.Passage
+}
+
+// approvalState is the state of what was granted now.
+func (a *Authority) approvalState(row askRow, passage *nucleus.Passage) string {
+	now, task := a.millis(), row.task()
+	switch {
+	case row.stateAt(now) == client.Pending:
+		return client.Partly
+	case row.state == client.Revoked:
+		return client.Void
+	case row.state != client.Granted:
+		return client.Over
+	case row.uses == 0 && now < row.expires:
+		return client.Unused
+	case row.uses == 0:
+		return client.Over
+	case task != nil && row.uses >= task.Uses, task == nil && passage == nil:
+		return client.Spent
+	case task != nil && now < task.Until, task == nil && now < a.passageEnd(row, passage):
+		return client.Open
+	}
+	return client.Over
+}
+
+// passageEnd is when a passage that was opened by the first use ends at the latest.
+func (a *Authority) passageEnd(row askRow, passage *nucleus.Passage) int64 {
+	uses, err := a.store.usesOf(row.id)
+	if err != nil || len(uses) == 0 {
+		return row.expires + passage.Millis
+	}
+	return uses[0].Used + passage.Millis
+}
+
+// Approvals lists what was granted, of a pod or of all, oldest first.
+func (a *Authority) Approvals(pod string) ([]client.Approval, error) {
+	rows, err := a.store.granted(pod)
+	if err != nil {
+		return nil, unavailable(err)
+	}
+	list := []client.Approval{}
+	for _, row := range rows {
+		item, err := a.approval(row)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, item)
+	}
+	return list, nil
+}
+
+func (a *Authority) approval(row askRow) (client.Approval, error) {
+	passage := a.passageOf(row)
+	item := client.Approval{
+		Ask: row.id, State: a.approvalState(row, passage), Pod: row.pod, Op: row.op, Summary: row.summary, Need: row.need, Task: row.task(), Until: row.expires,
+		Grants: []client.Given{}, Reason: row.reason,
+	}
+	for _, g := range row.grants {
+		g.Token = ""
+		item.Grants = append(item.Grants, g)
+	}
+	if item.State == client.Void {
+		item.Ended = row.ended
+	}
+	var err error
+	if item.Uses, err = a.store.usesOf(row.id); err != nil {
+		return item, unavailable(err)
+	}
+	switch {
+	case item.Task != nil && len(item.Uses) > 0:
+		item.Until = item.Task.Until
+	case item.Task == nil && passage != nil:
+		item.Passage = passage
+		if len(item.Uses) > 0 {
+			item.Until = a.passageEnd(row, passage)
+		}
+	}
+	return item, nil
+}
+
+// revoke takes back what was granted for an ask: recorded, then void, then known. The caller holds
+// mu.
+func (a *Authority) revoke(row askRow, by, why string) error {
+	_, ask, err := a.known(row.id)
+	if err != nil {
+		return err
+	}
+	var grants []string
+	for _, g := range row.grants {
+		grants = append(grants, g.Grant)
+	}
+	err = a.record(nucleus.KindApprovalRevoke, ask, row.digest, map[string]any{"why": why, "uses": row.uses}, func(e *nucleus.Entry) { e.Actor, e.Grants = by, grants })
+	if err != nil {
+		return err
+	}
+	if row.state == client.Pending {
+		for _, g := range grants {
+			if err := a.store.dropGrant(g); err != nil {
+				return unavailable(err)
+			}
+		}
+		return nil
+	}
+	if err := a.store.revoke(row.id, why, a.millis()); err != nil {
+		return unavailable(err)
+	}
+	a.broadcast()
+	return nil
+}
+
+// Revoke takes back what was granted for an ask, or to a pod, and waits until nothing of it is
+// open.
+func (a *Authority) Revoke(ctx context.Context, r client.Revocation) (client.RevokedNow, error) {
+	began := time.Now()
+	done, seq, err := a.revokeAll(r)
+	if err != nil {
+		return done, err
+	}
+	// Everything else is used by word of the authority alone, use by use.
+	open := slices.ContainsFunc(done.Revoked, func(a client.Approval) bool {
+		return len(a.Uses) > 0 && (a.Op == nucleus.NetConnect || a.Op == nucleus.WebFetch)
+	})
+	done.Closed = !open || a.closed(ctx, seq)
+	done.Millis = time.Since(began).Milliseconds()
+	return done, nil
+}
+
+func (a *Authority) revokeAll(r client.Revocation) (client.RevokedNow, int64, error) {
+	done := client.RevokedNow{Revoked: []client.Approval{}}
+	if len(r.Reason) > approval.MaxReason {
+		return done, 0, nucleus.Errorf(nucleus.KindInvalid, "the reason has %d bytes, at most %d are allowed", len(r.Reason), approval.MaxReason)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	rows, err := a.meant(r.ID)
+	if err != nil {
+		return done, 0, err
+	}
+	var found bool
+	for _, row := range rows {
+		found = found || row.state == client.Revoked
+		if !a.living(row) {
+			continue
+		}
+		if err := a.revoke(row, actor, r.Reason); err != nil {
+			return done, 0, err
+		}
+		found = true
+		if row, err = a.store.ask(row.id); err != nil {
+			return done, 0, unavailable(err)
+		}
+		item, err := a.approval(row)
+		if err != nil {
+			return done, 0, err
+		}
+		done.Revoked = append(done.Revoked, item)
+	}
+	if !found {
+		return done, 0, nucleus.Errorf(nucleus.KindNotFound, "%q is no ask, grant or pod with something granted that could still be used", r.ID)
+	}
+	_, seq, err := a.store.revocations(-1)
+	return done, seq, unavailable(err)
+}
+
+// meant are the asks that an id stands for.
+func (a *Authority) meant(id string) ([]askRow, error) {
+	if id == "" {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "no ask, grant or pod is named")
+	}
+	if ask, err := a.store.askOf(id); err == nil {
+		id = ask
+	} else if !errors.Is(err, errUnknown) {
+		return nil, unavailable(err)
+	}
+	row, err := a.store.ask(id)
+	if err == nil {
+		if len(row.grants) == 0 {
+			return nil, nil
+		}
+		return []askRow{row}, nil
+	} else if !errors.Is(err, errUnknown) {
+		return nil, unavailable(err)
+	}
+	rows, err := a.store.granted(id)
+	return rows, unavailable(err)
+}
+
+// closed waits until every watcher knows of revocation seq, or has nothing open any more.
+func (a *Authority) closed(ctx context.Context, seq int64) bool {
+	for {
+		a.mu.Lock()
+		left := a.lag(seq)
+		changed := a.changed
+		a.mu.Unlock()
+		if left <= 0 {
+			return true
+		}
+		lapse := time.NewTimer(left)
+		select {
+		case <-changed:
+		case <-lapse.C:
+		case <-ctx.Done():
+			lapse.Stop()
+			return false
+		}
+		lapse.Stop()
+	}
+}
+
+// lag is how long it takes at most until every watcher knows of revocation seq, or its lease has
+// ended. The caller holds mu.
+func (a *Authority) lag(seq int64) time.Duration {
+	var longest time.Duration
+	for id, w := range a.watchers {
+		left := client.Lease - time.Since(w.seen)
+		switch {
+		case left <= 0:
+			delete(a.watchers, id)
+		case w.knows < seq || id == beforeStart:
+			longest = max(longest, left)
+		}
+	}
+	return longest
+}
+
+const maxWatchers = 1000
+
+// Watch answers when something was taken back after a number, at the latest after WatchWait. Who
+// asks says by its number that nothing up to there is open with it.
+func (a *Authority) Watch(ctx context.Context, id string, after int64) (client.Watched, error) {
+	if err := approval.CheckName("watcher", id); err != nil {
+		return client.Watched{}, nucleus.Errorf(nucleus.KindInvalid, "%v", err)
+	}
+	deadline := time.NewTimer(client.WatchWait)
+	defer deadline.Stop()
+	for waited, asked := false, time.Now(); ; {
+		a.mu.Lock()
+		known := len(a.watchers)
+		_, again := a.watchers[id]
+		if known >= maxWatchers && !again {
+			a.mu.Unlock()
+			return client.Watched{}, nucleus.Errorf(nucleus.KindUnavailable, "%d nodes watch, no more are taken", known)
+		}
+		asks, last, err := a.store.revocations(after)
+		if w := a.watchers[id]; err == nil && !waited {
+			a.watchers[id] = watcher{knows: max(after, 0), seen: asked}
+			if after > w.knows {
+				a.broadcast()
+			}
+		}
+		changed := a.changed
+		a.mu.Unlock()
+		if err != nil {
+			return client.Watched{}, unavailable(err)
+		}
+		if len(asks) > 0 || after != last || waited {
+			return a.voided(asks, last)
+		}
+		select {
+		case <-changed:
+		case <-deadline.C:
+			waited = true // one last look
+		case <-ctx.Done():
+			return client.Watched{}, ctx.Err()
+		}
+	}
+}
+
+func (a *Authority) voided(asks []string, last int64) (client.Watched, error) {
+	w := client.Watched{Seq: last, Revoked: []client.Voided{}}
+	for _, id := range asks {
+		row, err := a.store.ask(id)
+		if err != nil {
+			return w, unavailable(err)
+		}
+		v := client.Voided{Ask: id, Pod: row.pod, Reason: row.reason, Grants: []string{}}
+		for _, g := range row.grants {
+			v.Grants = append(v.Grants, g.Grant)
+		}
+		w.Revoked = append(w.Revoked, v)
+	}
+	return w, nil
+}
+
+// Withdraw takes back what a pod asked before a time, by its node's word: nobody waits for the
+// answer any more, and nothing can use what was granted.
+func (a *Authority) Withdraw(pod string, w client.Withdrawal) ([]client.Approval, error) {
+	if len(w.Reason) > approval.MaxReason {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "the reason has %d bytes, at most %d are allowed", len(w.Reason), approval.MaxReason)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	rows, err := a.store.asks(" WHERE pod = ? AND created_ms < ? AND state IN ('pending', 'granted') ORDER BY created_ms, id", pod, w.Before)
+	if err != nil {
+		return nil, unavailable(err)
+	}
+	gone := []client.Approval{}
+	for _, row := range rows {
+		switch {
+		case row.state == client.Pending:
+			if row.stateAt(a.millis()) == client.Pending {
+				err = a.withdraw(row, w.Reason)
+			}
+		case a.living(row):
+			if err = a.revoke(row, actor, w.Reason); err == nil {
+				row, err = a.store.ask(row.id)
+			}
+		case row.uses == 0:
+			continue
+		}
+		if err != nil {
+			return gone, err
+		}
+		if row.state == client.Pending {
+			continue
+		}
+		item, err := a.approval(row)
+		if err != nil {
+			return gone, err
+		}
+		gone = append(gone, item)
+	}
+	a.broadcast()
+	return gone, nil
+}
+
+func (a *Authority) withdraw(row askRow, why string) error {
+	_, ask, err := a.known(row.id)
+	if err != nil {
+		return err
+	}
+	if err := a.record(nucleus.KindApprovalRefuse, ask, row.digest, map[string]any{"why": "withdrawn: " + why}, nil); err != nil {
+		return err
+	}
+	return unavailable(a.store.end(row.id, client.Pending, client.Withdrawn, why, a.millis()))
+}
+
+// Report takes a node's word on what came of a use.
+func (a *Authority) Report(ask string, o client.Outcome) error {
+	switch o.Status {
+	case nucleus.OutcomeDone, nucleus.OutcomeFailed, nucleus.OutcomeRefused, nucleus.OutcomeUnknown:
+	default:
+		return nucleus.Errorf(nucleus.KindInvalid, "unknown outcome %q", o.Status)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return unavailable(a.store.setOutcome(ask, o.Permit, o.Status))
+}

@@ -1,0 +1,233 @@
+package authority
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unicode/utf8"
+
+	"golang.org/x/term"
+)
+
+// ErrInterrupted is the error of a person who left by Ctrl-C.
+var ErrInterrupted = errors.New("interrupted")
+
+// The keys that are more than a character.
+const (
+	keyEnter     = "enter"
+	keyEscape    = "escape"
+	keyErase     = "erase"
+	keyKill      = "kill"
+	keyInterrupt = "interrupt"
+	keyUp        = "up"
+	keyDown      = "down"
+	keyLeft      = "left"
+	keyPageUp    = "page up"
+	keyPageDown  = "page down"
+	keyHome      = "home"
+	keyEnd       = "end"
+	keyOther     = "" // a key that means nothing here
+)
+
+// keyEvent is what came in one read of the terminal.
+type keyEvent struct {
+	keys []string
+	at   time.Time
+}
+
+// sequences are what terminals send behind ESC for the keys that mean something here
+// (ECMA-48 and xterm).
+var sequences = map[string]string{
+	"[A": keyUp, "[B": keyDown, "[D": keyLeft, "OA": keyUp, "OB": keyDown, "OD": keyLeft,
+	"[5~": keyPageUp, "[6~": keyPageDown, "[H": keyHome, "[F": keyEnd, "[1~": keyHome, "[4~": keyEnd, "OH": keyHome, "OF": keyEnd,
+}
+
+// keysIn takes apart what a terminal sent. A sequence that is not known is one key that
+// means nothing.
+func keysIn(raw []byte) (keys []string) {
+	for len(raw) > 0 {
+		size := 1
+		switch c := raw[0]; {
+		case c == 0x1b && len(raw) > 1 && (raw[1] == '[' || raw[1] == 'O'):
+			for size = 2; size < len(raw) && (raw[size] < 0x40 || raw[size] > 0x7e); size++ {
+			}
+			size = min(size+1, len(raw))
+			keys = append(keys, sequences[string(raw[1:size])])
+		case c == 0x1b && len(raw) > 1: // Alt and a key
+			size = 2
+			keys = append(keys, keyOther)
+		case c == 0x1b:
+			keys = append(keys, keyEscape)
+		case c == '\r' || c == '\n':
+			keys = append(keys, keyEnter)
+		case c == 0x7f || c == 0x08:
+			keys = append(keys, keyErase)
+		case c == 0x15:
+			keys = append(keys, keyKill)
+		case c == 0x03:
+			keys = append(keys, keyInterrupt)
+		case c < 0x20:
+			keys = append(keys, keyOther)
+		default:
+			_, size = utf8.DecodeRune(raw)
+			keys = append(keys, string(raw[:size]))
+		}
+		raw = raw[size:]
+	}
+	return keys
+}
+
+// The alternate screen without a cursor, and back.
+const (
+	enterScreen = "\x1b[?1049h\x1b[?25l"
+	leaveScreen = "\x1b[?25h\x1b[?1049l"
+)
+
+const (
+	listEvery = 500 * time.Millisecond // the list is read anew
+	drawEvery = 200 * time.Millisecond // the clocks on the screen go on
+)
+
+// Queue shows all that waits on a whole screen and lets the person decide, until they leave.
+// The terminal must know ECMA-48 (TERM is not dumb); plain draws without colours.
+func (p *Prompt) Queue(ctx context.Context, c asks, identity Identity, reason string, plain bool) (err error) {
+	old, err := term.MakeRaw(int(p.tty.Fd()))
+	if err != nil {
+		return err
+	}
+	p.whole.Store(true)
+	if err := p.print("%s", enterScreen); err != nil {
+		return errors.Join(err, p.leaveWhole(old))
+	}
+	defer func() { err = errors.Join(err, p.leaveWhole(old)) }()
+
+	ctx, cancel := context.WithCancel(ctx)
+	var working sync.WaitGroup
+	defer working.Wait()
+	defer cancel()
+	events := make(chan any)
+	send := func(event any) {
+		select {
+		case events <- event:
+		case <-ctx.Done():
+		}
+	}
+	run := func(do effect) {
+		if do != nil {
+			working.Go(func() { send(do(ctx)) })
+		}
+	}
+	go p.keys(ctx, send) // ends with the process: a read of a terminal cannot be called off
+	working.Go(func() { follow(ctx, c, send) })
+	resized := make(chan os.Signal, 1)
+	signal.Notify(resized, syscall.SIGWINCH)
+	defer signal.Stop(resized)
+	tick := time.NewTicker(drawEvery)
+	defer tick.Stop()
+
+	q := &queue{asks: c, identity: identity, reason: reason}
+	defer q.forget()
+	q.update(time.Now(), p.size())
+	for shown := ""; !q.leave; {
+		if q.flush {
+			q.flush = false
+			if err := dropTyped(int(p.tty.Fd())); err != nil {
+				return err
+			}
+		}
+		if text := q.view().text(plain); text != shown {
+			if err := p.print("%s", text); err != nil {
+				return err
+			}
+			shown = text
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-resized:
+			q.update(time.Now(), p.size())
+			shown = "" // the terminal may have moved what was there
+		case <-tick.C:
+			q.update(time.Now(), nil)
+		case event := <-events:
+			if err, ended := event.(error); ended {
+				return err
+			}
+			if k, ok := event.(keyEvent); ok && q.entry == nil && len(k.keys) == 1 && k.keys[0] == keyInterrupt {
+				return ErrInterrupted
+			}
+			run(q.update(time.Now(), event))
+		}
+	}
+	return nil
+}
+
+func (p *Prompt) size() sizeEvent {
+	width, height, err := term.GetSize(int(p.tty.Fd()))
+	if err != nil || width <= 0 || height <= 0 {
+		return sizeEvent{80, 24}
+	}
+	return sizeEvent{width, height}
+}
+
+// leaveWhole puts the terminal back.
+func (p *Prompt) leaveWhole(old *term.State) error {
+	p.whole.Store(false)
+	return errors.Join(p.print("%s", leaveScreen), term.Restore(int(p.tty.Fd()), old))
+}
+
+// keys sends what is typed, with the time at which it came.
+func (p *Prompt) keys(ctx context.Context, send func(any)) {
+	raw := make([]byte, 1024)
+	for ctx.Err() == nil {
+		n, err := p.tty.Read(raw)
+		if n > 0 {
+			send(keyEvent{keysIn(raw[:n]), time.Now()})
+			clear(raw[:n])
+		}
+		if err != nil {
+			send(fmt.Errorf("the terminal is gone: %w", err))
+			return
+		}
+	}
+}
+
+// follow sends the list again and again.
+func follow(ctx context.Context, from asks, send func(any)) {
+	tick := time.NewTicker(listEvery)
+	defer tick.Stop()
+	for {
+		send(list(ctx, from))
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// text is a frame as the terminal takes it: each line from its left edge, and nothing left
+// behind it.
+func (f frame) text(plain bool) string {
+	var out strings.Builder
+	out.WriteString("\x1b[?25l\x1b[H")
+	for i, line := range f.lines {
+		if i > 0 {
+			out.WriteString("\r\n")
+		}
+		if f.strong[i] && !plain {
+			line = "\x1b[7m" + line + "\x1b[0m"
+		}
+		out.WriteString(line + "\x1b[K")
+	}
+	if f.row >= 0 {
+		fmt.Fprintf(&out, "\x1b[%d;%dH\x1b[?25h", f.row+1, f.col+1)
+	}
+	return out.String()
+}

@@ -1,0 +1,131 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"cal/approval"
+	"cal/approval/client"
+	"cal/authority"
+	"cal/nucleus"
+)
+
+func (c *command) grants() *cobra.Command {
+	var asJSON, all bool
+	var pod string
+	cmd := &cobra.Command{
+		Use: "grants", Short: "List what was granted and can still be used, with its uses", Args: args(cobra.NoArgs),
+		Example: "  nucleus-authority grants\n  nucleus-authority grants --all --json",
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	cmd.Flags().BoolVar(&all, "all", false, "what is used, over or taken back too")
+	cmd.Flags().StringVar(&pod, "pod", "", "of this pod only")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		api := client.New(c.socket)
+		defer api.Close()
+		every, err := api.Approvals(cmd.Context(), pod)
+		if err != nil {
+			return err
+		}
+		list := []client.Approval{}
+		for _, a := range every {
+			if all || a.State == client.Unused || a.State == client.Open || a.State == client.Partly {
+				list = append(list, a)
+			}
+		}
+		if asJSON {
+			enc := json.NewEncoder(os.Stdout)
+			enc.SetIndent("", "  ")
+			return enc.Encode(list)
+		}
+		if len(list) == 0 {
+			fmt.Println("nothing that was granted can still be used")
+		}
+		for _, a := range list {
+			printApproval(a)
+		}
+		return nil
+	}
+	return cmd
+}
+
+func printApproval(a client.Approval) {
+	what := "once"
+	switch {
+	case a.Task != nil:
+		what = fmt.Sprintf("task, %d of %d uses", len(a.Uses), a.Task.Uses)
+	case a.Passage != nil:
+		what = fmt.Sprintf("passage to %s port %d", a.Passage.Host, a.Passage.Port)
+	}
+	until := time.UnixMilli(a.Until).Format("15:04:05")
+	fmt.Printf("%s  %s  pod %s  until %s  %s  %s\n", approval.Visible(a.Ask), approval.Visible(a.State), approval.Visible(a.Pod), until, approval.Visible(what), a.Summary)
+	for _, g := range a.Grants {
+		fmt.Printf("  %s by %s\n", approval.Visible(g.Grant), approval.Visible(g.Approver))
+	}
+	for _, u := range a.Uses {
+		fmt.Printf("  use %d at %s: %s\n", u.N, time.UnixMilli(u.Used).Format("15:04:05"), approval.Visible(u.Outcome))
+	}
+}
+
+func (c *command) revoke() *cobra.Command {
+	var reason string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "revoke ID", Short: "Take back what was granted: for an ask, by a grant, or to a pod", Args: args(cobra.ExactArgs(1)),
+		Long: "Take back what was granted: for an ask, by a grant, or all of a pod. When this returns no use of it begins any more and its\n" +
+			"passages are closed; a use that had begun before is listed, and goes on.",
+		Example: "  nucleus-authority revoke a-2X... --reason 'enough'\n  nucleus-authority revoke p-pe3aetlioa",
+	}
+	cmd.Flags().StringVar(&reason, "reason", "", "why; the agent is told")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
+		api := client.New(c.socket)
+		defer api.Close()
+		now, err := api.Revoke(cmd.Context(), client.Revocation{ID: ids[0], Reason: reason})
+		if err != nil {
+			return err
+		}
+		if asJSON {
+			enc := json.NewEncoder(os.Stdout)
+			enc.SetIndent("", "  ")
+			return enc.Encode(now)
+		}
+		for _, a := range now.Revoked {
+			printApproval(a)
+		}
+		if !now.Closed {
+			return fmt.Errorf("taken back, but not every node has said yet that its passages are closed; after %v they are", client.Lease)
+		}
+		fmt.Printf("taken back; nothing of it is open since %d ms\n", now.Millis)
+		return nil
+	}
+	return cmd
+}
+
+// taskFlags are those of approve by which a person chooses a task.
+type taskFlags struct {
+	uses  int
+	life  time.Duration
+	match []string
+}
+
+func (f *taskFlags) add(cmd *cobra.Command) {
+	cmd.Flags().IntVar(&f.uses, "uses", 0, fmt.Sprintf("grant a task of so many uses, at most %d, in place of one use", nucleus.MaxTaskUses))
+	cmd.Flags().DurationVar(&f.life, "for", 30*time.Minute, "how long the task stands, at most an hour")
+	cmd.Flags().StringArrayVar(&f.match, "match", nil, "what the task is for, where not just what is asked: a ref or path (with /** for all below), a directory, or the command's arguments, one flag each (* for one, ** for the rest)")
+}
+
+// choice is the task that the flags choose; nil for one use.
+func (f *taskFlags) choice() (*authority.TaskChoice, error) {
+	if f.uses == 0 {
+		if len(f.match) > 0 {
+			return nil, usageError{fmt.Errorf("--match is of a task: say how often with --uses")}
+		}
+		return nil, nil
+	}
+	return &authority.TaskChoice{Uses: f.uses, Life: f.life, Match: f.match}, nil
+}

@@ -1,0 +1,241 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"cal/approval"
+	approvals "cal/approval/client"
+	"cal/internal/testenv"
+	"cal/node/client"
+	"cal/nucleus"
+)
+
+// grantStory is one pod's gated requests, and the persons who decide.
+type grantStory struct {
+	t         *testing.T
+	e         *testenv.Env
+	node      *client.Client
+	authority *approvals.Client
+	pod       string
+}
+
+const bobsSecret = "an own secret of bob"
+
+func newGrantStory(t *testing.T, e *testenv.Env, policy string) *grantStory {
+	t.Helper()
+	e.Cal("node", "start").Want(t, 0)
+	s := &grantStory{t: t, e: e, node: e.Client(), authority: approvals.New(filepath.Join(e.CAL, "run", "authority.sock"))}
+	t.Cleanup(s.authority.Close)
+	s.start(policy)
+	return s
+}
+
+func (s *grantStory) start(policy string) {
+	s.t.Helper()
+	pod, err := s.node.CreatePod(s.e.Context(), nucleus.PodSpec{Mode: nucleus.Mediated, Image: nucleus.Image{Kind: "host"}, Policy: json.RawMessage(policy)})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.pod = pod.ID
+}
+
+// write asks for a file to be written, and returns how it was refused.
+func (s *grantStory) write(path string) *nucleus.Error {
+	_, err := s.node.Tool(s.e.Context(), s.pod, nucleus.WriteFiles, map[string]any{"path": path, "content": "x\n"})
+	if err == nil {
+		return nil
+	}
+	return nucleus.AsError(err)
+}
+
+func (s *grantStory) asks(e *nucleus.Error) string {
+	s.t.Helper()
+	if e == nil || e.Kind != nucleus.KindApproval || e.Ask == "" {
+		s.t.Fatalf("got %+v, want an ask", e)
+	}
+	return e.Ask
+}
+
+// grant decides by the authority's API, as its own program does.
+func (s *grantStory) grant(ask, by, passphrase string, task func(nucleus.AskRequest) *nucleus.Task) approvals.Status {
+	s.t.Helper()
+	shown, digest, err := s.authority.Get(s.e.Context(), ask)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	d := approvals.Decision{Approve: true, Approver: by, AskDigest: digest, Passphrase: passphrase}
+	if task != nil {
+		d.Task = task(shown)
+	}
+	status, err := s.authority.Decide(s.e.Context(), ask, d)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return status
+}
+
+// TestGrants lets two persons approve what needs two, and one choose a task and take it back: with
+// the real programs, and a log that both sides tell alike.
+func TestGrants(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	e.Cal("node", "start").Want(t, 0)
+	const policy = `{"operations":{"write_files":"ask","edit_files":"ask","read_files":"always","run_bash":"ask"},"commands":"any","obligations":{"run_bash":{"approvals":2}}}`
+	s := newGrantStory(t, e, policy)
+	info, err := s.authority.Info(e.Context())
+	if err != nil || len(info.Approvers) != 1 {
+		t.Fatalf("info %+v, %v", info, err)
+	}
+	first := info.Approvers[0].Name
+	run := func() *nucleus.Error {
+		_, err := s.node.Tool(e.Context(), s.pod, nucleus.RunBash, map[string]any{"argv": []string{"touch", "both"}})
+		if err == nil {
+			return nil
+		}
+		return nucleus.AsError(err)
+	}
+	if e := run(); e == nil || e.Ask != "" || !strings.Contains(e.Message, "approver add") {
+		t.Fatalf("two approvals of one person: %+v", e)
+	}
+	// A second person; the machine that runs does not know it, one that starts then does.
+	if _, err := s.authority.AddApprover(e.Context(), approvals.NewApprover{Name: "bob", Phrase: "red lamp", Passphrase: bobsSecret, By: first, ByPassphrase: testenv.Passphrase}); err != nil {
+		t.Fatal(err)
+	}
+	if e := run(); e == nil || e.Ask != "" {
+		t.Fatalf("of a machine that was started before: %+v", e)
+	}
+	s.start(policy)
+	ask := s.asks(run())
+	s.grant(ask, first, testenv.Passphrase, nil)
+	if e := run(); s.asks(e) != ask || !strings.Contains(e.Message, "2 persons have been asked to approve and 1 have") {
+		t.Fatalf("with one grant: %+v", e)
+	}
+	s.grant(ask, "bob", bobsSecret, nil)
+	if e := run(); e != nil {
+		t.Fatalf("with both: %+v", e)
+	}
+
+	// A task: three files below src, then it asks anew.
+	ask = s.asks(s.write("src/a"))
+	s.grant(ask, first, testenv.Passphrase, func(shown nucleus.AskRequest) *nucleus.Task {
+		return &nucleus.Task{Uses: 3, Until: time.Now().Add(10 * time.Minute).UnixMilli(), Exposure: approval.Told(shown), Match: nucleus.Match{Files: &nucleus.FilesMatch{Root: "src"}}}
+	})
+	for _, path := range []string{"src/a", "src/b"} {
+		if e := s.write(path); e != nil {
+			t.Fatalf("%s: %+v", path, e)
+		}
+	}
+	other := s.asks(s.write("elsewhere"))
+	e.Cal("approve", "grants").Want(t, 0, ask+"  open", "task, 2 of 3 uses", "use 2 at ")
+	began := time.Now()
+	e.Cal("approve", "revoke", ask, "--reason", "enough").Want(t, 0, "taken back; nothing of it is open")
+	t.Logf("revoke of a task took %v", time.Since(began))
+	if again := s.asks(s.write("src/c")); again == ask || again == other {
+		t.Errorf("after it was taken back: ask %s", again)
+	}
+	// The authority is away: what is gated is refused with a hint, the rest goes on.
+	if err := syscall.Kill(authorityPID(t, e), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if e := s.write("src/d"); e == nil || e.Kind != nucleus.KindUnavailable || !strings.Contains(e.Message, "nucleus-authority serve") {
+		t.Errorf("without the authority: %+v", e)
+	}
+	if _, err := s.node.Tool(e.Context(), s.pod, nucleus.ReadFiles, map[string]any{"path": "src/a"}); err != nil {
+		t.Errorf("a read without the authority: %v", err)
+	}
+	e.Cal("node", "start").Want(t, 0)
+	e.Cal("approve", "grants", "--all").Want(t, 0, ask+"  revoked")
+
+	if uses := e.Entries(of(nucleus.KindApprovalUse, nucleus.WriteFiles)); len(uses) != 2 {
+		t.Errorf("uses %+v", uses)
+	}
+	if revoked := e.Entries(func(entry nucleus.Entry) bool { return entry.Kind == nucleus.KindApprovalRevoke && entry.Ask == ask }); len(revoked) != 1 {
+		t.Errorf("revocations %+v", revoked)
+	}
+	e.Verify()
+	e.Cal("audit", "verify").Want(t, 0)
+}
+
+func authorityPID(t *testing.T, e *testenv.Env) int {
+	t.Helper()
+	for _, p := range e.Processes() {
+		if p.Name == "nucleus-authority" && slices.Contains(p.Args, "serve") {
+			return p.PID
+		}
+	}
+	t.Fatal("no authority runs")
+	return 0
+}
+
+// TestGrantsAcrossKills ends the node, the authority or both with SIGKILL at random moments while an
+// approved command runs: each has its effect once or not at all, what came back as done has it, and
+// both logs tell the same.
+func TestGrantsAcrossKills(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	s := newGrantStory(t, e, `{"operations":{"run_bash":"ask","read_files":"always"},"commands":"any"}`)
+	rounds := 6
+	if testing.Short() {
+		rounds = 2
+	}
+	done := map[int]bool{}
+	for i := range rounds {
+		run := func() *nucleus.Error {
+			_, err := s.node.Tool(e.Context(), s.pod, nucleus.RunBash, map[string]any{"argv": []string{"sh", "-c", fmt.Sprintf("echo effect-%d. >> effects", i)}})
+			if err == nil {
+				return nil
+			}
+			return nucleus.AsError(err)
+		}
+		ask := s.asks(run())
+		s.grant(ask, "", testenv.Passphrase, nil)
+		ended := make(chan *nucleus.Error, 1)
+		go func() { ended <- run() }()
+		delay := time.Duration(rand.IntN(20_000)) * time.Microsecond
+		time.Sleep(delay) // where it dies is the test's question, not an order
+		if i%3 != 1 {
+			pid, err := e.NodePID()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if i%3 != 0 {
+			if err := syscall.Kill(authorityPID(t, e), syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		failure := <-ended
+		done[i] = failure == nil
+		t.Logf("round %d: killed after %v: %v", i, delay, failure)
+		e.Cal("node", "start").Want(t, 0)
+		if i%3 == 1 {
+			continue // the node knows the ask still
+		}
+		if again := run(); again == nil || again.Kind != nucleus.KindApproval || again.Ask == ask {
+			t.Errorf("round %d: again: %+v", i, again)
+		}
+	}
+	value, err := s.node.Tool(e.Context(), s.pod, nucleus.ReadFiles, map[string]any{"path": "effects"})
+	content := ""
+	if err == nil {
+		content = string(value)
+	}
+	for i := range rounds {
+		if n := strings.Count(content, fmt.Sprintf("effect-%d.", i)); n > 1 || done[i] && n != 1 {
+			t.Errorf("round %d: %d effects, done %v, in %s", i, n, done[i], content)
+		}
+	}
+	e.Verify()
+	e.Cal("audit", "verify").Want(t, 0)
+}

@@ -1,0 +1,33 @@
+package main
+
+// What a person sees of an ask, and which key decides.
+var queueMutants = []mutant{
+	{"screen: a backslash is doubled", "approval/draw.go", "out.WriteString(`\\\\`)", "out.WriteRune(r)", "TestTextIsBytes"},
+	{"screen: what is no ASCII is written as such", "approval/draw.go", "case r >= 0x20 && r < 0x7f:", "case r >= 0x20 && r != 0x7f:", "TestTextIsBytes"},
+	{"screen: a space at a line's end is seen", "approval/draw.go", "strings.Repeat(`\\u{20}`, len(line)-len(body))", "\"\"", "TestTextIsBytes"},
+	{"screen: a quote in a text is none", "approval/draw.go", "strings.ReplaceAll(Visible(s), `\"`, `\\\"`)", "Visible(s)", "TestTextIsBytes"},
+	{"screen: files that a command names", "approval/draw.go", "d.files(\"names file\", c.Files)", "", "TestTextIsBytes"},
+	{"screen: nothing else stands at the left edge", "approval/draw.go", "d.section = append(d.section, prefix+text[:room])", "d.section = append(d.section, text[:room])", "TestTextIsBytes"},
+	{"screen: arguments are those that were signed", "approval/draw.go", "if nucleus.SHA256(canonical) != ask.Action.Args {", "if false {", "TestDrawSignedArguments"},
+	{"screen: an argument has the digest that is signed", "approval/draw.go", "named && want != nucleus.SHA256([]byte(text)) && want+text != \"\"", "named && want == \"none\"", "TestDrawSignedArguments"},
+	{"names: scripts that are mixed", "approval/names.go", "len(mixed) > 1 &&", "len(mixed) > 9 &&", "TestOddNames"},
+	{"names: Punycode is no Punycode by its beginning", "approval/names.go", "if digit < 0 || weight > unicode.MaxRune", "if digit < 0 && weight > unicode.MaxRune", "TestPunycode"},
+	{"diff: the file is the one that is signed", "node/detail.go", "case nucleus.SHA256(result.Standing) != file.Before:", "case false:", "TestAskShowsDifference"},
+	{"diff: and so is what it becomes", "node/detail.go", "if nucleus.SHA256([]byte(after)) != file.After {", "if false {", "TestAskShowsDifference"},
+	{"queue: a fresh ask takes no key", "authority/queue.go", "fresh: q.now.Add(grace)}", "fresh: q.now}", "TestQueueTypedAhead"},
+	{"queue: a key counts by when it came", "authority/queue.go", "if q.undecidable(at) != \"\" {", "if q.undecidable(q.now) != \"\" {", "TestQueueTypedAhead"},
+	{"queue: of several keys at once none decides", "authority/queue.go", "q.key(k, len(e.keys) == 1, e.at)", "q.key(k, true, e.at)", "TestQueueTypedAhead"},
+	{"queue: what will happen was on the screen", "authority/queue.go", "case q.unseen() > 0:", "case false:", "TestQueueUnread"},
+	{"queue: an ask that has changed is read anew", "authority/queue.go", "case q.items[i].AskDigest != q.open.digest:", "case false:", "TestQueueChanges"},
+	{"queue: one that has expired is closed", "authority/queue.go", "\t\tq.close(\"it has expired\")", "", "TestQueueChanges"},
+	{"queue: what is drawn is what was fetched", "authority/queue.go", "if err == nil && screen.Digest != o.digest {", "if false {", "TestQueueLies"},
+	{"queue: each ask has a digest of its own", "authority/queue.go", "d.AskDigest = this.digest", "d.AskDigest = o.digest", "TestQueueEqual"},
+	{"queue: equal asks are equal in all that is shown", "authority/queue.go", "ask.Created, ask.Expires, ask.Context.UnixMilli = 0, 0, 0", "ask.Created, ask.Expires, ask.Context.UnixMilli, ask.Why = 0, 0, 0, \"\"", "TestQueueEqual"},
+	{"queue: no passphrase on the screen", "authority/queue_view.go", "\t\tadd(prompt)\n", "\t\tadd(prompt + string(e.text))\n", "TestQueue"},
+	{"told: names alone", "authority/notify/notify.go", "\tif err := note.check(); err != nil {\n\t\tn.failed(err)", "\tif err := note.check(); err != nil && false {\n\t\tn.failed(err)", "TestCommand"},
+	{"told: no flood", "authority/notify/notify.go", "\t\tn.next.More++\n\t\treturn\n", "\t\tn.next.More++\n", "TestFlood"},
+	{"told: what hangs is ended whole", "authority/notify/notify.go", "syscall.Kill(-cmd.Process.Pid", "syscall.Kill(cmd.Process.Pid", "TestHangAndFail"},
+	{"retry: the ask that it names, or none", "node/approve.go", "if ok && (r.ask == \"\" || r.ask == known.ask.ID) {", "if ok {", "TestRetryWithAsk"},
+	{"retry: nothing is asked anew", "node/approve.go", "\tif r.ask != \"\" {\n", "\tif false {\n", "TestRetryWithAsk"},
+	{"banner: nothing is said within a sequence", "cmd/cal/waiting.go", "if s.later == \"\" || s.in != ground {", "if s.later == \"\" {", "TestSplice"},
+}
