@@ -258,3 +258,46 @@ func TestKeysAreRecorded(t *testing.T) {
 		t.Errorf("the log's key: %+v", got.Keys["log"])
 	}
 }
+
+// A secret that somebody puts into a call is shown nowhere: not in its arguments, not in what comes
+// of it by the node's or the machine's word, not in what an agent is started with.
+func TestSecretsAreNotLogged(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	const token, word = "ghp_0123456789abcdefghijABCDEFGHIJ012345", "hunter2correct"
+	site := newWeb(t, "127.0.0.1")
+	p := h.pod(specOf("", connects("read_files write_files=ask web_fetch net_connect", site)), nil)
+	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "nothing/" + token}).want(t, nucleus.KindNotFound)
+	h.tool(p, nucleus.EditFiles, map[string]string{"path": token, "old": "password=" + word, "new": "x"}).want(t, nucleus.KindNotFound)
+	h.tool(p, nucleus.RunBash, map[string]any{"argv": 7, "password": word})
+	h.tool(p, nucleus.GitPush, map[string]string{"repo": "https://ada:" + word + "@example.org/" + token})
+	closed := &web{host: site.host, port: 1}
+	for _, at := range []*web{site, closed} {
+		h.tool(p, nucleus.WebFetch, map[string]any{"url": at.url("/?access_token=" + word), "headers": map[string]string{"X-Api-Key": word}})
+	}
+	ask := h.tool(p, nucleus.WriteFiles, map[string]string{"path": "a-" + token, "content": word}).want(t, nucleus.KindApproval).Ask
+	h.authority.deny(ask, "it writes to "+token+" with password="+word)
+	h.tool(p, nucleus.WriteFiles, map[string]string{"path": "a-" + token, "content": word}).want(t, nucleus.KindRefused)
+	messages := 0
+	for _, e := range h.log() {
+		raw, err := json.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Outcome != nil {
+			raw = append(raw, e.Outcome.Payload...)
+		}
+		if strings.Contains(string(raw), token) || strings.Contains(string(raw), word) {
+			t.Errorf("%s", raw)
+		}
+		messages += strings.Count(string(raw), "[redacted]")
+	}
+	if messages < 12 {
+		t.Errorf("%d secrets were redacted: the control", messages)
+	}
+	for n := 940; n < 1000; n++ { // none is cut in two before it is recognised
+		if got := logged(strings.Repeat("x", n)+" "+token, 1000); strings.Contains(got, token[:8]) {
+			t.Fatalf("cut behind %d bytes: %s", n, got[n:])
+		}
+	}
+}
