@@ -202,6 +202,16 @@ func (b Binding) Verify(token string, approvers []nucleus.Approver, nowMillis in
 	if err := b.complete(); err != nil {
 		return nucleus.Grant{}, err
 	}
+	if strings.HasPrefix(token, passkeyHeader) {
+		if err := checkToken(token); err != nil {
+			return nucleus.Grant{}, err
+		}
+		grant, err := verifyPasskey(token, approvers)
+		if err != nil {
+			return nucleus.Grant{}, err
+		}
+		return b.holds(grant, nowMillis)
+	}
 	name, err := approverOf(token)
 	if err != nil {
 		return nucleus.Grant{}, err
@@ -211,7 +221,7 @@ func (b Binding) Verify(token string, approvers []nucleus.Approver, nowMillis in
 		return nucleus.Grant{}, refuse(BadApprover, "%q is not an approver", name)
 	}
 	if approver.Kind != nucleus.ApproverEd25519 {
-		return nucleus.Grant{}, refuse(BadApprover, "the key of %q is of kind %q, which is not known", name, approver.Kind)
+		return nucleus.Grant{}, refuse(BadApprover, "the key of %q is of kind %q, which signs no such token", name, approver.Kind)
 	}
 	key, err := paseto.NewV4AsymmetricPublicKeyFromEd25519(approver.Key)
 	if err != nil {
@@ -224,6 +234,11 @@ func (b Binding) Verify(token string, approvers []nucleus.Approver, nowMillis in
 	if grant.Approver != name {
 		return nucleus.Grant{}, refuse(BadIssuer, "it was issued by %q, its footer names %q", grant.Approver, name)
 	}
+	return b.holds(grant, nowMillis)
+}
+
+// holds checks that claims whose signature was verified are for exactly b, now.
+func (b Binding) holds(grant nucleus.Grant, nowMillis int64) (nucleus.Grant, error) {
 	if err := b.compare(grant); err != nil {
 		return nucleus.Grant{}, err
 	}
@@ -317,6 +332,10 @@ func Claims(token string) (nucleus.Grant, error) {
 	if err := checkToken(token); err != nil {
 		return nucleus.Grant{}, err
 	}
+	if strings.HasPrefix(token, passkeyHeader) {
+		grant, _, err := openPasskey(token)
+		return grant, err
+	}
 	body, _, _ := strings.Cut(strings.TrimPrefix(token, tokenHeader), ".")
 	raw, err := base64.RawURLEncoding.Strict().DecodeString(body)
 	if err != nil || len(raw) <= ed25519.SignatureSize {
@@ -348,6 +367,9 @@ func open(token string, key paseto.V4AsymmetricPublicKey, askDigest string) (nuc
 func checkToken(token string) error {
 	if token == "" || len(token) > MaxToken {
 		return refuse(BadSize, "the token has %d bytes, want 1 to %d", len(token), MaxToken)
+	}
+	if strings.HasPrefix(token, passkeyHeader) {
+		return nil
 	}
 	if !strings.HasPrefix(token, tokenHeader) || strings.Count(token, ".") != 3 {
 		return refuse(BadFormat, "it is no PASETO %stoken with a footer", tokenHeader)

@@ -1,6 +1,8 @@
 package audit
 
 import (
+	"iter"
+
 	"cal/nucleus"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -86,16 +88,12 @@ func (l *Log) findLast(session string, low, size int64) (int64, error) {
 	if err != nil {
 		return -1, err
 	}
-	l.disk.Lock()
-	recent, first := l.recent, l.first
-	l.disk.Unlock()
 	for from := (size - 1) / tileWidth * tileWidth; from >= 0 && from+tileWidth > low; from -= tileWidth {
-		var entries [][]byte
-		if from >= first {
-			entries = recent[min(from-first, int64(len(recent))):min(size-first, int64(len(recent)), from-first+tileWidth)]
-		} else if entries, err = l.loadBundle(tlog.Tile{H: tileHeight, L: 0, N: from / tileWidth, W: tileWidth}); err != nil {
+		entries, err := l.bundleFrom(from)
+		if err != nil {
 			return -1, err
 		}
+		entries = entries[:min(size-from, int64(len(entries)))]
 		for i := len(entries) - 1; i >= 0; i-- {
 			g, err := look(entries[i])
 			if err != nil {
@@ -107,4 +105,41 @@ func (l *Log) findLast(session string, low, size int64) (int64, error) {
 		}
 	}
 	return -1, nil
+}
+
+// bundleFrom returns the entries on the disk from a multiple of tileWidth on, a bundle at most.
+func (l *Log) bundleFrom(from int64) ([][]byte, error) {
+	l.disk.Lock()
+	recent, first := l.recent, l.first
+	l.disk.Unlock()
+	if from < first {
+		return l.loadBundle(tlog.Tile{H: tileHeight, L: 0, N: from / tileWidth, W: tileWidth})
+	}
+	recent = recent[min(from-first, int64(len(recent))):]
+	return recent[:min(tileWidth, len(recent))], nil
+}
+
+// Backward goes through the entries of a session that are on the disk, from the newest on, as
+// far as they name one another. It ends with an error.
+func (l *Log) Backward(session string) iter.Seq2[nucleus.Entry, error] {
+	return func(yield func(nucleus.Entry, error) bool) {
+		seq, err := l.findLast(session, 0, l.Size())
+		var entries [][]byte
+		for from := int64(-1); seq >= 0 && err == nil; {
+			if seq/tileWidth*tileWidth != from {
+				from = seq / tileWidth * tileWidth
+				if entries, err = l.bundleFrom(from); err != nil {
+					break
+				}
+			}
+			var e nucleus.Entry
+			if e, err = decode(entries[seq-from]); err != nil || !yield(e, nil) || e.Prev == nil {
+				break
+			}
+			seq = *e.Prev
+		}
+		if err != nil {
+			yield(nucleus.Entry{}, err)
+		}
+	}
 }

@@ -99,6 +99,28 @@ func TestLinks(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkLinks(t, dir)
+
+	l = mustOpen(t, dir, linkedOptions())
+	defer l.Close()
+	for _, session := range []string{"s-a", "s-b", "s-7", "s-none"} {
+		var want, got []int64
+		for raw, err := range Find(dir, 0, Filter{Session: session}) {
+			g, lookErr := look(raw)
+			if err != nil || lookErr != nil {
+				t.Fatal(err, lookErr)
+			}
+			want = append([]int64{g.seq}, want...)
+		}
+		for e, err := range l.Backward(session) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, e.Seq)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s backward: %d, want %d", session, got, want)
+		}
+	}
 }
 
 // What is not on the disk yet is not forgotten, however much there is.
@@ -187,7 +209,11 @@ func linkedSessions(t *testing.T) string {
 	dir := filepath.Join(t.TempDir(), "log")
 	l := mustOpen(t, dir, linkedOptions())
 	for _, kind := range []string{nucleus.KindPodCreate, nucleus.KindPodStart, nucleus.KindIntent, nucleus.KindOutcome, nucleus.KindPodStop, nucleus.KindPodEnd} {
-		appendAll(t, l, ofSession("s-a", kind), ofSession("s-b", kind))
+		a, b := ofSession("s-a", kind), ofSession("s-b", kind)
+		if kind == nucleus.KindIntent || kind == nucleus.KindOutcome {
+			a.Permit, b.Permit = "r-a", "r-b"
+		}
+		appendAll(t, l, a, b)
 	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)

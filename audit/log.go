@@ -147,6 +147,9 @@ type Pending struct {
 	done  chan struct{}
 }
 
+// Seq is the place that the entry has in the log, if it comes to be there.
+func (p *Pending) Seq() int64 { return p.entry.Seq }
+
 // Open opens the log in a directory, or makes one if the directory is empty or
 // missing. A write that was cut is marked by a log.torn entry; nothing else is
 // appended. It fails when another process has the log open, when the directory

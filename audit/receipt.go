@@ -84,7 +84,7 @@ func NewReceipt(dir string, o ReceiptOptions) ([]byte, error) {
 		return nil, err
 	}
 	if _, err := VerifyReceipt(raw, VerifyReceiptOptions{Key: o.Key}); err != nil {
-		return nil, fmt.Errorf("log %s: its entries do not fit the checkpoint of %d entries (cal audit verify says why): %w", dir, w.Size, err)
+		return nil, fmt.Errorf("log %s: its entries under the checkpoint of %d do not bear a receipt out (cal audit verify looks at all of them): %w", dir, w.Size, err)
 	}
 	return raw, nil
 }

@@ -517,18 +517,54 @@ func TestReceiptCosigned(t *testing.T) {
 // The log's key holder can write what it likes into the log, but not what the machine
 // signed.
 func TestReceiptOutcomes(t *testing.T) {
+	sign := func(o nucleus.Outcome) *nucleus.Signed {
+		signed, err := nucleus.Sign(machineKey, nucleus.DomainOutcome, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &signed
+	}
+	// onHost makes the entry one of a push that the node did, with what the machine signed.
+	onHost := func(e *nucleus.Entry, status, admitted string) {
+		e.Op, e.Status = nucleus.GitPush, status
+		o := nucleus.Outcome{Permit: e.Permit, Pod: e.Pod, Boot: "b-s-a", Status: status}
+		if admitted != "" {
+			admission := o
+			admission.Status = admitted
+			o.Admission = sign(admission)
+		}
+		o.Message = "by the node"
+		e.Outcome = sign(o) // by whose key, nobody looks
+	}
 	for _, c := range []struct {
-		name   string
-		change func(e *nucleus.Entry)
-		kind   ProblemKind
+		name              string
+		change            func(e *nucleus.Entry)
+		kind              ProblemKind
+		signed, unchecked int
 	}{
-		{"as it was", func(*nucleus.Entry) {}, ""},
-		{"another signature", func(e *nucleus.Entry) { e.Outcome.Sig[5] ^= 1 }, BadOutcome},
+		{"as it was", func(*nucleus.Entry) {}, "", 1, 0},
+		{"another signature", func(e *nucleus.Entry) { e.Outcome.Sig[5] ^= 1 }, BadOutcome, 0, 0},
 		{"another statement", func(e *nucleus.Entry) {
 			e.Outcome.Payload = bytes.Replace(e.Outcome.Payload, []byte(`"done"`), []byte(`"failed"`), 1)
-		}, BadOutcome},
-		{"of another permit", func(e *nucleus.Entry) { e.Permit = "r-other" }, BadOutcome},
-		{"no JSON", func(e *nucleus.Entry) { e.Outcome.Payload = []byte("x\n") }, BadOutcome},
+			e.Status = nucleus.OutcomeFailed
+		}, BadOutcome, 0, 0},
+		{"of another permit", func(e *nucleus.Entry) { e.Permit = "r-other" }, BadOutcome, 0, 0},
+		{"no JSON", func(e *nucleus.Entry) { e.Outcome.Payload = []byte("x\n") }, BadOutcome, 0, 0},
+		{"the entry says otherwise", func(e *nucleus.Entry) { e.Status = nucleus.OutcomeFailed }, BadOutcome, 0, 0},
+		{"the entry says nothing was done", func(e *nucleus.Entry) { e.Status = nucleus.OutcomeRefused }, BadOutcome, 0, 0},
+		{"the entry says unknown", func(e *nucleus.Entry) { e.Status = nucleus.OutcomeUnknown }, "", 1, 0},
+		{"done, and nobody signed", func(e *nucleus.Entry) { e.Outcome = nil }, "", 0, 1},
+		{"unknown, and nobody signed", func(e *nucleus.Entry) { e.Outcome, e.Status = nil, nucleus.OutcomeUnknown }, "", 0, 0},
+		{"another boot", func(e *nucleus.Entry) {
+			e.Outcome = sign(nucleus.Outcome{Permit: e.Permit, Pod: e.Pod, Boot: "b-2", Status: e.Status})
+		}, "", 0, 1},
+		{"a push", func(e *nucleus.Entry) { onHost(e, nucleus.OutcomeDone, nucleus.OutcomeAdmitted) }, "", 1, 0},
+		{"a push that failed", func(e *nucleus.Entry) { onHost(e, nucleus.OutcomeFailed, nucleus.OutcomeAdmitted) }, "", 1, 0},
+		{"a push that the machine refused", func(e *nucleus.Entry) { onHost(e, nucleus.OutcomeRefused, nucleus.OutcomeRefused) }, "", 1, 0},
+		{"a push of a pod that had ended", func(e *nucleus.Entry) { onHost(e, nucleus.OutcomeRefused, nucleus.OutcomeAdmitted) }, "", 1, 0},
+		{"a push that could not be asked for", func(e *nucleus.Entry) { onHost(e, nucleus.OutcomeRefused, "") }, "", 0, 0},
+		{"a push without admission", func(e *nucleus.Entry) { onHost(e, nucleus.OutcomeDone, "") }, BadOutcome, 0, 0},
+		{"a push against the machine's word", func(e *nucleus.Entry) { onHost(e, nucleus.OutcomeDone, nucleus.OutcomeRefused) }, BadOutcome, 0, 0},
 	} {
 		dir := filepath.Join(t.TempDir(), "log")
 		l := mustOpen(t, dir, testOptions())
@@ -542,6 +578,42 @@ func TestReceiptOutcomes(t *testing.T) {
 		var refused *ReceiptError
 		if c.kind == "" && err != nil || c.kind != "" && (!errors.As(err, &refused) || refused.Kind != c.kind) {
 			t.Errorf("%s: got %d bytes, %v; want kind %q", c.name, len(raw), err, c.kind)
+		}
+		if err != nil {
+			continue
+		}
+		if v, err := VerifyReceipt(raw, VerifyReceiptOptions{Key: testVerifier}); err != nil || v.Signed != c.signed || v.Unchecked != c.unchecked {
+			t.Errorf("%s: %d signed and %d not, %v; want %d and %d", c.name, v.Signed, v.Unchecked, err, c.signed, c.unchecked)
+		}
+	}
+}
+
+// In a receipt that leaves nothing out, what came of a request has the request before it.
+func TestReceiptOutcomeOfNothing(t *testing.T) {
+	for name, c := range map[string]struct {
+		entries []string
+		ok      bool
+	}{
+		"an intent and its outcome": {[]string{nucleus.KindIntent, nucleus.KindOutcome}, true},
+		"an outcome alone":          {[]string{nucleus.KindOutcome}, false},
+		"two outcomes":              {[]string{nucleus.KindIntent, nucleus.KindOutcome, nucleus.KindOutcome}, false},
+		"the outcome first":         {[]string{nucleus.KindOutcome, nucleus.KindIntent}, false},
+	} {
+		dir := filepath.Join(t.TempDir(), "log")
+		l := mustOpen(t, dir, linkedOptions())
+		appendAll(t, l, ofSession("s-a", nucleus.KindPodCreate))
+		for _, kind := range c.entries {
+			e := ofSession("s-a", kind)
+			e.Permit, e.Status = "r-1", nucleus.OutcomeUnknown
+			appendAll(t, l, e)
+		}
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		_, err := NewReceipt(dir, ReceiptOptions{Key: testVerifier, Session: "s-a"})
+		var refused *ReceiptError
+		if c.ok && err != nil || !c.ok && (!errors.As(err, &refused) || refused.Kind != BadOutcome) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

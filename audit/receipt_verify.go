@@ -41,7 +41,7 @@ type Receipt struct {
 	Ends       bool              `json:"ends"`               // the last one ends the session
 	Open       []int64           `json:"intents_open"`       // intents with a permit whose outcome is not shown
 	Signed     int               `json:"outcomes_signed"`    // outcomes whose machine's signature was checked
-	Unchecked  int               `json:"outcomes_unchecked"` // outcomes whose key is not in the receipt
+	Unchecked  int               `json:"outcomes_unchecked"` // outcomes on the node's word alone: not signed, or by a key that is not in the receipt
 	Witnesses  []Witnessed       `json:"witnesses"`
 	Others     []string          `json:"signatures_not_checked"` // names under the checkpoint whose keys were not given
 	Entries    []json.RawMessage `json:"entries"`                // canonical, as they were hashed
@@ -89,10 +89,14 @@ func VerifyReceipt(raw []byte, o VerifyReceiptOptions) (*Receipt, error) {
 		return nil, refuse(Changed, "entries and hashes lead to root %s, the checkpoint says %s", root, v.Root)
 	}
 	v.Session = r.session
-	if err := v.read(r.indexes, r.entries); err != nil {
-		return nil, err
+	orphans, err := v.read(r.indexes, r.entries)
+	if err == nil {
+		err = v.follow()
 	}
-	return v, v.follow()
+	if err == nil && v.Begins && v.Linked && len(orphans) > 0 {
+		err = refuse(BadOutcome, "entry %d is the outcome of a permit that no intent before it has", orphans[0])
+	}
+	return v, err
 }
 
 // follow checks that the entries of a session name one another: what was taken out is named
@@ -143,7 +147,8 @@ func verifyProof(raw []byte, o VerifyReceiptOptions) (*Receipt, error) {
 	if g, err := look(entry); err != nil || g.seq != index {
 		return nil, refuse(Changed, "the entry at %d is numbered %d", index, g.seq)
 	}
-	return v, v.read([]int64{index}, [][]byte{entry})
+	_, err = v.read([]int64{index}, [][]byte{entry})
+	return v, err
 }
 
 // believe checks the signatures under a checkpoint.
@@ -187,18 +192,18 @@ func others(signed []byte, v *Receipt) []string {
 }
 
 // read takes in what the entries say, which are proved, and checks what can be checked
-// of it.
-func (v *Receipt) read(indexes []int64, raw [][]byte) error {
+// of it. orphans are outcomes whose intents are not shown before them.
+func (v *Receipt) read(indexes []int64, raw [][]byte) (orphans []int64, err error) {
 	v.First, v.Last = indexes[0], indexes[len(indexes)-1]
 	v.Between = v.Last - v.First + 1 - int64(len(indexes))
 	keys, open := map[string][]byte{}, map[string]int64{}
 	for i, raw := range raw {
 		e, err := decode(raw)
 		if err != nil {
-			return malformed("entry %d: %v", indexes[i], err)
+			return nil, malformed("entry %d: %v", indexes[i], err)
 		}
 		if v.Session != "" && e.Session != v.Session {
-			return refuse(Foreign, "entry %d is of session %q, the receipt of %q", e.Seq, e.Session, v.Session)
+			return nil, refuse(Foreign, "entry %d is of session %q, the receipt of %q", e.Seq, e.Session, v.Session)
 		}
 		switch {
 		case e.Kind == nucleus.KindPodStart:
@@ -212,33 +217,47 @@ func (v *Receipt) read(indexes []int64, raw [][]byte) error {
 		case e.Kind == nucleus.KindIntent && e.Permit != "":
 			open[e.Permit] = e.Seq
 		case e.Kind == nucleus.KindOutcome:
+			if _, known := open[e.Permit]; !known {
+				orphans = append(orphans, e.Seq)
+			}
 			delete(open, e.Permit)
 			if err := v.checkOutcome(e, keys); err != nil {
-				return err
+				return nil, err
 			}
 		}
 		v.Entries = append(v.Entries, raw)
 	}
 	v.Open = append(v.Open, slices.Sorted(maps.Values(open))...)
-	return nil
+	return orphans, nil
 }
 
 // checkOutcome checks the machine's signature over an outcome, or over its admission of
-// what the node did on the host. What the node signed itself, nobody can check here: its
-// entry stands under the log's key alone.
+// what the node did on the host, and that the entry's status is what was signed. What the node
+// signed itself, nobody can check here: its entry stands under the log's key alone.
 func (v *Receipt) checkOutcome(e nucleus.Entry, keys map[string][]byte) error {
-	statement := e.Outcome
-	if statement == nil {
+	if e.Outcome == nil {
+		if e.Status == nucleus.OutcomeDone || e.Status == nucleus.OutcomeFailed {
+			v.Unchecked++ // the node's word alone
+		}
 		return nil
 	}
-	var says nucleus.Outcome
-	if err := json.Unmarshal(statement.Payload, &says); err != nil {
+	says, err := statement(e.Outcome)
+	if err != nil {
 		return refuse(BadOutcome, "entry %d: %v", e.Seq, err)
 	}
+	if says.Status != e.Status && e.Status != nucleus.OutcomeUnknown {
+		return refuse(BadOutcome, "entry %d has the status %q, what was signed says %q", e.Seq, e.Status, says.Status)
+	}
+	proof, want := e.Outcome, says.Status
 	if e.Op.OnHost() {
-		if statement = says.Admission; statement == nil {
-			v.Unchecked++
+		if proof = says.Admission; proof == nil {
+			if e.Status == nucleus.OutcomeDone || e.Status == nucleus.OutcomeFailed {
+				return refuse(BadOutcome, "entry %d has the status %q, and the machine did not admit it", e.Seq, e.Status)
+			}
 			return nil
+		}
+		if want = nucleus.OutcomeAdmitted; e.Status == nucleus.OutcomeRefused {
+			want = "" // by whom, the machine or the node after it, says the statement
 		}
 	}
 	key, ok := keys[says.Boot]
@@ -247,19 +266,26 @@ func (v *Receipt) checkOutcome(e nucleus.Entry, keys map[string][]byte) error {
 		return nil
 	}
 	var payload json.RawMessage // which may say more than this program knows
-	var signed nucleus.Outcome
-	err := statement.Open(key, nucleus.DomainOutcome, &payload)
+	err = proof.Open(key, nucleus.DomainOutcome, &payload)
+	signed := nucleus.Outcome{}
 	if err == nil {
 		err = json.Unmarshal(payload, &signed)
 	}
-	if err != nil {
+	switch {
+	case err != nil:
 		return refuse(BadOutcome, "entry %d: what the machine is to have signed: %v", e.Seq, err)
-	}
-	if signed.Permit != e.Permit || signed.Pod != e.Pod {
+	case signed.Permit != e.Permit || signed.Pod != e.Pod:
 		return refuse(BadOutcome, "entry %d is of permit %s, the machine signed for %s", e.Seq, e.Permit, signed.Permit)
+	case want != "" && signed.Status != want:
+		return refuse(BadOutcome, "entry %d has the status %q, and the machine signed %q", e.Seq, e.Status, signed.Status)
 	}
 	v.Signed++
 	return nil
+}
+
+// statement is what a signed outcome says, unchecked.
+func statement(s *nucleus.Signed) (says nucleus.Outcome, err error) {
+	return says, json.Unmarshal(s.Payload, &says)
 }
 
 // Says is what a receipt proves, in sentences of printable ASCII for a person.
@@ -276,6 +302,7 @@ func (v *Receipt) proves() []string {
 	if v.Session == "" {
 		return says
 	}
+	says = append(says, fmt.Sprintf("%d outcomes have the machine's signature, %d are on the node's word alone", v.Signed, v.Unchecked))
 	says = append(says, fmt.Sprintf("session %s, from entry %d to entry %d", v.Session, v.First, v.Last))
 	if v.Begins && v.Linked {
 		end := fmt.Sprintf("what came after entry %d, it does not prove", v.Last)

@@ -30,7 +30,8 @@ import (
 type Salts struct {
 	mu   sync.Mutex
 	file *os.File
-	err  error // a write that failed: the file's end is unknown
+	size int64 // of whole lines
+	torn bool  // something may lie behind them
 }
 
 // OpenSalts opens the file, or makes it, readable by its owner only.
@@ -44,33 +45,36 @@ func OpenSalts(name string) (*Salts, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkSalts(f); err != nil {
+	s := &Salts{file: f}
+	if s.size, err = checkSalts(f); err != nil {
 		return nil, errors.Join(fmt.Errorf("salts %s: %w", name, err), f.Close())
 	}
-	return &Salts{file: f}, nil
+	return s, nil
 }
 
-// checkSalts refuses a file that others can read, and ends a line that a crash
-// cut, so that it spoils no other.
-func checkSalts(f *os.File) error {
+// checkSalts refuses a file that others can read, ends a line that a crash cut, so that it
+// spoils no other, and returns the file's size.
+func checkSalts(f *os.File) (int64, error) {
 	info, err := f.Stat()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 {
-		return fmt.Errorf("mode is %s, want a regular file of mode 0600", info.Mode())
+		return 0, fmt.Errorf("mode is %s, want a regular file of mode 0600", info.Mode())
 	}
-	if info.Size() == 0 {
-		return nil
+	size := info.Size()
+	if size == 0 {
+		return 0, nil
 	}
 	last := make([]byte, 1)
-	if _, err := f.ReadAt(last, info.Size()-1); err != nil {
-		return err
+	if _, err := f.ReadAt(last, size-1); err != nil {
+		return 0, err
 	}
 	if last[0] != '\n' {
-		_, err = f.Write([]byte("\n"))
+		n, err := f.Write([]byte("\n"))
+		return size + int64(n), err
 	}
-	return err
+	return size, nil
 }
 
 // Put keeps the salt of a request, and the digests that its entry leaves out. The id has no
@@ -84,27 +88,40 @@ func (s *Salts) Put(id string, salt nucleus.Salt, left ...string) error {
 			return fmt.Errorf("salt of request %q: %.80q is no hex SHA-256", id, digest)
 		}
 	}
+	line := []byte(strings.Join(append([]string{id, hex.EncodeToString(salt[:])}, left...), " ") + "\n")
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.err != nil {
-		return s.err
+	err := s.write(line)
+	if err != nil {
+		err = fmt.Errorf("salts cannot be written: %w", err)
 	}
-	if _, err := fmt.Fprintf(s.file, "%s\n", strings.Join(append([]string{id, hex.EncodeToString(salt[:])}, left...), " ")); err != nil {
-		s.err = fmt.Errorf("salts cannot be written: %w", err)
+	return err
+}
+
+// write adds a line whole or not at all, and goes on after a disk that was full.
+func (s *Salts) write(line []byte) error {
+	if s.torn {
+		if err := s.file.Truncate(s.size); err != nil {
+			return err
+		}
+		s.torn = false
 	}
-	return s.err
+	if _, err := s.file.Write(line); err != nil {
+		s.torn = s.file.Truncate(s.size) != nil
+		return err
+	}
+	s.size += int64(len(line))
+	return nil
 }
 
 // Sync puts on the disk what Put wrote.
 func (s *Salts) Sync() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.err == nil {
-		if err := durable.Datasync(s.file); err != nil {
-			s.err = fmt.Errorf("salts cannot be written: %w", err)
-		}
+	if err := durable.Datasync(s.file); err != nil {
+		return fmt.Errorf("salts cannot be written: %w", err)
 	}
-	return s.err
+	return nil
 }
 
 // Close syncs and closes the file.

@@ -36,16 +36,18 @@ const (
 // person's own: it stands on every screen that asks for the passphrase, and no
 // asker is told of it.
 type Identity struct {
-	Approver  string            `json:"approver"`
-	Kind      string            `json:"kind,omitempty"` // empty in a key made before there were kinds: ed25519
-	PublicKey ed25519.PublicKey `json:"public_key"`
-	Phrase    string            `json:"phrase"`
-	AddedBy   string            `json:"added_by,omitempty"` // empty for the first
+	Approver   string `json:"approver"`
+	Kind       string `json:"kind,omitempty"` // empty in a key made before there were kinds: ed25519
+	PublicKey  []byte `json:"public_key"`
+	Phrase     string `json:"phrase"`               // a passkey has none
+	AddedBy    string `json:"added_by,omitempty"`   // empty for the first
+	Credential []byte `json:"credential,omitempty"` // a passkey's id
+	Origin     string `json:"origin,omitempty"`     // of the page that a passkey signs on
 }
 
 // public is the approver as askers know it.
 func (i Identity) public() nucleus.Approver {
-	return nucleus.Approver{Name: i.Approver, Kind: i.Kind, Key: i.PublicKey}
+	return nucleus.Approver{Name: i.Approver, Kind: i.Kind, Key: i.PublicKey, Origin: i.Origin}
 }
 
 // keyFile is one approver on the disk. One that was removed keeps its name, so that what it
@@ -89,7 +91,8 @@ func ReadIdentity(dir, name string) (Identity, error) {
 	return f.Identity, err
 }
 
-// choose finds who can approve by a name; an empty one stands for the only one that there is.
+// choose finds who can approve by a name; an empty one stands for the only one that there is
+// with a passphrase.
 func choose(files []keyFile, name string) (keyFile, error) {
 	var names []string
 	var found []keyFile
@@ -98,7 +101,7 @@ func choose(files []keyFile, name string) (keyFile, error) {
 			continue
 		}
 		names = append(names, f.Approver)
-		if name == "" || f.Approver == name {
+		if name == "" && f.Kind == nucleus.ApproverEd25519 || f.Approver == name {
 			found = append(found, f)
 		}
 	}
@@ -130,7 +133,7 @@ func readKeys(dir string) ([]keyFile, error) {
 		switch i := slices.IndexFunc(files, func(g keyFile) bool { return g.Approver == f.Approver }); {
 		case i < 0:
 			files = append(files, f)
-		case !files[i].PublicKey.Equal(f.PublicKey):
+		case !bytes.Equal(files[i].PublicKey, f.PublicKey):
 			return nil, fmt.Errorf("%s: approver %s is there with another key", name, f.Approver)
 		}
 	}
@@ -168,8 +171,12 @@ func vouches(known []keyFile, f keyFile) bool {
 }
 
 func sameIdentity(a, b Identity) bool {
-	return a.Approver == b.Approver && a.Kind == b.Kind && bytes.Equal(a.PublicKey, b.PublicKey) && a.Phrase == b.Phrase && a.AddedBy == b.AddedBy
+	return a.Approver == b.Approver && a.Kind == b.Kind && bytes.Equal(a.PublicKey, b.PublicKey) && a.Phrase == b.Phrase && a.AddedBy == b.AddedBy &&
+		bytes.Equal(a.Credential, b.Credential) && a.Origin == b.Origin
 }
+
+// sizes are those of the public keys of each kind.
+var sizes = map[string]int{nucleus.ApproverEd25519: ed25519.PublicKeySize, nucleus.ApproverPasskey: approval.PasskeySize}
 
 func readKey(path string) (keyFile, error) {
 	raw, err := durable.ReadFile(path, 64<<10)
@@ -187,10 +194,10 @@ func readKey(path string) (keyFile, error) {
 	switch {
 	case err != nil:
 		return keyFile{}, fmt.Errorf("%s: %w", path, err)
-	case f.Kind != nucleus.ApproverEd25519:
+	case sizes[f.Kind] == 0:
 		return keyFile{}, fmt.Errorf("%s: a key of kind %q, which this program does not know", path, f.Kind)
-	case len(f.PublicKey) != ed25519.PublicKeySize:
-		return keyFile{}, fmt.Errorf("%s: approver %q, public key of %d bytes", path, f.Approver, len(f.PublicKey))
+	case len(f.PublicKey) != sizes[f.Kind]:
+		return keyFile{}, fmt.Errorf("%s: approver %q, public key of %d bytes, want %d", path, f.Approver, len(f.PublicKey), sizes[f.Kind])
 	}
 	return f, nil
 }

@@ -20,6 +20,7 @@
 package authority
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"encoding/json"
 	"errors"
@@ -90,9 +91,10 @@ type Authority struct {
 	lock    *os.File
 	witness *witness.Witness
 
-	mu      sync.Mutex // one change of an ask or of the approvers at a time
-	files   []keyFile
-	changed chan struct{}
+	mu       sync.Mutex // one change of an ask or of the approvers at a time
+	files    []keyFile
+	changed  chan struct{}
+	passkeys passkeys
 
 	watchers map[string]watcher // see revoke.go
 
@@ -344,8 +346,8 @@ func (a *Authority) requester(ask nucleus.AskRequest) (ed25519.PublicKey, error)
 // Decide answers the ask id with a person's decision. A decision stands: there
 // is no second one of the same approver, and one denial is the end of the ask.
 func (a *Authority) Decide(id string, d client.Decision) (client.Status, error) {
-	if len(d.Reason) > approval.MaxReason || !utf8.ValidString(d.Reason) {
-		return client.Status{}, nucleus.Errorf(nucleus.KindInvalid, "the reason has %d bytes, at most %d of UTF-8 are allowed", len(d.Reason), approval.MaxReason)
+	if err := checkReason(d.Reason); err != nil {
+		return client.Status{}, err
 	}
 	if !d.Approve {
 		return a.deny(id, d)
@@ -368,6 +370,13 @@ func (a *Authority) Decide(id string, d client.Decision) (client.Status, error) 
 	}
 	defer clear(key)
 	return a.grant(id, d, key)
+}
+
+func checkReason(reason string) error {
+	if len(reason) > approval.MaxReason || !utf8.ValidString(reason) {
+		return nucleus.Errorf(nucleus.KindInvalid, "the reason has %d bytes, at most %d of UTF-8 are allowed", len(reason), approval.MaxReason)
+	}
+	return nil
 }
 
 // by names who acted in an entry.
@@ -402,17 +411,22 @@ func (a *Authority) grant(id string, d client.Decision, key ed25519.PrivateKey) 
 	if err != nil {
 		return client.Status{}, err
 	}
+	return a.granted(row, ask, approver, grant, token, d)
+}
+
+// granted records and keeps a grant that was verified. The caller holds mu.
+func (a *Authority) granted(row askRow, ask nucleus.AskRequest, approver keyFile, grant nucleus.Grant, token string, d client.Decision) (client.Status, error) {
 	data := map[string]any{"reason": d.Reason, "expires_ms": grant.Expires, "need": row.need}
 	if d.Task != nil {
 		data["task"] = d.Task
 	}
-	err = a.record(nucleus.KindApprovalGrant, ask, row.digest, data, func(e *nucleus.Entry) {
+	err := a.record(nucleus.KindApprovalGrant, ask, row.digest, data, func(e *nucleus.Entry) {
 		e.Actor, e.Verdict, e.Grants = approver.Approver, nucleus.Allow, []string{grant.ID}
 	})
 	if err != nil {
 		return client.Status{}, err
 	}
-	return a.concluded(id, a.store.addGrant(row, client.Given{Grant: grant.ID, Approver: approver.Approver, Reason: d.Reason, Given: a.millis(), Token: token}))
+	return a.concluded(row.id, a.store.addGrant(row, client.Given{Grant: grant.ID, Approver: approver.Approver, Reason: d.Reason, Given: a.millis(), Token: token}))
 }
 
 // undecided returns the ask id, and the approver that d names, if this approver can still decide
@@ -455,7 +469,7 @@ func (a *Authority) undecided(id string, d client.Decision) (keyFile, askRow, nu
 		if len(row.grants) > 0 && !approval.SameTask(row.task(), d.Task) {
 			return fail(nucleus.Errorf(nucleus.KindConflict, "%s granted ask %s for other bounds; all who approve choose the same", row.grants[0].Approver, id))
 		}
-		if approver.PublicKey.Equal(requester) {
+		if bytes.Equal(approver.PublicKey, requester) {
 			return refuse(nucleus.KindForbidden, "ask %s was signed by the key of %s; who asks cannot grant", id, approver.Approver)
 		}
 	}

@@ -599,7 +599,7 @@ func TestKeyFile(t *testing.T) {
 		t.Error("opened twice", second.Close())
 	}
 	key, err := open(a.files[0], passphrase)
-	if err != nil || !identity.PublicKey.Equal(key.Public()) {
+	if err != nil || !bytes.Equal(identity.PublicKey, key.Public().(ed25519.PublicKey)) {
 		t.Errorf("positive control: %v", err)
 	}
 	if bytes.Contains(raw, key.Seed()) {

@@ -56,7 +56,7 @@ func Init(cfg Config, approver, phrase, passphrase string) (_ Identity, err erro
 	return f.Identity, writeNew(cfg.Dir, f)
 }
 
-// newKey makes a key of the kind that there is, and seals it.
+// newKey makes a key that a passphrase seals.
 func newKey(identity Identity, passphrase string, workFactor int) (keyFile, error) {
 	public, private, err := ed25519.GenerateKey(nil)
 	if err != nil {
@@ -117,6 +117,9 @@ const (
 // passphrase is a KindForbidden error, and so is one that comes too soon after
 // it, right or wrong.
 func (a *Authority) unseal(f keyFile, passphrase string) (ed25519.PrivateKey, error) {
+	if f.Kind != nucleus.ApproverEd25519 {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "%s has a passkey and no passphrase: it grants on the page (nucleus-authority page)", f.Approver)
+	}
 	if !a.trying.TryLock() {
 		return nil, nucleus.Errorf(nucleus.KindConflict, "another passphrase is being tried")
 	}
@@ -165,7 +168,7 @@ func open(f keyFile, passphrase string) (ed25519.PrivateKey, error) {
 		s.Kind = nucleus.ApproverEd25519
 	}
 	key := ed25519.NewKeyFromSeed(s.Seed)
-	if !sameIdentity(s.Identity, f.Identity) || !f.PublicKey.Equal(key.Public()) {
+	if !sameIdentity(s.Identity, f.Identity) || !bytes.Equal(f.PublicKey, key.Public().(ed25519.PublicKey)) {
 		return nil, errors.New("approval key: name, phrase, public key or who added it were changed since it was made")
 	}
 	return key, nil

@@ -38,27 +38,44 @@ func (a *Authority) AddApprover(n client.NewApprover) (nucleus.Approver, error) 
 	f.Vouched = &vouched
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if _, err := choose(a.files, voucher.Approver); err != nil {
+	if err := a.admitApprover(voucher, f); err != nil {
 		return fail(err)
 	}
-	switch at := slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == n.Name }); {
-	case at >= 0:
-		return fail(nucleus.Errorf(nucleus.KindConflict, "there is, or was, an approver %q; a name is used once", n.Name))
-	case len(a.files) >= maxApprovers:
-		return fail(nucleus.Errorf(nucleus.KindInvalid, "there are %d approvers, those who were removed among them; no more are taken", len(a.files)))
-	}
-	if err := a.recordKey(nucleus.KindKeyNew, f.Identity, voucher.Approver); err != nil {
-		return fail(err)
-	}
-	if err := writeNew(a.cfg.Dir, f); err != nil {
-		return fail(err)
-	}
-	a.files = append(a.files, f)
 	return f.public(), nil
 }
 
+// admitApprover makes an approver of a key that voucher has vouched for. The caller holds mu.
+func (a *Authority) admitApprover(voucher, f keyFile) error {
+	if _, err := choose(a.files, voucher.Approver); err != nil {
+		return err
+	}
+	if err := a.newName(f.Approver); err != nil {
+		return err
+	}
+	if err := a.recordKey(nucleus.KindKeyNew, f.Identity, voucher.Approver); err != nil {
+		return err
+	}
+	if err := writeNew(a.cfg.Dir, f); err != nil {
+		return err
+	}
+	a.files = append(a.files, f)
+	a.broadcast()
+	return nil
+}
+
+// newName refuses the name of an approver that cannot be added. The caller holds mu.
+func (a *Authority) newName(name string) error {
+	switch at := slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == name }); {
+	case at >= 0:
+		return nucleus.Errorf(nucleus.KindConflict, "there is, or was, an approver %q; a name is used once", name)
+	case len(a.files) >= maxApprovers:
+		return nucleus.Errorf(nucleus.KindInvalid, "there are %d approvers, those who were removed among them; no more are taken", len(a.files))
+	}
+	return nil
+}
+
 // RemoveApprover takes an approver's key away for good. What it granted and was not used is
-// void, at once. The last one stays: without any nobody could add one.
+// void, at once. The last one with a passphrase stays: without any nobody could add one.
 func (a *Authority) RemoveApprover(name string) (client.Removed, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -69,8 +86,10 @@ func (a *Authority) RemoveApprover(name string) (client.Removed, error) {
 	if err != nil {
 		return client.Removed{}, err
 	}
-	if len(a.approvers()) == 1 {
-		return client.Removed{}, nucleus.Errorf(nucleus.KindConflict, "%s is the last approver; add another first", name)
+	if f.Kind == nucleus.ApproverEd25519 && !slices.ContainsFunc(a.files, func(k keyFile) bool {
+		return k.Kind == f.Kind && k.Removed == 0 && k.Approver != name
+	}) {
+		return client.Removed{}, nucleus.Errorf(nucleus.KindConflict, "%s is the last approver with a passphrase, which adding one takes; add another first", name)
 	}
 	gone := client.Removed{Name: name, Revoked: []string{}}
 	if err := a.recordKey(nucleus.KindKeyRemove, f.Identity, actor); err != nil {

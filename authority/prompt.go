@@ -112,7 +112,7 @@ func (p *Prompt) Init(cfg Config, approver string) (Identity, error) {
 	if err != nil {
 		return Identity{}, err
 	}
-	return identity, p.print("The key is made. Approver %s, public key %x\n", identity.Approver, []byte(identity.PublicKey))
+	return identity, p.print("The key is made. Approver %s, public key %x\n", identity.Approver, identity.PublicKey)
 }
 
 // newSecret asks the person for a phrase and a passphrase of their own.

@@ -64,7 +64,7 @@ type opened struct {
 	closed string // why it can be decided no longer
 }
 
-// twin is an ask that differs from another one only in what tells two requests apart.
+// twin is an ask that is equal to another one.
 type twin struct{ id, digest string }
 
 // entry is a line that is being typed.
@@ -213,12 +213,15 @@ func (q *queue) read(id string) effect {
 	}
 }
 
-// equalAsks reports whether two asks say the same but for their ids, times, and the requests
-// that they came in.
+// equalAsks reports whether two asks are for the same: operation and resolved arguments, pod,
+// session and policy, and why it is asked. They differ in ids, times, the requests that they
+// came in, and in what is told beside.
 func equalAsks(a, b nucleus.AskRequest) bool {
 	bare := func(ask nucleus.AskRequest) string {
 		ask.ID, ask.Nonce, ask.Digest, ask.Salt, ask.Request = "", "", "", nil, nil
 		ask.Created, ask.Expires, ask.Context.UnixMilli = 0, 0, 0
+		ask.Context.Spent, ask.Context.Reserved = nucleus.Amounts{}, nucleus.Amounts{}
+		ask.Detail, ask.Evidence = nil, nil
 		raw, err := nucleus.Canonical(ask)
 		if err != nil {
 			return ""

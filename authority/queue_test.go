@@ -311,8 +311,8 @@ func TestQueueLies(t *testing.T) {
 	}
 }
 
-// Equal asks are granted together, each with a grant of its own; what differs in anything
-// that is shown is not equal.
+// Equal asks are granted together, each with a grant of its own; what differs in what
+// is done, for whom or why is not equal.
 func TestQueueEqual(t *testing.T) {
 	p, way := newPerson(t, 80, 24)
 	again := func(salt byte) func(*nucleus.AskRequest) {
@@ -321,13 +321,17 @@ func TestQueueEqual(t *testing.T) {
 	p.ask("a-1", again(1))
 	p.b.c.advance(time.Second)
 	p.ask("a-2", again(2))
-	p.ask("a-3", again(3))
+	p.ask("a-3", func(a *nucleus.AskRequest) {
+		again(3)(a)
+		a.Context.Spent.Tokens, a.Detail = 5, []nucleus.Detail{{Title: "what the session has read and fetched lately", Text: "x"}}
+	})
 	for i, change := range []func(*nucleus.AskRequest){
 		func(a *nucleus.AskRequest) { a.Action.Push.New = "2" },
 		func(a *nucleus.AskRequest) { a.Why = "another reason" },
 		func(a *nucleus.AskRequest) { a.Context.Exposure = nucleus.Private },
 		func(a *nucleus.AskRequest) { a.Session = "s-2" },
-		func(a *nucleus.AskRequest) { a.Detail = []nucleus.Detail{{Title: "diff", Text: "x"}} },
+		func(a *nucleus.AskRequest) { a.Policy = hexOf("another") },
+		func(a *nucleus.AskRequest) { a.Boot = "b-2" },
 	} {
 		p.ask(fmt.Sprint("a-other-", i), change)
 	}
@@ -344,7 +348,7 @@ func TestQueueEqual(t *testing.T) {
 	if len(grants) != 3 || fmt.Sprint(way.decided) != "[a-2 a-1 a-3]" {
 		t.Errorf("%d grants, decided %v", len(grants), way.decided)
 	}
-	for i := range 5 {
+	for i := range 6 {
 		p.state(fmt.Sprint("a-other-", i), client.Pending)
 	}
 	p.read("a-other-0")

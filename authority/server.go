@@ -43,6 +43,8 @@ func (a *Authority) Serve(ctx context.Context, path string, ready func()) error 
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 	}
+	a.servePasskeys()
+	defer a.closePage()
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	if ready != nil {
@@ -252,6 +254,7 @@ func (a *Authority) handler() http.Handler {
 	route("DELETE /v1/approvers/{name}", decider, func(r *http.Request, _ int) (any, error) {
 		return a.RemoveApprover(r.PathValue("name"))
 	})
+	a.passkeyRoutes(route)
 	a.witnessRoutes(mux, route)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		answer(w, nil, nucleus.Errorf(nucleus.KindNotFound, "there is no %s %s", r.Method, r.URL.Path))
@@ -270,13 +273,9 @@ func (a *Authority) info(uid int) client.Info {
 // wait answers when the ask is decided or expires, at the latest after the
 // seconds asked for.
 func (a *Authority) wait(r *http.Request) (client.Status, error) {
-	limit := time.Duration(0)
-	if text := r.URL.Query().Get("wait"); text != "" {
-		seconds, err := strconv.Atoi(text)
-		if most := int(client.MaxWait / time.Second); err != nil || seconds < 0 || seconds > most {
-			return client.Status{}, nucleus.Errorf(nucleus.KindInvalid, "wait=%q, want 0 to %d seconds", text, most)
-		}
-		limit = time.Duration(seconds) * time.Second
+	limit, err := waitOf(r)
+	if err != nil {
+		return client.Status{}, err
 	}
 	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
@@ -296,6 +295,19 @@ func (a *Authority) wait(r *http.Request) (client.Status, error) {
 		}
 		expiry.Stop()
 	}
+}
+
+// waitOf is how long a request wants to be held open.
+func waitOf(r *http.Request) (time.Duration, error) {
+	text := r.URL.Query().Get("wait")
+	if text == "" {
+		return 0, nil
+	}
+	seconds, err := strconv.Atoi(text)
+	if most := int(client.MaxWait / time.Second); err != nil || seconds < 0 || seconds > most {
+		return 0, nucleus.Errorf(nucleus.KindInvalid, "wait=%q, want 0 to %d seconds", text, most)
+	}
+	return time.Duration(seconds) * time.Second, nil
 }
 
 // exact is JSON that is sent byte by byte as it is.

@@ -75,7 +75,10 @@ func (h *agentHost) watch(ctx context.Context, stream *wire.Stream) {
 	var state WorkState
 	for {
 		run, started := h.current()
-		state.Agent = run != nil && !run.ended()
+		state.Agent, state.Exit = run != nil && !run.ended(), nil
+		if run != nil && run.ended() {
+			state.Exit = run.exit()
+		}
 		if stream.SendJSON(wire.FrameJSON, state) != nil {
 			return
 		}
@@ -129,6 +132,7 @@ func (h *agentHost) start(stream *wire.Stream) {
 	}
 	run, err := begin(start, program)
 	if err == nil {
+		run.start = start.Start
 		h.run = run
 		if h.started != nil {
 			close(h.started)
@@ -214,8 +218,9 @@ type agentRun struct {
 	seated bool
 	pumps  sync.WaitGroup
 
+	start  int64 // as the node names the run
 	exited chan struct{}
-	code   int
+	code   int // once it is closed
 }
 
 func newAgentRun() *agentRun {
@@ -239,6 +244,9 @@ func (r *agentRun) ended() bool {
 		return false
 	}
 }
+
+// exit is how an agent that has ended did.
+func (r *agentRun) exit() *AgentExit { return &AgentExit{Start: r.start, ExitCode: r.code} }
 
 // stdio makes the terminal or the pipes; closeChild closes the child's ends.
 func (r *agentRun) stdio(start AgentStart, uid, gid int) (func(*exec.Cmd), func(), error) {
@@ -352,7 +360,7 @@ func (r *agentRun) join(stream *wire.Stream) {
 			}
 		case agentEnded:
 			stream.SetWriteDeadline(time.Now().Add(bootDeadline))
-			stream.SendJSON(wire.FrameResult, AgentExit{ExitCode: r.code})
+			stream.SendJSON(wire.FrameResult, r.exit())
 			return
 		case tookOver:
 			endAgent(stream, nucleus.Errorf(nucleus.KindConflict, "another terminal took over"))

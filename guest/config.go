@@ -73,9 +73,10 @@ const (
 
 // AgentStart is the header of an agent stream; AgentProgram follows as FrameJSON.
 type AgentStart struct {
-	TTY  bool   `json:"tty,omitempty"`
-	Rows uint16 `json:"rows,omitempty"`
-	Cols uint16 `json:"cols,omitempty"`
+	Start int64  `json:"start,omitempty"` // of the entry that recorded the start: names this run
+	TTY   bool   `json:"tty,omitempty"`
+	Rows  uint16 `json:"rows,omitempty"`
+	Cols  uint16 `json:"cols,omitempty"`
 }
 
 // AgentProgram is what runs in the session. Home is what lies in the agent's HOME, by
@@ -88,8 +89,9 @@ type AgentProgram struct {
 
 // WorkState says what runs in the machine that no call of the node waits for.
 type WorkState struct {
-	Agent bool `json:"agent"`
-	Jobs  bool `json:"jobs"` // background commands
+	Agent bool       `json:"agent"`
+	Jobs  bool       `json:"jobs"`           // background commands
+	Exit  *AgentExit `json:"exit,omitempty"` // of the agent that ran last
 }
 
 // WorkDir is the agent's working directory, below its HOME.
@@ -97,6 +99,7 @@ const WorkDir = "work"
 
 // AgentExit is the FrameResult of an agent stream.
 type AgentExit struct {
+	Start    int64          `json:"start,omitempty"` // as in AgentStart, of a run that has ended
 	ExitCode int            `json:"exit_code"`
 	Error    *nucleus.Error `json:"error,omitempty"`
 	Refused  bool           `json:"refused,omitempty"` // the stream asked for a start, and none was made

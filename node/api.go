@@ -3,12 +3,10 @@ package node
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -37,6 +35,7 @@ func (n *Node) handler() http.Handler {
 	mux.HandleFunc("POST /v1/pods/{id}/tools/{operation}", n.ofPod(n.tool))
 	mux.HandleFunc("POST /v1/pods/{id}/agent", n.operator(n.agent))
 	mux.HandleFunc("POST /v1/pods/{id}/repos/{repo}/fetch", n.operator(n.fetch))
+	mux.HandleFunc("DELETE /v1/workspaces/{name}", n.operator(n.deleteWorkspace))
 	mux.HandleFunc("POST /v1/stop", n.operator(n.stop))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		wire.WriteError(w, nucleus.Errorf(nucleus.KindNotFound, "no route %s %s", r.Method, r.URL.Path))
@@ -293,135 +292,6 @@ func (n *Node) agent(w http.ResponseWriter, r *http.Request, v verified) error {
 func sendExit(stream *wire.Stream, e *nucleus.Error) {
 	stream.SetWriteDeadline(time.Now().Add(10 * time.Second))
 	stream.SendJSON(wire.FrameResult, guest.AgentExit{ExitCode: -1, Error: e})
-}
-
-// openAgent starts the agent in the machine with argv, or joins it. start is the entry that
-// recorded the start, before it was made.
-func (n *Node) openAgent(ctx context.Context, p *Pod, actor string, body client.AgentRequest, argv []string) (machine *wire.Stream, start nucleus.Entry, err error) {
-	session, err := p.wire()
-	if err != nil {
-		return nil, start, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if body.Attach {
-		machine, err := session.Open(ctx, guest.StreamAttach, nil)
-		if err != nil {
-			return nil, start, p.lost(err)
-		}
-		return machine, start, nil
-	}
-	if start, err = n.recordAgentStart(p, actor, body, argv); err != nil {
-		return nil, start, err
-	}
-	machine, err = session.Open(ctx, guest.StreamAgent, guest.AgentStart{TTY: body.TTY, Rows: body.Rows, Cols: body.Cols})
-	if err != nil {
-		err = p.lost(err)
-		n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, nucleus.AsError(err))
-		return nil, start, err
-	}
-	agent := p.record.Spec.Agent
-	if err := machine.SendJSON(wire.FrameJSON, guest.AgentProgram{Argv: argv, Env: agent.Env, Home: agent.Home}); err != nil {
-		machine.Close()
-		err = p.lost(err)
-		n.recordAgentRefused(p, actor, start, nucleus.OutcomeUnknown, nucleus.AsError(err))
-		return nil, start, err
-	}
-	return machine, start, nil
-}
-
-// recordAgentStart logs the start and, as reads, the instruction files handed over.
-func (n *Node) recordAgentStart(p *Pod, actor string, body client.AgentRequest, argv []string) (nucleus.Entry, error) {
-	names := []string{}
-	for name := range p.record.Spec.Agent.Home {
-		if instruction, ok := strings.CutPrefix(name, guest.WorkDir+"/"); ok {
-			names = append(names, instruction)
-		}
-	}
-	p.root.mu.Lock()
-	defer p.root.mu.Unlock()
-	p.settle()
-	if err := p.overspent(false); err != nil {
-		return nucleus.Entry{}, err
-	}
-	if len(names) > 0 {
-		takes := nucleus.Private
-		if p.record.Untrusted {
-			takes |= nucleus.Untrusted
-		}
-		if err := n.expose(p, takes, false, "instruction files "+fmt.Sprint(names)); err != nil {
-			return nucleus.Entry{}, logFailure(err)
-		}
-	}
-	shown := make([]string, len(argv)) // a prompt may be longer than an entry
-	for i, arg := range argv {
-		shown[i] = logged(arg, 2000)
-	}
-	start, err := n.append(nucleus.Entry{
-		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionStart, Exposure: p.root.exposure.Names(),
-		Data: data(map[string]any{"agent": p.record.Spec.Agent.Name, "argv": shown, "tty": body.TTY, "instructions": names}),
-	})
-	if err != nil {
-		return start, logFailure(err)
-	}
-	return start, nil
-}
-
-func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, machine *wire.Stream) {
-	go func() {
-		defer machine.Close() // the terminal went away; the agent goes on
-		copyFrames(machine, person)
-	}()
-	for {
-		kind, payload, err := machine.Recv(1 << 20)
-		if err != nil {
-			if _, gone := p.wire(); gone != nil { // not the wire alone: the machine
-				exit := p.endOf(guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(gone)})
-				n.recordAgentEnd(p, actor, exit)
-				sendExit(person, exit.Error)
-			}
-			return
-		}
-		if kind == wire.FrameResult {
-			exit, err := readExit(payload)
-			if err == nil {
-				exit = p.endOf(exit)
-				payload = data(exit)
-			}
-			switch {
-			case err != nil || tookOver(exit):
-			case exit.Refused && start.Kind != "":
-				n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, exit.Error)
-			default:
-				n.recordAgentEnd(p, actor, exit)
-			}
-		}
-		if person.Send(kind, payload) != nil || kind == wire.FrameResult {
-			return
-		}
-	}
-}
-
-// tookOver reports whether the stream ended because another terminal joined the agent,
-// which goes on.
-func tookOver(exit guest.AgentExit) bool {
-	return !exit.Refused && exit.Error != nil && exit.Error.Kind == nucleus.KindConflict
-}
-
-// recordAgentRefused takes a start back that started nothing, or nobody knows what: another
-// agent runs, by the machine's word, or its wire ended.
-func (n *Node) recordAgentRefused(p *Pod, actor string, start nucleus.Entry, status string, why *nucleus.Error) {
-	n.note(nucleus.Entry{
-		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionRefuse,
-		Status: status, Data: data(map[string]any{"start": start.Seq, "error": why}),
-	})
-}
-
-func (n *Node) recordAgentEnd(p *Pod, actor string, exit guest.AgentExit) {
-	n.note(nucleus.Entry{
-		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindSessionEnd,
-		Exposure: p.root.legs().Names(), Data: data(exit),
-	})
 }
 
 func (n *Node) fetch(w http.ResponseWriter, r *http.Request, v verified) error {

@@ -398,6 +398,7 @@ func (n *Node) newAsk(ctx context.Context, p *Pod, r request, pre prepared, need
 		ask.Detail = append([]nucleus.Detail{{Title: "pod", Text: "pod " + p.record.ID + " was asked for by the agent of pod " + sub.Parent}}, ask.Detail...)
 	}
 	ask.Detail = append(ask.Detail, n.fileDetail(ctx, p, r, pre.action)...)
+	ask.Detail = append(p.root.readLately(), ask.Detail...)
 	signed := r.signed
 	if host, port, placed := pre.action.Place(); placed {
 		detail, err := n.placeDetail(ctx, p, r, pre.action)
@@ -432,6 +433,12 @@ func sameAction(a, b nucleus.Action) bool {
 	x, errX := nucleus.Canonical(a)
 	y, errY := nucleus.Canonical(b)
 	return errX == nil && errY == nil && string(x) == string(y)
+}
+
+func (s *rootSession) readLately() []nucleus.Detail {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lately.detail()
 }
 
 func (s *rootSession) shown() []nucleus.Evidence {

@@ -805,9 +805,7 @@ func TestDelegationAfterTheEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	late := derived()
-	if err := h.node.stopDeciding(p, "test"); err != nil {
-		t.Fatal(err)
-	}
+	h.node.stopDeciding(p, "test")
 	if err := h.node.endSubs(h.context(), "test", p); err != nil {
 		t.Fatal(err)
 	}

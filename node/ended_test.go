@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"encoding/json"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -199,6 +200,107 @@ func TestSessionStartRefused(t *testing.T) {
 			if c.refused && (refusals[0].Status != nucleus.OutcomeRefused || !strings.Contains(string(refusals[0].Data), c.exit.Error.Message) ||
 				!strings.Contains(string(refusals[0].Data), string(document(t, map[string]int64{"start": starts[0].Seq}))[1:10])) {
 				t.Errorf("refusal %+v of %d", refusals[0], starts[0].Seq)
+			}
+		})
+	}
+}
+
+// Every run of the agent that was started has its end in the log, once: by the machine's
+// word, whoever is there to hear it, or with the end of the machine.
+func TestSessionEndIsRecorded(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		leaves, restart bool // the terminal, the node
+		says            func(start int64) *guest.AgentExit
+		code            int
+		why             string
+	}{
+		"both say it":              {false, false, func(start int64) *guest.AgentExit { return &guest.AgentExit{Start: start, ExitCode: 3} }, 3, ""},
+		"nobody is at a terminal":  {true, false, func(start int64) *guest.AgentExit { return &guest.AgentExit{Start: start, ExitCode: 3} }, 3, ""},
+		"the next node hears it":   {true, true, func(start int64) *guest.AgentExit { return &guest.AgentExit{Start: start, ExitCode: 3} }, 3, ""},
+		"the machine says nothing": {true, false, nil, -1, "stopped"},
+		"nor to the next node":     {true, true, nil, -1, "stopped"},
+		"it says it of another":    {true, false, func(start int64) *guest.AgentExit { return &guest.AgentExit{Start: start + 1, ExitCode: 3} }, -1, "stopped"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t)
+			ended, seen := make(chan guest.WorkState), make(chan bool, 10)
+			h.watch = func(stream *wire.Stream) {
+				stream.SendJSON(wire.FrameJSON, guest.WorkState{Agent: true})
+				seen <- true
+				gone := make(chan bool)
+				go func() { stream.Recv(64); close(gone) }()
+				select {
+				case state := <-ended:
+					stream.SendJSON(wire.FrameJSON, state)
+					<-gone
+				case <-gone:
+				}
+			}
+			exits := make(chan guest.AgentExit)
+			h.agent = func(stream *wire.Stream) {
+				if exit, ok := <-exits; ok {
+					stream.SendJSON(wire.FrameResult, exit)
+				}
+			}
+			spec := specOf("", policyOf("read_files"))
+			spec.Agent = &nucleus.Agent{Name: "test", Argv: []string{"/agent"}}
+			p := h.pod(spec, nil)
+			<-seen
+			machine, start := h.startAgent(p, client.AgentRequest{})
+			a, b := pipe(t)
+			relayed := make(chan struct{})
+			go func() {
+				defer close(relayed)
+				defer machine.Close()
+				h.node.relayAgent(p, "operator", start, a, machine)
+			}()
+			if c.leaves {
+				b.Close()
+				close(exits) // the stream ends, the agent goes on
+				<-relayed
+			}
+			if c.restart {
+				h.kill()
+				h.start()
+				<-seen
+				var err error
+				if p, err = h.node.pod(p.record.ID); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ends := func() []nucleus.Entry { return h.entries(nucleus.KindSessionEnd, "") }
+			works := func() bool { p.root.mu.Lock(); defer p.root.mu.Unlock(); return p.working }
+			eventually(t, "the node has heard that it runs", works)
+			if c.says != nil {
+				exit := c.says(start.Seq)
+				if !c.leaves {
+					exits <- *exit
+					b.RecvJSON(wire.FrameResult, 1<<20, &client.AgentExit{})
+					<-relayed
+				}
+				ended <- guest.WorkState{Exit: exit}
+				eventually(t, "the node has heard it", func() bool { return !works() })
+			} else if n := len(ends()); n != 0 {
+				t.Errorf("%d ends while it runs", n)
+			}
+			if err := h.node.DeletePod(h.context(), "operator", p.record.ID); err != nil {
+				t.Fatal(err)
+			}
+			got := ends()
+			if len(got) != 1 {
+				t.Fatalf("%d ends: %v", len(got), got)
+			}
+			var exit guest.AgentExit
+			if err := json.Unmarshal(got[0].Data, &exit); err != nil || exit.Start != start.Seq || exit.ExitCode != c.code || got[0].Actor != "operator" {
+				t.Errorf("%s by %q, %v", got[0].Data, got[0].Actor, err)
+			}
+			if c.why != "" && (exit.Error == nil || !strings.Contains(exit.Error.Message, c.why)) {
+				t.Errorf("its reason is %v", exit.Error)
+			}
+			if v := h.receipt(p.record.Session); !v.Begins || !v.Linked || !v.Ends {
+				t.Errorf("the receipt: begins %v, linked %v, ends %v", v.Begins, v.Linked, v.Ends)
 			}
 		})
 	}

@@ -209,9 +209,8 @@ func (n *Node) followErrand(p *Pod, e *errand, actor string, start nucleus.Entry
 		if machine == nil {
 			var gone error
 			if machine, gone = n.rejoin(p); gone != nil {
-				exit := guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(gone)}
-				n.recordAgentEnd(p, actor, exit)
-				n.endErrand(p, e, exit)
+				n.endRuns(p, nucleus.AsError(gone))
+				n.endErrand(p, e, guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(gone)})
 				return
 			}
 			if machine == nil { // the node ends
@@ -231,11 +230,12 @@ func (n *Node) followErrand(p *Pod, e *errand, actor string, start nucleus.Entry
 			if err != nil {
 				exit = guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(err)}
 			}
+			exit.Start = start.Seq
 			exit = p.endOf(exit)
 			if exit.Refused {
 				n.recordAgentRefused(p, actor, start, nucleus.OutcomeRefused, exit.Error)
 			} else {
-				n.recordAgentEnd(p, actor, exit)
+				n.recordAgentEnd(p, exit)
 			}
 			n.endErrand(p, e, exit)
 			return

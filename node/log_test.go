@@ -4,13 +4,16 @@ import (
 	"cmp"
 	"crypto/ed25519"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"cal/audit"
+	"cal/guest"
 	"cal/internal/keyfile"
 	"cal/nucleus"
 )
@@ -300,4 +303,93 @@ func TestSecretsAreNotLogged(t *testing.T) {
 			t.Fatalf("cut behind %d bytes: %s", n, got[n:])
 		}
 	}
+}
+
+// What happens while the log cannot be written is recorded when it can be, in its order and
+// with the time at which it happened, before anything new; what is too much is counted.
+func TestLogIsOwed(t *testing.T) {
+	t.Parallel()
+	for _, first := range []nucleus.Op{nucleus.ReadFiles, nucleus.EditFiles} { // what the policy allows, and what not
+		t.Run(string(first), func(t *testing.T) { logIsOwed(t, first) })
+	}
+}
+
+func logIsOwed(t *testing.T, first nucleus.Op) {
+	t.Parallel()
+	h := newHost(t)
+	disk := h.memoryLog()
+	p, other := h.pod(specOf("w", policyOf("read_files")), map[string]string{"a": "text"}), h.pod(specOf("v", policyOf("read_files")), map[string]string{"a": "text"})
+	h.tool(other, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, "")
+	began, done := make(chan bool), make(chan bool)
+	h.mu.Lock()
+	h.behave = func(_ *inside, c *callInside) (guest.CallResult, bool) {
+		began <- true
+		<-done
+		return c.honest(), true
+	}
+	h.mu.Unlock()
+	read := make(chan answer)
+	go func() { read <- h.tool(other, nucleus.ReadFiles, map[string]string{"path": "a"}) }()
+	<-began
+	size := len(disk.entries(t))
+
+	disk.failing(func(string) error { return errors.New("no space left on device") })
+	close(done)
+	(<-read).want(t, nucleus.KindUnavailable, "its outcome could not be recorded yet")
+	if err := h.node.DeletePod(h.context(), "operator", p.record.ID); err != nil {
+		t.Errorf("a pod cannot be ended: %v", err)
+	}
+	h.mu.Lock()
+	h.behave = nil
+	h.mu.Unlock()
+	h.tool(other, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, nucleus.KindUnavailable, "the log cannot be written")
+	for i := range maxOwed {
+		h.node.note(nucleus.Entry{Kind: "test.note", Status: fmt.Sprint(i)})
+	}
+	if n := len(disk.entries(t)); n != size {
+		t.Errorf("%d entries on a full disk, %d before", n, size)
+	}
+	disk.failing(nil)
+	if first == nucleus.EditFiles {
+		h.tool(other, first, map[string]any{"path": "a", "old": "text", "new": "x"}).want(t, nucleus.KindDenied)
+	}
+	h.tool(other, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, "")
+
+	entries := disk.entries(t)[size:]
+	kinds := []string{}
+	for _, e := range entries {
+		if n := len(kinds); n == 0 || kinds[n-1] != e.Kind {
+			kinds = append(kinds, e.Kind)
+		}
+	}
+	want := []string{nucleus.KindOutcome, nucleus.KindPodStop, nucleus.KindPodEnd, "test.note", nucleus.KindLogLost, nucleus.KindIntent, nucleus.KindOutcome}
+	if !slices.Equal(kinds, want) {
+		t.Fatalf("kinds %v, want %v", kinds, want)
+	}
+	for _, e := range entries[:3] {
+		var d struct{ Happened time.Time }
+		if err := json.Unmarshal(e.Data, &d); e.Kind != nucleus.KindOutcome && (err != nil || time.Since(d.Happened) > time.Minute) {
+			t.Errorf("%s: %s, %v", e.Kind, e.Data, err)
+		}
+	}
+	for _, e := range entries {
+		if e.Kind == nucleus.KindLogLost && string(e.Data) != `{"entries":3}` {
+			t.Errorf("lost: %s", e.Data)
+		}
+	}
+	if open := h.node.log.OpenIntents(); len(open) != 0 {
+		t.Errorf("open: %+v", open)
+	}
+}
+
+// entries are what a reader of the disk finds.
+func (m *memoryFS) entries(t *testing.T) (list []nucleus.Entry) {
+	t.Helper()
+	for e, err := range audit.Read(m.dump(t), 0) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, e)
+	}
+	return list
 }

@@ -63,7 +63,6 @@ type Node struct {
 	log      *audit.Log
 	owed     owed
 	salts    *audit.Salts
-	keys     *nucleus.Entry // that is not yet in the log
 	witness  *witnesses
 	gateway  *egress.Gateway
 	spent    *spent.Store
@@ -133,64 +132,13 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	n.stopKeeping = stop
 	n.serving.Go(func() { n.keepLog(keeping) })
 	n.serving.Go(func() { n.keepBudgets(keeping) })
-	if len(config.Witnesses) > 0 { // so that the first effects need not wait
-		_ = n.witness.round(ctx) // what came of it counts in allow
-	}
+	first, cancel := context.WithTimeout(ctx, witnessFirst)
+	_ = n.witness.round(first) // what came of it counts in allow, before the first effect
+	cancel()
 	n.serving.Go(func() { n.witness.keep(keeping) })
 	n.beginWatch(ctx)
 	n.serving.Go(func() { n.watchRevocations(keeping) })
 	return n, nil
-}
-
-// append records an entry durably. A log that failed before is read anew from the
-// disk first: where there is room again, it goes on.
-func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
-	recorded, err := n.log.Append(e)
-	if !errors.Is(err, audit.ErrFailed) || n.reopen() != nil {
-		return recorded, err
-	}
-	return n.log.Append(e)
-}
-
-// begin gives an entry its place, like append. One that cannot be written afterwards
-// is not begun again: its place was part of a decision.
-func (n *Node) begin(e nucleus.Entry) (*audit.Pending, error) {
-	if err := n.witness.allow(); err != nil {
-		return nil, err
-	}
-	pending, err := n.log.Begin(e)
-	if !errors.Is(err, audit.ErrFailed) || n.reopen() != nil {
-		return pending, err
-	}
-	return n.log.Begin(e)
-}
-
-// keepLog publishes the log for other programs once a second, and takes it up again
-// when it had to refuse entries and can be written once more. It ends passages too.
-func (n *Node) keepLog(ctx context.Context) {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		n.endPassages()
-		err := n.log.Publish()
-		if errors.Is(err, audit.ErrFailed) {
-			if err = n.reopen(); err == nil {
-				slog.Info("the log can be written again")
-			}
-		}
-		if err == nil {
-			n.settle() // what came to be owed while the log was being read anew
-		}
-		n.recordKeys()
-		if err = errors.Join(err, n.salts.Sync()); err != nil {
-			slog.Error("keeping the log", "error", err)
-		}
-	}
 }
 
 func (n *Node) open(ctx context.Context) error {
@@ -226,8 +174,7 @@ func (n *Node) open(ctx context.Context) error {
 	if n.witness, err = newWitnesses(n.log, logKey.Public().(ed25519.PublicKey), n.asks, n.config.Witnesses); err != nil {
 		return err
 	}
-	n.keys = keysEntry(map[string]ed25519.PrivateKey{"node": n.key, "log": logKey, OperatorKey: operator})
-	n.recordKeys()
+	n.note(keysEntry(map[string]ed25519.PrivateKey{"node": n.key, "log": logKey, OperatorKey: operator}))
 	n.gateway = egress.New(egress.Config{Gate: (*gate)(n)})
 	public := operator.Public().(ed25519.PublicKey)
 	n.verifier = &wire.Verifier{
@@ -247,29 +194,6 @@ func (n *Node) open(ctx context.Context) error {
 		n.verifier.NewEra()
 	}
 	return nil
-}
-
-// keysEntry names the keys of a node that starts: its own, by which it signs permits and
-// what it did itself, the log's, and the person's.
-func keysEntry(keys map[string]ed25519.PrivateKey) *nucleus.Entry {
-	public := map[string]any{}
-	for name, key := range keys {
-		public[name] = map[string]any{"algorithm": "ed25519", "public": key.Public()}
-	}
-	return &nucleus.Entry{Kind: nucleus.KindKeyLoad, Data: data(map[string]any{"version": nucleus.Version, "keys": public})}
-}
-
-// recordKeys writes the entry of the node's keys. On a full disk that fails, and is tried
-// again: machines can be looked after meanwhile, and nothing is decided without a log.
-func (n *Node) recordKeys() {
-	if n.keys == nil {
-		return
-	}
-	if _, err := n.append(*n.keys); err != nil {
-		slog.Error("the node's keys could not be recorded", "error", err)
-		return
-	}
-	n.keys = nil
 }
 
 // admitsSince is the time up to which an earlier node may have admitted requests: none of

@@ -809,7 +809,7 @@ func TestNamesAreNotLookedUp(t *testing.T) {
 		id := h.asks(h.getHost(c.p, c.host, 80)).Ask
 		asks := h.authority.asked()
 		ask := asks[slices.IndexFunc(asks, func(a nucleus.AskRequest) bool { return a.ID == id })]
-		if len(ask.Detail) != 2 || !strings.Contains(ask.Detail[0].Text, c.text) {
+		if len(ask.Detail) != 3 || !strings.Contains(ask.Detail[1].Text, c.text) {
 			t.Errorf("%s: %+v, want %q", c.host, ask.Detail, c.text)
 		}
 	}

@@ -75,8 +75,9 @@ type Pod struct {
 	calls               map[*wire.Stream]context.CancelCauseFunc // commands that run
 	state               string
 	reason              string
-	removed             bool    // nothing of the machine is left
-	errand              *errand // of its agent, where another pod's agent gave it a task
+	removed             bool             // nothing of the machine is left
+	runs                map[int64]string // of the agent, whose end is not recorded: by the start's entry, who started it
+	errand              *errand          // of its agent, where another pod's agent gave it a task
 
 	started chan struct{} // closed when the start has come to an end
 	gone    chan struct{} // closed when removed
@@ -121,14 +122,26 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 	l.begin()
 	p, err := n.plan(ctx, spec)
 	if err != nil {
+		n.recordPodRefused(actor, spec, err)
 		return nil, err
 	}
 	l.lap("plan")
 	p.laps = l
 	if err := n.create(ctx, actor, p); err != nil {
+		if !p.logged {
+			n.recordPodRefused(actor, spec, err)
+		}
 		return nil, err
 	}
 	return p, nil
+}
+
+// recordPodRefused records a pod that was asked for and not made.
+func (n *Node) recordPodRefused(actor string, spec nucleus.PodSpec, why error) {
+	e := nucleus.AsError(why)
+	n.note(nucleus.Entry{Actor: actor, Kind: nucleus.KindPodRefuse, Rule: e.Rule, Status: nucleus.OutcomeRefused, Data: data(map[string]any{
+		"workspace": cut(spec.Workspace, 200), "driver": cut(spec.Driver, 200), "require": cut(string(spec.Require), 200), "mode": cut(string(spec.Mode), 200), "kind": e.Kind, "message": logged(e.Message, 1000),
+	})})
 }
 
 // create starts the machine of a pod that is worked out.
@@ -388,6 +401,9 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 	}
 	if err := p.save(); err != nil {
 		return err
+	}
+	if err := n.witness.contradicted(); err != nil {
+		return logFailure(err)
 	}
 	if p.ahead != "" { // from here on it is a pod's
 		if err := durable.Remove(p.ahead); err != nil {
@@ -814,14 +830,6 @@ func (n *Node) failPod(p *Pod, cause error) {
 	}
 }
 
-// note records what has happened already. Where that fails there is nothing left to
-// refuse but what comes next, and the log refuses that.
-func (n *Node) note(e nucleus.Entry) {
-	if _, err := n.append(e); err != nil {
-		slog.Error("an event could not be recorded", "kind", e.Kind, "pod", e.Pod, "error", err)
-	}
-}
-
 // ofRef is the id of the pod that its caller gave this name, or the name itself.
 func (n *Node) ofRef(name string) string {
 	n.mu.Lock()
@@ -859,9 +867,7 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 		p.mu.Unlock()
 	}
 	if live {
-		if err := n.stopDeciding(p, actor); err != nil {
-			return err
-		}
+		n.stopDeciding(p, actor)
 	}
 	if err := n.endSubs(ctx, actor, p); err != nil {
 		return err
@@ -882,17 +888,15 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 
 // stopDeciding ends what may be decided for a pod, in the critical section in which
 // it is decided: an intent that was allowed stands before pod.stop in the log, or is none.
-func (n *Node) stopDeciding(p *Pod, actor string) error {
+func (n *Node) stopDeciding(p *Pod, actor string) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	if p.ended() != "" { // whoever deletes it too was first
-		return nil
+		return
 	}
-	if _, err := n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()}); err != nil {
-		return logFailure(err)
-	}
+	// A full disk keeps nobody from ending it.
+	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()})
 	p.setState(stateStopped, "")
-	return nil
 }
 
 // beginEffect lets an effect on the host begin, unless the pod has ended; p.acting is
@@ -981,6 +985,7 @@ func (n *Node) teardown(p *Pod) error {
 	p.mu.Unlock()
 	if first {
 		if p.logged {
+			n.endRuns(p, nucleus.Errorf(nucleus.KindUnavailable, "%s", p.ended()))
 			n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodEnd})
 			n.witness.wish()
 		}

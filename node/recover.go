@@ -29,6 +29,7 @@ func (n *Node) recover(ctx context.Context) error {
 	if err := n.removeSpares(ctx); err != nil {
 		return err
 	}
+	n.removeGone(ctx)
 	entries, err := os.ReadDir(n.dirs.Pods())
 	if err != nil {
 		return err
@@ -167,6 +168,9 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	// The epoch is on disk before a permit of it exists.
 	p.record.Epoch++
 	if err := p.save(); err != nil {
+		return nil, err
+	}
+	if err := n.adoptRun(p); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, adoptDeadline)

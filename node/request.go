@@ -257,7 +257,8 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 		}
 		return ruling{}, denial(r.op, decision)
 	}
-	if err := n.expose(p, decision.Takes, placed && decision.Verdict == nucleus.Ask, string(r.op)+" "+describe(pre.action)); err != nil {
+	what := cut(string(r.op)+" "+describe(pre.action), maxWhat)
+	if err := n.expose(p, decision.Takes, placed && decision.Verdict == nucleus.Ask, what); err != nil {
 		return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()
@@ -272,6 +273,7 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 	if err != nil {
 		return ruling{}, logFailure(err)
 	}
+	p.root.lately.add(intent.Seq(), decision.Takes, what)
 	if r.attempt == nil {
 		permit.Seq = p.nextSeq()
 	}
@@ -304,7 +306,7 @@ type ruling struct {
 func (p *Pod) recorded(r ruling) (nucleus.Permit, error) {
 	if _, err := r.intent.Wait(); err != nil {
 		// It may be on the disk all the same, open for ever.
-		p.node.owed.add(nucleus.Entry{
+		p.node.owe(nucleus.Entry{
 			Pod: p.record.ID, Session: p.record.Session, Actor: r.permit.Requester, Kind: nucleus.KindOutcome, Op: r.permit.Op, Digest: r.permit.Digest,
 			Permit: r.permit.ID, Status: nucleus.OutcomeRefused, Data: data(map[string]any{"message": "nothing was done: the intent could not be recorded in time"}),
 		})
@@ -406,35 +408,38 @@ func (n *Node) permitted(ctx context.Context, p *Pod, header guest.Call, permit 
 	return result, err
 }
 
-// recordOutcome is the last step. When it fails the effect has happened and the
-// intent is in the log: the outcome is owed, and where the node ends before the log can be
-// written again, recovery closes it as unknown.
+// recordOutcome is the last step. When it fails the effect has happened and the log is owed
+// its outcome; where the node ends before that, recovery closes the intent as unknown.
 func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Permit, outcome *nucleus.Signed, cause error) error {
 	entry := nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindOutcome, Op: r.op,
-		Digest: pre.digest, Permit: permit.ID, Outcome: outcome, Status: nucleus.OutcomeDone,
+		Digest: pre.digest, Permit: permit.ID, Outcome: outcome, Status: statusOf(outcome),
 	}
 	if cause != nil {
-		entry.Status = nucleus.OutcomeFailed
 		e := nucleus.AsError(cause)
-		var none *notDone
-		var doubt *unsure
-		switch {
-		case outcome == nil, errors.As(cause, &doubt):
-			entry.Status = nucleus.OutcomeUnknown
-		case errors.As(cause, &none), e.Kind == nucleus.KindForbidden:
-			entry.Status = nucleus.OutcomeRefused
-		}
 		entry.Data = data(map[string]any{"kind": e.Kind, "message": logged(e.Message, 1000)})
 	}
-	if _, err := n.append(entry); err != nil {
-		n.owed.add(entry)
-		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded: %v", r.op, err)
+	if err := n.noted(entry); err != nil {
+		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded yet: %v", r.op, err)
 	}
 	if pre.ask != nil {
 		go n.reportOutcome(pre.ask.ID, permit.ID, entry.Status)
 	}
 	return nil
+}
+
+// statusOf is the status in what was signed for a permit, by the machine or by this node, and
+// was checked: the entry says nothing else. Without it nobody knows.
+func statusOf(outcome *nucleus.Signed) string {
+	var says nucleus.Outcome
+	if outcome == nil || json.Unmarshal(outcome.Payload, &says) != nil {
+		return nucleus.OutcomeUnknown
+	}
+	switch says.Status {
+	case nucleus.OutcomeDone, nucleus.OutcomeFailed, nucleus.OutcomeRefused:
+		return says.Status
+	}
+	return nucleus.OutcomeUnknown
 }
 
 // call makes one call to the machine: what is brief in one frame, the rest on a
@@ -562,6 +567,9 @@ func copyFrames(to, from *wire.Stream) {
 }
 
 func (p *Pod) nextSeq() uint64 { return p.record.Epoch<<nucleus.EpochBits | p.seq.Add(1) }
+
+// maxWhat is how much of what a request was for is kept beside the exposure.
+const maxWhat = 300
 
 // describe names an action in a few words.
 func describe(a nucleus.Action) string {

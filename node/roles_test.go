@@ -249,7 +249,7 @@ func TestPodSpec(t *testing.T) {
 		t.Errorf("a plan is listed: %+v", pods)
 	}
 	for _, e := range h.log() {
-		if strings.HasPrefix(e.Kind, "pod.") {
+		if strings.HasPrefix(e.Kind, "pod.") && e.Kind != nucleus.KindPodRefuse {
 			t.Errorf("recorded: %+v", e)
 		}
 	}

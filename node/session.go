@@ -24,6 +24,7 @@ type rootSession struct {
 	exposure nucleus.Legs
 	through  nucleus.Legs       // of the exposure: what passages alone have taken
 	evidence []nucleus.Evidence // which entry took each leg
+	lately   lately             // what it has read and fetched, since this node has it
 	passages []passage          // see passage.go
 	places   map[string]int64   // asks for places that wait for a person, those of pods that have ended too: until when, unix milliseconds
 	budget   *ledger            // see budget.go
@@ -41,8 +42,11 @@ const budgetFile = "budget.json"
 
 // openSession reads the exposure that is stored with a workspace: a new session
 // starts with it. id is the session's; what it has spent lies in podDir.
+// exposureName is the file of a workspace that says what its sessions have taken.
+const exposureName = "exposure.json"
+
 func openSession(id, workspaceDir, podDir string) (*rootSession, error) {
-	s := &rootSession{id: id, pods: map[*Pod]bool{}, file: filepath.Join(workspaceDir, "exposure.json")}
+	s := &rootSession{id: id, pods: map[*Pod]bool{}, file: filepath.Join(workspaceDir, exposureName)}
 	var err error
 	if s.budget, err = openLedger(filepath.Join(podDir, budgetFile)); err != nil {
 		return nil, err

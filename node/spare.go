@@ -133,6 +133,20 @@ func (s *spares) prepare(driver machine.Driver, spec machine.Spec, named bool) {
 	})
 }
 
+// drop gives the spare up that holds a workspace which is to go.
+func (s *spares) drop(workspace string) {
+	s.mu.Lock()
+	held := s.waiting
+	if held == nil || held.spec.Workspace != filesDir(workspace) {
+		s.mu.Unlock()
+		return
+	}
+	s.forget()
+	s.mu.Unlock()
+	<-held.ready
+	s.discard(held)
+}
+
 // status is for people and benchmarks.
 func (s *spares) status() string {
 	s.mu.Lock()

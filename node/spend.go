@@ -159,7 +159,7 @@ func (n *Node) endModelCall(call egress.ModelCall) error {
 		s.mu.Unlock()
 		defer n.stopSpent(s)
 	}
-	_, err := n.append(nucleus.Entry{Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall, Data: data(entry)})
+	err := n.noted(nucleus.Entry{Pod: call.Pod, Session: call.Session, Actor: "agent", Kind: nucleus.KindModelCall, Data: data(entry)})
 	return errors.Join(storeErr, err)
 }
 
@@ -564,6 +564,10 @@ func (p *Pod) watchWork(session *wire.Session) {
 		var state guest.WorkState
 		if err := stream.RecvJSON(wire.FrameJSON, 64<<10, &state); err != nil {
 			return
+		}
+		if state.Exit != nil {
+			state.Exit.Error = boundedError(state.Exit.Error)
+			p.node.recordAgentEnd(p, p.endOf(*state.Exit))
 		}
 		p.works(state.Agent || state.Jobs)
 		if why := p.stoppedBy(); why != nil && (state.Agent || state.Jobs) {

@@ -392,7 +392,11 @@ func TestTheEndOfTheTokens(t *testing.T) {
 	// The person is told why the agent ended, whatever it says itself.
 	a, b := pipe(t)
 	machine, guestEnd := pipe(t)
-	go h.node.relayAgent(p, "operator", nucleus.Entry{}, a, machine)
+	start := nucleus.Entry{Kind: nucleus.KindSessionStart, Seq: 7}
+	p.mu.Lock()
+	p.runs = map[int64]string{start.Seq: "operator"}
+	p.mu.Unlock()
+	go h.node.relayAgent(p, "operator", start, a, machine)
 	guestEnd.SendJSON(wire.FrameResult, guest.AgentExit{ExitCode: 143})
 	var exit guest.AgentExit
 	if err := b.RecvJSON(wire.FrameResult, 1<<20, &exit); err != nil || exit.Error == nil || exit.Error.Rule != "budget.tokens" || exit.ExitCode != 143 {
@@ -592,6 +596,7 @@ func TestBudgetThatCannotBeStored(t *testing.T) {
 func TestClockIsStoredAtOnce(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
+	h.watch = func(stream *wire.Stream) { stream.Recv(64) } // the machine says nothing of its own
 	p := h.budgetPod(`{"seconds": 60}`)
 	for _, runs := range []bool{true, false} {
 		p.works(runs)

@@ -21,13 +21,15 @@ const (
 	witnessEvery = time.Minute
 	// witnessRetry is how soon a required witness that did not cosign is asked again.
 	witnessRetry = 5 * time.Second
+	// witnessFirst is how long a node that starts waits for the first cosignatures.
+	witnessFirst = 10 * time.Second
 	// witnessFarewell is how long a node that ends waits for the last cosignatures.
 	witnessFarewell = 2 * time.Second
 	// witnessPatience is for how long effects go on without a required witness.
 	witnessPatience = 3 * time.Minute
 )
 
-var errUnwitnessed = errors.New("a witness that is required has not cosigned the log")
+var errUnwitnessed = errors.New("the log is not vouched for")
 
 // Witness is one of C2SP tlog-witness that the person requires.
 type Witness struct {
@@ -49,9 +51,10 @@ type witnesses struct {
 	mu      sync.Mutex // the authority is shown checkpoints in their order
 	builtIn *witness.Client
 
-	state sync.Mutex
-	last  time.Time // when all that are required had cosigned; zero: never
-	err   error     // why not since
+	state   sync.Mutex
+	last    time.Time // when all that are required had cosigned; zero: never
+	err     error     // why not since
+	another error     // the authority knows another history of this log
 }
 
 func newWitnesses(log *audit.Log, key ed25519.PublicKey, asks *approvals.Client, required []Witness) (*witnesses, error) {
@@ -69,15 +72,29 @@ func newWitnesses(log *audit.Log, key ed25519.PublicKey, asks *approvals.Client,
 	return w, nil
 }
 
-// allow says why no effect may begin: a witness that is required has not vouched for
-// the log for too long.
+// allow says why no effect may begin: the authority knows another history of the log, or a
+// witness that is required has not vouched for it for too long.
 func (w *witnesses) allow() error {
+	if err := w.contradicted(); err != nil {
+		return err
+	}
 	w.state.Lock()
 	defer w.state.Unlock()
 	if len(w.required) == 0 || !w.last.IsZero() && w.now().Sub(w.last) <= witnessPatience {
 		return nil
 	}
-	return fmt.Errorf("%w: %w", errUnwitnessed, w.err)
+	return fmt.Errorf("%w: a witness that is required has not cosigned it: %w", errUnwitnessed, w.err)
+}
+
+// contradicted is why nothing begins, not even a machine: the authority knows another history
+// of the log.
+func (w *witnesses) contradicted() error {
+	w.state.Lock()
+	defer w.state.Unlock()
+	if w.another == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %w; if it was begun anew, or put back, on purpose: nucleus-authority witness --forget %s", errUnwitnessed, w.another, nucleus.LogOrigin)
 }
 
 // show publishes the log and has the authority cosign it. It returns the published
@@ -96,7 +113,27 @@ func (w *witnesses) show(ctx context.Context) (signed, cosigned []byte, err erro
 		return signed, signed, err
 	}
 	cosigned, err = w.add(ctx, w.builtIn, signed, signed)
+	w.noteAuthority(err)
 	return signed, cosigned, err
+}
+
+// noteAuthority keeps that the authority contradicts the log, until it does no more. One that
+// does not answer says nothing about it.
+func (w *witnesses) noteAuthority(err error) {
+	w.state.Lock()
+	defer w.state.Unlock()
+	switch {
+	case err == nil:
+		w.another = nil
+	case contradicts(err):
+		slog.Error("the authority contradicts the log", "error", err)
+		w.another = fmt.Errorf("the authority knows another history of it: %w", err)
+	}
+}
+
+// contradicts tells a witness that knows another history from one that does not answer.
+func contradicts(err error) bool {
+	return errors.Is(err, witness.ErrFork) || errors.Is(err, witness.ErrAhead)
 }
 
 // add has one more witness cosign a checkpoint.
@@ -166,7 +203,7 @@ func (w *witnesses) note(err error) {
 	}
 	slog.Error("a witness that is required has not cosigned the log", "error", err)
 	w.err = err
-	if errors.Is(err, witness.ErrFork) || errors.Is(err, witness.ErrAhead) {
+	if contradicts(err) {
 		w.last = time.Time{} // it contradicts: no patience
 	}
 }
@@ -203,5 +240,5 @@ func (w *witnesses) wish() {
 func (w *witnesses) failing() bool {
 	w.state.Lock()
 	defer w.state.Unlock()
-	return len(w.required) > 0 && w.err != nil
+	return w.another != nil || len(w.required) > 0 && w.err != nil
 }

@@ -3,8 +3,10 @@ package node
 import (
 	"crypto/ed25519"
 	"crypto/rand"
+	"errors"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -56,6 +58,12 @@ func (w *witnessed) Keep(_ string, signed []byte) error {
 	defer w.mu.Unlock()
 	w.kept = signed
 	return nil
+}
+
+func (w *witnessed) forget() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.kept = nil
 }
 
 // size is that of the checkpoint that is kept.
@@ -147,6 +155,47 @@ func TestAskIsWitnessed(t *testing.T) {
 	}
 	w.Store = w
 	h.tool(p, nucleus.WriteFiles, writeArgs("b")).want(t, nucleus.KindApproval)
+}
+
+// A log that was put back to an older state, or begun anew, while the node was down is one
+// that the authority knows more of: no effect and no machine begins, and what is wrong is said.
+// What was done on purpose goes on once the authority forgets the old one.
+func TestLogPutBack(t *testing.T) {
+	h := newHost(t, withAuthority)
+	p := h.pod(specOf("v", policyOf(all)), map[string]string{"a": "text"})
+	read := func() answer { return h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}) }
+	older := t.TempDir()
+	if err := h.node.log.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(filepath.Join(older, "log"), os.DirFS(h.node.dirs.Log())); err != nil {
+		t.Fatal(err)
+	}
+	read().want(t, "")
+	log := h.node.dirs.Log()
+	if err := h.node.Close(); err != nil { // the last checkpoint is cosigned
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.RemoveAll(log), os.CopyFS(log, os.DirFS(filepath.Join(older, "log")))); err != nil {
+		t.Fatal(err)
+	}
+	h.node = nil
+	h.start()
+	p = h.node.pods[p.record.ID]
+	before := len(h.entries(nucleus.KindIntent, ""))
+	read().want(t, nucleus.KindUnavailable, "nothing was done", "the authority knows another history", "witness --forget")
+	if len(h.entries(nucleus.KindIntent, "")) != before {
+		t.Error("the intent was recorded")
+	}
+	if _, err := h.node.CreatePod(h.context(), "operator", specOf("w", policyOf(all))); err == nil || !strings.Contains(err.Error(), "another history") {
+		t.Errorf("a machine was started: %v", err)
+	}
+	h.authority.witness.forget()
+	if err := h.node.witness.round(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	read().want(t, "")
+	h.pod(specOf("w", policyOf(all)), nil)
 }
 
 func (h *host) logKey() ed25519.PrivateKey {

@@ -44,12 +44,15 @@ const (
 	KindPodEnd         = "pod.end"  // the machine is gone: the last entry of its session
 	KindPodFail        = "pod.fail"
 	KindPodCreate      = "pod.create"
+	KindPodRefuse      = "pod.refuse" // none was made
 	KindPodPause       = "pod.pause"
 	KindPodResume      = "pod.resume"
 	KindSessionStart   = "session.start"
 	KindSessionEnd     = "session.end"
 	KindSessionRefuse  = "session.refuse" // a session.start that started nothing
 	KindSessionBudget  = "session.budget" // the budget is spent, and the session is ended
+	KindSessionAttach  = "session.attach" // a person's terminal joined the agent
+	KindSessionClear   = "session.clear"  // a person deleted a workspace, and with it what its sessions had taken
 	KindIntent         = "request.intent"
 	KindOutcome        = "request.outcome"
 	KindApprovalAsk    = "approval.ask"
@@ -68,6 +71,7 @@ const (
 	KindKeyNew         = "key.new"     // the authority's: an approver's key was made
 	KindKeyRemove      = "key.remove"  // the authority's: an approver's key was taken away
 	KindLogTorn        = "log.torn"
+	KindLogLost        = "log.lost"   // events while the log could not be written, of which there is no entry
 	KindLogFork        = "log.fork"   // a witness's: the log's key signed two histories
 	KindLogForget      = "log.forget" // a witness's: it gave up what it kept of a log
 )

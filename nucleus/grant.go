@@ -57,14 +57,17 @@ func (a Action) Place() (host string, port int, ok bool) {
 
 // Approver is one key that can grant, by a name of its own.
 type Approver struct {
-	Name string `json:"name"`
-	Kind string `json:"kind"` // ApproverEd25519
-	Key  []byte `json:"key"`  // the public key, in the form of its kind
+	Name   string `json:"name"`
+	Kind   string `json:"kind"`             // ApproverEd25519 or ApproverPasskey
+	Key    []byte `json:"key"`              // the public key, in the form of its kind
+	Origin string `json:"origin,omitempty"` // of the page that a passkey signs on
 }
 
-// ApproverEd25519 is the kind of an approver's key that signs PASETO v4.public tokens; the
-// public key has 32 bytes.
-const ApproverEd25519 = "ed25519"
+// The kinds of an approver's key.
+const (
+	ApproverEd25519 = "ed25519" // signs PASETO v4.public tokens; the public key has 32 bytes
+	ApproverPasskey = "passkey" // answers WebAuthn challenges with ES256; an uncompressed point of 65 bytes
+)
 
 // MaxApprovals is the largest number of approvers that an ask can need.
 const MaxApprovals = 16
@@ -82,7 +85,7 @@ type Evidence struct {
 	What string `json:"what"`
 }
 
-// Grant is the claims of one approval (PASETO v4.public, by the approver's own
+// Grant is the claims of one approval (PASETO v4.public, or WebAuthn, by the approver's own
 // key). Every field is compared; a grant is used up once, durably, before the
 // effect.
 type Grant struct {

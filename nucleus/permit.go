@@ -111,11 +111,12 @@ type Signed struct {
 
 // Signature domains.
 const (
-	DomainPermit  = "nucleus-permit-v1"
-	DomainOutcome = "nucleus-outcome-v1"
-	DomainAttach  = "nucleus-attach-v1"
-	DomainAsk     = "nucleus-ask-v1"
-	DomainVouch   = "nucleus-approver-v1"
+	DomainPermit   = "nucleus-permit-v1"
+	DomainOutcome  = "nucleus-outcome-v1"
+	DomainAttach   = "nucleus-attach-v1"
+	DomainAsk      = "nucleus-ask-v1"
+	DomainVouch    = "nucleus-approver-v1"
+	DomainWebAuthn = "nucleus-webauthn-v1"
 )
 
 // Sign makes the canonical bytes of v and signs them.

@@ -23,7 +23,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	approvals "cal/approval/client"
-	"cal/internal/idmap"
 	"cal/internal/keyfile"
 	"cal/node/client"
 	"cal/nucleus"
@@ -127,29 +126,17 @@ func (h Home) HasWorkspace(name string) error {
 	return nil
 }
 
-// DeleteWorkspace removes a workspace and everything in it. One that a machine uses is
-// refused.
+// DeleteWorkspace removes a workspace and everything in it; the node does, and records it. One
+// that a machine uses is refused.
 func (h Home) DeleteWorkspace(ctx context.Context, name string) error {
 	if err := h.HasWorkspace(name); err != nil {
 		return err
 	}
-	dir := h.Workspace(name)
-	c, err := h.runningNode(ctx)
-	if err != nil && !errors.Is(err, ErrNoNode) {
+	c, err := h.Node(ctx)
+	if err != nil {
 		return err
 	}
-	if err == nil {
-		pods, err := c.Pods(ctx)
-		if err != nil {
-			return err
-		}
-		for _, p := range pods {
-			if p.Workspace == name && p.Live() {
-				return fmt.Errorf("workspace %q is in use by pod %s (cal vm stop %s)", name, p.ID, p.ID)
-			}
-		}
-	}
-	return idmap.RemoveAll(ctx, dir)
+	return c.DeleteWorkspace(ctx, name)
 }
 
 // ErrNoNode says that no node runs.

@@ -16,6 +16,7 @@ import (
 	"cal/approval"
 	"cal/audit"
 	"cal/internal/timeline"
+	"cal/nucleus"
 	"cal/workspace"
 )
 
@@ -31,7 +32,7 @@ func auditProveCommand() *cobra.Command {
 		Example: "  cal audit prove 12 > 12.tlog-proof\n  cal audit prove --session last -o session.receipt", Args: args(cobra.MaximumNArgs(1)),
 		RunE: func(_ *cobra.Command, given []string) error {
 			if (len(given) == 1) == (session != "") {
-				return usageError{errors.New("want the number of an entry or --session (cal audit log --kind session.start lists them)")}
+				return usageError{errors.New("want the number of an entry or --session (cal audit log --kind pod.create lists them)")}
 			}
 			dir, key, err := log.both()
 			if err != nil {
@@ -70,6 +71,9 @@ func auditProveCommand() *cobra.Command {
 			if err == nil && len(v.Others) == 0 {
 				fmt.Fprintln(os.Stderr, "cal: the checkpoint has no cosignature yet: where an authority or another witness cosigns the log, a receipt made a minute later has")
 			}
+			if err == nil {
+				err = tellBelow(dir, v)
+			}
 			return errors.Join(err, writeOut(output, raw))
 		},
 	}
@@ -81,6 +85,31 @@ func auditProveCommand() *cobra.Command {
 	f.StringVarP(&output, "output", "o", "", "write it there (default: standard output)")
 	f.BoolVar(&text, "text", false, "leave the entries of a receipt unpacked, to be read")
 	return cmd
+}
+
+// tellBelow names the sessions of pods below those of a receipt, which it does not show.
+func tellBelow(dir string, v *audit.Receipt) error {
+	pods := map[string]bool{}
+	for _, raw := range v.Entries {
+		if e, err := audit.ParseEntry(raw); err == nil && e.Pod != "" {
+			pods[e.Pod] = true
+		}
+	}
+	var below []string
+	for raw, err := range audit.Find(dir, v.First, audit.Filter{Kind: nucleus.KindPodCreate}) {
+		if err != nil {
+			return err
+		}
+		var e nucleus.Entry
+		var data struct{ Sub struct{ Parent string } }
+		if json.Unmarshal(raw, &e) == nil && json.Unmarshal(e.Data, &data) == nil && pods[data.Sub.Parent] {
+			below = append(below, e.Session)
+		}
+	}
+	if len(below) > 0 {
+		fmt.Fprintf(os.Stderr, "cal: pods below this session's have sessions and receipts of their own: %s\n", approval.Visible(strings.Join(below, " ")))
+	}
+	return nil
 }
 
 func writeOut(file string, raw []byte) error {

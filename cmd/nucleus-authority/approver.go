@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -22,15 +23,25 @@ func (c *command) approver() *cobra.Command {
 
 func (c *command) addApprover() *cobra.Command {
 	var by string
+	var passkey bool
+	var port int
 	cmd := &cobra.Command{
 		Use: "add NAME", Short: "Make the key of one more approver, on the word of one who is there", Args: args(cobra.ExactArgs(1)),
 		Long: "Make the key of one more approver, sealed with a passphrase of its own. One who can approve now types the own passphrase\nfirst. " +
-			"The new key can grant for machines that start from now on; a machine knows only those who were there when it started.",
-		Example: "  nucleus-authority approver add bob\n  nucleus-authority approver add carol --by ann",
+			"The new key can grant for machines that start from now on; a machine knows only those who were there when it started.\n\n" +
+			"With --passkey the key is made and kept by an authenticator (WebAuthn) that verifies its owner each time: a browser of this host\n" +
+			"makes it on the authority's own page, and approves there. Compare the fingerprint that page and terminal show before the\n" +
+			"passphrase is typed.",
+		Example: "  nucleus-authority approver add bob\n  nucleus-authority approver add carol --by ann\n  nucleus-authority approver add ann-touch --passkey",
 	}
+	cmd.Flags().BoolVar(&passkey, "passkey", false, "with a passkey, made in a browser")
+	cmd.Flags().IntVar(&port, "port", 0, fmt.Sprintf("of the page on localhost (default: that of the passkeys there are, or %d)", client.DefaultPort))
 	cmd.Flags().StringVar(&by, "by", "", "who vouches (default: the only approver there is)")
 	cmd.RunE = func(cmd *cobra.Command, names []string) error {
 		ctx := cmd.Context()
+		if port != 0 && !passkey {
+			return usageError{errors.New("--port is of the page of a passkey: add --passkey")}
+		}
 		if err := authority.CheckSocketDir(c.socket); err != nil {
 			return err
 		}
@@ -44,6 +55,10 @@ func (c *command) addApprover() *cobra.Command {
 			return err
 		}
 		return atTerminal(ctx, func(p *authority.Prompt) error {
+			if passkey {
+				_, err := p.AddPasskey(ctx, api, voucher, client.NewPasskey{Name: names[0], Port: port})
+				return err
+			}
 			_, err := p.AddApprover(ctx, api, voucher, names[0])
 			return err
 		})
@@ -70,6 +85,9 @@ func (c *command) listApprovers() *cobra.Command {
 		}
 		for _, a := range list {
 			line := fmt.Sprintf("%s  %s  %x", a.Name, a.Kind, a.Key)
+			if a.Origin != "" {
+				line += "  " + a.Origin
+			}
 			if a.AddedBy != "" {
 				line += "  added by " + a.AddedBy
 			}

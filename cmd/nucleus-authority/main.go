@@ -86,7 +86,7 @@ func root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.dir, "dir", filepath.Join(home, "authority"), "directory of key and database")
 	root.PersistentFlags().StringVar(&c.socket, "socket", filepath.Join(home, "run", "authority.sock"), "unix socket of the daemon")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(c.init(), c.serve(), c.approve(), c.grant(), c.deny(), c.list(), c.show(), c.grants(), c.revoke(), c.approver(), c.desktop(), c.witness())
+	root.AddCommand(c.init(), c.serve(), c.approve(), c.grant(), c.deny(), c.list(), c.show(), c.grants(), c.revoke(), c.approver(), c.page(), c.desktop(), c.witness())
 	return root
 }
 
@@ -253,6 +253,9 @@ func (c *command) granting(cmd *cobra.Command, run func(context.Context, granter
 		identity, err := authority.ReadIdentity(c.dir, approver)
 		if err != nil {
 			return err
+		}
+		if identity.Kind == nucleus.ApproverPasskey {
+			return fmt.Errorf("%s has a passkey, which grants in a browser: nucleus-authority page", identity.Approver)
 		}
 		api := client.New(c.socket)
 		defer api.Close()

@@ -319,3 +319,43 @@ func TestAllDieAfterAWrite(t *testing.T) {
 		}
 	}
 }
+
+// TestCalDiesUnderAgent kills cal while its agent works: the agent goes on to its end, which
+// stands in the log though nobody was at a terminal, and the receipt of it all is whole.
+func TestCalDiesUnderAgent(t *testing.T) {
+	e := testenv.New(t)
+	repo := e.Repo("greeter", greeter())
+	work := &steps{n: 3, hold: make(chan struct{})}
+	url, stop, err := script.Anthropic(work.turn).Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	e.Vars["ANTHROPIC_BASE_URL"], e.Vars["ANTHROPIC_API_KEY"] = url, "key-"+random()
+	ownAgent(e, "steady", e.Build("./internal/e2e/steady"))
+	run := e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--agent", "steady", "--prompt", "work"))
+	testenv.Eventually(t, 60*time.Second, "the agent works", func() bool { return work.done.Load() >= 1 })
+	run.Cmd.Process.Kill()
+	run.Wait()
+	close(work.hold)
+	ends := func() []nucleus.Entry {
+		return e.Entries(func(n nucleus.Entry) bool { return n.Kind == nucleus.KindSessionEnd })
+	}
+	testenv.Eventually(t, 60*time.Second, "the agent's end is recorded", func() bool { return len(ends()) > 0 })
+	var exit struct {
+		Start int64
+		Code  *int `json:"exit_code"`
+	}
+	starts := e.Entries(func(n nucleus.Entry) bool { return n.Kind == nucleus.KindSessionStart })
+	if err := json.Unmarshal(ends()[0].Data, &exit); err != nil || len(starts) != 1 || exit.Start != starts[0].Seq || exit.Code == nil || *exit.Code != 0 {
+		t.Errorf("the end is %s, %v; the starts %+v", ends()[0].Data, err, starts)
+	}
+	e.Cal("vm", "stop", starts[0].Pod).Want(t, 0)
+	receipt := filepath.Join(e.Dir, "receipt")
+	e.Cal("audit", "prove", "--session", starts[0].Session, "-o", receipt).Want(t, 0)
+	e.Cal("audit", "verify-receipt", receipt).Want(t, 0, "none is left out; the last one ends it")
+	if n := len(ends()); n != 1 {
+		t.Errorf("%d ends in the log", n)
+	}
+	e.Verify()
+}

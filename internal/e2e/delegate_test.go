@@ -115,6 +115,14 @@ func subAgentStory(t *testing.T, p provider) {
 	if len(creates) != 2 || !strings.Contains(string(creates[1].Data), `"parent":"`+creates[0].Pod+`"`) || !strings.Contains(string(creates[1].Data), `"root_session":"`+creates[0].Session+`"`) {
 		t.Errorf("pod.create entries: %+v", creates)
 	}
+	for i, pod := range creates {
+		receipt := filepath.Join(t.TempDir(), "receipt")
+		made := e.Cal("audit", "prove", "--session", pod.Session, "-o", receipt).Want(t, 0)
+		if tells := strings.Contains(made.Stderr, "have sessions and receipts of their own: "+creates[1].Session); tells != (i == 0) {
+			t.Errorf("the receipt of pod %d says of the pods below it: %v", i, made)
+		}
+		e.Cal("audit", "verify-receipt", receipt).Want(t, 0, "none is left out; the last one ends it")
+	}
 	if left := e.LeftOfMachines(); len(left) > 0 {
 		t.Errorf("left behind: %s", strings.Join(left, "\n"))
 	}

@@ -58,7 +58,7 @@ func TestWitnesses(t *testing.T) {
 	e.Write(filepath.Join(e.CAL, "config.yaml"), "log: {witness: []}\n")
 	e.Cal("run", "--", "true").Want(t, 1, "config.yaml", "line 1: field witness not found")
 	e.Write(filepath.Join(e.CAL, "config.yaml"), fmt.Sprintf("log:\n  witnesses:\n  - {url: %q, key: %q}\n", server.URL+"/w", w.PublicKey()))
-	e.Cal("run", "--", "sh", "-c", "echo it ran").Want(t, 1, "nothing was done", "a witness that is required has not cosigned the log", "unknown log")
+	e.Cal("run", "--", "sh", "-c", "echo it ran").Want(t, 1, "nothing was done", "a witness that is required has not cosigned it", "unknown log")
 	logKey := strings.TrimSpace(e.Cal("audit", "key").Want(t, 0).Stdout)
 	store.mu.Lock()
 	store.key = logKey

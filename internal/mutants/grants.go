@@ -14,7 +14,7 @@ var grantMutants = []mutant{
 	{"grants: all are used or none", "approval/spent/spent.go", "if added == 0 {", "if added == 0 && grant == grants[0] {", "TestUseTogether"},
 	{"grants: more than there are is not asked", "authority/authority.go", "ask.Approvals > there {", "false {", "TestQuorum"},
 	{"grants: no token before all have granted", "authority/store.go", "if status.State != client.Granted {", "if false {", "TestQuorum"},
-	{"grants: who asks cannot grant", "authority/authority.go", "if approver.PublicKey.Equal(requester) {", "if approver.PublicKey.Equal(requester) && false {", "TestRequesterCannotGrant"},
+	{"grants: who asks cannot grant", "authority/authority.go", "if bytes.Equal(approver.PublicKey, requester) {", "if bytes.Equal(approver.PublicKey, requester) && false {", "TestRequesterCannotGrant"},
 	{"grants: a use is counted", "authority/authority.go", "case row.uses >= most:", "case false:", "TestAskAndDecide"},
 	{"tasks: a use is counted by the authority", "authority/authority.go", "case row.uses >= most:", "case row.uses > most:", "TestTask"},
 	{"tasks: a use has its time", "authority/authority.go", "case now >= until:", "case false:", "TestTask"},

@@ -38,7 +38,7 @@ func run(ctx context.Context, only string) error {
 	}
 	defer os.RemoveAll(dir)
 	var chosen []mutant
-	for _, m := range slices.Concat(mutants, logMutants, grantMutants, queueMutants) {
+	for _, m := range slices.Concat(mutants, logMutants, grantMutants, queueMutants, passkeyMutants) {
 		if strings.Contains(m.law, only) {
 			chosen = append(chosen, m)
 		}

@@ -88,7 +88,12 @@ func (s *session) receipt(t testing.TB) *audit.Receipt {
 func (s *session) call(after, took time.Duration, a nucleus.Action, exposure []string, exit int) {
 	permit := fmt.Sprintf("r-%d", len(s.entries))
 	s.add(after, nucleus.Entry{Kind: nucleus.KindIntent, Actor: "b-1", Op: a.Op, Args: js(a), Verdict: nucleus.Allow, Rule: "operations." + string(a.Op), Permit: permit, Exposure: exposure, Digest: nucleus.SHA256([]byte(permit))})
-	payload, _ := nucleus.Canonical(nucleus.Outcome{Permit: permit, Pod: "p-1", Boot: "b-1", Status: nucleus.OutcomeDone, ExitCode: exit, Millis: took.Milliseconds()})
+	outcome := nucleus.Outcome{Permit: permit, Pod: "p-1", Boot: "b-1", Status: nucleus.OutcomeDone, ExitCode: exit, Millis: took.Milliseconds()}
+	if a.Op.OnHost() {
+		admitted, _ := nucleus.Canonical(nucleus.Outcome{Permit: permit, Pod: "p-1", Boot: "b-1", Status: nucleus.OutcomeAdmitted})
+		outcome.Admission = &nucleus.Signed{Payload: admitted, Sig: []byte("x")}
+	}
+	payload, _ := nucleus.Canonical(outcome)
 	s.add(took, nucleus.Entry{Kind: nucleus.KindOutcome, Actor: "b-1", Op: a.Op, Permit: permit, Status: nucleus.OutcomeDone, Outcome: &nucleus.Signed{Payload: payload, Sig: []byte("x")}})
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
 	"sync/atomic"
 	"time"
 
@@ -132,6 +133,11 @@ func (c *Client) DeletePod(ctx context.Context, id string) error {
 // ResumePod lets a machine go on that was paused for exceeding a watched limit.
 func (c *Client) ResumePod(ctx context.Context, id string) error {
 	return c.do(ctx, http.MethodPost, "/v1/pods/"+id+"/resume", id, nil, nil)
+}
+
+// DeleteWorkspace removes a named workspace that no machine uses, and all that is in it.
+func (c *Client) DeleteWorkspace(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodDelete, "/v1/workspaces/"+url.PathEscape(name), "", nil, nil)
 }
 
 // Stop ends the node; its machines wait a minute for the next one.
