@@ -251,7 +251,7 @@ func checkScreen(t *testing.T, text string, width int) {
 		if len(line) > width {
 			t.Fatalf("line of %d columns, want at most %d: %q", len(line), width, line)
 		}
-		own := line == "who asks" || line == "why you are asked" || strings.HasPrefix(line, "what will happen: ") || strings.HasPrefix(line, "detail ") || line == "what the requester signed" || line == "what a grant opens"
+		own := line == "who asks" || line == "why you are asked" || strings.HasPrefix(line, "what will happen: ") || strings.HasPrefix(line, "detail ") || line == "what the requester signed" || line == "what a grant opens" || line == "the policy of the new pod"
 		if !own && !strings.HasPrefix(line, "  ") {
 			t.Fatalf("line %q at the left edge is not the program's own", line)
 		}

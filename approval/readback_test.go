@@ -65,7 +65,7 @@ func sectionOf(t testing.TB, text, heading string) readBack {
 				block = append(block, unvisible(t, body))
 			}
 			value = strings.Join(block, "\n")
-		} else if strings.HasPrefix(value, `"`) && !slices.Contains([]string{"env", "header", "LOOK", "runs"}, label) {
+		} else if strings.HasPrefix(value, `"`) && !slices.Contains([]string{"env", "header", "LOOK", "runs", "policy"}, label) {
 			value = unquote(t, value)
 		}
 		r.fields = append(r.fields, drawnField{label, value})
@@ -201,10 +201,50 @@ func actionIn(t testing.TB, text string, op nucleus.Op) nucleus.Action {
 		a.Push = &nucleus.Push{Repo: r.one("repository"), Remote: r.one("remote"), Ref: r.one("ref"), Old: r.one("old"), New: r.one("new"), Drops: r.notes(dropsNote)}
 	case nucleus.CreatePR:
 		a.PR = &nucleus.PR{Repository: r.one("repository"), API: r.one("api"), Base: r.one("base"), Head: r.one("head"), HeadID: r.one("head id"), Title: r.one("title"), Body: r.one("body")}
+	case nucleus.SpawnAgent:
+		s := &nucleus.Sub{Do: nucleus.SubDo(r.one("do")), Pod: r.one("pod"), Task: r.one("task"), Agent: r.one("agent"), Driver: r.one("driver"), Tier: nucleus.Tier(r.one("tier")),
+			Mode: nucleus.Mode(r.one("mode")), Repo: r.one("repository"), Branch: r.one("branch"), Commit: r.one("commit"), Env: r.all("env"), Keep: r.notes("the pod stays when its agent has ended")}
+		var c nucleus.Resources
+		if _, err := fmt.Sscanf(r.one("resources"), "cpu %d, memory_mb %d, pids %d", &c.CPU, &c.MemoryMB, &c.Pids); err != nil {
+			t.Fatal(err)
+		}
+		s.Resources = &c
+		for i, name := range s.Env {
+			s.Env[i] = unquote(t, name)
+		}
+		policy := strings.Join(blockOf(t, text, "the policy of the new pod"), "\n")
+		canonical, err := nucleus.CanonicalJSON([]byte(policy))
+		if err != nil || r.one("policy") != "as above, \""+nucleus.SHA256(canonical)+"\"" {
+			t.Fatalf("policy %s, %v, its digest %s", policy, err, r.one("policy"))
+		}
+		s.Policy = canonical
+		a.Sub = s
 	case nucleus.GitCommit:
 		a.Commit = &nucleus.Commit{Repo: r.one("repository"), Message: r.one("message"), Paths: r.all("path"), Name: r.one("name"), Email: r.one("email")}
 	}
 	return a
+}
+
+// blockOf are the lines of a section that holds nothing but a text.
+func blockOf(t testing.TB, text, heading string) (lines []string) {
+	t.Helper()
+	_, rest, ok := strings.Cut("\n"+text, "\n"+heading+"\n")
+	if !ok {
+		t.Fatalf("no section %q", heading)
+	}
+	for _, line := range strings.Split(rest, "\n") {
+		if more, carried := strings.CutPrefix(line, "  : "); carried {
+			lines[len(lines)-1] += more
+		} else if body, ok := strings.CutPrefix(line, "  | "); ok {
+			lines = append(lines, body)
+		} else {
+			break
+		}
+	}
+	for i, line := range lines {
+		lines[i] = unvisible(t, line)
+	}
+	return lines
 }
 
 // withTexts is an ask of each kind, all of whose texts are a and b.
@@ -219,8 +259,18 @@ func withTexts(a, b string) map[string]nucleus.Action {
 		"push":    {Op: nucleus.GitPush, Args: args, Push: &nucleus.Push{Repo: a, Remote: b, Ref: a, Old: b, New: a, Drops: len(a)%2 == 0}},
 		"pr":      {Op: nucleus.CreatePR, Args: args, PR: &nucleus.PR{Repository: a, API: b, Base: a, Head: b, HeadID: a, Title: b, Body: a + "\n" + b}},
 		"job":     {Op: nucleus.RunBash, Args: args, Job: &nucleus.Job{ID: "j" + a, Stop: true}},
-		"commit":  {Op: nucleus.GitCommit, Args: args, Commit: &nucleus.Commit{Repo: a, Message: b, Paths: []string{a, b}, Name: a, Email: b}},
+		"sub": {Op: nucleus.SpawnAgent, Args: args, Sub: &nucleus.Sub{Do: nucleus.SubSpawn, Pod: "p" + a, Task: b, Agent: "g" + a, Policy: policyWith(a, b), Driver: "d" + b, Tier: "kernel", Mode: "mediated",
+			Resources: &nucleus.Resources{CPU: 2, MemoryMB: 512, Pids: 9}, Env: []string{a, b}, Repo: "r" + a, Branch: "b" + b, Commit: "c" + a, Keep: true}},
+		"commit": {Op: nucleus.GitCommit, Args: args, Commit: &nucleus.Commit{Repo: a, Message: b, Paths: []string{a, b}, Name: a, Email: b}},
 	}
+}
+
+func policyWith(a, b string) json.RawMessage {
+	raw, err := nucleus.Canonical(map[string]any{"name": a, "paths": map[string]any{"blocked": []string{b, a + b}}})
+	if err != nil {
+		panic(err)
+	}
+	return raw
 }
 
 // checkReadBack draws each kind of ask and reads the action back out of the text.
@@ -260,8 +310,8 @@ var hostileTexts = []string{
 // Text shown is bytes executed: what a person reads is what is signed, to the last byte.
 func TestTextIsBytes(t *testing.T) {
 	for i, a := range hostileTexts {
-		for j, b := range hostileTexts {
-			checkReadBack(t, a, b, 40+(17*i+5*j)%100)
+		for j := i; j < i+len(hostileTexts); j += 4 { // with itself, and with every fourth
+			checkReadBack(t, a, hostileTexts[j%len(hostileTexts)], 40+(17*i+5*j)%100)
 		}
 	}
 }

@@ -2,8 +2,6 @@ package authority
 
 import (
 	"errors"
-	"fmt"
-	"net"
 
 	"golang.org/x/sys/unix"
 )
@@ -15,26 +13,6 @@ func Harden() error {
 		unix.PtraceDenyAttach(),
 		unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}),
 	)
-}
-
-func peerUID(conn net.Conn) (int, error) {
-	c, ok := conn.(*net.UnixConn)
-	if !ok {
-		return 0, fmt.Errorf("peer of a %T", conn)
-	}
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Xucred
-	var credErr error
-	err = raw.Control(func(fd uintptr) {
-		cred, credErr = unix.GetsockoptXucred(int(fd), unix.SOL_LOCAL, unix.LOCAL_PEERCRED)
-	})
-	if err := errors.Join(err, credErr); err != nil {
-		return 0, err
-	}
-	return int(cred.Uid), nil
 }
 
 // dropTyped throws away what was typed before a question was asked.

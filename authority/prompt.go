@@ -82,6 +82,13 @@ func (p *Prompt) question(text string) (string, error) {
 	return "", fmt.Errorf("the answer is longer than %d bytes", maxLine)
 }
 
+// decision is a question about what has just been shown: what is typed before a person can
+// have seen it does not count.
+func (p *Prompt) decision(text string) (string, error) {
+	time.Sleep(grace)
+	return p.question(text)
+}
+
 func (p *Prompt) passphrase(text string) (string, error) {
 	if err := errors.Join(dropTyped(int(p.tty.Fd())), p.print("%s", text)); err != nil {
 		return "", err
@@ -231,7 +238,7 @@ func (p *Prompt) consentTask(op nucleus.Op, task nucleus.Task) error {
 	if err := p.print("\n%s\n", approval.DrawTask(op, task, approval.View{})); err != nil {
 		return err
 	}
-	answer, err := p.question("grant all of this? [y/N] ")
+	answer, err := p.decision("grant all of this? [y/N] ")
 	if err == nil && answer != "y" && answer != "Y" && answer != "yes" {
 		err = fmt.Errorf("%w: the ask stays open until it expires", ErrNotGranted)
 	}
@@ -266,7 +273,7 @@ func (p *Prompt) consent(ask nucleus.AskRequest, digest string, identity Identit
 		if screen.Cut {
 			text, keys = "parts are cut; v shows them whole. "+text, "[y/N/v]"
 		}
-		answer, err := p.question(text + " " + keys + " ")
+		answer, err := p.decision(text + " " + keys + " ")
 		if err != nil {
 			return err
 		}

@@ -17,6 +17,7 @@ import (
 
 	"cal/approval"
 	"cal/approval/client"
+	"cal/internal/peercred"
 	"cal/nucleus"
 )
 
@@ -136,7 +137,7 @@ type peerKey struct{}
 
 // withPeer notes who connected, as the kernel says.
 func withPeer(ctx context.Context, conn net.Conn) context.Context {
-	if uid, err := peerUID(conn); err == nil {
+	if uid, err := peercred.UID(conn); err == nil {
 		return context.WithValue(ctx, peerKey{}, uid)
 	}
 	return ctx // handled as nobody

@@ -103,7 +103,7 @@ func (l *lock) sign(permit nucleus.Permit) *nucleus.Signed {
 func (l *lock) ask(permit nucleus.Permit, action nucleus.Action) nucleus.AskRequest {
 	return nucleus.AskRequest{
 		ID: nucleus.NewID("a-"), Pod: permit.Pod, Workspace: "w", Session: permit.Session, Boot: permit.Boot, Requester: "agent",
-		Request: json.RawMessage(`{}`), Action: action, Digest: permit.Digest, Salt: permit.Salt, Policy: nucleus.SHA256([]byte("policy")),
+		Request: json.RawMessage(`{}`), Action: action, Digest: permit.Digest, Salt: permit.Salt, Policy: nucleus.SHA256(l.p.boot.Policy),
 		Rule: "operations.write_files", Why: "asks", Approvals: 1, Context: permit.Context, Tier: "kernel", Mode: "mediated",
 		Created: permit.Issued.UnixMilli - 1000, Expires: permit.Issued.UnixMilli + 60_000, Nonce: nucleus.NewID("n-"),
 	}
@@ -321,6 +321,14 @@ func TestGrant(t *testing.T) {
 		},
 		"another pod": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
 			a.Pod = "p-0"
+			p.Grants = []string{l.token(*a)}
+		},
+		"another session": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
+			a.Session = "s-0"
+			p.Grants = []string{l.token(*a)}
+		},
+		"another policy": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {
+			a.Policy = nucleus.SHA256(nil)
 			p.Grants = []string{l.token(*a)}
 		},
 		"another operation": func(p *nucleus.Permit, _ **nucleus.AskRequest, a *nucleus.AskRequest) {

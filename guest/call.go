@@ -233,8 +233,13 @@ func (p *Proxy) checkGrants(permit nucleus.Permit, action nucleus.Action, shown 
 	if ask.Approvals < need {
 		return refuse("%d approvals are needed, the ask was for %d", need, ask.Approvals)
 	}
-	if ask.Boot != p.boot.Boot || ask.Pod != p.boot.Pod || ask.Action.Op != permit.Op {
-		return refuse("the approval is for something else")
+	for _, f := range []struct{ name, asked, here string }{
+		{"pod", ask.Pod, p.boot.Pod}, {"boot", ask.Boot, p.boot.Boot}, {"session", ask.Session, permit.Session}, {"operation", string(ask.Action.Op), string(permit.Op)},
+		{"policy", ask.Policy, nucleus.SHA256(p.boot.Policy)},
+	} {
+		if f.asked != f.here {
+			return refuse("the approval is for %s %q, here it is %q", f.name, f.asked, f.here)
+		}
 	}
 	together := strings.Join(permit.Grants, "\n")
 	if open, ok := p.served.passages[together]; ok && open.approvals >= need {

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"encoding/json"
@@ -202,6 +203,8 @@ func (n *Node) approve(ctx context.Context, p *Pod, r request, pre prepared, nee
 // somebody could.
 func (n *Node) unapprovable(p *Pod, d nucleus.Decision) string {
 	switch {
+	case n.spentErr != nil:
+		return fmt.Sprintf("which grants were used before cannot be known: %v (when it is moved away, cal node restart begins a new file; the authority counts too, so no grant is good twice)", n.spentErr)
 	case n.asks == nil || len(p.approvers) == 0:
 		return "nobody could approve when this machine started (cal approve init makes the key)"
 	case d.Approvals > len(p.approvers):
@@ -448,6 +451,10 @@ func (s *rootSession) shown() []nucleus.Evidence {
 }
 
 func authorityFailure(err error) error {
+	var refused *nucleus.Error
+	if errors.As(err, &refused) && refused.Kind != nucleus.KindUnavailable {
+		return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority refuses to be asked: %s", refused.Message)
+	}
 	return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority cannot be reached: %v (start it with: nucleus-authority serve)", err)
 }
 
@@ -610,23 +617,28 @@ func (n *Node) reportOutcome(ask, permit, status string) {
 	}
 }
 
-// approversNow asks the authority who can approve; without an authority there is nobody and
-// nothing can be approved. Who has the operator's key does not count: it asks.
-func (n *Node) approversNow(ctx context.Context) []nucleus.Approver {
+// approversNow asks the authority who can approve for a pod; without an authority there is nobody
+// and nothing can be approved. It is an error only where the pod, or this node, requires who. Who has
+// the operator's key does not count: it asks.
+func (n *Node) approversNow(ctx context.Context, spec nucleus.PodSpec) ([]nucleus.Approver, error) {
+	require := cmp.Or(spec.Approvals, n.config.RequireApprovals)
 	if n.asks == nil {
-		return nil
-	}
-	operator, err := keyfile.Load(n.operatorKeyFile())
-	if err != nil {
-		return nil
+		if require != "" {
+			return nil, nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and this node has no authority (nucleus-node --authority)")
+		}
+		return nil, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	info, err := n.asks.Info(ctx)
-	if err != nil {
-		return nil
+	approvers, err := n.asks.Approvers(ctx, require)
+	operator, keyErr := keyfile.Load(n.operatorKeyFile())
+	switch err = errors.Join(err, keyErr); {
+	case err == nil:
+		return approval.Different(approvers, operator.Public().(ed25519.PublicKey)), nil
+	case require != "":
+		return nil, err
 	}
-	return approval.Different(info.Approvers, operator.Public().(ed25519.PublicKey))
+	return nil, nil
 }
 
 // registerRequesters tells the authority which keys may ask for this pod. When it

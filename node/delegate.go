@@ -357,7 +357,7 @@ func (n *Node) askedBy(p *Pod) []*Pod {
 func (n *Node) derive(ctx context.Context, p *Pod, args tools.NewPod, agent bool) (*newSub, error) {
 	from := p.record.Spec
 	spec := nucleus.PodSpec{
-		Driver: p.record.Driver, Require: from.Require, Mode: from.Mode, Image: from.Image, Resources: from.Resources, Watched: from.Watched,
+		Driver: p.record.Driver, Require: from.Require, Approvals: from.Approvals, Mode: from.Mode, Image: from.Image, Resources: from.Resources, Watched: from.Watched,
 		Env: from.Env, Identity: from.Identity,
 	}
 	if agent {

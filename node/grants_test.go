@@ -1,8 +1,10 @@
 package node
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -464,4 +466,46 @@ func TestKillAtEachStep(t *testing.T) {
 			t.Errorf("killed when %s: %d effects after the next grant", c.step, effects)
 		}
 	}
+}
+
+// Where the node cannot know which grants were used, nobody is asked, and the rest goes on.
+func TestSpentCannotBeRead(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	p := h.pod(specOf("w", json.RawMessage(filesAsk)), map[string]string{"b": "text"})
+	if err := h.node.Close(); err != nil {
+		t.Fatal(err)
+	}
+	file := h.node.spentFile()
+	h.node = nil
+	for _, name := range []string{file + "-wal", file + "-shm"} {
+		os.Remove(name)
+	}
+	if err := os.WriteFile(file, bytes.Repeat([]byte("not a database. "), 512), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	p, err := h.node.pod(p.record.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval, file, "moved away")
+	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "b"}).want(t, "")
+	if n := len(h.authority.asked()); n != 0 || written(p, "a") {
+		t.Errorf("%d asks", n)
+	}
+	if err := h.node.Close(); err != nil {
+		t.Fatal(err)
+	}
+	h.node = nil
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	if p, err = h.node.pod(p.record.ID); err != nil {
+		t.Fatal(err)
+	}
+	ask := h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval).Ask
+	h.authority.grant(ask, nil)
+	h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, "")
 }

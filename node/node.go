@@ -53,6 +53,8 @@ type Config struct {
 	Now       func() time.Time // nil: the system's clock
 
 	Monotonic func() time.Duration // on this host, for all its processes; nil: the system's clock
+
+	RequireApprovals string // approvals.RequireOtherUser: no pod starts where that is not so; "": any
 }
 
 // Node is the control plane of one person. Make it with Open.
@@ -66,6 +68,7 @@ type Node struct {
 	witness  *witnesses
 	gateway  *egress.Gateway
 	spent    *spent.Store
+	spentErr error // why there is none
 	asks     *approvals.Client
 	watch    watch
 	leftPods []string  // of an earlier node
@@ -165,8 +168,8 @@ func (n *Node) open(ctx context.Context) error {
 	if n.salts, err = audit.OpenSalts(filepath.Join(n.dirs.Keys(), "salts")); err != nil {
 		return err
 	}
-	if n.spent, err = spent.Open(filepath.Join(n.dirs.Run(), "spent.db")); err != nil {
-		return err
+	if n.spent, n.spentErr = spent.Open(n.spentFile()); n.spentErr != nil { // what needs no approval goes on
+		slog.Error("nothing can be approved", "error", n.spentErr)
 	}
 	if n.config.Authority != "" {
 		n.asks = approvals.New(n.config.Authority)
@@ -215,6 +218,8 @@ func (n *Node) admitsSince(first bool) time.Time {
 }
 
 func (n *Node) lastFile() string { return filepath.Join(n.dirs.Run(), "admitted.json") }
+
+func (n *Node) spentFile() string { return filepath.Join(n.dirs.Run(), "spent.db") }
 
 // OperatorKey is the key id of the person's own requests.
 const OperatorKey = "operator"
@@ -340,7 +345,14 @@ func listenPrivate(path string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	old := unix.Umask(0o177)
-	defer unix.Umask(old)
-	return net.Listen("unix", path)
+	// Not by umask, which is the whole process's: what the log makes meanwhile would be shut to the
+	// node itself. Until the mode is set the directory, which is private, keeps others out.
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
 }

@@ -243,6 +243,9 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	if err != nil {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "policy: %v", err)
 	}
+	if _, err := n.approversNow(ctx, spec); err != nil { // and again at the boot
+		return nil, err
+	}
 	driver, err := n.chooseDriver(ctx, spec)
 	if err != nil {
 		return nil, err
@@ -561,7 +564,9 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	p.approvers = p.node.approversNow(ctx)
+	if p.approvers, err = p.node.approversNow(ctx, spec); err != nil {
+		return reply, err
+	}
 	stream, err := session.Open(ctx, guest.StreamBoot, nil)
 	if err != nil {
 		return reply, err

@@ -50,10 +50,11 @@ const (
 // PodSpec is a request for a pod. Unknown fields are errors; zero values are
 // the safest meaning.
 type PodSpec struct {
-	Ref       string            `json:"ref,omitempty"`       // the caller's own name for the pod, by which it can be ended also where the answer was cut off
-	Workspace string            `json:"workspace,omitempty"` // name of a persistent workspace; empty: one that ends with the pod
-	Driver    string            `json:"driver,omitempty"`    // empty: the strongest whose probe succeeds
-	Require   Tier              `json:"require,omitempty"`   // fail closed below this
+	Ref       string            `json:"ref,omitempty"`               // the caller's own name for the pod, by which it can be ended also where the answer was cut off
+	Workspace string            `json:"workspace,omitempty"`         // name of a persistent workspace; empty: one that ends with the pod
+	Driver    string            `json:"driver,omitempty"`            // empty: the strongest whose probe succeeds
+	Require   Tier              `json:"require,omitempty"`           // fail closed below this
+	Approvals string            `json:"require_approvals,omitempty"` // "other-user": fail closed where the approvers are not another user of the host
 	Mode      Mode              `json:"mode"`
 	Policy    json.RawMessage   `json:"policy"` // a profile's name as a string, or a whole policy
 	Image     Image             `json:"image"`

@@ -13,6 +13,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	approvals "cal/approval/client"
 	"cal/audit"
 )
 
@@ -27,6 +28,8 @@ type Config struct {
 		Notify []string `yaml:"notify"`
 		// Desktop shows a desktop notification for a new ask; nil is true.
 		Desktop *bool `yaml:"desktop"`
+		// Require is "other-user", or empty: no pod starts where that is not so.
+		Require string `yaml:"require"`
 	} `yaml:"approvals"`
 }
 
@@ -57,6 +60,9 @@ func (h Home) Config() (Config, error) {
 		if len(argv) == 0 || argv[0] == "" || strings.Contains(argv[0], "/") && !filepath.IsAbs(argv[0]) {
 			return Config{}, fmt.Errorf("%s: approvals.notify is %q, want a program, by its name on PATH or its absolute path, and its arguments", name, argv)
 		}
+	}
+	if r := c.Approvals.Require; r != "" && r != approvals.RequireOtherUser {
+		return Config{}, fmt.Errorf("%s: approvals.require is %q, want %q", name, r, approvals.RequireOtherUser)
 	}
 	for i, w := range c.Log.Witnesses {
 		u, err := url.Parse(w.URL)

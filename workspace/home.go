@@ -80,7 +80,11 @@ func Program(name string) (string, error) {
 // A node of another version is an error that says how to replace it.
 func (h Home) Node(ctx context.Context) (*client.Client, error) {
 	if err := h.startAuthority(ctx); err != nil {
-		return nil, err
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		// What needs no approval goes on.
+		fmt.Fprintln(os.Stderr, "cal: nobody can approve:", err)
 	}
 	c, err := h.runningNode(ctx)
 	if err == nil {
@@ -98,10 +102,13 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 		return nil, err
 	}
 	args := []string{"--home", h.Dir, "--authority", h.AuthoritySocket()}
+	if config.Approvals.Require != "" {
+		args = append(args, "--require-approvals", config.Approvals.Require)
+	}
 	for _, w := range config.Log.Witnesses {
 		args = append(args, "--witness", w.URL+" "+w.Key)
 	}
-	if err := startDaemon(program, filepath.Join(h.Dir, "run", "node.log"), args...); err != nil {
+	if _, err := startDaemon(program, filepath.Join(h.Dir, "run", "node.log"), args...); err != nil {
 		return nil, err
 	}
 	return h.awaitNode(ctx)
@@ -268,7 +275,9 @@ func (h Home) startAuthority(ctx context.Context) error {
 	for _, arg := range config.Approvals.Notify {
 		args = append(args, "--notify="+arg)
 	}
-	if err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), args...); err != nil {
+	var lost <-chan time.Time
+	ended, err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), args...)
+	if err != nil {
 		return err
 	}
 	waiting, cancel := context.WithTimeout(ctx, startDeadline)
@@ -281,6 +290,10 @@ func (h Home) startAuthority(ctx context.Context) error {
 		}
 		select {
 		case <-tick.C:
+		case <-ended: // or another cal has started one at the same time, which will answer
+			ended, lost = nil, time.After(2*time.Second)
+		case <-lost:
+			return fmt.Errorf("the authority ended at once; its log ends with:\n%s", tail(filepath.Join(h.Dir, "run", "authority.log")))
 		case <-waiting.Done():
 		}
 	}
@@ -332,11 +345,12 @@ func (h Home) HasAuthority() bool {
 	return len(keys) > 0 || err == nil
 }
 
-// startDaemon starts a program that outlives this one, in a session of its own.
-func startDaemon(program, logFile string, args ...string) error {
+// startDaemon starts a program that outlives this one, in a session of its own. The channel is
+// closed should it end first.
+func startDaemon(program, logFile string, args ...string) (ended <-chan struct{}, err error) {
 	out, err := os.OpenFile(logFile, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer out.Close()
 	cmd := exec.Command(program, args...)
@@ -344,9 +358,14 @@ func startDaemon(program, logFile string, args ...string) error {
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
-		return err
+		return nil, err
 	}
-	return cmd.Process.Release()
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		_ = cmd.Wait()
+	}()
+	return gone, nil
 }
 
 func tail(path string) string {

@@ -29,6 +29,7 @@ type RunOptions struct {
 	Workspace, Branch   string
 	Policy, Mode        string
 	Driver, Require     string
+	Approvals           string // required: "other-user", or empty
 	EnvFile, Root       string
 	Trust, NoTTY        bool
 	CPU, MemoryMB, Pids int
@@ -66,7 +67,7 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 	if o.Mode != "" {
 		p.Spec.Mode = nucleus.Mode(o.Mode)
 	}
-	p.Spec.Driver, p.Spec.Require = o.Driver, nucleus.Tier(o.Require)
+	p.Spec.Driver, p.Spec.Require, p.Spec.Approvals = o.Driver, nucleus.Tier(o.Require), o.Approvals
 	p.Spec.Resources = nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB, Pids: o.Pids}
 	p.Spec.Watched = o.AllowWatched
 	var err error

@@ -15,10 +15,12 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strconv"
 	"time"
 
 	"cal/approval"
+	"cal/internal/peercred"
 	"cal/nucleus"
 )
 
@@ -306,6 +308,39 @@ func (c *Client) Withdraw(ctx context.Context, pod string, w Withdrawal) (gone [
 // Report says what came of a use.
 func (c *Client) Report(ctx context.Context, ask string, o Outcome) error {
 	return c.call(ctx, http.MethodPost, askPath(ask)+"/outcomes", o, nil)
+}
+
+// RequireOtherUser is the requirement that approvals come from another user of the host.
+const RequireOtherUser = "other-user"
+
+// Approvers says who can approve, if that satisfies a requirement: "" or RequireOtherUser. For the
+// latter the authority says that it is another user's, and so does the kernel; for root nobody is,
+// because root can be any user.
+func (c *Client) Approvers(ctx context.Context, require string) ([]nucleus.Approver, error) {
+	if require != "" && require != RequireOtherUser {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "required approvals %q: want %q", require, RequireOtherUser)
+	}
+	info, err := c.Info(ctx)
+	if err != nil || require == "" {
+		return info.Approvers, err
+	}
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "unix", c.socket)
+	if err != nil {
+		return nil, nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, err)
+	}
+	uid, err := peercred.UID(conn)
+	if err := errors.Join(err, conn.Close()); err != nil {
+		return nil, nucleus.Errorf(nucleus.KindUnavailable, "whose authority answers at %s: %v", c.socket, err)
+	}
+	own := os.Geteuid()
+	switch {
+	case own == 0:
+		return nil, nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and this node is root's, who can be any user: start it as an ordinary one")
+	case uid == own || info.Approvals != OtherUser:
+		return nil, nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and the authority at %s is uid %d's like this node (how to run it as another user: doc/approvals.md)", c.socket, uid)
+	}
+	return info.Approvers, nil
 }
 
 // AddApprover makes the key of one more approver.

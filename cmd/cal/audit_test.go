@@ -4,16 +4,22 @@ import (
 	"bufio"
 	"bytes"
 	"crypto/ed25519"
+	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/mod/sumdb/tlog"
 
 	"cal/audit"
 	"cal/internal/keyfile"
@@ -581,4 +587,74 @@ func TestAuditVerifySaysWhatIsNotCompared(t *testing.T) {
 	writeLog(t, filepath.Join(home, "log"), filepath.Join(home, "keys", "log.key"), nucleus.LogOrigin, make7()[:2]...)
 	lacks([]string{"a checkpoint kept elsewhere: the authority", "the authority's log: there is none"})
 	want(t, dir, 1, "truncated", "audit", "verify", "--checkpoint", kept)
+}
+
+// newerLog is a log that a newer program wrote, whose holder means no good either: an
+// operation, a decision and a kind that this one does not know, and a refusal whose text
+// speaks to the terminal.
+func newerLog(t *testing.T, dir, keyFile string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(keyFile), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	key, err := keyfile.LoadOrMake(keyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const evil = `\u001b]0;PWNED\u0007`
+	raw := []string{
+		`{"args":{"creases":1,"op":"fold_paper"},"decision":"perhaps","kind":"request.intent","op":"fold_paper` + evil + `","permit":"r-1","pod":"p-1","seq":0,"session":"s-1","status":"pondered","time":"2040-01-02T03:04:05Z"}`,
+		`{"kind":"request.consider","pod":"p-1","seq":1,"session":"s-1","time":"` + evil + `"}`,
+		`{"args":{"connect":{"host":"h` + evil + `","port":443},"op":"net_connect"},"decision":"perhaps` + evil + `","kind":"request.intent","op":"net_connect","pod":"p-1","seq":2,"session":"s-1","time":"2040-01-02T03:04:05Z"}`,
+	}
+	var bundle, hashes []byte
+	var leaves []tlog.Hash
+	for i, text := range raw {
+		canonical, err := nucleus.CanonicalJSON([]byte(text))
+		if err != nil {
+			t.Fatal(i, err)
+		}
+		h := tlog.RecordHash(canonical)
+		leaves, hashes = append(leaves, h), append(hashes, h[:]...)
+		bundle = append(binary.BigEndian.AppendUint16(bundle, uint16(len(canonical))), canonical...)
+	}
+	text := fmt.Sprintf("%s\n3\n%s\n", nucleus.LogOrigin, tlog.NodeHash(tlog.NodeHash(leaves[0], leaves[1]), leaves[2]))
+	vkey := audit.VerifierKey(nucleus.LogOrigin, key.Public().(ed25519.PublicKey))
+	id, err := strconv.ParseUint(strings.Split(vkey, "+")[1], 16, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signature := append(binary.BigEndian.AppendUint32(nil, uint32(id)), ed25519.Sign(key, []byte(text))...)
+	for name, content := range map[string]string{
+		"checkpoint": fmt.Sprintf("%s\n\u2014 %s %s\n", text, nucleus.LogOrigin, base64.StdEncoding.EncodeToString(signature)), "tile/0/000.p/3": string(hashes), "tile/entries/000.p/3": string(bundle),
+	} {
+		file := filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o700), os.WriteFile(file, []byte(content), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestAuditOfANewerLog(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	newerLog(t, filepath.Join(dir, "home", "log"), filepath.Join(dir, "home", "keys", "log.key"))
+	receipt := filepath.Join(dir, "s.receipt")
+	for _, c := range []struct{ given, says string }{
+		{"audit verify", "3 entries, all as they were written"},
+		{"audit log", `request.intent    fold_paper\u{1b}]0;PWNED\u{7}  perhaps`},
+		{"audit log --kind request.consider", "request.consider"},
+		{"audit show 0", `operation  fold_paper\u{1b}]0;PWNED\u{7}`},
+		{"audit prove --session s-1 -o " + receipt, ""},
+		{"audit verify-receipt --entries " + receipt, "the intent in entry 0 has no outcome"},
+		{"audit timeline --session s-1 --html x.html", "time"}, // of which one is none
+		{"policy simulate --policy read-only", "1 request cannot be judged"},
+		{"policy simulate --policy read-only", `perhaps\u{1b}]0;PWNED\u{7}`},
+	} {
+		out, errs, code := cal(t, dir, "", strings.Fields(c.given)...)
+		if want := map[bool]int{true: 1}[strings.Contains(c.given, "timeline")]; code != want || !strings.Contains(out+errs, c.says) ||
+			strings.ContainsFunc(out+errs, func(r rune) bool { return r != '\n' && (r < ' ' || r > '~') }) {
+			t.Errorf("cal %s: exit code %d, want %d, and %q in\n%q", c.given, code, want, c.says, out+errs)
+		}
+	}
 }

@@ -158,6 +158,7 @@ func policySimulate() *cobra.Command {
 			return printReplay(result)
 		},
 	}
+	cmd.RunE = reader(cmd.RunE)
 	cmd.Flags().StringVar(&name, "policy", "", "profile, or file")
 	cmd.Flags().StringVar(&dir, "log", "", "directory of the log (default: this host's)")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
@@ -174,7 +175,7 @@ func printReplay(r trial.Replay) error {
 		return nil
 	}
 	return printList(all, false, "SEQ\tOPERATION\tRECORDED\tNOW\tRULE\tBECAUSE", func(d trial.Replayed) string {
-		return strings.Join([]string{strconv.FormatInt(d.Seq, 10), string(d.Op), string(d.Recorded), string(d.Decision), d.Rule, d.Why}, "\t")
+		return strings.Join([]string{strconv.FormatInt(d.Seq, 10), audit.Printable(string(d.Op)), audit.Printable(string(d.Recorded)), string(d.Decision), audit.Printable(d.Rule), audit.Printable(d.Why)}, "\t")
 	})
 }
 

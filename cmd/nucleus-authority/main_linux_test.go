@@ -350,6 +350,8 @@ func TestApprove(t *testing.T) {
 
 	// What was typed before the question is no answer.
 	p = atPty(t, home, "y\n"+passphrase+"\n", "approve", "a-1")
+	p.expect("what will happen: run_bash")
+	p.send("y") // nor what comes with the screen
 	p.expect("grant this once? [y/N] ")
 	p.send("n")
 	if code, out := p.end(); code != exitNotGranted || strings.Contains(out, "passphrase of") {

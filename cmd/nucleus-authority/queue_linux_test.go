@@ -99,6 +99,7 @@ func submit(t *testing.T, api *client.Client, ask nucleus.AskRequest) {
 // The queue is live, shows what is signed, and decides for the passphrase alone; keys that
 // came before an ask could be read decide nothing.
 func TestQueueAtTerminal(t *testing.T) {
+	t.Parallel() // mostly waits
 	home, api := queueHome(t)
 	p := newPane(t, home, "TERM=screen NO_COLOR=", "approve", "--reason", "fine")
 	p.shows("approvals by ann", "no ask waits")
@@ -154,6 +155,7 @@ func TestQueueAtTerminal(t *testing.T) {
 
 // An ask that expires or is decided elsewhere while it is shown cannot be granted.
 func TestQueueOvertaken(t *testing.T) {
+	t.Parallel() // mostly waits
 	home, api := queueHome(t)
 	short := newAsk(t, "a-1", "true")
 	short.Expires = short.Created + 4000
@@ -187,6 +189,7 @@ func TestQueueOvertaken(t *testing.T) {
 // The screen follows the terminal's size, has no colours where they are not wanted, and gives
 // way to lines where the terminal knows no screen.
 func TestQueueTerminals(t *testing.T) {
+	t.Parallel() // mostly waits
 	home, api := queueHome(t)
 	submit(t, api, newAsk(t, "a-1", "make", "test"))
 	for env, want := range map[string]bool{"TERM=screen NO_COLOR=": true, "TERM=screen NO_COLOR=1": false} {
@@ -227,6 +230,7 @@ func TestQueueTerminals(t *testing.T) {
 
 // Whoever ends the program gets the terminal back as it was.
 func TestQueueEnded(t *testing.T) {
+	t.Parallel() // mostly waits
 	home, _ := queueHome(t)
 	p := newPane(t, home, "TERM=screen", "approve")
 	p.shows("no ask waits")

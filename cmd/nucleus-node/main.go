@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	approvals "cal/approval/client"
 	"cal/egress/prices"
 	"cal/machine"
 	"cal/machine/gvisor"
@@ -39,6 +40,7 @@ func run(args []string) error {
 	}
 	home := flags.String("home", "", "CAL_HOME, made if it does not exist (required)")
 	authority := flags.String("authority", "", "socket of nucleus-authority; without it nobody can approve")
+	require := flags.String("require-approvals", "", "start no pod unless approvals come from another user of the host: other-user")
 	proxy := flags.String("proxy", beside("nucleus-tool-proxy"), "the static nucleus-tool-proxy")
 	runsc := flags.String("runsc", beside("runsc"), "gVisor's runsc")
 	forge := flags.String("github-api", "", "base URL of GitHub's API, for GitHub Enterprise")
@@ -63,6 +65,9 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
+	if *require != "" && *require != approvals.RequireOtherUser {
+		return fmt.Errorf("--require-approvals %q: want %q", *require, approvals.RequireOtherUser)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	n, err := node.Open(ctx, node.Config{
@@ -75,6 +80,8 @@ func run(args []string) error {
 		Stop:      stop,
 		SpareLife: *spare,
 		Prices:    table,
+
+		RequireApprovals: *require,
 	})
 	if err != nil {
 		return err

@@ -164,6 +164,19 @@ func TestGrants(t *testing.T) {
 	e.Cal("audit", "verify").Want(t, 0)
 }
 
+// TestAuthorityThatCannotStart damages the authority's database: what needs an approval is refused,
+// with the reason, and the rest goes on.
+func TestAuthorityThatCannotStart(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	e.Write(filepath.Join(e.CAL, "authority", "authority.db"), strings.Repeat("not a database. ", 512))
+	e.Cal("run", "--", "echo", "works").Want(t, 0, "works", "nobody can approve: the authority ended at once", "authority.db")
+	s := newGrantStory(t, e, `{"operations":{"write_files":"ask","read_files":"always"}}`)
+	if e := s.write("a"); e == nil || e.Kind != nucleus.KindApproval || !strings.Contains(e.Message, "nobody could approve when this machine started") {
+		t.Errorf("got %+v", e)
+	}
+}
+
 func authorityPID(t *testing.T, e *testenv.Env) int {
 	t.Helper()
 	for _, p := range e.Processes() {

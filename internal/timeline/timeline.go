@@ -35,10 +35,16 @@ var pageJS string
 
 var pageTemplate = template.Must(template.New("page").Parse(pageHTML))
 
+// maxEntries bounds a page, which has 40 MB then, and 3 KB in memory for each.
+const maxEntries = 100_000
+
 // Write writes the page of a session. r is what VerifyReceipt returned.
 func Write(w io.Writer, r *audit.Receipt) error {
 	if r.Session == "" {
 		return fmt.Errorf("a proof of one entry is no session")
+	}
+	if n := len(r.Entries); n > maxEntries {
+		return fmt.Errorf("session %s has %d entries, a page shows at most %d (cal audit verify-receipt --entries lists them)", approval.Visible(r.Session), n, maxEntries)
 	}
 	p, err := newPage(r)
 	if err != nil {

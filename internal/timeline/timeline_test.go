@@ -510,6 +510,28 @@ func TestAllTextIsVisible(t *testing.T) {
 	}
 }
 
+// What a newer program wrote is shown as it is written.
+func TestNewerEntries(t *testing.T) {
+	r := short5().receipt(t)
+	raw := `{"args":{"op":"fold_paper\u202e"},"decision":"perhaps","kind":"request.consider","op":"fold\u001b_paper","seq":%d,"session":"s-1","status":"pondered","time":"2040-01-02T03:04:05Z"}`
+	r.Entries = append(r.Entries, json.RawMessage(fmt.Sprintf(raw, r.Last+1)), json.RawMessage(strings.Replace(fmt.Sprintf(raw, r.Last+2), "request.consider", nucleus.KindIntent, 1)))
+	page := string(write(t, r))
+	for _, want := range []string{`<td>fold\u{1b}_paper</td>`, `<b>perhaps</b> pondered`, "<td>request.consider</td>"} {
+		if !strings.Contains(page, want) {
+			t.Errorf("the page lacks %s", want)
+		}
+	}
+}
+
+func TestPageIsBounded(t *testing.T) {
+	r := short5().receipt(t)
+	r.Entries = make([]json.RawMessage, maxEntries+1)
+	var out bytes.Buffer
+	if err := Write(&out, r); err == nil || !strings.Contains(err.Error(), "has 100001 entries") || out.Len() > 0 {
+		t.Errorf("%d bytes, %v", out.Len(), err)
+	}
+}
+
 func BenchmarkPage(b *testing.B) {
 	r := long(2000).receipt(b)
 	for b.Loop() {
