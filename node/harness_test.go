@@ -813,7 +813,7 @@ func (m *inside) admit(c *callInside) error {
 func (m *inside) sign(permit nucleus.Permit, result guest.CallResult, status string) guest.CallResult {
 	outcome := nucleus.Outcome{Permit: permit.ID, Pod: m.boot.Pod, Boot: m.boot.Boot, Seq: permit.Seq, Status: status}
 	if len(result.Value) > 0 {
-		outcome.Result = nucleus.SHA256(result.Value)
+		outcome.Result = permit.ResultDigest(result.Value)
 	}
 	signed, err := nucleus.Sign(m.key, nucleus.DomainOutcome, outcome)
 	if err != nil {
