@@ -22,12 +22,12 @@ package authority
 import (
 	"bytes"
 	"crypto/ed25519"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -204,7 +204,8 @@ func (a *Authority) record(kind string, ask nucleus.AskRequest, digest string, d
 	return nil
 }
 
-// RegisterPod keeps the keys of a pod's requesters: the first word counts.
+// RegisterPod keeps the keys of a pod's requesters, and who counts there as an approver: the first
+// word counts.
 func (a *Authority) RegisterPod(pod client.Pod) error {
 	if err := approval.CheckName("pod", pod.Pod); err != nil {
 		return nucleus.Errorf(nucleus.KindInvalid, "%v", err)
@@ -220,18 +221,21 @@ func (a *Authority) RegisterPod(pod client.Pod) error {
 			return nucleus.Errorf(nucleus.KindInvalid, "pod %s: key %s has %d bytes, want the %d of an Ed25519 public key", pod.Pod, id, len(key), ed25519.PublicKeySize)
 		}
 	}
-	keys, err := nucleus.Canonical(pod.Keys)
+	if len(pod.Approvers) > maxApprovers {
+		return nucleus.Errorf(nucleus.KindInvalid, "pod %s: %d approvers, at most %d are allowed", pod.Pod, len(pod.Approvers), maxApprovers)
+	}
+	said, err := nucleus.Canonical(pod)
 	if err != nil {
 		return err
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	known, err := a.store.addPod(pod.Pod, string(keys))
+	known, err := a.store.addPod(pod.Pod, string(said))
 	if err != nil {
 		return unavailable(err)
 	}
-	if known != string(keys) {
-		return nucleus.Errorf(nucleus.KindConflict, "pod %s has other requester keys", pod.Pod)
+	if known != string(said) {
+		return nucleus.Errorf(nucleus.KindConflict, "pod %s has other requester keys or approvers", pod.Pod)
 	}
 	return nil
 }
@@ -294,7 +298,7 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 	if there := len(a.approvers()); ask.Approvals > there {
 		return nucleus.Errorf(nucleus.KindInvalid, "ask %s needs %d different approvers, there are %d (nucleus-authority approver add)", ask.ID, ask.Approvals, there)
 	}
-	key, err := a.requester(ask)
+	key, _, err := a.requester(ask)
 	if err != nil {
 		return err
 	}
@@ -324,23 +328,24 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 	return nil
 }
 
-// requester is the key that was registered for who asks.
-func (a *Authority) requester(ask nucleus.AskRequest) (ed25519.PublicKey, error) {
-	raw, err := a.store.podKeys(ask.Pod)
+// requester is the key that was registered for who asks, and who counts as an approver there;
+// none stands for all.
+func (a *Authority) requester(ask nucleus.AskRequest) (key ed25519.PublicKey, approvers []string, err error) {
+	raw, err := a.store.pod(ask.Pod)
 	if errors.Is(err, errUnknown) {
-		return nil, nucleus.Errorf(nucleus.KindUnauthenticated, "pod %s is not registered with the authority", ask.Pod)
+		return nil, nil, nucleus.Errorf(nucleus.KindUnauthenticated, "pod %s is not registered with the authority", ask.Pod)
 	} else if err != nil {
-		return nil, unavailable(err)
+		return nil, nil, unavailable(err)
 	}
-	var keys map[string]ed25519.PublicKey
-	if err := json.Unmarshal([]byte(raw), &keys); err != nil {
-		return nil, fmt.Errorf("keys of pod %s: %w", ask.Pod, err)
+	var pod client.Pod
+	if err := nucleus.Strict([]byte(raw), &pod); err != nil {
+		return nil, nil, fmt.Errorf("keys of pod %s: %w", ask.Pod, err)
 	}
-	key, ok := keys[ask.Requester]
+	key, ok := pod.Keys[ask.Requester]
 	if !ok {
-		return nil, nucleus.Errorf(nucleus.KindUnauthenticated, "pod %s has no requester %s", ask.Pod, ask.Requester)
+		return nil, nil, nucleus.Errorf(nucleus.KindUnauthenticated, "pod %s has no requester %s", ask.Pod, ask.Requester)
 	}
-	return key, nil
+	return key, pod.Approvers, nil
 }
 
 // Decide answers the ask id with a person's decision. A decision stands: there
@@ -457,9 +462,12 @@ func (a *Authority) undecided(id string, d client.Decision) (keyFile, askRow, nu
 		return fail(nucleus.Errorf(nucleus.KindConflict, "%s has granted ask %s; %d more of %d have to", approver.Approver, id, row.need-len(row.grants), row.need))
 	}
 	if d.Approve {
-		requester, err := a.requester(ask)
+		requester, counts, err := a.requester(ask)
 		if err != nil {
 			return fail(err)
+		}
+		if len(counts) > 0 && !slices.Contains(counts, approver.Approver) {
+			return fail(nucleus.Errorf(nucleus.KindConflict, "the machine of pod %s knows the approvers %s, not %s: it started before, or requires approvals of another kind", ask.Pod, strings.Join(counts, ", "), approver.Approver))
 		}
 		if d.Task != nil {
 			if err := approval.CheckTask(ask, *d.Task, a.millis()); err != nil {

@@ -2,6 +2,7 @@ package authority
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -232,6 +233,32 @@ func TestPasskeyGrant(t *testing.T) {
 	digest = b.submit(t, askAt(t, b.c, "a-3", nil)).AskDigest
 	_, err = v.grant(a, "a-3", digest, "touch")
 	wantKind(t, "after it was removed", err, nucleus.KindNotFound, "there is no approver")
+}
+
+// Whom the machine does not count grants nothing, so that the ask stays open for whom it counts.
+func TestWhoCounts(t *testing.T) {
+	b := newBench(t, nil)
+	v, a := b.withPasskey(t, "touch", freePort(t))
+	if err := b.client.RegisterPod(t.Context(), "p-2", map[string][]byte{"agent": requester.Public().(ed25519.PublicKey)}, "touch"); err != nil {
+		t.Fatal(err)
+	}
+	wantKind(t, "others later", b.client.RegisterPod(t.Context(), "p-2", map[string][]byte{"agent": requester.Public().(ed25519.PublicKey)}, "ann"), nucleus.KindConflict, "other")
+	ask := askAt(t, b.c, "a-1", func(q *nucleus.AskRequest) {
+		q.Pod = "p-2"
+		signed, err := nucleus.Sign(requester, domain, testRequest{Requested{"p-2", nucleus.GitPush, hexOf("args")}, "a-1"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if q.Request, err = nucleus.Canonical(signed); err != nil {
+			t.Fatal(err)
+		}
+	})
+	digest := b.submit(t, ask).AskDigest
+	_, err := b.grantBy(t, "a-1", digest, "ann")
+	wantKind(t, "a passphrase where a passkey counts", err, nucleus.KindConflict, "knows the approvers touch, not ann")
+	if status, err := v.grant(a, "a-1", digest, "touch"); err != nil || status.State != client.Granted {
+		t.Errorf("%+v, %v", status, err)
+	}
 }
 
 // An authenticator that never counts stays at 0.

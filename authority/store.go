@@ -25,7 +25,7 @@ var errUnknown = errors.New("unknown")
 const schema = `
 CREATE TABLE IF NOT EXISTS pods (
 	pod TEXT PRIMARY KEY,
-	keys TEXT NOT NULL
+	keys TEXT NOT NULL -- a client.Pod
 ) STRICT;
 CREATE TABLE IF NOT EXISTS asks (
 	id TEXT PRIMARY KEY,
@@ -165,20 +165,20 @@ func (s *store) Record(entry nucleus.Entry) error {
 	return err
 }
 
-// addPod keeps keys unless the pod has some, and returns those it has.
-func (s *store) addPod(pod, keys string) (string, error) {
-	if _, err := s.db.Exec("INSERT INTO pods VALUES (?, ?) ON CONFLICT DO NOTHING", pod, keys); err != nil {
+// addPod keeps what is said of a pod unless something is known, and returns what is.
+func (s *store) addPod(pod, said string) (string, error) {
+	if _, err := s.db.Exec("INSERT INTO pods VALUES (?, ?) ON CONFLICT DO NOTHING", pod, said); err != nil {
 		return "", err
 	}
-	return s.podKeys(pod)
+	return s.pod(pod)
 }
 
-func (s *store) podKeys(pod string) (keys string, err error) {
-	err = s.db.QueryRow("SELECT keys FROM pods WHERE pod = ?", pod).Scan(&keys)
+func (s *store) pod(pod string) (said string, err error) {
+	err = s.db.QueryRow("SELECT keys FROM pods WHERE pod = ?", pod).Scan(&said)
 	if errors.Is(err, sql.ErrNoRows) {
 		return "", errUnknown
 	}
-	return keys, err
+	return said, err
 }
 
 type askRow struct {

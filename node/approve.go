@@ -661,7 +661,11 @@ func (n *Node) registerRequesters(ctx context.Context, p *Pod) {
 	for _, above := range n.above(p) {
 		keys[above.record.Boot] = above.record.OutcomeKey
 	}
-	err = n.asks.RegisterPod(ctx, p.record.ID, keys)
+	var names []string
+	for _, a := range p.approvers {
+		names = append(names, a.Name)
+	}
+	err = n.asks.RegisterPod(ctx, p.record.ID, keys, names...)
 	if err != nil {
 		slog.Warn("the authority does not know who may ask for a pod; what needs an approval will be refused", "pod", p.record.ID, "error", err)
 	}

@@ -239,10 +239,12 @@ type Removed struct {
 	Revoked []string `json:"revoked"`
 }
 
-// Pod registers the keys that sign a pod's requests: key id -> key.
+// Pod registers the keys that sign a pod's requests, key id -> key, and the approvers whose grants
+// its machine knows, by name.
 type Pod struct {
-	Pod  string            `json:"pod"`
-	Keys map[string][]byte `json:"requester_keys"`
+	Pod       string            `json:"pod"`
+	Keys      map[string][]byte `json:"requester_keys"`
+	Approvers []string          `json:"approvers,omitempty"` // none: whoever can approve
 }
 
 // Log registers the key of a log that is to be witnessed, an audit.VerifierKey.
@@ -397,10 +399,10 @@ func (c *Client) RemoveApprover(ctx context.Context, name string) (gone Removed,
 	return gone, c.call(ctx, http.MethodDelete, "/v1/approvers/"+url.PathEscape(name), nil, &gone)
 }
 
-// RegisterPod makes the keys of a pod's requesters known, once: the same keys
+// RegisterPod makes the keys of a pod's requesters known, and its approvers, once: the same
 // again are accepted, others are a conflict.
-func (c *Client) RegisterPod(ctx context.Context, pod string, keys map[string][]byte) error {
-	return c.call(ctx, http.MethodPost, "/v1/pods", Pod{pod, keys}, nil)
+func (c *Client) RegisterPod(ctx context.Context, pod string, keys map[string][]byte, approvers ...string) error {
+	return c.call(ctx, http.MethodPost, "/v1/pods", Pod{pod, keys, approvers}, nil)
 }
 
 // Submit puts an ask before the authority; the same ask again is accepted.

@@ -103,6 +103,11 @@ func TestPasskey(t *testing.T) {
 		t.Errorf("without the passkey: %d %s", code, reply)
 	}
 	waits("without the passkey")
+	_, err = authority.Decide(e.Context(), ask, approvals.Decision{Approve: true, AskDigest: status.AskDigest, Passphrase: testenv.Passphrase})
+	if err == nil || !strings.Contains(err.Error(), "knows the approvers touch") {
+		t.Errorf("by the passphrase, where a passkey is required: %v", err)
+	}
+	waits("by passphrase")
 
 	tab.Go("about:blank")
 	tab.Go(page)

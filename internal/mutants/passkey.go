@@ -42,4 +42,5 @@ var passkeyMutants = []mutant{
 	{"page: JSON alone", "authority/page.go", `r.Method == http.MethodPost && r.Header.Get("Content-Type") != "application/json":`, "false:", "TestPageRefusesStrangers"},
 	{"page: on the loopback alone", "authority/page.go", `[]string{"127.0.0.1", "::1"}`, `[]string{"0.0.0.0", "::1"}`, "TestPageIsLocal"},
 	{"required approvals: passkeys alone", "node/approve.go", "n.asks.Approvers(ctx, spec.Approvals, n.config.RequireApprovals)", "n.asks.Approvers(ctx, n.config.RequireApprovals)", "TestRequireApprovals"},
+	{"approvers: whom the machine counts", "authority/authority.go", "if len(counts) > 0 && !slices.Contains(counts, approver.Approver) {", "if false {", "TestWhoCounts"},
 }
