@@ -8,8 +8,8 @@ import (
 	"os"
 	"os/signal"
 	"strings"
-	"unicode"
 	"syscall"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
