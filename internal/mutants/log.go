@@ -41,6 +41,7 @@ var logMutants = []mutant{
 	{"log: a bundle has so many entries", "audit/entry.go", "		if len(entries) == most {", "		if false {", "TestHollowEntries"},
 	{"log: problems are printable", "audit/verify.go", "return Printable(text + \": \" + p.Detail)", "return text + \": \" + p.Detail", "TestNothingSpeaksToTheTerminal"},
 	{"log: errors of what is read are printable", "cmd/cal/audit.go", "		if err != nil {\n			err = printableError{err}\n		}", "", "TestAuditHostileFiles"},
+	{"log: what a witness answers is printable", "audit/witness/client.go", "audit.Printable(said)", "said", "TestClient"},
 	{"log: a simulation is printable", "cmd/cal/policy_explain.go", "audit.Printable(string(d.Recorded))", "string(d.Recorded)", "TestAuditOfANewerLog"},
 	{"log: a listing is printable", "cmd/cal/audit_log.go", "approval.Visible(e.Kind), approval.Visible(string(e.Op)),", "approval.Visible(e.Kind), string(e.Op),", "TestAuditOfANewerLog"},
 	{"log: a signal ends who reads", "cmd/cal/audit.go", "sub.RunE = reader(sub.RunE)", "_ = reader(sub.RunE)", "TestAuditEndsOnSignal"},
