@@ -143,6 +143,21 @@ func BenchmarkPublish(b *testing.B) {
 	}
 }
 
+// BenchmarkShownData is what the data of an entry costs before it is appended.
+func BenchmarkShownData(b *testing.B) {
+	for kind, data := range map[string]string{
+		"model.call":      `{"api":"anthropic","done":true,"host":"api.example.org","id":"m-CQMGAV7EV7IW6BJKK4YWJ7WRPH","left":{"tokens":999000,"usd":4.5},"model":"a-model-4","status":200,"tokens":{"input":1200,"output":340},"took":1200345678,"usd":0.0123}`,
+		"request.outcome": `{"kind":"failed","message":"write src/main.go: the file has changed since it was read: read it again"}`,
+		"egress.open":     `{"address":"192.0.2.1:443","attempt":"eg-CQMGAV7EV7IW6BJKK4YWJ7WRPH","host":"registry.example.org","port":443,"via":"http"}`,
+	} {
+		b.Run(kind, func(b *testing.B) {
+			for b.Loop() {
+				shownData(kind, []byte(data))
+			}
+		})
+	}
+}
+
 func BenchmarkShown(b *testing.B) {
 	source, err := os.ReadFile("verify.go")
 	if err != nil {

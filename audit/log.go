@@ -192,7 +192,8 @@ func (l *Log) start() (err error) {
 }
 
 // Append writes one entry and returns it with its sequence number and time,
-// when it is on the disk and under a signed checkpoint. Args pass through Shown.
+// when it is on the disk and under a signed checkpoint. Args pass through Shown, and Data loses
+// its secrets as Args do.
 // An entry without a kind, with text that is not UTF-8, or too large is refused
 // and costs nothing; an entry that could not be written fails with ErrFailed,
 // and so does every later one until Reopen. Such an entry may still turn up in
@@ -216,6 +217,7 @@ func (l *Log) Begin(e nucleus.Entry) (*Pending, error) {
 	if len(e.Args) > 0 {
 		e.Args = Shown(e.Args)
 	}
+	e.Data = shownData(e.Kind, e.Data)
 	earlier := l.lastOf(e)
 	l.mu.Lock()
 	defer l.mu.Unlock()

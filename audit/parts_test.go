@@ -2,16 +2,20 @@ package audit
 
 import (
 	"bytes"
+	"crypto/rand"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
+	"cal/internal/redact"
 	"cal/nucleus"
 
 	"golang.org/x/mod/sumdb/tlog"
@@ -325,6 +329,18 @@ func TestSalts(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	digests := []string{nucleus.SHA256(nil), nucleus.SHA256([]byte("x"))}
+	if err := s.Put("r-left", a, digests...); err != nil {
+		t.Fatal(err)
+	}
+	if got, left, err := FindSalt(name, "r-left"); err != nil || got != a || !slices.Equal(left, digests) {
+		t.Errorf("got %x %v, %v", got, left, err)
+	}
+	for _, bad := range []string{"xyz", digests[0] + " ", digests[0] + "\nr-1 " + digests[1], digests[0][2:]} {
+		if err := s.Put("r-bad", a, digests[0], bad); err == nil {
+			t.Errorf("kept the digest %q", bad)
+		}
+	}
 	for _, bad := range []string{"", "a b", "a\nb"} {
 		if err := s.Put(bad, a); err == nil {
 			t.Errorf("took the id %q", bad)
@@ -332,13 +348,13 @@ func TestSalts(t *testing.T) {
 	}
 	want := func(id string, salt nucleus.Salt) {
 		t.Helper()
-		if got, err := FindSalt(name, id); err != nil || got != salt {
-			t.Errorf("%s: %x, %v", id, got, err)
+		if got, left, err := FindSalt(name, id); err != nil || got != salt || len(left) > 0 {
+			t.Errorf("%s: %x, %v, %v", id, got, left, err)
 		}
 	}
 	want("r-1", a) // while it is open
 	want("r-10", b)
-	if _, err := FindSalt(name, "r-2"); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "r-2") {
+	if _, _, err := FindSalt(name, "r-2"); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "r-2") {
 		t.Errorf("%v, want ErrNotExist that names the request", err)
 	}
 	if err := s.Close(); err != nil {
@@ -346,7 +362,7 @@ func TestSalts(t *testing.T) {
 	}
 	// A torn line spoils itself alone.
 	content, _ := os.ReadFile(name)
-	write(t, name, string(content)+"r-3 abcdef")
+	write(t, name, string(content)+"r-cut "+digests[0]+" "+digests[1][:20]+"\nr-3 abcdef")
 	if s, err = OpenSalts(name); err != nil {
 		t.Fatal(err)
 	}
@@ -358,8 +374,11 @@ func TestSalts(t *testing.T) {
 	}
 	want("r-1", a)
 	want("r-4", b)
-	if _, err := FindSalt(name, "r-3"); !errors.Is(err, fs.ErrNotExist) {
+	if _, _, err := FindSalt(name, "r-3"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the torn one: %v", err)
+	}
+	if _, _, err := FindSalt(name, "r-cut"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the one whose digests are cut: %v", err)
 	}
 	if info, err := os.Stat(name); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v, %v", info.Mode(), err)
@@ -394,5 +413,65 @@ func TestFilesArePrivate(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// What the kind of an entry adds is redacted too, for every kind, and what is signed or bound by a
+// digest stays as it is.
+func TestDataIsRedacted(t *testing.T) {
+	const token = "ghp_0123456789abcdefghijABCDEFGHIJ012345"
+	dir := filepath.Join(t.TempDir(), "log")
+	l := mustOpen(t, dir, testOptions())
+	entries := map[string]string{
+		nucleus.KindSessionStart:  `{"argv":["agent","-p","log in with ` + token + ` and PASSWORD=hunter2correct","--token","hunter2correct"],"tty":true}`,
+		nucleus.KindIntent:        `{"kind":"invalid","message":"no program ` + token + `"}`,
+		nucleus.KindOutcome:       `{"message":"open https://ada:hunter2correct@h/x: refused"}`,
+		nucleus.KindApprovalDeny:  `{"reason":"the password=hunter2correct stands in it"}`,
+		nucleus.KindPodFail:       `{"reason":"curl -u ada:hunter2correct x: exit code 1"}`,
+		nucleus.KindSessionEnd:    `{"error":{"kind":"failed","message":"` + token + `"}}`,
+		nucleus.KindSessionRefuse: `{"error":{"message":"Authorization: Basic hunter2correct"},"start":4}`,
+		nucleus.KindApprovalUse:   `{"token":"hunter2correct","tokens":["x"]}`,
+		"log.unknown":             `{"token":"hunter2correct","keys":{"password":"hunter2correct"}}`,
+		"log.text":                `"` + token + `"`,
+		"log.list":                `["` + token + `",7]`,
+	}
+	for kind, data := range entries {
+		e, err := l.Append(nucleus.Entry{Kind: kind, Data: json.RawMessage(data)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if shown := string(e.Data); strings.Contains(shown, token) || strings.Contains(shown, "hunter2correct") || !strings.Contains(shown, redact.Mark) {
+			t.Errorf("%s: %s", kind, shown)
+		}
+	}
+	random := make([]byte, 64)
+	rand.Read(random)
+	key, sig := base64.StdEncoding.EncodeToString(random[:32]), base64.StdEncoding.EncodeToString(random)
+	for kind, data := range map[string]string{
+		nucleus.KindPodStart:    `{"approvers":[{"key":"` + key + `","kind":"ed25519","name":"ada"}],"boot":"b-CQMGAV7EV7IW6BJKK4YWJ7WRPH","outcome_key":"` + key + `","policy_sha256":"` + nucleus.SHA256(random) + `"}`,
+		nucleus.KindKeyLoad:     `{"keys":{"log":{"algorithm":"ed25519","public":"` + key + `"}},"version":"1"}`,
+		nucleus.KindKeyNew:      `{"key":"` + key + `","kind":"ed25519","name":"ada"}`,
+		nucleus.KindKeyRemove:   `{"key":"` + key + `","kind":"ed25519","name":"ada"}`,
+		nucleus.KindPolicyLoad:  `{"bytes":70,"policy":{"commands":["curl -u ada:hunter2correct x"],"password":"` + token + `"},"policy_sha256":"` + nucleus.SHA256(random) + `"}`,
+		nucleus.KindApprovalUse: `{"approvers":["ada"],"n":1,"of":1,"tokens":["v4.public.` + sig + `"]}`,
+		nucleus.KindLogFork:     `{"kept":"cal/node-log\n3\n` + key + `\n\n— cal/node-log ` + sig + `\n","origin":"cal/node-log","signed":"cal/node-log\n3\n` + key + `\n\n— cal/node-log ` + sig + `\n","why":"two roots"}`,
+		nucleus.KindLogForget:   `{"checkpoint":"cal/node-log\n3\n` + key + `\n\n— cal/node-log ` + sig + `\n","key":"cal/node-log+3fb7df09+` + key + `","origin":"cal/node-log","witness":"authority+00000000+` + key + `"}`,
+		nucleus.KindModelCall:   `{"done":true,"left":{"tokens":12.5,"usd":0.1},"tokens":{"input":12,"output":9007199254740991},"usd":1e-7}`,
+		nucleus.KindRepoFetch:   `{"base":"` + nucleus.SHA256(random)[:40] + `","branch":"agent/fix-token","head":"` + nucleus.SHA256(random)[:40] + `","repo":"a","worktree":"/home/ada/src/CAL2Project/worktrees/fixToken3"}`,
+	} {
+		e, err := l.Append(nucleus.Entry{Kind: kind, Data: json.RawMessage(data)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(e.Data) != data {
+			t.Errorf("%s\n got %s\nwant %s", kind, e.Data, data)
+		}
+	}
+	if _, err := l.Append(nucleus.Entry{Kind: "log.x", Data: json.RawMessage(`{"a":1,"a":2}`)}); err == nil {
+		t.Error("took an object with two members of one name")
+	}
+	l.Close()
+	if r := mustVerify(t, dir, nil); !r.OK() {
+		t.Error(r.Problems)
 	}
 }

@@ -2,12 +2,14 @@ package audit
 
 import (
 	"bufio"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,7 +20,8 @@ import (
 
 // Salts is the private file that holds, by request, the salt of the digests in
 // the log. It lies beside the log's directory, not in it, so that the directory
-// can be handed to a stranger. One line is one salt: ID, a space, 64 hex digits.
+// can be handed to a stranger. One line is one salt: ID, a space, 64 hex digits; and, each
+// after a space, the digests of contents that the entry leaves out (nucleus.Action.Shown).
 //
 // Put writes at once but does not sync: a killed process loses nothing, a power
 // cut may lose the salts since the last Sync. The log stays provable without
@@ -74,12 +77,18 @@ func checkSalts(f *os.File) (int64, error) {
 	return size, nil
 }
 
-// Put keeps the salt of a request. The id has no white space.
-func (s *Salts) Put(id string, salt nucleus.Salt) error {
+// Put keeps the salt of a request, and the digests that its entry leaves out. The id has no
+// white space; a digest is 64 hex digits.
+func (s *Salts) Put(id string, salt nucleus.Salt, left ...string) error {
 	if id == "" || strings.ContainsAny(id, " \t\r\n") {
 		return fmt.Errorf("salt of request %q: an id has no white space and is not empty", id)
 	}
-	line := fmt.Appendf(nil, "%s %s\n", id, hex.EncodeToString(salt[:]))
+	for _, digest := range left {
+		if !isDigest(digest) {
+			return fmt.Errorf("salt of request %q: %.80q is no hex SHA-256", id, digest)
+		}
+	}
+	line := []byte(strings.Join(append([]string{id, hex.EncodeToString(salt[:])}, left...), " ") + "\n")
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	err := s.write(line)
@@ -121,28 +130,52 @@ func (s *Salts) Close() error {
 	return errors.Join(err, s.file.Close())
 }
 
+func isDigest(text string) bool {
+	raw, err := hex.DecodeString(text)
+	return err == nil && len(raw) == sha256.Size
+}
+
 // FindSalt reads the salt of a request from the file, which may be open for
-// writing elsewhere. fs.ErrNotExist says that it is not there.
-func FindSalt(name, id string) (salt nucleus.Salt, err error) {
+// writing elsewhere, and the digests that its entry leaves out. fs.ErrNotExist says that
+// it is not there.
+func FindSalt(name, id string) (salt nucleus.Salt, left []string, err error) {
 	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return salt, err
+		return salt, nil, err
 	}
 	defer f.Close()
 	lines := bufio.NewReader(f)
 	for {
 		line, err := lines.ReadString('\n')
 		if errors.Is(err, io.EOF) {
-			return salt, fmt.Errorf("salts %s: none of request %q: %w", name, id, fs.ErrNotExist)
+			return salt, nil, fmt.Errorf("salts %s: none of request %q: %w", name, id, fs.ErrNotExist)
 		}
 		if err != nil {
-			return salt, err
+			return salt, nil, err
 		}
-		if rest, ok := strings.CutPrefix(line, id+" "); ok {
-			digits := strings.TrimSuffix(rest, "\n")
-			if decoded, err := hex.DecodeString(digits); err == nil && len(decoded) == len(salt) {
-				return nucleus.Salt(decoded), nil
-			}
+		rest, ok := strings.CutPrefix(line, id+" ")
+		kept := strings.Split(strings.TrimSuffix(rest, "\n"), " ")
+		if !ok || slices.ContainsFunc(kept, func(digits string) bool { return !isDigest(digits) }) {
+			continue // of another, or cut by a crash
+		}
+		decoded, err := hex.DecodeString(kept[0])
+		return nucleus.Salt(decoded), kept[1:], err
+	}
+}
+
+// Whole is a shown action with the digests that were kept beside its salt in the place of
+// their marks, in the canonical bytes that the salted digest is of. What is no action, or
+// has other marks than were left out, stays what it is: it is cut, or whole already.
+func Whole(shown []byte, left []string) ([]byte, error) {
+	canonical, err := nucleus.CanonicalJSON(shown)
+	if err != nil {
+		return nil, err
+	}
+	var action nucleus.Action
+	if nucleus.Strict(canonical, &action) == nil {
+		if whole, ok := action.Whole(left); ok {
+			return nucleus.Canonical(whole)
 		}
 	}
+	return canonical, nil
 }

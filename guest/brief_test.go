@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"cal/guest/tools"
 	"cal/nucleus"
@@ -98,7 +99,8 @@ func TestBriefCallIsLocked(t *testing.T) {
 	}
 	expired := l.permit(action)
 	expired.Life = -1
-	good := Call{Op: nucleus.ReadFiles, Permit: l.sign(l.permit(action))}
+	permit := l.permit(action)
+	good := Call{Op: nucleus.ReadFiles, Permit: l.sign(permit)}
 	for name, c := range map[string]struct {
 		call   Call
 		action []byte
@@ -136,7 +138,7 @@ func TestBriefCallIsLocked(t *testing.T) {
 		t.Fatalf("control: %+v, value %q, %d calls", result.Error, got, worker.count())
 	}
 	outcome := l.outcomeOf(result)
-	if outcome.Status != nucleus.OutcomeDone || outcome.Result != nucleus.SHA256([]byte(value)) || outcome.Bytes != int64(len(value)) {
+	if outcome.Status != nucleus.OutcomeDone || outcome.Result != nucleus.SHA256(append(permit.Salt, value...)) || outcome.Bytes != int64(len(value)) {
 		t.Errorf("outcome %+v", outcome)
 	}
 	if parts := worker.calls[0]; string(parts[1]) != string(raw) || string(parts[2]) != `{"path":"a"}` || strings.Contains(string(parts[0]), "permit") {
@@ -244,4 +246,21 @@ func (l *lock) allowed(action nucleus.Action) nucleus.Permit {
 	permit := l.permit(action)
 	permit.Verdict = nucleus.Allow
 	return permit
+}
+
+// What the machine signs cannot be redacted later.
+func TestOutcomeWithoutSecrets(t *testing.T) {
+	l := newLock(t)
+	const token = "ghp_0123456789abcdefghijABCDEFGHIJ012345"
+	for _, n := range []int{0, 490, 505} { // whole, and where the message is cut
+		failed := nucleus.Errorf(nucleus.KindFailed, "%s no file %s, password=hunter2correct", strings.Repeat("x", n), token)
+		result := l.p.outcome(l.permit(readAction("a")), CallResult{Error: failed}, nucleus.OutcomeFailed, 1, time.Now())
+		outcome := l.outcomeOf(result)
+		if strings.Contains(outcome.Message, token[:8]) || strings.Contains(outcome.Message, "hunter2") || outcome.Message == "" {
+			t.Errorf("signed %q", outcome.Message)
+		}
+		if !strings.Contains(result.Error.Message, token) {
+			t.Errorf("the caller is told %q", result.Error.Message)
+		}
+	}
 }

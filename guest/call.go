@@ -12,6 +12,7 @@ import (
 
 	"cal/approval"
 	"cal/guest/tools"
+	"cal/internal/redact"
 	"cal/nucleus"
 	"cal/wire"
 )
@@ -446,10 +447,10 @@ func (p *Proxy) outcome(permit nucleus.Permit, result CallResult, status string,
 		Status: status, ExitCode: exit, Millis: time.Since(started).Milliseconds(), Bytes: int64(len(result.Value)),
 	}
 	if result.Error != nil {
-		outcome.Message = cut(result.Error.Message, 512)
+		outcome.Message = cut(redact.Text(result.Error.Message), 512) // it is signed: nobody can redact it later
 	}
 	if len(result.Value) > 0 {
-		outcome.Result = nucleus.SHA256(result.Value)
+		outcome.Result = permit.ResultDigest(result.Value)
 	}
 	if signed, err := nucleus.Sign(p.key, nucleus.DomainOutcome, outcome); err == nil {
 		result.Outcome = &signed

@@ -31,10 +31,10 @@ func (n *Node) actOnHost(ctx context.Context, p *Pod, r request, pre prepared, p
 		p.acting.Done()
 	}
 	if err != nil {
-		outcome.Message = cut(err.Error(), 512)
+		outcome.Message = logged(err.Error(), 512)
 	}
 	if len(value) > 0 {
-		outcome.Bytes, outcome.Result = int64(len(value)), nucleus.SHA256(value)
+		outcome.Bytes, outcome.Result = int64(len(value)), permit.ResultDigest(value)
 	}
 	outcome.Millis = time.Since(started).Milliseconds()
 	signed, signErr := nucleus.Sign(n.key, nucleus.DomainOutcome, outcome)

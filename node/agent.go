@@ -132,7 +132,7 @@ func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, mac
 func shownArgv(argv []string) []string {
 	shown, room := []string{}, 20_000
 	for i, arg := range argv {
-		arg = cut(arg, 2000)
+		arg = logged(arg, 2000)
 		if room -= len(arg); room < 0 {
 			return append(shown, fmt.Sprintf("[cut: %d more]", len(argv)-i))
 		}

@@ -292,10 +292,10 @@ func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsAp
 	}
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
-	n.keepSalt(pre.digest, pre.salt)
+	n.keepSalt(pre.digest, pre.salt, pre.action)
 	entry := n.intent(p, r, pre, "", needed.decision)
 	entry.Status, entry.Ask = nucleus.OutcomeRefused, e.Ask
-	values := map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}
+	values := map[string]any{"kind": e.Kind, "message": logged(e.Message, 1000)}
 	if r.attempt != nil {
 		values["attempt"] = r.attempt.ID
 	}
@@ -368,10 +368,11 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if err != nil {
 		return pendingAsk{}, false, err
 	}
-	n.keepSalt(ask.Digest, pre.salt)
+	n.keepSalt(ask.Digest, pre.salt, ask.Action)
+	shown, _ := ask.Action.Shown()
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalAsk, Op: r.op,
-		Digest: ask.Digest, Args: data(ask.Action), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
+		Digest: ask.Digest, Args: data(shown), Verdict: nucleus.Ask, Rule: needed.decision.Rule, Ask: ask.ID,
 	}); err != nil {
 		return pendingAsk{}, false, logFailure(err)
 	}
@@ -472,7 +473,7 @@ func (n *Node) recordRefusal(p *Pod, r request, pending pendingAsk, state, reaso
 	if _, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindApprovalDeny, Op: r.op,
 		Digest: pending.ask.Digest, Verdict: nucleus.Deny, Rule: pending.ask.Rule, Ask: pending.ask.ID, Status: state,
-		Data: data(map[string]any{"reason": cut(reason, 1000)}),
+		Data: data(map[string]any{"reason": logged(reason, 1000)}),
 	}); err != nil {
 		return nil, logFailure(err)
 	}

@@ -70,7 +70,7 @@ func (g *gate) Refused(_ context.Context, a egress.Attempt, why *nucleus.Error) 
 	(*Node)(g).note(nucleus.Entry{
 		Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindIntent, Op: a.Op(), Args: data(a),
 		Verdict: nucleus.Deny, Rule: why.Rule, Status: nucleus.OutcomeRefused,
-		Data: data(map[string]any{"attempt": a.ID, "kind": why.Kind, "message": cut(why.Message, 500)}),
+		Data: data(map[string]any{"attempt": a.ID, "kind": why.Kind, "message": logged(why.Message, 500)}),
 	})
 }
 
@@ -85,7 +85,7 @@ func (g *gate) Opened(_ context.Context, a egress.Attempt, addr netip.AddrPort) 
 func (g *gate) Closed(a egress.Attempt, sent, received int64, cause error) {
 	values := map[string]any{"attempt": a.ID, "via": a.Via, "host": a.Host, "port": a.Port, "sent": sent, "received": received}
 	if cause != nil {
-		values["error"] = cut(cause.Error(), 500)
+		values["error"] = logged(cause.Error(), 500)
 	}
 	n := (*Node)(g)
 	n.note(nucleus.Entry{Pod: a.Pod, Session: a.Session, Actor: "machine", Kind: nucleus.KindEgressClose, Op: a.Op(), Grants: grants(a), Data: data(values)})

@@ -813,7 +813,7 @@ func (m *inside) admit(c *callInside) error {
 func (m *inside) sign(permit nucleus.Permit, result guest.CallResult, status string) guest.CallResult {
 	outcome := nucleus.Outcome{Permit: permit.ID, Pod: m.boot.Pod, Boot: m.boot.Boot, Seq: permit.Seq, Status: status}
 	if len(result.Value) > 0 {
-		outcome.Result = nucleus.SHA256(result.Value)
+		outcome.Result = permit.ResultDigest(result.Value)
 	}
 	signed, err := nucleus.Sign(m.key, nucleus.DomainOutcome, outcome)
 	if err != nil {
@@ -1516,7 +1516,7 @@ func (h *host) memoryLog() *memoryFS {
 		h.t.Fatal(err)
 	}
 	disk := newMemoryFS()
-	log, err := audit.Open("memory", audit.Options{Origin: nucleus.LogOrigin, Key: key, FS: disk})
+	log, err := audit.Open("memory", audit.Options{Origin: nucleus.LogOrigin, Key: key, FS: disk, Link: true})
 	if err != nil {
 		h.t.Fatal(err)
 	}

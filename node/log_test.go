@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"crypto/ed25519"
 	"encoding/json"
 	"errors"
@@ -39,6 +40,72 @@ func (h *host) receipt(session string) *audit.Receipt {
 	return v
 }
 
+// salt is what the host keeps for an entry.
+func (h *host) salt(e nucleus.Entry) (nucleus.Salt, []string) {
+	h.t.Helper()
+	salt, left, err := audit.FindSalt(filepath.Join(h.node.dirs.Keys(), "salts"), cmp.Or(e.Permit, e.Digest))
+	if err != nil {
+		h.t.Errorf("entry %d, %s %s %s: %v", e.Seq, e.Kind, e.Op, e.Verdict, err)
+	}
+	return salt, left
+}
+
+// reveal shows that the digest of an entry is that of the action it shows.
+func (h *host) reveal(e nucleus.Entry) {
+	h.t.Helper()
+	salt, left := h.salt(e)
+	whole, err := audit.Whole(e.Args, left)
+	if err != nil || nucleus.ActionDigest(whole, salt) != e.Digest {
+		h.t.Errorf("entry %d, %s %s %s: its digest is not that of %s with %v: %v", e.Seq, e.Kind, e.Op, e.Verdict, e.Args, left, err)
+	}
+}
+
+// results counts the outcomes of which the host can show that they are of result.
+func (h *host) results(v *audit.Receipt, result string) (n int) {
+	h.t.Helper()
+	for _, raw := range v.Entries {
+		e, err := audit.ParseEntry(raw)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		var outcome nucleus.Outcome
+		if e.Outcome == nil || json.Unmarshal(e.Outcome.Payload, &outcome) != nil {
+			continue
+		}
+		salt, _ := h.salt(e)
+		if outcome.Result == (nucleus.Permit{Salt: salt[:]}).ResultDigest([]byte(result)) {
+			n++
+		}
+	}
+	return n
+}
+
+// A connection that was let through, or refused, or asked for, can be revealed as every
+// request can.
+func TestConnectionIsRevealed(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	site, other := newWeb(t, "127.0.0.1"), newWeb(t, "127.0.0.1")
+	h.get(h.pod(specOf("", connects(ordinary, site)), nil), site).want(t, "")
+	h.get(h.pod(specOf("", connects(ordinary, site)), nil), other).want(t, nucleus.KindDenied)
+	p := h.private("", connects(ordinary, site))
+	ask := h.asks(h.get(p, site))
+	h.authority.grant(ask.Ask, nil)
+	h.get(p, site).want(t, "")
+	verdicts := map[string]int{}
+	for _, kind := range []string{nucleus.KindIntent, nucleus.KindApprovalAsk} {
+		for _, e := range h.entries(kind, nucleus.NetConnect) {
+			h.reveal(e)
+			verdicts[fmt.Sprint(e.Kind, " ", e.Verdict, " ", e.Status)]++
+		}
+	}
+	for _, want := range []string{"request.intent allow ", "request.intent deny refused", "request.intent ask refused", "request.intent ask ", "approval.ask ask "} {
+		if verdicts[want] == 0 {
+			t.Errorf("no entry %q among %v", want, verdicts)
+		}
+	}
+}
+
 // A session's receipt says that none of its entries is left out, from the first to the
 // last: with calls that were permitted, refused and asked for, a node that ended in order,
 // one that was killed, and another session beside it. Whoever has the salts can show for
@@ -47,8 +114,11 @@ func TestSessionIsWhole(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, withAuthority)
 	p, other := h.pod(specOf("", policyOf("read_files write_files=ask")), map[string]string{"a": "text"}), h.pod(specOf("", policyOf("read_files")), nil)
+	var result string
 	calls := func(p *Pod) {
-		h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"})
+		read := h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"})
+		read.want(t, "")
+		result = strings.TrimSpace(read.Body)
 		h.tool(p, nucleus.EditFiles, map[string]any{"path": "a", "old": "text", "new": "x"}).want(t, nucleus.KindDenied)
 		h.tool(other, nucleus.ReadFiles, map[string]string{"path": "nothing"})
 	}
@@ -95,20 +165,31 @@ func TestSessionIsWhole(t *testing.T) {
 		if e.Kind != nucleus.KindIntent && e.Kind != nucleus.KindApprovalAsk || e.Rule == "resolve" {
 			continue
 		}
-		id := e.Permit
-		if id == "" {
-			id = e.Digest
-		}
-		salt, err := audit.FindSalt(filepath.Join(h.node.dirs.Keys(), "salts"), id)
-		if err != nil || nucleus.ActionDigest(e.Args, salt) != e.Digest {
-			t.Errorf("entry %d, %s %s %s: its digest is not that of %s: %v", e.Seq, e.Kind, e.Op, e.Verdict, e.Args, err)
-		}
+		h.reveal(e)
 		revealed[fmt.Sprint(e.Kind, " ", e.Verdict, " ", e.Status)]++
 	}
 	for _, want := range []string{"request.intent allow ", "request.intent deny refused", "request.intent ask ", "approval.ask ask "} {
 		if revealed[want] == 0 {
 			t.Errorf("no entry %q among %v", want, revealed)
 		}
+	}
+	// Nothing in it confirms a guess: neither of arguments and contents, nor of results.
+	for what, content := range map[string]string{
+		"what was written": "x", "the arguments": `{"content":"x","path":"b"}`, "the refused arguments": `{"new":"x","old":"text","path":"a"}`, "what was read": "text",
+		"the content after the refused edit": "x", "the result": result,
+	} {
+		for _, raw := range v.Entries {
+			e, err := audit.ParseEntry(raw)
+			if err == nil && e.Outcome != nil {
+				raw = append(raw[:len(raw):len(raw)], e.Outcome.Payload...)
+			}
+			if digest := nucleus.SHA256([]byte(content)); strings.Contains(string(raw), digest) {
+				t.Errorf("%s has the digest %s, which is shown: %s", what, digest, raw)
+			}
+		}
+	}
+	if h.results(v, result) == 0 {
+		t.Errorf("no outcome is of the result %s", result)
 	}
 	want := []string{nucleus.KindPodCreate, nucleus.KindPolicyLoad, nucleus.KindPodStart, nucleus.KindApprovalAsk, nucleus.KindIntent, nucleus.KindOutcome,
 		nucleus.KindApprovalUse, nucleus.KindPodAdopt, nucleus.KindPodStop, nucleus.KindPodEnd}
@@ -178,6 +259,49 @@ func TestKeysAreRecorded(t *testing.T) {
 	}
 	if !strings.Contains(h.verifierKey(), "+") || len(got.Keys["log"].Public) != ed25519.PublicKeySize {
 		t.Errorf("the log's key: %+v", got.Keys["log"])
+	}
+}
+
+// A secret that somebody puts into a call is shown nowhere: not in its arguments, not in what comes
+// of it by the node's or the machine's word, not in what an agent is started with.
+func TestSecretsAreNotLogged(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	const token, word = "ghp_0123456789abcdefghijABCDEFGHIJ012345", "hunter2correct"
+	site := newWeb(t, "127.0.0.1")
+	p := h.pod(specOf("", connects("read_files write_files=ask web_fetch net_connect", site)), nil)
+	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "nothing/" + token}).want(t, nucleus.KindNotFound)
+	h.tool(p, nucleus.EditFiles, map[string]string{"path": token, "old": "password=" + word, "new": "x"}).want(t, nucleus.KindNotFound)
+	h.tool(p, nucleus.RunBash, map[string]any{"argv": 7, "password": word})
+	h.tool(p, nucleus.GitPush, map[string]string{"repo": "https://ada:" + word + "@example.org/" + token})
+	closed := &web{host: site.host, port: 1}
+	for _, at := range []*web{site, closed} {
+		h.tool(p, nucleus.WebFetch, map[string]any{"url": at.url("/?access_token=" + word), "headers": map[string]string{"X-Api-Key": word}})
+	}
+	ask := h.tool(p, nucleus.WriteFiles, map[string]string{"path": "a-" + token, "content": word}).want(t, nucleus.KindApproval).Ask
+	h.authority.deny(ask, "it writes to "+token+" with password="+word)
+	h.tool(p, nucleus.WriteFiles, map[string]string{"path": "a-" + token, "content": word}).want(t, nucleus.KindRefused)
+	messages := 0
+	for _, e := range h.log() {
+		raw, err := json.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Outcome != nil {
+			raw = append(raw, e.Outcome.Payload...)
+		}
+		if strings.Contains(string(raw), token) || strings.Contains(string(raw), word) {
+			t.Errorf("%s", raw)
+		}
+		messages += strings.Count(string(raw), "[redacted]")
+	}
+	if messages < 12 {
+		t.Errorf("%d secrets were redacted: the control", messages)
+	}
+	for n := 940; n < 1000; n++ { // none is cut in two before it is recognised
+		if got := logged(strings.Repeat("x", n)+" "+token, 1000); strings.Contains(got, token[:8]) {
+			t.Fatalf("cut behind %d bytes: %s", n, got[n:])
+		}
 	}
 }
 

@@ -523,7 +523,7 @@ func (f *forge) serve(w http.ResponseWriter, r *http.Request) {
 	switch f.asked["title"] {
 	case "refused":
 		w.WriteHeader(http.StatusUnprocessableEntity)
-		io.WriteString(w, `{"message":"Validation Failed"}`)
+		io.WriteString(w, `{"message":"Validation Failed: token=hunter2correct"}`)
 	case "nonsense":
 		io.WriteString(w, "<html>")
 	case "endless":
@@ -583,6 +583,9 @@ func TestPullRequest(t *testing.T) {
 	pr("endless").want(t, nucleus.KindFailed)
 	for _, e := range h.log() {
 		raw := string(document(t, e))
+		if e.Outcome != nil {
+			raw += string(e.Outcome.Payload)
+		}
 		if strings.Contains(raw, "secret-token") || strings.Contains(raw, "hunter2") {
 			t.Errorf("in the log: %s", raw)
 		}

@@ -22,6 +22,7 @@ import (
 	"cal/guest"
 	"cal/internal/durable"
 	"cal/internal/idmap"
+	"cal/internal/redact"
 	"cal/machine"
 	"cal/nucleus"
 	"cal/policy"
@@ -139,7 +140,7 @@ func (n *Node) CreatePod(ctx context.Context, actor string, spec nucleus.PodSpec
 func (n *Node) recordPodRefused(actor string, spec nucleus.PodSpec, why error) {
 	e := nucleus.AsError(why)
 	n.note(nucleus.Entry{Actor: actor, Kind: nucleus.KindPodRefuse, Rule: e.Rule, Status: nucleus.OutcomeRefused, Data: data(map[string]any{
-		"workspace": cut(spec.Workspace, 200), "driver": cut(spec.Driver, 200), "require": cut(string(spec.Require), 200), "mode": cut(string(spec.Mode), 200), "kind": e.Kind, "message": cut(e.Message, 1000),
+		"workspace": cut(spec.Workspace, 200), "driver": cut(spec.Driver, 200), "require": cut(string(spec.Require), 200), "mode": cut(string(spec.Mode), 200), "kind": e.Kind, "message": logged(e.Message, 1000),
 	})})
 }
 
@@ -827,7 +828,7 @@ func (n *Node) failPod(p *Pod, cause error) {
 	p.state, p.reason = stateFailed, cause.Error()
 	p.mu.Unlock()
 	slog.Error("pod failed", "pod", p.record.ID, "cause", cause)
-	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 2000)})})
+	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": logged(cause.Error(), 2000)})})
 	n.failSubs(p)
 	if err := n.teardown(p); err != nil {
 		slog.Error("removing a failed pod", "pod", p.record.ID, "error", err)
@@ -1035,6 +1036,10 @@ func (p *Pod) status() nucleus.PodStatus {
 	}
 	return s
 }
+
+// logged is a text as an entry has it: at most n bytes and a note of what is missing. Secrets go
+// first, so that none is cut in two and the half shown.
+func logged(s string, n int) string { return cut(redact.Text(s), n) }
 
 // cut shortens a text visibly and keeps it UTF-8: what is signed must be.
 func cut(s string, n int) string {

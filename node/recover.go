@@ -239,7 +239,7 @@ func (n *Node) proveTo(session *wire.Session, p *Pod) error {
 
 // remove takes away all that a pod left, whatever its record says.
 func (n *Node) remove(ctx context.Context, left leftPod, cause error) error {
-	e := nucleus.Entry{Pod: left.name, Session: left.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": cut(cause.Error(), 1000)})}
+	e := nucleus.Entry{Pod: left.name, Session: left.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": logged(cause.Error(), 1000)})}
 	if _, err := n.append(e); err != nil {
 		return err
 	}

@@ -251,7 +251,7 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 		permit.Grants, entry.Grants, entry.Ask = open.used.tokens, open.used.grants, ask.ID
 	default:
 		entry.Permit, entry.Status = "", nucleus.OutcomeRefused
-		n.keepSalt(pre.digest, pre.salt)
+		n.keepSalt(pre.digest, pre.salt, pre.action)
 		if _, err := n.append(entry); err != nil {
 			return ruling{}, logFailure(err)
 		}
@@ -262,7 +262,11 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 		return ruling{}, nucleus.Errorf(nucleus.KindUnavailable, "nothing was done: %v", err)
 	}
 	entry.Exposure = p.root.exposure.Names()
-	if err := n.salts.Put(permit.ID, pre.salt); err != nil {
+	id := permit.ID
+	if entry.Permit == "" { // a connection: its entry names no permit
+		id = pre.digest
+	}
+	if err := n.putSalt(id, pre.salt, pre.action); err != nil {
 		return ruling{}, logFailure(err)
 	}
 	intent, err := n.begin(entry)
@@ -276,9 +280,15 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 	return ruling{permit, ask, intent, reserved}, nil
 }
 
+// putSalt keeps the salt of an action and what its entry leaves out.
+func (n *Node) putSalt(id string, salt nucleus.Salt, action nucleus.Action) error {
+	_, left := action.Shown()
+	return n.salts.Put(id, salt, left...)
+}
+
 // keepSalt keeps the salt of what has no permit: it is found by the digest.
-func (n *Node) keepSalt(digest string, salt nucleus.Salt) {
-	if err := n.salts.Put(digest, salt); err != nil {
+func (n *Node) keepSalt(digest string, salt nucleus.Salt, action nucleus.Action) {
+	if err := n.putSalt(digest, salt, action); err != nil {
 		slog.Warn("a refused request cannot be shown to fit its entry later", "error", err)
 	}
 }
@@ -321,9 +331,10 @@ func denial(op nucleus.Op, d nucleus.Decision) error {
 const permitLife = 30 * time.Second
 
 func (n *Node) intent(p *Pod, r request, pre prepared, permit string, d nucleus.Decision) nucleus.Entry {
+	shown, _ := pre.action.Shown()
 	e := nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
-		Digest: pre.digest, Args: data(pre.action), Verdict: d.Verdict, Rule: d.Rule, Permit: permit, Exposure: p.root.exposure.Names(),
+		Digest: pre.digest, Args: data(shown), Verdict: d.Verdict, Rule: d.Rule, Permit: permit, Exposure: p.root.exposure.Names(),
 	}
 	if r.attempt != nil { // its outcome is the opening and closing of connections
 		e.Actor, e.Permit, e.Data = "machine", "", data(map[string]any{"attempt": r.attempt.ID})
@@ -342,7 +353,7 @@ func (n *Node) refuseUnresolved(p *Pod, r request, cause error) error {
 	_, err := n.append(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: r.caller.KeyID, Kind: nucleus.KindIntent, Op: r.op,
 		Args: shownArgs(r.args), Verdict: nucleus.Deny, Rule: "resolve", Status: nucleus.OutcomeRefused,
-		Data: data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)}),
+		Data: data(map[string]any{"kind": e.Kind, "message": logged(e.Message, 1000)}),
 	})
 	if err != nil {
 		return logFailure(err)
@@ -353,7 +364,7 @@ func (n *Node) refuseUnresolved(p *Pod, r request, cause error) error {
 // shownArgs are arguments as they came, which may be no JSON at all.
 func shownArgs(raw json.RawMessage) json.RawMessage {
 	if _, err := nucleus.CanonicalJSON(raw); err != nil {
-		return data(cut(string(raw), 1000))
+		return data(logged(string(raw), 1000))
 	}
 	return raw
 }
@@ -406,7 +417,7 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 	}
 	if cause != nil {
 		e := nucleus.AsError(cause)
-		entry.Data = data(map[string]any{"kind": e.Kind, "message": cut(e.Message, 1000)})
+		entry.Data = data(map[string]any{"kind": e.Kind, "message": logged(e.Message, 1000)})
 	}
 	if err := n.noted(entry); err != nil {
 		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded yet: %v", r.op, err)

@@ -95,7 +95,7 @@ func openOutcome(signed *nucleus.Signed, key ed25519.PublicKey, permit nucleus.P
 // checkResult verifies that the machine signed what it says, for this permit.
 func checkResult(result guest.CallResult, key ed25519.PublicKey, permit nucleus.Permit) (nucleus.Outcome, error) {
 	outcome, err := openOutcome(result.Outcome, key, permit)
-	if err == nil && len(result.Value) > 0 && outcome.Result != nucleus.SHA256(result.Value) {
+	if err == nil && len(result.Value) > 0 && outcome.Result != permit.ResultDigest(result.Value) {
 		err = nucleus.Errorf(nucleus.KindInternal, "the machine's outcome is for another result")
 	}
 	return outcome, err

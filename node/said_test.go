@@ -68,7 +68,7 @@ func FuzzResult(f *testing.F) {
 			return
 		}
 		fits(t, nucleus.Entry{Kind: nucleus.KindOutcome, Outcome: result.Outcome})
-		if outcome.Permit != somePermit.ID || outcome.Seq != somePermit.Seq || outcome.Boot != somePermit.Boot || len(result.Value) > 0 && outcome.Result != nucleus.SHA256(result.Value) {
+		if outcome.Permit != somePermit.ID || outcome.Seq != somePermit.Seq || outcome.Boot != somePermit.Boot || len(result.Value) > 0 && outcome.Result != somePermit.ResultDigest(result.Value) {
 			t.Fatalf("believed: %+v for %s", outcome, result.Value)
 		}
 	})

@@ -120,7 +120,7 @@ func (n *Node) recordRevoked(pod, ask string, grants []string, why string) {
 		return
 	}
 	if _, err := n.append(nucleus.Entry{
-		Pod: pod, Session: p.record.Session, Actor: "authority", Kind: nucleus.KindApprovalRevoke, Ask: ask, Grants: grants, Data: data(map[string]any{"reason": cut(why, 1000)}),
+		Pod: pod, Session: p.record.Session, Actor: "authority", Kind: nucleus.KindApprovalRevoke, Ask: ask, Grants: grants, Data: data(map[string]any{"reason": logged(why, 1000)}),
 	}); err != nil {
 		slog.Error("that an approval was taken back could not be recorded", "ask", ask, "error", err)
 	}

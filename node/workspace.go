@@ -50,7 +50,7 @@ func (n *Node) setAside(actor, name, dir string) (gone string, err error) {
 	if err := durable.Load(filepath.Join(dir, exposureName), &known); err == nil {
 		values["cleared"] = known.Legs
 	} else if !errors.Is(err, fs.ErrNotExist) {
-		values["error"] = cut(err.Error(), 500)
+		values["error"] = logged(err.Error(), 500)
 	}
 	if _, err := n.append(nucleus.Entry{Actor: actor, Kind: nucleus.KindSessionClear, Data: data(values)}); err != nil {
 		return "", logFailure(err)

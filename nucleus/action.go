@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"slices"
 )
 
 // Action is a request in its resolved form: what will happen, with every name
@@ -137,7 +138,61 @@ const (
 // Makes reports whether a pod is made.
 func (s SubDo) Makes() bool { return s == SubSpawn || s == SubCreate }
 
-// Salt is the 32 random bytes that go into one request's digest, so that a
+// Salted stands in an action that is shown in the place of the digest of a content. Such a
+// digest has no salt: whoever has it can confirm a guess of the content.
+const Salted = "[salted]"
+
+// Shown is a with Salted in the place of every digest of a content, and what was left out,
+// in order. Git object ids stay: they name what is on a remote.
+func (a Action) Shown() (shown Action, left []string) {
+	for _, digest := range a.contents() {
+		if *digest != "" {
+			left = append(left, *digest)
+			*digest = Salted
+		}
+	}
+	return a, left
+}
+
+// Whole puts back what Shown left out. It is false where left has more or fewer.
+func (a Action) Whole(left []string) (whole Action, ok bool) {
+	for _, digest := range a.contents() {
+		if *digest != Salted {
+			continue
+		}
+		if len(left) == 0 {
+			return a, false
+		}
+		*digest, left = left[0], left[1:]
+	}
+	return a, len(left) == 0
+}
+
+// contents are the places of a, from here on no other action's, that hold the digest of a content.
+func (a *Action) contents() []*string {
+	places := []*string{&a.Args}
+	files := func(list *[]File) {
+		*list = slices.Clone(*list)
+		for i := range *list {
+			places = append(places, &(*list)[i].Before, &(*list)[i].After)
+		}
+	}
+	files(&a.Files)
+	if a.Command != nil {
+		command := *a.Command
+		a.Command = &command
+		places = append(places, &command.Stdin)
+		files(&command.Files)
+	}
+	if a.Fetch != nil {
+		fetch := *a.Fetch
+		a.Fetch = &fetch
+		places = append(places, &fetch.Body)
+	}
+	return places
+}
+
+// Salt is the 32 random bytes that go into one request's digests, so that a
 // digest shown in a receipt does not give away what it does not show.
 type Salt [32]byte
 

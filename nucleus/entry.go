@@ -12,8 +12,8 @@ const LogOrigin = "cal/node-log"
 const AuthorityLogOrigin = "cal/authority-log"
 
 // Entry is one line of the log. It is stored as canonical JSON. Fields that do
-// not apply are absent. Args are the shown arguments: secrets redacted, cut
-// visibly at 4 KiB.
+// not apply are absent. Args are the shown arguments (Action.Shown): secrets
+// redacted, cut visibly at 4 KiB. Data is redacted too.
 type Entry struct {
 	Seq      int64           `json:"seq"`
 	Time     string          `json:"time"` // RFC 3339 with nanoseconds, UTC

@@ -2,6 +2,8 @@ package nucleus
 
 import (
 	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -59,6 +61,15 @@ type Permit struct {
 	Requester string   `json:"requester"`
 }
 
+// ResultDigest is the hex SHA-256 of the permit's salt followed by the canonical result: what an
+// outcome says of a result does not confirm a guess of it.
+func (p Permit) ResultDigest(result []byte) string {
+	h := sha256.New()
+	h.Write(p.Salt)
+	h.Write(result)
+	return hex.EncodeToString(h.Sum(nil))
+}
+
 // EpochBits is where a permit's sequence holds its epoch: above them.
 const EpochBits = 40
 
@@ -71,7 +82,7 @@ type Outcome struct {
 	Seq      uint64 `json:"seq"`
 	Status   string `json:"status"`
 	ExitCode int    `json:"exit_code,omitempty"`
-	Result   string `json:"result_sha256,omitempty"` // of the canonical result
+	Result   string `json:"result_sha256,omitempty"` // Permit.ResultDigest
 	Bytes    int64  `json:"bytes,omitempty"`
 	Message  string `json:"message,omitempty"`
 	Millis   int64  `json:"ms"`

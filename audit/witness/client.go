@@ -83,7 +83,8 @@ func (c *Client) ask(ctx context.Context, log Log, signed []byte, cp audit.Check
 		return nil, fmt.Errorf("witness %s: %w", c.name(), err)
 	}
 	fail := func(err error) error {
-		return fmt.Errorf("witness %s answers %d: %w: %s", c.name(), code, err, strings.TrimSpace(string(answer)))
+		said := strings.TrimSpace(string(answer[:min(len(answer), 200)]))
+		return fmt.Errorf("witness %s answers %d: %w: %s", c.name(), code, err, audit.Printable(said))
 	}
 	switch code {
 	case http.StatusOK:

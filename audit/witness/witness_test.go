@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -271,12 +272,17 @@ func TestClient(t *testing.T) {
 		"a conflict that goes on for ever":     conflicts(1, 2, 3, 4, 5, 6),
 		"a conflict without a size":            conflicts(0),
 		"a conflict of a negative size":        conflicts(-1),
+		"a page that speaks to the terminal": func(rw http.ResponseWriter, r *http.Request) {
+			http.Error(rw, strings.Repeat("\x1b]0;PWNED\a\u202e", 500), http.StatusTeapot)
+		},
 		"too much": func(rw http.ResponseWriter, r *http.Request) {
 			rw.Write(bytes.Repeat([]byte("x"), 10<<20))
 		},
 	} {
 		if line, err := serve(t, h).Cosign(t.Context(), l, late, logKey); err == nil || line != nil || errors.Is(err, ErrFork) || errors.Is(err, ErrAhead) {
 			t.Errorf("%s: %q, %v", name, line, err)
+		} else if text := err.Error(); len(text) > 3000 || strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+			t.Errorf("%s: %d bytes: %.300q", name, len(text), text)
 		}
 	}
 	gone := serve(t, w)

@@ -310,8 +310,9 @@ func auditShowCommand() *cobra.Command {
 	var file string
 	cmd := &cobra.Command{
 		Use: "show N", Short: "Show one entry",
-		Long: "Show one entry. --reveal finds the salt of its digest among this host's and says whether the digest is that of\n" +
-			"the arguments shown, or of those in --args, canonical JSON, where the entry shows them redacted or cut.",
+		Long: "Show one entry. --reveal finds the salt of its digest among this host's, and the digests of contents that the\n" +
+			"entry leaves out, puts the action together and says whether the digest is that of it. Where the entry shows it redacted\n" +
+			"or cut, --args names a file with the action as the entry has it, made whole.",
 		Example: "  cal audit show 12\n  cal audit show 12 --reveal", Args: args(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, given []string) error {
 			if file != "" && !reveal {
@@ -337,7 +338,7 @@ func auditShowCommand() *cobra.Command {
 	log.addDir(cmd)
 	cmd.Flags().BoolVar(&asJSON, "json", false, "the entry as it is hashed")
 	cmd.Flags().BoolVar(&reveal, "reveal", false, "check the digest of the arguments with its salt")
-	cmd.Flags().StringVar(&file, "args", "", "with --reveal: a file with the whole action, where the entry shows a part")
+	cmd.Flags().StringVar(&file, "args", "", "with --reveal: a file with the action, where the entry shows a part")
 	return cmd
 }
 
@@ -410,6 +411,7 @@ func printEntry(e nucleus.Entry, found *revealed) {
 	}
 	if found != nil {
 		field("salt", found.Salt)
+		field("action", asciiJSON(found.Action))
 		field("reveal", found.Why)
 	}
 }
@@ -446,10 +448,11 @@ func asciiJSON(raw []byte) string {
 
 // revealed says whether a digest is that of some arguments.
 type revealed struct {
-	Matches bool   `json:"matches"`
-	Salt    string `json:"salt"` // hex
-	Digest  string `json:"digest"`
-	Why     string `json:"why"`
+	Matches bool            `json:"matches"`
+	Salt    string          `json:"salt"` // hex
+	Digest  string          `json:"digest"`
+	Action  json.RawMessage `json:"action"` // what the digest is compared with, canonical
+	Why     string          `json:"why"`
 }
 
 func revealEntry(e nucleus.Entry, file string) (*revealed, error) {
@@ -460,7 +463,7 @@ func revealEntry(e nucleus.Entry, file string) (*revealed, error) {
 	if err != nil {
 		return nil, err
 	}
-	salt, err := findSalt(filepath.Join(home.Dir, "keys", "salts"), e)
+	salt, left, err := findSalt(filepath.Join(home.Dir, "keys", "salts"), e)
 	if err != nil {
 		return nil, err
 	}
@@ -473,13 +476,13 @@ func revealEntry(e nucleus.Entry, file string) (*revealed, error) {
 	if len(action) == 0 {
 		return nil, fmt.Errorf("entry %d shows no arguments: its request.intent does, or give them with --args", e.Seq)
 	}
-	if action, err = nucleus.CanonicalJSON(action); err != nil {
+	if action, err = audit.Whole(action, left); err != nil {
 		return nil, err
 	}
-	r := &revealed{Salt: fmt.Sprintf("%x", salt), Digest: nucleus.ActionDigest(action, salt)}
+	r := &revealed{Salt: fmt.Sprintf("%x", salt), Digest: nucleus.ActionDigest(action, salt), Action: action}
 	switch r.Matches = r.Digest == e.Digest; {
 	case r.Matches:
-		r.Why = "the digest is that of the salt and these arguments"
+		r.Why = "the digest is that of the salt and this action"
 	case file == "":
 		r.Why = fmt.Sprintf("the digest of entry %d is not that of the arguments it shows, which are redacted or cut: give the whole with --args", e.Seq)
 	default:
@@ -490,10 +493,10 @@ func revealEntry(e nucleus.Entry, file string) (*revealed, error) {
 
 // findSalt looks for the salt of what was permitted by its permit, of anything else by its
 // digest.
-func findSalt(file string, e nucleus.Entry) (nucleus.Salt, error) {
+func findSalt(file string, e nucleus.Entry) (nucleus.Salt, []string, error) {
 	if e.Permit != "" {
-		if salt, err := audit.FindSalt(file, e.Permit); !errors.Is(err, fs.ErrNotExist) {
-			return salt, err
+		if salt, left, err := audit.FindSalt(file, e.Permit); !errors.Is(err, fs.ErrNotExist) {
+			return salt, left, err
 		}
 	}
 	return audit.FindSalt(file, e.Digest)

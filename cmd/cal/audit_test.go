@@ -79,10 +79,11 @@ func sessionEntries(t *testing.T, home string) []nucleus.Entry {
 	call := func(permit string, a nucleus.Action) nucleus.Entry {
 		salt := nucleus.NewSalt()
 		digest, err := a.Digest(salt)
+		shown, left := a.Shown()
 		if err == nil {
-			err = salts.Put(permit, salt)
+			err = salts.Put(permit, salt, left...)
 		}
-		args, _ := json.Marshal(a)
+		args, _ := json.Marshal(shown)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -91,7 +92,7 @@ func sessionEntries(t *testing.T, home string) []nucleus.Entry {
 	push := json.RawMessage(`{"op":"git_push","push":{"ref":"refs/heads/x","remote":"https://git.example.org/a"}}`)
 	entries := []nucleus.Entry{
 		{Kind: nucleus.KindPodCreate, Pod: "p-1", Session: "s-1", Actor: "operator"},
-		call("r-1", nucleus.Action{Op: nucleus.ReadFiles, Files: []nucleus.File{{Path: "a\x1b[2J\u202egpj.exe"}}}),
+		call("r-1", nucleus.Action{Op: nucleus.ReadFiles, Args: nucleus.SHA256([]byte("arguments")), Files: []nucleus.File{{Path: "a\x1b[2J\u202egpj.exe", Before: nucleus.SHA256([]byte("content"))}}}),
 		{Kind: nucleus.KindPodCreate, Pod: "p-2", Session: "s-2", Actor: "operator"},
 		call("r-2", nucleus.Action{Op: nucleus.RunBash, Command: &nucleus.Command{Argv: []string{"curl", "--token", "hunter2hunter2"}}}),
 		{Kind: nucleus.KindApprovalAsk, Pod: "p-1", Session: "s-1", Op: nucleus.GitPush, Verdict: nucleus.Ask, Rule: "trifecta", Ask: "a-1", Digest: "d1", Args: push},
@@ -205,7 +206,7 @@ func TestAuditFollow(t *testing.T) {
 
 func TestAuditShow(t *testing.T) {
 	dir := auditHome(t)
-	text := want(t, dir, 0, "the digest is that of the salt and these arguments", "audit", "show", "1", "--reveal")
+	text := want(t, dir, 0, "the digest is that of the salt and this action", "audit", "show", "1", "--reveal")
 	if strings.ContainsAny(text, "\x1b\u202e") || !strings.Contains(text, `a\u001b[2J\u202egpj.exe`) {
 		t.Errorf("got %q", text)
 	}
@@ -215,6 +216,12 @@ func TestAuditShow(t *testing.T) {
 	}
 	if err := json.Unmarshal([]byte(want(t, dir, 0, "", "audit", "show", "1", "--reveal", "--json")), &shown); err != nil || !shown.Reveal.Matches || shown.Reveal.Digest != shown.Entry.Digest {
 		t.Errorf("got %+v, %v", shown, err)
+	}
+	for _, content := range []string{"arguments", "content"} { // left out of the entry, and put back
+		digest := nucleus.SHA256([]byte(content))
+		if strings.Contains(string(shown.Entry.Args), digest) || !strings.Contains(string(shown.Entry.Args), nucleus.Salted) || !strings.Contains(string(shown.Reveal.Action), digest) {
+			t.Errorf("%s has the digest %s: shown as %s, revealed as %s", content, digest, shown.Entry.Args, shown.Reveal.Action)
+		}
 	}
 	// A redacted argument is shown to be what it is by who knows it.
 	want(t, dir, 1, "redacted or cut", "audit", "show", "3", "--reveal")

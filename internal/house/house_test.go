@@ -64,7 +64,7 @@ var rules = []rule{
 		breaks: [2]string{"wire", "audit"},
 	},
 	{
-		packages: []string{"audit/..."}, never: []string{"..."}, but: []string{"nucleus", "audit/...", "internal/durable"},
+		packages: []string{"audit/..."}, never: []string{"..."}, but: []string{"nucleus", "audit/...", "internal/durable", "internal/redact"},
 		reason: "the log is usable alone and offline, by a stranger",
 		breaks: [2]string{"audit", "node"},
 	},
