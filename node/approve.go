@@ -617,28 +617,29 @@ func (n *Node) reportOutcome(ask, permit, status string) {
 	}
 }
 
-// approversNow asks the authority who can approve for a pod; without an authority there is nobody
+// approversNow asks the authority who can approve for a pod, and how strong that is; without an authority there is nobody
 // and nothing can be approved. It is an error only where the pod, or this node, requires who. Who has
 // the operator's key does not count: it asks.
-func (n *Node) approversNow(ctx context.Context, spec nucleus.PodSpec) ([]nucleus.Approver, error) {
+func (n *Node) approversNow(ctx context.Context, spec nucleus.PodSpec) (list []nucleus.Approver, by string, err error) {
 	require := cmp.Or(spec.Approvals, n.config.RequireApprovals)
 	if n.asks == nil {
 		if require != "" {
-			return nil, nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and this node has no authority (nucleus-node --authority)")
+			return nil, "", nucleus.Errorf(nucleus.KindUnavailable, "approvals by %s are required, and this node has no authority (nucleus-node --authority)", require)
 		}
-		return nil, nil
+		return nil, approvals.Nobody, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	approvers, err := n.asks.Approvers(ctx, require)
+	info, err := n.asks.Approvers(ctx, spec.Approvals, n.config.RequireApprovals)
 	operator, keyErr := keyfile.Load(n.operatorKeyFile())
 	switch err = errors.Join(err, keyErr); {
 	case err == nil:
-		return approval.Different(approvers, operator.Public().(ed25519.PublicKey)), nil
+		list := approval.Different(info.Approvers, operator.Public().(ed25519.PublicKey))
+		return list, info.By(list), nil
 	case require != "":
-		return nil, err
+		return nil, "", err
 	}
-	return nil, nil
+	return nil, approvals.Nobody, nil
 }
 
 // registerRequesters tells the authority which keys may ask for this pod. When it

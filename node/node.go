@@ -54,7 +54,7 @@ type Config struct {
 
 	Monotonic func() time.Duration // on this host, for all its processes; nil: the system's clock
 
-	RequireApprovals string // approvals.RequireOtherUser: no pod starts where that is not so; "": any
+	RequireApprovals string // see approvals.CheckRequirement: no pod starts where that is not so; "": any
 }
 
 // Node is the control plane of one person. Make it with Open.

@@ -95,6 +95,7 @@ type record struct {
 	Boot       string               `json:"boot"`
 	OutcomeKey []byte               `json:"outcome_key,omitempty"` // empty until the machine has answered
 	Approvers  []nucleus.Approver   `json:"approvers,omitempty"`
+	Approvals  string               `json:"approvals,omitempty"` // how strong they are, as approvals.Info.By says
 	Policy     json.RawMessage      `json:"policy"`
 	Repos      []nucleus.RepoStatus `json:"repos,omitempty"`
 	Untrusted  bool                 `json:"untrusted"` // holds a repository that is labelled so
@@ -243,7 +244,8 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	if err != nil {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "policy: %v", err)
 	}
-	if _, err := n.approversNow(ctx, spec); err != nil { // and again at the boot
+	_, by, err := n.approversNow(ctx, spec) // and again at the boot
+	if err != nil {
 		return nil, err
 	}
 	driver, err := n.chooseDriver(ctx, spec)
@@ -251,6 +253,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 		return nil, err
 	}
 	p := n.newPod(spec, driver)
+	p.record.Approvals = by
 	effective, err := n.labelRepos(ctx, p, declared)
 	if err != nil {
 		return nil, err
@@ -448,7 +451,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 		Exposure: p.root.legs().Names(),
 		Data: data(map[string]any{
 			"boot": p.record.Boot, "outcome_key": reply.OutcomeKey, "proxy": reply.Version, "limits": p.machine.Limits(), "one_id": p.machine.Facts().OneID,
-			"proxy_sha256": n.proxyDigest(), "policy_sha256": p.digest, "approvers": p.approvers, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
+			"proxy_sha256": n.proxyDigest(), "policy_sha256": p.digest, "approvers": p.approvers, "approvals": p.record.Approvals, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
 		}),
 	}); err != nil {
 		return logFailure(err)
@@ -564,7 +567,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if p.approvers, err = p.node.approversNow(ctx, spec); err != nil {
+	if p.approvers, p.record.Approvals, err = p.node.approversNow(ctx, spec); err != nil {
 		return reply, err
 	}
 	stream, err := session.Open(ctx, guest.StreamBoot, nil)
@@ -1020,6 +1023,7 @@ func (p *Pod) status() nucleus.PodStatus {
 	if sub := p.record.Sub; sub != nil {
 		s.Parent, s.RootSession = sub.Parent, sub.Session
 	}
+	s.Approvals = p.record.Approvals
 	s.Network, s.Environments = p.policy.Network(), p.record.Spec.Image.Environments()
 	if root != nil {
 		s.Exposure = root.legs().Names()

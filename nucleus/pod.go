@@ -54,7 +54,7 @@ type PodSpec struct {
 	Workspace string            `json:"workspace,omitempty"`         // name of a persistent workspace; empty: one that ends with the pod
 	Driver    string            `json:"driver,omitempty"`            // empty: the strongest whose probe succeeds
 	Require   Tier              `json:"require,omitempty"`           // fail closed below this
-	Approvals string            `json:"require_approvals,omitempty"` // "other-user": fail closed where the approvers are not another user of the host
+	Approvals string            `json:"require_approvals,omitempty"` // "other-user" or "passkey": fail closed where approvals are not as strong
 	Mode      Mode              `json:"mode"`
 	Policy    json.RawMessage   `json:"policy"` // a profile's name as a string, or a whole policy
 	Image     Image             `json:"image"`
@@ -201,6 +201,7 @@ type PodStatus struct {
 	Exposure     []string     `json:"exposure"`
 	Limits       []Limit      `json:"limits,omitempty"`
 	Repos        []RepoStatus `json:"repos,omitempty"`
+	Approvals    string       `json:"approvals,omitempty"` // who can approve: "same user", "other user", "passkey" or "none"
 	Created      string       `json:"created"`
 	Reason       string       `json:"reason,omitempty"` // why it failed or stopped
 	Policy       string       `json:"policy,omitempty"` // its name, where it has one

@@ -61,8 +61,8 @@ func (h Home) Config() (Config, error) {
 			return Config{}, fmt.Errorf("%s: approvals.notify is %q, want a program, by its name on PATH or its absolute path, and its arguments", name, argv)
 		}
 	}
-	if r := c.Approvals.Require; r != "" && r != approvals.RequireOtherUser {
-		return Config{}, fmt.Errorf("%s: approvals.require is %q, want %q", name, r, approvals.RequireOtherUser)
+	if err := approvals.CheckRequirement(c.Approvals.Require); err != nil {
+		return Config{}, fmt.Errorf("%s: approvals.require: %w", name, err)
 	}
 	for i, w := range c.Log.Witnesses {
 		u, err := url.Parse(w.URL)

@@ -29,7 +29,7 @@ type RunOptions struct {
 	Workspace, Branch   string
 	Policy, Mode        string
 	Driver, Require     string
-	Approvals           string // required: "other-user", or empty
+	Approvals           string // required: "other-user", "passkey" or empty
 	EnvFile, Root       string
 	Trust, NoTTY        bool
 	CPU, MemoryMB, Pids int

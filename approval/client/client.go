@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strconv"
 	"time"
 
@@ -39,6 +40,8 @@ const (
 const (
 	SameUser  = "same user"  // only the passphrase stands between asker and grant
 	OtherUser = "other user" // the key belongs to another user of the host
+	Passkey   = "passkey"    // only authenticators that verify their owner
+	Nobody    = "none"
 )
 
 // Info says who approves: every approver that can grant now.
@@ -46,6 +49,18 @@ type Info struct {
 	Approvers []nucleus.Approver `json:"approvers"`
 	Approvals string             `json:"approvals"` // SameUser or OtherUser
 	Witness   string             `json:"witness"`   // audit.WitnessKey of its cosignatures
+}
+
+// By says how strong approvals by list are: as strong as its weakest. Another user's authority
+// holds against more than a passkey at one's own, so that it is told first.
+func (i Info) By(list []nucleus.Approver) string {
+	switch {
+	case len(list) == 0:
+		return Nobody
+	case i.Approvals != OtherUser && !slices.ContainsFunc(list, func(a nucleus.Approver) bool { return a.Kind != nucleus.ApproverPasskey }):
+		return Passkey
+	}
+	return i.Approvals
 }
 
 // Status is what came of an ask. It is pending until as many approvers as it needs have
@@ -310,37 +325,65 @@ func (c *Client) Report(ctx context.Context, ask string, o Outcome) error {
 	return c.call(ctx, http.MethodPost, askPath(ask)+"/outcomes", o, nil)
 }
 
-// RequireOtherUser is the requirement that approvals come from another user of the host.
-const RequireOtherUser = "other-user"
+// What can be required of approvals.
+const (
+	RequireOtherUser = "other-user" // they come from another user of the host
+	RequirePasskey   = "passkey"    // a passkey signs them
+)
 
-// Approvers says who can approve, if that satisfies a requirement: "" or RequireOtherUser. For the
-// latter the authority says that it is another user's, and so does the kernel; for root nobody is,
-// because root can be any user.
-func (c *Client) Approvers(ctx context.Context, require string) ([]nucleus.Approver, error) {
-	if require != "" && require != RequireOtherUser {
-		return nil, nucleus.Errorf(nucleus.KindInvalid, "required approvals %q: want %q", require, RequireOtherUser)
+// CheckRequirement refuses what cannot be required; "" requires nothing.
+func CheckRequirement(require string) error {
+	switch require {
+	case "", RequireOtherUser, RequirePasskey:
+		return nil
+	}
+	return nucleus.Errorf(nucleus.KindInvalid, "required approvals %q: want %q or %q", require, RequireOtherUser, RequirePasskey)
+}
+
+// Approvers says who can approve, if that satisfies all requirements; who does not is left out. That
+// they are another user's the authority says, and so does the kernel; for root nobody is, because
+// root can be any user.
+func (c *Client) Approvers(ctx context.Context, requirements ...string) (Info, error) {
+	for _, require := range requirements {
+		if err := CheckRequirement(require); err != nil {
+			return Info{}, err
+		}
 	}
 	info, err := c.Info(ctx)
-	if err != nil || require == "" {
-		return info.Approvers, err
+	if err == nil && slices.Contains(requirements, RequireOtherUser) {
+		err = c.otherUser(ctx, info)
 	}
+	if err != nil {
+		return Info{}, err
+	}
+	if slices.Contains(requirements, RequirePasskey) {
+		info.Approvers = slices.DeleteFunc(info.Approvers, func(a nucleus.Approver) bool { return a.Kind != nucleus.ApproverPasskey })
+		if len(info.Approvers) == 0 {
+			return Info{}, nucleus.Errorf(nucleus.KindUnavailable, "approvals by passkey are required, and nobody has one (cal approve approver add NAME --passkey)")
+		}
+	}
+	return info, nil
+}
+
+// otherUser refuses an authority that is not another user's.
+func (c *Client) otherUser(ctx context.Context, info Info) error {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "unix", c.socket)
 	if err != nil {
-		return nil, nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, err)
+		return nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, err)
 	}
 	uid, err := peercred.UID(conn)
 	if err := errors.Join(err, conn.Close()); err != nil {
-		return nil, nucleus.Errorf(nucleus.KindUnavailable, "whose authority answers at %s: %v", c.socket, err)
+		return nucleus.Errorf(nucleus.KindUnavailable, "whose authority answers at %s: %v", c.socket, err)
 	}
 	own := os.Geteuid()
 	switch {
 	case own == 0:
-		return nil, nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and this node is root's, who can be any user: start it as an ordinary one")
+		return nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and this node is root's, who can be any user: start it as an ordinary one")
 	case uid == own || info.Approvals != OtherUser:
-		return nil, nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and the authority at %s is uid %d's like this node (how to run it as another user: doc/approvals.md)", c.socket, uid)
+		return nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and the authority at %s is uid %d's like this node (how to run it as another user: doc/approvals.md)", c.socket, uid)
 	}
-	return info.Approvers, nil
+	return nil
 }
 
 // AddApprover makes the key of one more approver.

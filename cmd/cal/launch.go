@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/term"
 
+	approvals "cal/approval/client"
 	"cal/node/client"
 	"cal/nucleus"
 	"cal/workspace"
@@ -47,7 +48,11 @@ func confirm(ctx context.Context, home workspace.Home, node *client.Client, plan
 	if err != nil {
 		return err
 	}
-	fmt.Fprint(os.Stderr, plan.Confirmation(pod, home.Approvals(ctx)))
+	by := pod.Approvals
+	if by != approvals.Passkey {
+		by = home.Approvals(ctx) // which says what to do where there is nobody
+	}
+	fmt.Fprint(os.Stderr, plan.Confirmation(pod, by))
 	if !ask {
 		return nil
 	}

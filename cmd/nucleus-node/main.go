@@ -40,7 +40,7 @@ func run(args []string) error {
 	}
 	home := flags.String("home", "", "CAL_HOME, made if it does not exist (required)")
 	authority := flags.String("authority", "", "socket of nucleus-authority; without it nobody can approve")
-	require := flags.String("require-approvals", "", "start no pod unless approvals come from another user of the host: other-user")
+	require := flags.String("require-approvals", "", "start no pod unless approvals come from another user of the host, or by passkey: other-user or passkey")
 	proxy := flags.String("proxy", beside("nucleus-tool-proxy"), "the static nucleus-tool-proxy")
 	runsc := flags.String("runsc", beside("runsc"), "gVisor's runsc")
 	forge := flags.String("github-api", "", "base URL of GitHub's API, for GitHub Enterprise")
@@ -65,8 +65,8 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	if *require != "" && *require != approvals.RequireOtherUser {
-		return fmt.Errorf("--require-approvals %q: want %q", *require, approvals.RequireOtherUser)
+	if err := approvals.CheckRequirement(*require); err != nil {
+		return fmt.Errorf("--require-approvals: %w", err)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()

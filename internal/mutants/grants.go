@@ -10,7 +10,7 @@ var grantMutants = []mutant{
 	{"grants: the machine's own need", "guest/call.go", "if ask.Approvals < need {", "if false {", "TestQuorum"},
 	{"grants: the machine's own key does not count", "guest/call.go", "approval.Different(p.boot.Approvers, p.key.Public().(ed25519.PublicKey))", "approval.Different(p.boot.Approvers, p.key.Public().(ed25519.PublicKey)[:0])", "TestQuorum"},
 	{"grants: nobody is asked for more than there are", "node/approve.go", "case d.Approvals > len(p.approvers):", "case false:", "TestQuorumBeyondApprovers"},
-	{"grants: one key is one approver of the node", "node/approve.go", "return approval.Different(approvers, operator.Public().(ed25519.PublicKey)), nil", "return append(approval.Different(nil, operator.Public().(ed25519.PublicKey)), approvers...), nil", "TestQuorum"},
+	{"grants: one key is one approver of the node", "node/approve.go", "list := approval.Different(info.Approvers, operator.Public().(ed25519.PublicKey))", "list := append(approval.Different(nil, operator.Public().(ed25519.PublicKey)), info.Approvers...)", "TestQuorum"},
 	{"grants: the machine holds an ask to its policy", "guest/call.go", "if f.asked != f.here {", "if f.asked != f.here && f.name != \"policy\" {", "TestGrant"},
 	{"grants: the machine holds an ask to its session", "guest/call.go", "if f.asked != f.here {", "if f.asked != f.here && f.name != \"session\" {", "TestGrant"},
 	{"grants: without a record of what was used nobody is asked", "node/approve.go", "case n.spentErr != nil:", "case n.spentErr != nil && n.asks == nil:", "TestSpentCannotBeRead"},

@@ -41,4 +41,5 @@ var passkeyMutants = []mutant{
 	{"page: its key", "authority/page.go", "if subtle.ConstantTimeCompare([]byte(r.Header.Get(pageKeyHeader)), []byte(p.key)) != 1 {", "if subtle.ConstantTimeCompare(nil, nil) != 1 {", "TestPageRefusesStrangers"},
 	{"page: JSON alone", "authority/page.go", `r.Method == http.MethodPost && r.Header.Get("Content-Type") != "application/json":`, "false:", "TestPageRefusesStrangers"},
 	{"page: on the loopback alone", "authority/page.go", `[]string{"127.0.0.1", "::1"}`, `[]string{"0.0.0.0", "::1"}`, "TestPageIsLocal"},
+	{"required approvals: passkeys alone", "node/approve.go", "n.asks.Approvers(ctx, spec.Approvals, n.config.RequireApprovals)", "n.asks.Approvers(ctx, n.config.RequireApprovals)", "TestRequireApprovals"},
 }
