@@ -129,7 +129,14 @@ func Open(cfg Config) (*Authority, error) {
 	if cfg.Recorder == nil {
 		cfg.Recorder = s
 	}
-	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}, watchers: map[string]watcher{beforeStart: {seen: time.Now()}}}
+	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}, watchers: map[string]watcher{}}
+	watched, err := s.watchers()
+	if err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	for _, id := range watched { // who watched the daemon before this one may have passages open
+		a.watchers[id] = watcher{seen: time.Now()}
+	}
 	if err := a.openWitness(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}

@@ -23,9 +23,6 @@ type watcher struct {
 	seen  time.Time // on the monotonic clock
 }
 
-// beforeStart is a watcher that nobody knows any more: of the time before this process.
-const beforeStart = ""
-
 // living reports whether something of what was granted can still be used.
 func (a *Authority) living(row askRow) bool {
 	switch a.approvalState(row, a.passageOf(row)) {
@@ -258,7 +255,8 @@ func (a *Authority) lag(seq int64) time.Duration {
 		switch {
 		case left <= 0:
 			delete(a.watchers, id)
-		case w.knows < seq || id == beforeStart:
+			_ = a.store.dropWatcher(id) // else the next daemon waits for it once more
+		case w.knows < seq:
 			longest = max(longest, left)
 		}
 	}
@@ -277,13 +275,18 @@ func (a *Authority) Watch(ctx context.Context, id string, after int64) (client.W
 	defer deadline.Stop()
 	for waited, asked := false, time.Now(); ; {
 		a.mu.Lock()
-		known := len(a.watchers)
 		_, again := a.watchers[id]
-		if known >= maxWatchers && !again {
+		if len(a.watchers) >= maxWatchers {
+			a.lag(0) // forgets those whose lease has ended
+		}
+		if known := len(a.watchers); known >= maxWatchers && !again {
 			a.mu.Unlock()
 			return client.Watched{}, nucleus.Errorf(nucleus.KindUnavailable, "%d nodes watch, no more are taken", known)
 		}
 		asks, last, err := a.store.revocations(after)
+		if err == nil && !again {
+			err = a.store.addWatcher(id) // before it is told anything: the next daemon knows of it
+		}
 		if w := a.watchers[id]; err == nil && !waited {
 			a.watchers[id] = watcher{knows: max(after, 0), seen: asked}
 			if after > w.knows {

@@ -68,6 +68,9 @@ CREATE TABLE IF NOT EXISTS revocations (
 	seq INTEGER PRIMARY KEY AUTOINCREMENT,
 	ask TEXT NOT NULL UNIQUE
 ) STRICT;
+CREATE TABLE IF NOT EXISTS watchers (
+	id TEXT PRIMARY KEY
+) STRICT;
 CREATE TABLE IF NOT EXISTS logs (
 	origin TEXT PRIMARY KEY,
 	key TEXT NOT NULL,
@@ -137,6 +140,7 @@ func prepare(db *sql.DB, approver string) error {
 	}
 	switch {
 	case version == schemaVersion:
+		_, err = tx.Exec(schema) // tables that came later
 	case version > schemaVersion:
 		return fmt.Errorf("its format is %d, this program knows %d: it was written by a newer one", version, schemaVersion)
 	case tables == 0:
@@ -411,6 +415,33 @@ func (s *store) revoke(id, reason string, now int64) error {
 		return err
 	}
 	return tx.Commit()
+}
+
+// addWatcher writes down that a node watches, and dropWatcher that it is known not to any more.
+func (s *store) addWatcher(id string) error {
+	_, err := s.db.Exec("INSERT INTO watchers VALUES (?) ON CONFLICT DO NOTHING", id)
+	return err
+}
+
+func (s *store) dropWatcher(id string) error {
+	_, err := s.db.Exec("DELETE FROM watchers WHERE id = ?", id)
+	return err
+}
+
+func (s *store) watchers() (ids []string, err error) {
+	rows, err := s.db.Query("SELECT id FROM watchers")
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, err
+		}
+		ids = append(ids, id)
+	}
+	return ids, rows.Err()
 }
 
 // revocations returns what was taken back after a number, and the last number.

@@ -1516,7 +1516,7 @@ func (h *host) memoryLog() *memoryFS {
 		h.t.Fatal(err)
 	}
 	disk := newMemoryFS()
-	log, err := audit.Open("memory", audit.Options{Origin: nucleus.LogOrigin, Key: key, FS: disk})
+	log, err := audit.Open("memory", audit.Options{Origin: nucleus.LogOrigin, Key: key, FS: disk, Link: true})
 	if err != nil {
 		h.t.Fatal(err)
 	}

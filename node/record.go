@@ -19,11 +19,32 @@ func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
 	if err := n.payOwed(); err != nil {
 		return nucleus.Entry{}, err
 	}
+	size := n.log.Size()
 	recorded, err := n.log.Append(e)
 	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
 		return recorded, err
 	}
+	if there, ok := n.persisted(e, size); ok {
+		return there, nil
+	}
 	return n.log.Append(e)
+}
+
+// persisted finds an entry about a permit that reached the disk though its sync failed, at or
+// after a place in the log: it does not happen twice.
+func (n *Node) persisted(e nucleus.Entry, from int64) (nucleus.Entry, bool) {
+	if e.Permit == "" {
+		return e, false
+	}
+	for there, err := range n.log.Backward(e.Session) {
+		if err != nil || there.Seq < from {
+			break
+		}
+		if there.Kind == e.Kind && there.Permit == e.Permit {
+			return there, true
+		}
+	}
+	return e, false
 }
 
 // begin gives an entry its place, like append. One that cannot be written afterwards

@@ -132,6 +132,37 @@ func TestOutcomesAreOwed(t *testing.T) {
 	}
 }
 
+// An outcome whose sync failed and that is on the disk all the same is there once.
+func TestOutcomeThatPersisted(t *testing.T) {
+	h := newHost(t)
+	disk := h.memoryLog()
+	p := h.pod(specOf("", policyOf(all)), nil)
+	h.behave = func(_ *inside, c *callInside) (guest.CallResult, bool) {
+		failed := false
+		disk.failing(func(what string) error {
+			if what == "sync" && !failed {
+				failed = true
+				return errors.New("disk full")
+			}
+			return nil
+		})
+		return c.honest(), true
+	}
+	h.tool(p, nucleus.WriteFiles, map[string]string{"path": "a", "content": "x"}).want(t, "")
+	outcomes := 0
+	for e, err := range audit.Read(disk.dump(t), 0) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Kind == nucleus.KindOutcome {
+			outcomes++
+		}
+	}
+	if open := h.node.log.OpenIntents(); outcomes != 1 || len(open) != 0 {
+		t.Errorf("%d outcomes, open %+v", outcomes, open)
+	}
+}
+
 // When the machine sees a permit, its intent is on the disk; the outcome is the
 // machine's own signature.
 func TestOrderAndOutcome(t *testing.T) {

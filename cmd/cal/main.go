@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -92,27 +93,41 @@ func report(ctx context.Context, err error) int {
 		fmt.Fprintln(os.Stderr, "cal: interrupted")
 		return exitInterrupted
 	}
-	fmt.Fprintln(os.Stderr, "cal:", err)
+	fmt.Fprintln(os.Stderr, "cal:", harmless(err.Error()))
 	switch {
 	case errors.As(err, &usage) || strings.HasPrefix(err.Error(), "unknown command"):
 		return exitUsage
 	case errors.As(err, &missing):
-		fmt.Fprintln(os.Stderr, "hint:", missing.Hint)
+		fmt.Fprintln(os.Stderr, "hint:", harmless(missing.Hint))
 	case errors.As(err, &refused):
 		return refusalCode(refused)
 	}
 	return exitFailed
 }
 
+// harmless keeps what an error repeats of a machine, a repository or a policy from steering
+// the terminal: control and format characters become their code points.
+func harmless(text string) string {
+	var b strings.Builder
+	for _, r := range text {
+		if unicode.IsPrint(r) || r == '\n' || r == '\t' {
+			b.WriteRune(r)
+		} else {
+			fmt.Fprintf(&b, `\u{%x}`, r)
+		}
+	}
+	return b.String()
+}
+
 func refusalCode(e *nucleus.Error) int {
 	if e.Rule != "" && e.Kind == nucleus.KindDenied {
-		fmt.Fprintln(os.Stderr, "rule:", e.Rule)
+		fmt.Fprintln(os.Stderr, "rule:", harmless(e.Rule))
 	}
 	if spentOf(e) != nil {
 		fmt.Fprintln(os.Stderr, "hint: raise it in the policy (--policy); a new run begins with a new budget")
 	}
 	if e.Ask != "" {
-		fmt.Fprintf(os.Stderr, "hint: cal approve %s\n", e.Ask)
+		fmt.Fprintf(os.Stderr, "hint: cal approve %s\n", harmless(e.Ask))
 	}
 	switch e.Kind {
 	case nucleus.KindDenied, nucleus.KindForbidden:

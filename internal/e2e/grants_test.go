@@ -252,3 +252,67 @@ func TestGrantsAcrossKills(t *testing.T) {
 	e.Verify()
 	e.Cal("audit", "verify").Want(t, 0)
 }
+
+// TestPassageTakenBack opens a passage and takes it back, then has the authority die while another
+// is open: the first is closed when the command returns, the second when the lease has ended.
+func TestPassageTakenBack(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	site := newPage(t)
+	s := newGrantStory(t, e, fmt.Sprintf(`{"operations":{"web_fetch":"ask","read_files":"always"},"hosts":{"only":[{"host":%q,"port":%s}]}}`, site.host, site.port))
+	fetch := func() *nucleus.Error {
+		if _, err := s.node.Tool(e.Context(), s.pod, nucleus.WebFetch, map[string]any{"url": site.url + "/"}); err != nil {
+			return nucleus.AsError(err)
+		}
+		return nil
+	}
+	first := s.asks(fetch())
+	s.grant(first, "", testenv.Passphrase, nil)
+	for range 2 {
+		if e := fetch(); e != nil {
+			t.Fatalf("through the passage: %+v", e)
+		}
+	}
+	s.authority.Close()
+	began := time.Now()
+	now, err := s.authority.Revoke(e.Context(), approvals.Revocation{ID: first, Reason: "enough"})
+	if err != nil || !now.Closed || len(now.Revoked) != 1 {
+		t.Fatalf("revoke: %+v, %v", now, err)
+	}
+	t.Logf("a passage was closed %v after it was taken back (the authority: %d ms)", time.Since(began), now.Millis)
+	second := s.asks(fetch())
+	if second == first {
+		t.Error("the ask of before")
+	}
+	s.grant(second, "", testenv.Passphrase, nil)
+	if e := fetch(); e != nil {
+		t.Fatalf("through the second: %+v", e)
+	}
+	if testing.Short() {
+		return
+	}
+	if err := syscall.Kill(authorityPID(t, e), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	began = time.Now()
+	for fetch() == nil {
+		if time.Since(began) > approvals.Lease+time.Second {
+			t.Fatalf("the passage stands %v after the authority's death", time.Since(began))
+		}
+		time.Sleep(100 * time.Millisecond) // it is asked how long it stands
+	}
+	t.Logf("a passage let through for %v after the authority's death", time.Since(began))
+	if e := fetch(); e.Kind != nucleus.KindUnavailable {
+		t.Errorf("%+v", e)
+	}
+	e.Cal("node", "start").Want(t, 0) // and with it the authority
+	for deadline := time.Now().Add(approvals.Lease); ; time.Sleep(50 * time.Millisecond) {
+		if fetch() == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the passage does not stand again")
+		}
+	}
+	e.Cal("audit", "verify").Want(t, 0)
+}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -52,4 +53,43 @@ func TestReceiptForAStranger(t *testing.T) {
 		t.Fatal(err)
 	}
 	e.Cal(verify...).Want(t, 1, "proves nothing: changed")
+}
+
+// A secret in a prompt or in a command that does not exist is nowhere in the log, and neither is
+// what would confirm a guess; the host can still show that an entry is of its action.
+func TestSecretsStayOutOfTheLog(t *testing.T) {
+	e := testenv.New(t)
+	const token, word = "ghp_0123456789abcdefghijABCDEFGHIJ012345", "hunter2correct"
+	e.Cal("run", "--", "sh", "-c", "echo one > file; cat file", "log in with "+token+" and PASSWORD="+word).Want(t, 0, "one")
+	e.Cal("run", "--", token, "--password", word) // no such program
+	e.Cal("run", "--", "echo", "two").Want(t, 0, "two")
+	redacted, revealed := 0, 0
+	for _, n := range e.Entries(func(nucleus.Entry) bool { return true }) {
+		raw, err := json.Marshal(n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n.Outcome != nil {
+			raw = append(raw, n.Outcome.Payload...)
+		}
+		if n.Digest != "" && n.Kind == nucleus.KindIntent && !strings.Contains(string(n.Args), `"args_sha256":"[salted]"`) {
+			t.Errorf("a digest without a salt: %s", n.Args)
+		}
+		for _, secret := range []string{token, word} {
+			if strings.Contains(string(raw), secret) {
+				t.Errorf("%s is shown: %s", secret, raw)
+			}
+		}
+		hides := strings.Contains(string(n.Args), "[redacted]")
+		if hides || strings.Contains(string(n.Data), "[redacted]") {
+			redacted++
+		}
+		if n.Digest != "" && n.Kind == nucleus.KindIntent && !hides {
+			e.Cal("audit", "show", strconv.FormatInt(n.Seq, 10), "--reveal").Want(t, 0, "the digest is that of the salt and this action")
+			revealed++
+		}
+	}
+	if redacted < 2 || revealed == 0 {
+		t.Errorf("the control: %d entries have something redacted, %d could be revealed", redacted, revealed)
+	}
 }

@@ -72,6 +72,7 @@ var logMutants = []mutant{
 	{"log: a port is no password", "internal/redact/forms.go", "&& !port.MatchString(password):", ":", "TestKeepsTheRest"},
 	{"log: a number under the name of a password", "internal/redact/redact.go", "		return g == password", "		return false", "TestNumbers"},
 	{"log: a key's lines as elements", "internal/redact/redact.go", "changed = hideKeyLines(v)", "changed = false", "TestByName"},
+	{"log: redaction takes time by the text's length", "internal/redact/assignments.go", "const reach = 1 << 10", "const reach = 1 << 30", "TestTimeIsBounded"},
 	{"log: what a kind adds is redacted", "audit/log.go", "	e.Data = shownData(e.Kind, e.Data)", "", "TestDataIsRedacted"},
 	{"log: what is signed is shown", "audit/shown.go", "range signed[kind] {", "range signed[\"\"] {", "TestDataIsRedacted"},
 	{"log: what the machine signs is redacted before", "guest/call.go", "cut(redact.Text(result.Error.Message), 512)", "cut(redact.Mark+result.Error.Message, 512)", "TestOutcomeWithoutSecrets"},

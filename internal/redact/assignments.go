@@ -122,7 +122,7 @@ var plain = map[string]bool{"true": true, "false": true, "null": true, "nil": tr
 func (a assignment) value() (from, to int) {
 	text, from := a.text, a.from
 	switch {
-	case from == len(text), strings.HasPrefix(text[from:], Mark):
+	case from == len(text), strings.HasPrefix(text[from:], Mark) && !a.toLineEnd():
 		return 0, 0
 	case (text[from] == '|' || text[from] == '>') && a.colon:
 		if from, to, ok := a.block(); ok {
@@ -130,7 +130,7 @@ func (a assignment) value() (from, to int) {
 		}
 	case (text[from] == '{' || text[from] == '[') && a.grade >= named:
 		if to := bracket(text, from); to > from+2 {
-			return whole(text, from, to)
+			return from, to
 		}
 	}
 	inside := from
@@ -143,20 +143,22 @@ func (a assignment) value() (from, to int) {
 			end = inside + 1 + n // never closed: no quote
 		}
 		quoted := text[inside+1 : end]
-		if quoted == "" || plain[strings.ToLower(quoted)] || a.grade == weak && settings[strings.ToLower(quoted)] {
+		if quoted == "" || quoted == Mark || isOneOf(plain, quoted) || a.grade == weak && isOneOf(settings, quoted) {
 			return 0, 0
 		}
-		return whole(text, from, min(len(text), end+inside+1-from))
+		return from, min(len(text), end+inside+1-from)
 	}
 	return a.bare()
 }
 
-// whole is what lies between, unless it is redacted already.
-func whole(text string, from, to int) (int, int) {
-	if strings.Contains(text[from:to], Mark) {
-		return 0, 0
-	}
-	return from, to
+// isOneOf looks a word up in whatever case; no long text is one.
+func isOneOf(set map[string]bool, text string) bool {
+	return len(text) < 16 && set[strings.ToLower(text)]
+}
+
+// toLineEnd is true of a password in the form of YAML, which may have several words.
+func (a assignment) toLineEnd() bool {
+	return a.grade == password && a.colon && a.spaced && a.beginsLine()
 }
 
 // bare is a value without quotes: to the next white space, and for a password in the form of
@@ -164,27 +166,30 @@ func whole(text string, from, to int) (int, int) {
 func (a assignment) bare() (from, to int) {
 	text, from := a.text, a.from
 	until := " \t\r\n\"'`&;<"
-	if a.grade == password && a.colon && a.spaced && a.beginsLine() {
+	if a.toLineEnd() {
 		until = "\r\n"
 	}
 	to = len(text)
-	if n := strings.IndexAny(text[from:], until); n >= 0 {
+	if a.grade == weak {
+		to = min(to, from+reach) // it may be none, and is looked at again
+	}
+	if n := strings.IndexAny(text[from:to], until); n >= 0 {
 		to = from + n
 	}
 	if n := escape(text[from:to]); n >= 0 {
 		to = from + n
 	}
 	value := text[from:to]
-	low := strings.ToLower(strings.TrimRight(value, ",)}];"))
+	word := strings.TrimRight(value, ",)}];")
 	switch {
-	case low == "", low == "|", low == "\\", plain[low]:
+	case word == "", word == "|", word == "\\", value == Mark, isOneOf(plain, word):
 		return 0, 0
-	case a.grade == weak && (settings[low] || isCall(value)):
+	case a.grade == weak && (isOneOf(settings, word) || isCall(value)):
 		return 0, 0
 	case a.grade == named && a.colon && a.spaced && !a.beginsMember() && startsWithWord(value):
 		return 0, 0 // prose: "Bump secret: rotation"
 	}
-	return whole(text, from, to)
+	return from, to
 }
 
 // escape is where a text that stands in a string of JSON or of code ends: at an escaped quote or
@@ -219,10 +224,14 @@ func closing(text string, from, inside int) int {
 	return len(text)
 }
 
+// reach is how far is looked for the end of what may be no secret, so that the time stays in
+// proportion to the text.
+const reach = 1 << 10
+
 // bracket is where the bracket that opens at from is closed, behind it; from where it is not.
 func bracket(text string, from int) int {
 	depth := 0
-	for i := from; i < len(text); i++ {
+	for i := from; i < min(len(text), from+reach); i++ {
 		switch text[i] {
 		case '{', '[':
 			depth++

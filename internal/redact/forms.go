@@ -99,9 +99,9 @@ var (
 func redactURLs(text string) string {
 	return replace(text, urlStart, func(at []int) (from, to int) {
 		from = at[1]
-		end := from
-		for end < len(text) && !strings.ContainsRune(" \t\r\n\"'`<>", rune(text[end])) {
-			end++
+		end := min(len(text), from+reach)
+		if n := strings.IndexAny(text[from:end], " \t\r\n\"'`<>"); n >= 0 {
+			end = from + n
 		}
 		rest := text[from:end]
 		authority, _, _ := strings.Cut(rest, "/")

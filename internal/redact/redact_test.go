@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+	"time"
 
 	"cal/nucleus"
 )
@@ -294,6 +295,21 @@ func TestRandomText(t *testing.T) {
 	}
 }
 
+// The time is in proportion to the text, whatever it is.
+func TestTimeIsBounded(t *testing.T) {
+	for _, text := range []string{
+		"a://", "token:[", "token={", "auth=f(", "token=a[redacted]", "password: ", "password: |\n ", "\"", "'", "\\", "token=\"", "token='\\'", "auth=\\\"", "=", ":", " = ", "--token ", "-", "curl -u a ", "curl ", "docker login ", "<a>", "<token>", "</", "a</a>",
+		"\"name\":\"token\",", "\"name\":\"token\",\"value\":\"", "Cookie: ", "Authorization:\"", "Bearer abcdefgh1 ", "a1b2", "A1b2C3d4", "A1b2C3d4\n", "-----BEGIN PRIVATE KEY-----", "ghp_", "eyJ", "[", "{", "x.x.x.", "mysql -p", "@", "a:b@", "token: ab.", "Basic YTpi", "pass=", "\n", "\\n",
+	} {
+		long := strings.Repeat(text, (256<<10)/len(text))
+		started := time.Now()
+		Text(long)
+		if took := time.Since(started); took > 3*time.Second {
+			t.Errorf("%d bytes of %q took %s", len(long), text, took)
+		}
+	}
+}
+
 func FuzzValue(f *testing.F) {
 	for _, s := range secrets {
 		f.Add(s.before + s.secret + s.after)
@@ -302,6 +318,9 @@ func FuzzValue(f *testing.F) {
 		shown := shownOf(text)
 		if !json.Valid(shown) {
 			t.Fatalf("%q: %s", text, shown)
+		}
+		if again := shownOf(json.RawMessage(shown)); string(again) != string(shown) {
+			t.Fatalf("%q: shown again: %s, first %s", text, again, shown)
 		}
 	})
 }
