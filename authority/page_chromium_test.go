@@ -225,80 +225,84 @@ func TestPageHostileTextIsText(t *testing.T) {
 	}))
 	defer web.Close()
 	browser := chromium.Start(t)
-	b := liveBench(t)
-	v, _ := b.withPasskey(t, "touch", freePort(t))
-	b.submit(t, hostileAsk(t, b, web.URL))
-	open := func() *chromium.Tab {
+	// look opens the ask in a page of this text and policy, and hands over the tab once it has settled.
+	text, policy := pageText, pagePolicy
+	look := func(pageOf []byte, under, ready string, use func(origin string, tab *chromium.Tab, loaded []string)) {
 		t.Helper()
+		pageText, pagePolicy = pageOf, under // before there is a server, and back when there is none
+		defer func() { pageText, pagePolicy = text, policy }()
+		b := liveBench(t)
+		defer b.stop()
+		v, _ := b.withPasskey(t, "touch", freePort(t))
+		b.submit(t, hostileAsk(t, b, web.URL))
 		mu.Lock()
 		hits = nil
 		mu.Unlock()
 		tab := browser.Open("about:blank")
 		tab.Call("Emulation.setDeviceMetricsOverride", map[string]any{"width": 1900, "height": 900, "deviceScaleFactor": 1, "mobile": false}, nil) // no payload is cut in two
 		tab.Go(b.link(t, "a-hostile"))
-		tab.Until(`document.getElementById("text").textContent.length > 500`)
-		tab.Until(`document.querySelectorAll("#list button").length === 1`)
-		return tab
-	}
-	// What markup would load is asked for at once; what a broken picture does comes after one answer.
-	settled := func(tab *chromium.Tab) []string {
+		tab.Until(ready)
+		// What markup would load is asked for at once; what a broken picture does comes after one answer.
 		if err := tab.Eval(`new Promise((resolve) => setTimeout(resolve, 500))`, nil); err != nil {
 			t.Fatal(err)
 		}
 		mu.Lock()
-		defer mu.Unlock()
-		return slices.Clone(hits)
+		loaded := slices.Clone(hits)
+		mu.Unlock()
+		use(v.origin, tab, loaded)
+		tab.Go("about:blank")
 	}
+	const shown = `document.getElementById("text").textContent.length > 500 && document.querySelectorAll("#list button").length === 1`
 
-	tab := open()
-	if got := settled(tab); len(got) > 0 {
-		t.Errorf("it loaded %q", got)
-	}
-	for _, address := range tab.Requests() {
-		if !strings.HasPrefix(address, v.origin+"/") {
-			t.Errorf("it asked for %s", address)
+	look(text, policy, shown, func(origin string, tab *chromium.Tab, loaded []string) {
+		if len(loaded) > 0 {
+			t.Errorf("it loaded %q", loaded)
 		}
-	}
-	if log := tab.Console(); len(log) > 0 {
-		t.Errorf("the console says %q", log)
-	}
-	var odd []string
-	if err := tab.Eval(`[...document.querySelectorAll("img,svg,iframe,link,b,script[src],[onerror],[onload]")].map((e) => e.outerHTML)`, &odd); err != nil || len(odd) > 0 {
-		t.Errorf("the page has %q, %v", odd, err)
-	}
-	var shown string
-	if err := tab.Eval(`document.body.innerText`, &shown); err != nil || !strings.Contains(shown, `\u{202e}gnp.exe`) || !strings.Contains(shown, `<img src=`) {
-		t.Errorf("the text is not shown as it is: %v", err)
-	}
-	for _, r := range shown {
-		if r > 0x7e && r != '·' {
-			t.Errorf("the page shows %q", r)
+		for _, address := range tab.Requests() {
+			if address != "about:blank" && !strings.HasPrefix(address, origin+"/") {
+				t.Errorf("it asked for %s", address)
+			}
 		}
-	}
+		if log := tab.Console(); len(log) > 0 {
+			t.Errorf("the console says %q", log)
+		}
+		var odd []string
+		if err := tab.Eval(`[...document.querySelectorAll("img,svg,iframe,link,b,script[src],[onerror],[onload]")].map((e) => e.outerHTML)`, &odd); err != nil || len(odd) > 0 {
+			t.Errorf("the page has %q, %v", odd, err)
+		}
+		var told string
+		if err := tab.Eval(`document.body.innerText`, &told); err != nil || !strings.Contains(told, `\u{202e}gnp.exe`) || !strings.Contains(told, `<img src=`) {
+			t.Errorf("the text is not shown as it is: %v", err)
+		}
+		for _, r := range told {
+			if r > 0x7e && r != '·' {
+				t.Errorf("the page shows %q", r)
+			}
+		}
+	})
 
-	// The same ask in a page that writes it as markup, without the policy, and then with it.
-	text, policy := pageText, pagePolicy
-	defer func() { pageText, pagePolicy = text, policy }()
+	// The same ask in a page that writes it as markup: without the policy, with it but for Trusted
+	// Types, and with all of it.
 	loose := strings.Replace(pageJS, `$("text").textContent = ask.text`, `$("text").innerHTML = ask.text`, 1)
 	if loose == pageJS {
 		t.Fatal("the control changes nothing")
 	}
-	pageText = []byte(strings.Replace(string(text), pageJS, loose, 1))
-	pagePolicy = "default-src * 'unsafe-inline'"
-	if got := settled(open()); len(got) < 3 {
-		t.Errorf("the control: without escaping and policy it loaded %q", got)
-	}
-	pagePolicy = strings.Replace(regexp.MustCompile(`; require-trusted-types.*`).ReplaceAllString(policy, ""), sourceHash(pageJS), sourceHash(loose), 1)
-	tab = open()
-	if got := settled(tab); len(got) > 0 {
-		t.Errorf("the policy alone let it load %q", got)
-	}
-	if len(tab.Console()) == 0 {
-		t.Error("the control: the console says nothing of what the policy stopped")
-	}
-	pagePolicy = strings.Replace(policy, sourceHash(pageJS), sourceHash(loose), 1)
-	tab = browser.Open(b.link(t, "a-hostile"))
-	tab.Until(`document.getElementById("error").textContent.includes("TrustedHTML")`)
+	looseText := []byte(strings.Replace(string(text), pageJS, loose, 1))
+	loosePolicy := strings.Replace(policy, sourceHash(pageJS), sourceHash(loose), 1)
+	look(looseText, "default-src * 'unsafe-inline'", shown, func(_ string, _ *chromium.Tab, loaded []string) {
+		if len(loaded) < 3 {
+			t.Errorf("the control: without escaping and policy it loaded %q", loaded)
+		}
+	})
+	look(looseText, regexp.MustCompile(`; require-trusted-types.*`).ReplaceAllString(loosePolicy, ""), shown, func(_ string, tab *chromium.Tab, loaded []string) {
+		if len(loaded) > 0 {
+			t.Errorf("the policy alone let it load %q", loaded)
+		}
+		if len(tab.Console()) == 0 {
+			t.Error("the control: the console says nothing of what the policy stopped")
+		}
+	})
+	look(looseText, loosePolicy, `document.getElementById("error").textContent.includes("TrustedHTML")`, func(string, *chromium.Tab, []string) {})
 }
 
 // Pages of other sites in the same browser, of another port of this host, and by a name that was
