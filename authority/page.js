@@ -3,7 +3,7 @@ const $ = (id) => document.getElementById(id);
 const grace = 1000; // milliseconds in which a fresh ask takes no click
 const base64 = (buffer) => btoa(String.fromCharCode(...new Uint8Array(buffer)));
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-let key = "", wanted = "", shown = null, asks = [], approvers = [], awake = 0, busy = false;
+let key = "", wanted = "", shown = null, read = false, asks = [], approvers = [], awake = 0, busy = false;
 
 async function call(path, body) {
   const headers = { "Nucleus-Page": key };
@@ -44,10 +44,18 @@ function buttons() {
   const open = shown !== null && shown.state === "pending";
   const ready = open && !busy && Date.now() >= awake && document.hasFocus();
   const mine = open && (shown.grants || []).some((g) => g.approver === $("approver").value);
-  $("approve").disabled = !ready || mine || approvers.length === 0;
+  $("approve").disabled = !ready || !read || mine || approvers.length === 0;
   $("deny").disabled = !ready || approvers.length === 0;
   $("hint").textContent = !open ? "" : busy ? "Your authenticator asks you now." : approvers.length === 0 ? "No passkey is registered for this page." :
-    mine ? "This approver has granted it; others have to." : ready ? "" : document.hasFocus() ? "Read first." : "This window is not in front.";
+    mine ? "This approver has granted it; others have to." : ready ? (read ? "" : "What will happen stands last: read to the end to approve.") : document.hasFocus() ? "Read first." : "This window is not in front.";
+}
+
+// What is asked for stands at the end of the text, and has to have been in sight.
+function reading() {
+  const pre = $("text");
+  if (pre.scrollTop + pre.clientHeight < pre.scrollHeight - 4) return;
+  read = true;
+  buttons();
 }
 
 function countdown() {
@@ -123,7 +131,12 @@ async function show(id, whole) {
     $("approve").textContent = ask.passage ? "Open this passage with passkey" : "Approve once with passkey";
     if (moved) $("reason").value = "";
     outcome(ask);
-    if (fresh) doze();
+    if (fresh) {
+      read = false;
+      $("text").scrollTop = 0;
+      doze();
+    }
+    reading();
     list();
     buttons();
     if (moved) {
@@ -257,6 +270,7 @@ $("deny").addEventListener("click", (event) => decide(event, (path, said) => cal
 $("decide").addEventListener("submit", (event) => event.preventDefault());
 $("whole").addEventListener("click", () => show(shown.id, true));
 $("approver").addEventListener("change", buttons);
+$("text").addEventListener("scroll", reading);
 addEventListener("focus", doze);
 let resized = 0;
 addEventListener("resize", () => {

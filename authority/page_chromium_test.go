@@ -109,6 +109,13 @@ func TestPageInChromium(t *testing.T) {
 		t.Errorf("digest %q, want %q", got, digest)
 	}
 
+	// What will happen stands last: it has to have been in sight before it can be approved.
+	tab.Until(`!document.getElementById("deny").disabled && document.getElementById("hint").textContent.includes("read to the end")`)
+	var early bool
+	if err := tab.Eval(`!document.getElementById("approve").disabled`, &early); err != nil || early {
+		t.Errorf("it can be approved unread: %v, %v", early, err)
+	}
+	readToTheEnd(t, tab)
 	tab.Verify(device, false)
 	tab.Click("#approve")
 	tab.Until(`!document.getElementById("error").hidden`)
@@ -135,6 +142,8 @@ func TestPageInChromium(t *testing.T) {
 	tab.Key("Enter", 13)
 	tab.Until(`document.activeElement.id === "ask-h" && document.getElementById("ask-id").textContent === "a-2"`)
 	tab.Until(`!document.getElementById("deny").disabled`)
+	readToTheEnd(t, tab)
+	tab.Until(`!document.getElementById("approve").disabled`)
 	var stops []string
 	for range 5 {
 		tab.Key("Tab", 9)
@@ -162,7 +171,7 @@ func TestPageInChromium(t *testing.T) {
 	// Enter in the reason sends nothing.
 	b.submit(t, askAt(t, b.c, "a-3", nil))
 	tab.Go(b.link(t, "a-3"))
-	tab.Until(`document.getElementById("ask-id").textContent === "a-3" && !document.getElementById("approve").disabled`)
+	tab.Until(`document.getElementById("ask-id").textContent === "a-3" && !document.getElementById("deny").disabled`)
 	tab.Click("#reason")
 	tab.Key("Enter", 13)
 	// A fresh ask takes no click: neither from a hand on its way, nor ever from a script.
@@ -187,6 +196,13 @@ func TestPageInChromium(t *testing.T) {
 	// Without the key the browser is shown nothing.
 	other := browser.Open(b.passkeys.page.origin + "/#key=x&ask=a-1")
 	other.Until(`!document.getElementById("locked").hidden && document.getElementById("queue").hidden`)
+}
+
+func readToTheEnd(t *testing.T, tab *chromium.Tab) {
+	t.Helper()
+	if err := tab.Eval(`document.getElementById("text").scrollTop = 1e9`, nil); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // hostileAsk has a payload in every text of it.
@@ -429,7 +445,7 @@ func TestPagePictures(t *testing.T) {
 			}
 			tab.Go("about:blank")
 			tab.Go(b.link(t, "a-1"))
-			tab.Until(`!document.getElementById("ask").hidden && !document.getElementById("approve").disabled`)
+			tab.Until(`!document.getElementById("ask").hidden && !document.getElementById("deny").disabled`)
 			tab.Screenshot(name("ask"))
 			e, err := b.client.Enrol(t.Context(), client.NewPasskey{Name: "other"})
 			if err != nil {

@@ -115,6 +115,9 @@ func TestPasskey(t *testing.T) {
 	if text := tab.Text("#text"); !strings.Contains(text, `"refs/heads/`+branch+`"`) || !strings.Contains(text, `| +echo "Hello, $1"`) {
 		t.Errorf("the page shows %s", text)
 	}
+	if err := tab.Eval(`document.getElementById("text").scrollTop = 1e9`, nil); err != nil { // read to the end
+		t.Fatal(err)
+	}
 	tab.Verify(device, false)
 	tab.Click("#approve")
 	tab.Until(`!document.getElementById("error").hidden`)
