@@ -75,3 +75,13 @@ const (
 	KindLogFork        = "log.fork"   // a witness's: the log's key signed two histories
 	KindLogForget      = "log.forget" // a witness's: it gave up what it kept of a log
 )
+
+// The kinds of what comes. Nothing writes them yet; every reader takes them.
+const (
+	KindArtifactSave    = "artifact.save"
+	KindSnapshotCreate  = "snapshot.create"
+	KindSnapshotRestore = "snapshot.restore"
+	KindSnapshotDelete  = "snapshot.delete"
+	KindPortOpen        = "port.open"
+	KindPortClose       = "port.close"
+)
