@@ -317,6 +317,7 @@ func TestLogIsOwed(t *testing.T) {
 func logIsOwed(t *testing.T, first nucleus.Op) {
 	t.Parallel()
 	h := newHost(t)
+	h.node.owed.most = 50
 	disk := h.memoryLog()
 	p, other := h.pod(specOf("w", policyOf("read_files")), map[string]string{"a": "text"}), h.pod(specOf("v", policyOf("read_files")), map[string]string{"a": "text"})
 	h.tool(other, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, "")
@@ -343,7 +344,7 @@ func logIsOwed(t *testing.T, first nucleus.Op) {
 	h.behave = nil
 	h.mu.Unlock()
 	h.tool(other, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, nucleus.KindUnavailable, "the log cannot be written")
-	for i := range maxOwed {
+	for i := range h.node.owed.most {
 		h.node.note(nucleus.Entry{Kind: "test.note", Status: fmt.Sprint(i)})
 	}
 	if n := len(disk.entries(t)); n != size {

@@ -567,9 +567,13 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if p.approvers, p.record.Approvals, err = p.node.approversNow(ctx, spec); err != nil {
+	approvers, approvals, err := p.node.approversNow(ctx, spec)
+	if err != nil {
 		return reply, err
 	}
+	p.mu.Lock() // who looks meanwhile sees one or the other
+	p.approvers, p.record.Approvals = approvers, approvals
+	p.mu.Unlock()
 	stream, err := session.Open(ctx, guest.StreamBoot, nil)
 	if err != nil {
 		return reply, err
@@ -1014,7 +1018,7 @@ func (n *Node) removeMachine(ctx context.Context, p *Pod) error {
 // status is what the API says of the pod.
 func (p *Pod) status() nucleus.PodStatus {
 	p.mu.Lock()
-	state, reason, root, machine := p.state, p.reason, p.root, p.machine
+	state, reason, root, machine, approvals := p.state, p.reason, p.root, p.machine, p.record.Approvals
 	p.mu.Unlock()
 	s := nucleus.PodStatus{
 		ID: p.record.ID, Workspace: p.record.Spec.Workspace, State: state, Reason: reason, Driver: p.record.Driver, Tier: p.record.Tier,
@@ -1023,7 +1027,7 @@ func (p *Pod) status() nucleus.PodStatus {
 	if sub := p.record.Sub; sub != nil {
 		s.Parent, s.RootSession = sub.Parent, sub.Session
 	}
-	s.Approvals = p.record.Approvals
+	s.Approvals = approvals
 	s.Network, s.Environments = p.policy.Network(), p.record.Spec.Image.Environments()
 	if root != nil {
 		s.Exposure = root.legs().Names()

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"encoding/json"
@@ -69,7 +70,8 @@ func (n *Node) begin(e nucleus.Entry) (*audit.Pending, error) {
 type owed struct {
 	mu      sync.Mutex
 	entries []nucleus.Entry
-	lost    int // beyond maxOwed
+	lost    int // beyond the most that are kept
+	most    int // 0: maxOwed
 }
 
 // maxOwed bounds what is kept: most of what happens on a full disk is refused.
@@ -98,7 +100,7 @@ func (n *Node) noted(e nucleus.Entry) error {
 func (n *Node) owe(e nucleus.Entry) {
 	n.owed.mu.Lock()
 	defer n.owed.mu.Unlock()
-	if len(n.owed.entries) >= maxOwed {
+	if len(n.owed.entries) >= cmp.Or(n.owed.most, maxOwed) {
 		n.owed.lost++
 		return
 	}
