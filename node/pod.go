@@ -416,16 +416,13 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 			return err
 		}
 	}
-	if _, err := n.append(nucleus.Entry{
+	if err := n.appendBoth(nucleus.Entry{
 		Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodCreate,
 		Data: data(map[string]any{"driver": p.record.Driver, "tier": p.record.Tier, "mode": spec.Mode, "policy_sha256": p.digest, "workspace": spec.Workspace, "spare": p.ahead != "", "sub": p.record.Sub}),
-	}); err != nil {
+	}, p.policyEntry(actor)); err != nil {
 		return logFailure(err)
 	}
 	p.logged = true
-	if _, err := n.append(p.policyEntry(actor)); err != nil {
-		return logFailure(err)
-	}
 	p.laps.lap("log")
 	if p.ahead == "" {
 		made, err := driver.Create(ctx, p.machineSpec(n))

@@ -31,6 +31,31 @@ func (n *Node) append(e nucleus.Entry) (nucleus.Entry, error) {
 	return n.log.Append(e)
 }
 
+// appendBoth records two entries that follow one another, with one sync.
+func (n *Node) appendBoth(first, second nucleus.Entry) error {
+	if err := n.payOwed(); err != nil {
+		return err
+	}
+	err := n.beginBoth(first, second)
+	if !errors.Is(err, audit.ErrFailed) || n.log.Reopen() != nil {
+		return err
+	}
+	return n.beginBoth(first, second)
+}
+
+func (n *Node) beginBoth(first, second nucleus.Entry) error {
+	one, err := n.log.Begin(first)
+	if err != nil {
+		return err
+	}
+	two, err := n.log.Begin(second)
+	_, firstErr := one.Wait()
+	if err == nil {
+		_, err = two.Wait() // others may wait behind it
+	}
+	return errors.Join(firstErr, err)
+}
+
 // persisted finds an entry about a permit that reached the disk though its sync failed, at or
 // after a place in the log: it does not happen twice.
 func (n *Node) persisted(e nucleus.Entry, from int64) (nucleus.Entry, bool) {
