@@ -55,6 +55,8 @@ var grantMutants = []mutant{
 	{"approvers: there is one first", "authority/approver.go", "return len(known) == 0", "return true", "TestPlantedApprover"},
 	{"approvers: the seal says who added it", "authority/key.go", "!sameIdentity(s.Identity, f.Identity)", "s.Approver != f.Approver", "TestPlantedApprover"},
 	{"approvers: the passphrase of who adds", "authority/key.go", "if errors.As(err, &wrong) {", "if errors.As(err, &wrong) && false {", "TestApprovers"},
+	{"another user's: each connection is looked at", "approval/client/client.go", "if err := c.otherUser(conn); err != nil {", "if err := c.otherUser(conn); err != nil && false {", "TestOtherUserSwapped"},
+	{"another user's: the kernel's word of who said it", "approval/client/client.go", "if whose != nil && info.Approvals == OtherUser {", "if whose != nil && false {", "TestOtherUserSwapped"},
 
 	// what both logs tell
 	{"logs: a use by too few", "audit/compare.go", "if len(by) < a.need {", "if false {", "TestCompare"},
