@@ -40,7 +40,7 @@ var grantMutants = []mutant{
 	{"tasks: the node counts", "approval/spent/spent.go", "if n > most {", "if false {", "TestAgain"},
 	{"tasks: the machine counts", "guest/call.go", "if o.uses >= o.task.Uses {", "if false {", "TestTask"},
 	{"tasks: the machine matches", "guest/call.go", "if err := approval.Matches(o.task.Match, action); err != nil {", "if err := approval.Matches(o.task.Match, action); err != nil && o.uses == 0 {", "TestTask"},
-	{"tasks: each use is counted by the authority", "node/approve.go", "counted, err := n.countUse(ctx, task.used, permit)", "counted, err := approvals.Used{N: task.uses + 1, Of: task.task.Uses}, error(nil)", "TestRevokedTask"},
+	{"tasks: each use is counted by the authority", "node/approve.go", "counted, err := n.countUse(ctx, p, task.used, permit)", "counted, err := approvals.Used{N: task.uses + 1, Of: task.task.Uses}, error(nil)", "TestRevokedTask"},
 	{"tasks: more exposure ends one", "node/passage.go", "return now.UnixMilli() < p.until && !s.beyond(p.exposure)", "return now.UnixMilli() < p.until", "TestTaskEnds"},
 	{"revoked: it is not used", "authority/authority.go", "case row.state != client.Granted:", "case row.state == client.Pending:", "TestRevoke"},
 	{"revoked: who takes back waits for who watches", "authority/revoke.go", "case w.knows < seq:", "case false:", "TestRevokeWaitsForWatchers"},
