@@ -242,7 +242,7 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 	if r.waiting != nil && time.Until(r.until) > 0 {
 		r.waiting(pending.ask.ID)
 	}
-	answer, err := n.await(ctx, pending.ask.ID, time.Until(r.until))
+	answer, err := n.await(ctx, p, pending.ask.ID, time.Until(r.until))
 	if err != nil {
 		return fail(authorityFailure(err))
 	}
@@ -315,16 +315,16 @@ func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsAp
 
 // await waits for a person, but not longer than the caller does: an answer that is
 // still pending is no error.
-func (n *Node) await(ctx context.Context, ask string, wait time.Duration) (approvals.Status, error) {
+func (n *Node) await(ctx context.Context, p *Pod, ask string, wait time.Duration) (approvals.Status, error) {
 	if wait > 0 {
 		waiting, cancel := context.WithTimeout(ctx, wait)
 		defer cancel()
-		status, err := n.asks.Wait(waiting, ask)
+		status, err := n.authority(p).Wait(waiting, ask)
 		if err == nil || waiting.Err() == nil {
 			return status, err
 		}
 	}
-	return n.asks.Status(ctx, ask)
+	return n.authority(p).Status(ctx, ask)
 }
 
 // pendingAsk is the ask that this request waits for, with a hold: one that is open, or a
@@ -379,7 +379,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if _, _, err := n.witness.show(ctx); err != nil {
 		return pendingAsk{}, false, witnessFailure(err)
 	}
-	if _, err := n.asks.Submit(ctx, ask); err != nil {
+	if _, err := n.authority(p).Submit(ctx, ask); err != nil {
 		return pendingAsk{}, false, authorityFailure(err)
 	}
 	submitted = true
@@ -508,7 +508,7 @@ func (n *Node) useGrants(ctx context.Context, p *Pod, a *approved, action nucleu
 		return nil, err
 	}
 	opened := passage{pod: p.record.ID, op: action.Op, used: used{&a.ask, grantIDs(a.grants), approverNames(a.grants), a.tokens}, task: task}
-	counted, err := n.countUse(ctx, opened.used, permit)
+	counted, err := n.countUse(ctx, p, opened.used, permit)
 	if err != nil {
 		return nil, err
 	}
@@ -543,7 +543,7 @@ func (n *Node) useGrants(ctx context.Context, p *Pod, a *approved, action nucleu
 
 // useAgain uses a task once more. The caller holds the session's mutex.
 func (n *Node) useAgain(ctx context.Context, p *Pod, task *passage, permit string) error {
-	counted, err := n.countUse(ctx, task.used, permit)
+	counted, err := n.countUse(ctx, p, task.used, permit)
 	if err != nil {
 		return err
 	}
@@ -594,10 +594,10 @@ func approverNames(grants []nucleus.Grant) (names []string) {
 
 // countUse has the authority count a use. What it refuses is refused; where it does not answer
 // nothing is done.
-func (n *Node) countUse(ctx context.Context, u used, permit string) (approvals.Used, error) {
+func (n *Node) countUse(ctx context.Context, p *Pod, u used, permit string) (approvals.Used, error) {
 	ctx, cancel := context.WithTimeout(ctx, usePatience)
 	defer cancel()
-	counted, err := n.asks.Use(ctx, u.ask.ID, approvals.Use{Permit: permit, Grants: u.grants})
+	counted, err := n.authority(p).Use(ctx, u.ask.ID, approvals.Use{Permit: permit, Grants: u.grants})
 	var refused *nucleus.Error
 	if errors.As(err, &refused) && refused.Kind == nucleus.KindRefused {
 		return counted, &nucleus.Error{Kind: nucleus.KindRefused, Ask: u.ask.ID, Message: "the authority: " + refused.Message}
@@ -615,6 +615,15 @@ func (n *Node) reportOutcome(ask, permit, status string) {
 	if err := n.asks.Report(ctx, ask, approvals.Outcome{Permit: permit, Status: status}); err != nil {
 		slog.Warn("the authority did not take note of what came of a grant", "ask", ask, "error", err)
 	}
+}
+
+// authority is the client by which is asked for a pod: one that requires another user's authority
+// tells no other anything and takes nothing from it. What the node requires holds for asks too.
+func (n *Node) authority(p *Pod) *approvals.Client {
+	if p.record.Spec.Approvals == approvals.RequireOtherUser {
+		return n.strict
+	}
+	return n.asks
 }
 
 // approversNow asks the authority who can approve for a pod, and how strong that is; without an authority there is nobody
@@ -665,7 +674,7 @@ func (n *Node) registerRequesters(ctx context.Context, p *Pod) {
 	for _, a := range p.approvers {
 		names = append(names, a.Name)
 	}
-	err = n.asks.RegisterPod(ctx, p.record.ID, keys, names...)
+	err = n.authority(p).RegisterPod(ctx, p.record.ID, keys, names...)
 	if err != nil {
 		slog.Warn("the authority does not know who may ask for a pod; what needs an approval will be refused", "pod", p.record.ID, "error", err)
 	}

@@ -70,6 +70,7 @@ type Node struct {
 	spent    *spent.Store
 	spentErr error // why there is none
 	asks     *approvals.Client
+	strict   *approvals.Client // the same authority, where it is another user's
 	watch    watch
 	leftPods []string  // of an earlier node
 	opened   time.Time // by the host's clock
@@ -173,6 +174,10 @@ func (n *Node) open(ctx context.Context) error {
 	}
 	if n.config.Authority != "" {
 		n.asks = approvals.New(n.config.Authority)
+		n.strict = n.asks.OfOtherUser()
+		if n.config.RequireApprovals == approvals.RequireOtherUser {
+			n.asks = n.strict
+		}
 	}
 	if n.witness, err = newWitnesses(n.log, logKey.Public().(ed25519.PublicKey), n.asks, n.config.Witnesses); err != nil {
 		return err

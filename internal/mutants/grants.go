@@ -40,7 +40,7 @@ var grantMutants = []mutant{
 	{"tasks: the node counts", "approval/spent/spent.go", "if n > most {", "if false {", "TestAgain"},
 	{"tasks: the machine counts", "guest/call.go", "if o.uses >= o.task.Uses {", "if false {", "TestTask"},
 	{"tasks: the machine matches", "guest/call.go", "if err := approval.Matches(o.task.Match, action); err != nil {", "if err := approval.Matches(o.task.Match, action); err != nil && o.uses == 0 {", "TestTask"},
-	{"tasks: each use is counted by the authority", "node/approve.go", "counted, err := n.countUse(ctx, task.used, permit)", "counted, err := approvals.Used{N: task.uses + 1, Of: task.task.Uses}, error(nil)", "TestRevokedTask"},
+	{"tasks: each use is counted by the authority", "node/approve.go", "counted, err := n.countUse(ctx, p, task.used, permit)", "counted, err := approvals.Used{N: task.uses + 1, Of: task.task.Uses}, error(nil)", "TestRevokedTask"},
 	{"tasks: more exposure ends one", "node/passage.go", "return now.UnixMilli() < p.until && !s.beyond(p.exposure)", "return now.UnixMilli() < p.until", "TestTaskEnds"},
 	{"revoked: it is not used", "authority/authority.go", "case row.state != client.Granted:", "case row.state == client.Pending:", "TestRevoke"},
 	{"revoked: who takes back waits for who watches", "authority/revoke.go", "case w.knows < seq:", "case false:", "TestRevokeWaitsForWatchers"},
@@ -55,6 +55,8 @@ var grantMutants = []mutant{
 	{"approvers: there is one first", "authority/approver.go", "return len(known) == 0", "return true", "TestPlantedApprover"},
 	{"approvers: the seal says who added it", "authority/key.go", "!sameIdentity(s.Identity, f.Identity)", "s.Approver != f.Approver", "TestPlantedApprover"},
 	{"approvers: the passphrase of who adds", "authority/key.go", "if errors.As(err, &wrong) {", "if errors.As(err, &wrong) && false {", "TestApprovers"},
+	{"another user's: each connection is looked at", "approval/client/client.go", "if err := c.otherUser(conn); err != nil {", "if err := c.otherUser(conn); err != nil && false {", "TestOtherUserSwapped"},
+	{"another user's: the kernel's word of who said it", "approval/client/client.go", "if whose != nil && info.Approvals == OtherUser {", "if whose != nil && false {", "TestOtherUserSwapped"},
 
 	// what both logs tell
 	{"logs: a use by too few", "audit/compare.go", "if len(by) < a.need {", "if false {", "TestCompare"},
