@@ -78,9 +78,15 @@ type Config struct {
 }
 
 const (
-	maxSkew    = 5 * time.Minute // between an ask's making and this clock
-	maxPending = 2000
-	maxKeys    = 64 // of one pod
+	maxSkew = 5 * time.Minute // between an ask's making and this clock
+
+	// What waits for persons at once, of a pod and of all: no pod takes the whole queue.
+	maxPending         = 2000
+	maxPendingBytes    = 128 << 20 // canonical
+	maxPodPending      = 32
+	maxPodPendingBytes = 16 << 20
+
+	maxKeys = 64 // of one pod
 )
 
 // Authority is one open directory of keys and its database. Its methods may be called at
@@ -267,7 +273,7 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 	case !errors.Is(err, errUnknown):
 		return client.Status{}, unavailable(err)
 	}
-	if err := a.admit(ask); err != nil {
+	if err := a.admit(ask, len(canonical)); err != nil {
 		refusal := nucleus.AsError(err)
 		data := map[string]any{"why": refusal.Message}
 		return client.Status{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, data, nil))
@@ -287,7 +293,7 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 }
 
 // admit checks an ask against the clock and against what its requester signed.
-func (a *Authority) admit(ask nucleus.AskRequest) error {
+func (a *Authority) admit(ask nucleus.AskRequest, bytes int) error {
 	now := a.millis()
 	if skew := time.Duration(now-ask.Created) * time.Millisecond; skew.Abs() > maxSkew {
 		return nucleus.Errorf(nucleus.KindInvalid, "ask %s was made %v before now by this clock, at most %v are allowed: are the clocks apart?", ask.ID, skew, maxSkew)
@@ -295,12 +301,8 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 	if now >= ask.Expires {
 		return nucleus.Errorf(nucleus.KindInvalid, "ask %s expired %d ms ago", ask.ID, now-ask.Expires)
 	}
-	pending, err := a.store.pending(now)
-	if err != nil {
-		return unavailable(err)
-	}
-	if pending >= maxPending {
-		return nucleus.Errorf(nucleus.KindUnavailable, "%d asks are pending, no more are taken", pending)
+	if err := a.room(ask.Pod, bytes, now); err != nil {
+		return err
 	}
 	if there := len(a.approvers()); ask.Approvals > there {
 		return nucleus.Errorf(nucleus.KindInvalid, "ask %s needs %d different approvers, there are %d (nucleus-authority approver add)", ask.ID, ask.Approvals, there)
@@ -331,6 +333,28 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 		return nucleus.Errorf(nucleus.KindUnauthenticated, "the request of ask %s was asked for before, as %s", ask.ID, before)
 	case !errors.Is(err, errUnknown):
 		return unavailable(err)
+	}
+	return nil
+}
+
+// room refuses an ask of so many bytes where its pod, or all together, have asked for enough.
+func (a *Authority) room(pod string, bytes int, now int64) error {
+	all, own, err := a.store.pending(pod, now)
+	if err != nil {
+		return unavailable(err)
+	}
+	for _, bound := range []struct {
+		load
+		whose       string
+		asks, bytes int
+	}{
+		{own, "of pod " + pod, maxPodPending, maxPodPendingBytes},
+		{all, "in all", maxPending, maxPendingBytes},
+	} {
+		if bound.load.asks >= bound.asks || bound.load.bytes+bytes > bound.bytes {
+			return nucleus.Errorf(nucleus.KindRefused, "%d asks with %d bytes %s wait for a person, at most %d with %d are taken: answer some (cal approve list), or let them expire",
+				bound.load.asks, bound.load.bytes, bound.whose, bound.asks, bound.bytes)
+		}
 	}
 	return nil
 }
@@ -498,6 +522,9 @@ func (a *Authority) known(id string) (askRow, nucleus.AskRequest, error) {
 		return row, nucleus.AskRequest{}, nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", id)
 	} else if err != nil {
 		return row, nucleus.AskRequest{}, unavailable(err)
+	}
+	if row.shed() {
+		return row, nucleus.AskRequest{}, gone(row, row.stateAt(a.millis()))
 	}
 	ask, digest, _, err := approval.Parse(row.canonical)
 	if err != nil || digest != row.digest || ask.ID != id {
