@@ -46,6 +46,8 @@ import (
 // what was to be recorded does not happen.
 type Recorder interface {
 	Record(nucleus.Entry) error
+	// HasUse reports whether the use under a permit was recorded.
+	HasUse(permit string) (bool, error)
 }
 
 // Requested is what a requester's signature says was requested.
@@ -147,7 +149,40 @@ func Open(cfg Config) (*Authority, error) {
 	if err := a.openWitness(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
+	if err := a.recordLastUse(); err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
 	return a, nil
+}
+
+// recordLastUse records a use that the daemon before this one had counted when it was killed.
+// Uses are counted one at a time, so it is the last one, if any.
+func (a *Authority) recordLastUse() error {
+	id, use, err := a.store.lastUse()
+	if id == "" || err != nil {
+		return err
+	}
+	if known, err := a.cfg.Recorder.HasUse(use.Permit); known || err != nil {
+		return err
+	}
+	row, ask, err := a.known(id)
+	if err != nil {
+		return err
+	}
+	most := 1
+	if task := row.task(); task != nil {
+		most = task.Uses
+	}
+	return a.recordUse(ask, row, client.Used{N: use.N, Of: most}, use.Permit)
+}
+
+func (a *Authority) recordUse(ask nucleus.AskRequest, row askRow, used client.Used, permit string) error {
+	return a.record(nucleus.KindApprovalUse, ask, row.digest, map[string]any{"n": used.N, "of": used.Of}, func(e *nucleus.Entry) {
+		e.Permit = permit
+		for _, g := range row.grants {
+			e.Grants = append(e.Grants, g.Grant)
+		}
+	})
 }
 
 // Close releases database and lock.
@@ -627,7 +662,7 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 	if err := a.store.addUse(id, used.N, u.Permit, now); err != nil {
 		return client.Used{}, unavailable(err)
 	}
-	return used, a.record(nucleus.KindApprovalUse, ask, row.digest, map[string]any{"n": used.N, "of": used.Of}, named)
+	return used, a.recordUse(ask, row, used, u.Permit)
 }
 
 // broadcast wakes all that wait for a change; the caller holds mu.

@@ -198,6 +198,21 @@ func (s *store) Record(entry nucleus.Entry) error {
 	return err
 }
 
+// HasUse implements Recorder.
+func (s *store) HasUse(permit string) (found bool, err error) {
+	err = s.db.QueryRow("SELECT EXISTS (SELECT 1 FROM record WHERE json_extract(entry, '$.kind') = ? AND json_extract(entry, '$.permit') = ?)", nucleus.KindApprovalUse, permit).Scan(&found)
+	return found, err
+}
+
+// lastUse is the use that was counted last, and the ask that it is of; "" for none.
+func (s *store) lastUse() (ask string, use client.UseOf, err error) {
+	err = s.db.QueryRow("SELECT ask, n, permit FROM uses ORDER BY used_ms DESC, rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", use, nil
+	}
+	return ask, use, err
+}
+
 // addPod keeps what is said of a pod unless something is known, and returns what is.
 func (s *store) addPod(pod, said string) (string, error) {
 	if _, err := s.db.Exec("INSERT INTO pods VALUES (?, ?) ON CONFLICT DO NOTHING", pod, said); err != nil {
