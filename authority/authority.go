@@ -166,6 +166,9 @@ func (a *Authority) recordLastUse() error {
 		return err
 	}
 	row, ask, err := a.known(id)
+	if row.shed() && row.id != "" { // the record could not be made for a day
+		ask, err = nucleus.AskRequest{ID: row.id, Pod: row.pod, Action: nucleus.Action{Op: row.op}}, nil
+	}
 	if err != nil {
 		return err
 	}
