@@ -159,26 +159,59 @@ func (p *Pod) dropAsk(id string) {
 	p.asks.remove(id)
 }
 
-// askFor takes one of the places for asks that a session has, and reports whether there was
-// one. It is given back by answered, or when the ask expires.
-func (s *rootSession) askFor(ask string, now time.Time) bool {
+// What a session asks for at once, its sub-agents and sub-pods with it: a program that tries one
+// thing after the other fills neither the person's queue nor the host's disk. The authority holds
+// each pod to bounds of its own.
+const (
+	maxOpenAsks     = 16
+	maxOpenAskBytes = 8 << 20 // of their canonical bytes
+)
+
+// openAsk is what an ask takes of its session's bounds.
+type openAsk struct {
+	bytes int
+	until int64 // unix milliseconds
+}
+
+// askFor takes one of the asks that a session may have open. It is given back by answered, or
+// when the ask expires.
+func (s *rootSession) askFor(ask string, now time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	maps.DeleteFunc(s.places, func(_ string, until int64) bool { return now.UnixMilli() >= until })
-	if len(s.places) >= maxOpenAsks {
-		return false
+	maps.DeleteFunc(s.asks, func(_ string, o openAsk) bool { return now.UnixMilli() >= o.until })
+	if n := len(s.asks); n >= maxOpenAsks {
+		return fmt.Errorf("%d asks of this session wait for a person, no more at once: %s", n, askLess)
 	}
-	if s.places == nil {
-		s.places = map[string]int64{}
+	if s.asks == nil {
+		s.asks = map[string]openAsk{}
 	}
-	s.places[ask] = now.Add(askLife).UnixMilli()
-	return true
+	s.asks[ask] = openAsk{until: now.Add(askLife).UnixMilli()}
+	return nil
 }
+
+// weigh notes how many bytes a person is shown of an ask that was taken by askFor.
+func (s *rootSession) weigh(ask string, bytes int) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	others := 0
+	for _, o := range s.asks {
+		others += o.bytes
+	}
+	if others+bytes > maxOpenAskBytes {
+		return fmt.Errorf("this ask has %d bytes, and %d of this session that wait for a person have %d, at most %d are allowed: ask for less at once, or %s", bytes, len(s.asks)-1, others, maxOpenAskBytes, askLess)
+	}
+	o := s.asks[ask]
+	o.bytes = bytes
+	s.asks[ask] = o
+	return nil
+}
+
+const askLess = "call again when some are answered or expired (each lives 15 minutes)"
 
 func (s *rootSession) answered(ask string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.places, ask)
+	delete(s.asks, ask)
 }
 
 // approve puts the request before a person, waits as long as the caller does, and
@@ -352,21 +385,28 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if err := pre.sent.await(); err != nil {
 		return pendingAsk{}, false, err
 	}
-	id, submitted := nucleus.NewID("a-"), false
-	if _, _, placed := pre.action.Place(); placed {
-		if !p.root.askFor(id, now) {
-			return pendingAsk{}, false, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
-				Message: fmt.Sprintf("%s; %d asks of this session wait for a person, no more at once", needed.decision.Why, maxOpenAsks)}
-		}
-		defer func() {
-			if !submitted {
-				p.root.answered(id)
-			}
-		}()
+	tooMuch := func(why error) (pendingAsk, bool, error) {
+		return pendingAsk{}, false, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Message: needed.decision.Why + "; " + why.Error()}
 	}
+	id, submitted := nucleus.NewID("a-"), false
+	if err := p.root.askFor(id, now); err != nil {
+		return tooMuch(err)
+	}
+	defer func() {
+		if !submitted {
+			p.root.answered(id)
+		}
+	}()
 	ask, err := n.newAsk(ctx, p, r, pre, needed, id)
 	if err != nil {
 		return pendingAsk{}, false, err
+	}
+	_, canonical, err := approval.Digest(ask)
+	if err != nil {
+		return pendingAsk{}, false, nucleus.Errorf(nucleus.KindTooLarge, "%v", err)
+	}
+	if err := p.root.weigh(id, len(canonical)); err != nil {
+		return tooMuch(err)
 	}
 	n.keepSalt(ask.Digest, pre.salt, ask.Action)
 	shown, _ := ask.Action.Shown()

@@ -109,6 +109,7 @@ type Item struct {
 	AskDigest string     `json:"ask_sha256"`
 	Created   int64      `json:"created_ms"`
 	Expires   int64      `json:"expires_ms"`
+	Shed      bool       `json:"shed,omitempty"` // it has ended, and what it said was removed since
 }
 
 // Decision is a person's answer to the ask with exactly this digest. To approve takes the
@@ -155,6 +156,7 @@ type Approval struct {
 	Until   int64            `json:"until_ms"`           // when it ends, where nobody takes it back
 	Ended   int64            `json:"ended_ms,omitempty"` // when it was taken back
 	Reason  string           `json:"reason,omitempty"`   // why
+	Shed    bool             `json:"shed,omitempty"`     // it has ended, and what was asked was removed since
 }
 
 // UseOf is one use. Outcome is a nucleus.Outcome status by the node's word, OutcomeUnknown as

@@ -70,4 +70,9 @@ var grantMutants = []mutant{
 	{"logs: more uses than were granted, at the authority", "audit/compare.go", "if len(a.counted) > a.most {", "if false {", "TestCompare"},
 	{"logs: a use that was not counted", "audit/compare.go", "if told.N > 0 && !slices.Contains(a.counted, e.Permit) {", "if false {", "TestCompare"},
 	{"logs: a use of what was taken back", "audit/compare.go", "if slices.Contains(a.revoked, grant) {", "if slices.Contains(a.revoked, grant+\"x\") {", "TestCompare"},
+	{"logs: a use that was counted is recorded", "authority/authority.go", "	if err := a.recordLastUse(); err != nil {", "	if err := error(nil); err != nil {", "TestUseOfAKilledDaemonIsRecorded"},
+	{"logs: an effect goes by a use", "audit/compare.go", "if len(e.Grants) > 0 && (a.used[permit] || a.passage) {", "if len(e.Grants) > 0 && a != nil && len(permit) < 99 {", "TestCompare"},
+	{"logs: an effect has a grant", "audit/compare.go", "if len(e.Grants) > 0 && (a.used[permit] || a.passage) {", "if a.used[permit] || a.passage {", "TestCompare"},
+	{"tasks: an ask is not believed twice", "guest/call.go", "_, _, passage = action.Place()", "passage = ask.Passage != nil", "TestOpenTaskBelievesNoAsk"},
+	{"grants: time does not go back", "guest/clock.go", "	return unixMilli + back, back\n", "	return unixMilli, back\n", "TestTimeDoesNotGoBack"},
 }
