@@ -73,6 +73,7 @@ type Node struct {
 	asks     *approvals.Client
 	strict   *approvals.Client // the same authority, where it is another user's
 	watch    watch
+	known    knownApprovers
 	leftPods []string  // of an earlier node
 	opened   time.Time // by the host's clock
 	verifier *wire.Verifier
@@ -173,6 +174,7 @@ func (n *Node) open(ctx context.Context) error {
 	if n.spent, n.spentErr = spent.Open(n.spentFile()); n.spentErr != nil { // what needs no approval goes on
 		slog.Error("nothing can be approved", "error", n.spentErr)
 	}
+	n.known.open(n.dirs.knownFile())
 	if n.config.Authority != "" {
 		n.asks = approvals.New(n.config.Authority)
 		n.strict = n.asks.OfOtherUser()

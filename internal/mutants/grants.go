@@ -58,6 +58,12 @@ var grantMutants = []mutant{
 	{"another user's: each connection is looked at", "approval/client/client.go", "if err := c.otherUser(conn); err != nil {", "if err := c.otherUser(conn); err != nil && false {", "TestOtherUserSwapped"},
 	{"another user's: the kernel's word of who said it", "approval/client/client.go", "if whose != nil && info.Approvals == OtherUser {", "if whose != nil && false {", "TestOtherUserSwapped"},
 
+	// who took the authority's place
+	{"approvers: another key is told", "node/approvers.go", "continue\n\t\t}\n\t\thad :=", "continue\n\t\t}\n\t\tif k.find(a) < 0 {\n\t\t\tcontinue\n\t\t}\n\t\thad :=", "TestKnownApprovers"},
+	{"approvers: what is told is recorded", "node/approvers.go", "if len(next) == len(k.list) {", "if !k.first {", "TestKnownApprovers"},
+	{"approvers: only the person's word confirms", "node/approvers.go", "Confirmed: k.first})", "Confirmed: true})", "TestKnownApprovers"},
+	{"approvers: only this key is confirmed", "node/approvers.go", "return a.Name == b.Name && a.Kind == b.Kind && a.Origin == b.Origin && bytes.Equal(a.Key, b.Key)", "return a.Name == b.Name && a.Kind == b.Kind && a.Origin == b.Origin && (bytes.Equal(a.Key, b.Key) || a.Name != \"\")", "TestKnownApprovers"},
+
 	// what both logs tell
 	{"logs: a use by too few", "audit/compare.go", "if len(by) < a.need {", "if false {", "TestCompare"},
 	{"logs: more uses than were granted", "audit/compare.go", "if a.used[e.Permit] = true; len(a.used) > a.most {", "if a.used[e.Permit] = true; false {", "TestCompare"},
