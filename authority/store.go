@@ -204,9 +204,10 @@ func (s *store) HasUse(permit string) (found bool, err error) {
 	return found, err
 }
 
-// lastUse is the use that was counted last, and the ask that it is of; "" for none.
+// lastUse is the use that was counted last, and the ask that it is of; "" for none. Those of a database of the time before
+// permits were kept are not looked at.
 func (s *store) lastUse() (ask string, use client.UseOf, err error) {
-	err = s.db.QueryRow("SELECT ask, n, permit FROM uses ORDER BY used_ms DESC, rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
+	err = s.db.QueryRow("SELECT ask, n, permit FROM uses WHERE permit != '' ORDER BY used_ms DESC, rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
 	if errors.Is(err, sql.ErrNoRows) {
 		return "", use, nil
 	}
