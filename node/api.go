@@ -187,6 +187,9 @@ func (n *Node) tool(w http.ResponseWriter, r *http.Request, v verified) error {
 		return n.streamTool(w, r, p, req)
 	}
 	req.waiting = func(ask string) {
+		if ask == "" { // the answer follows
+			return
+		}
 		w.Header().Set(wire.AskHeader, ask)
 		w.WriteHeader(http.StatusProcessing)
 		w.Header().Del(wire.AskHeader)
@@ -210,7 +213,7 @@ func (r *request) options(req *http.Request) error {
 		number, err := strconv.ParseUint(value, 10, 16)
 		switch name {
 		case "wait":
-			r.until = time.Now().Add(min(time.Duration(number)*time.Second, askLife))
+			r.until = time.Now().Add(min(time.Duration(number)*time.Second, askLife+askGrace))
 		case "ask":
 			if err := approval.CheckName("ask", value); err != nil || len(values) != 1 {
 				return nucleus.Errorf(nucleus.KindInvalid, "parameter ask=%q: want the id of one ask", value)
@@ -248,6 +251,11 @@ func (n *Node) streamTool(w http.ResponseWriter, r *http.Request, p *Pod, req re
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.Context()))
 	defer cancel()
 	req.stream, req.call.Stream = stream, true
+	req.waiting = func(ask string) {
+		stream.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		stream.SendJSON(wire.FrameJSON, client.Waiting{Ask: ask})
+		stream.SetWriteDeadline(time.Time{})
+	}
 	value, err := n.request(ctx, p, req)
 	result := client.StreamResult{Value: value}
 	if err != nil {

@@ -32,6 +32,10 @@ type approved struct {
 // askLife is how long a person has to answer.
 const askLife = 15 * time.Minute
 
+// askGrace is how much longer a request may wait: its ask is made after it has come, and ends as
+// expired.
+const askGrace = time.Minute
+
 // pendingAsk ties an ask to the prepared request it was made for: a retry
 // continues with exactly these values, unless the ask is for a passage.
 type pendingAsk struct {
@@ -276,6 +280,9 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 		r.waiting(pending.ask.ID)
 	}
 	answer, err := n.await(ctx, p, pending.ask.ID, time.Until(r.until))
+	if r.waiting != nil {
+		r.waiting("")
+	}
 	if err != nil {
 		return fail(authorityFailure(err))
 	}

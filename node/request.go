@@ -26,7 +26,7 @@ type request struct {
 	ask     string           // the ask that it goes on waiting for; empty: any that is for the same
 	call    guest.Call       // terminal and streaming; Op and Permit are filled in here
 	stream  *wire.Stream     // where frames of a running command go and come from; nil: none
-	waiting func(ask string) // tells the caller what it waits for; nil: nobody is told
+	waiting func(ask string) // tells the caller what it waits for, and with "" that it waits no longer; nil: nobody is told
 	laps    *laps
 
 	attempt *egress.Attempt // a connection of a program: nobody signed for it yet, and nobody waits

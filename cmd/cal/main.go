@@ -126,7 +126,7 @@ func refusalCode(e *nucleus.Error) int {
 	if spentOf(e) != nil {
 		fmt.Fprintln(os.Stderr, "hint: raise it in the policy (--policy); a new run begins with a new budget")
 	}
-	if e.Ask != "" {
+	if e.Ask != "" && e.Kind == nucleus.KindApproval { // it can still be answered
 		fmt.Fprintf(os.Stderr, "hint: cal approve %s\n", harmless(e.Ask))
 	}
 	switch e.Kind {

@@ -297,12 +297,20 @@ var errNodeGone = errors.New("the connection to the node ended")
 
 // relay joins the person's terminal, or pipes, and the command in the machine.
 func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
+	raw := func(bool) error { return nil }
 	if s.terminal {
 		old, err := term.MakeRaw(0)
 		if err != nil {
 			return 0, err
 		}
 		defer term.Restore(0, old)
+		raw = func(on bool) error {
+			if on {
+				_, err := term.MakeRaw(0)
+				return err
+			}
+			return term.Restore(0, old)
+		}
 		stopResize := s.watchSize(stream)
 		defer stopResize()
 		sendSize(stream) // for a session that is joined
@@ -316,8 +324,14 @@ func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
 		go s.sayWaiting(waiting, s.node, screen)
 	}
 	// The first Ctrl-C goes to the command, which may clean up; if it has not ended
-	// soon the stream is closed and the machine kills it.
+	// soon the stream is closed and the machine kills it. One that waits for an approval has not
+	// begun.
+	var waiting atomic.Bool
 	stop := context.AfterFunc(ctx, func() {
+		if waiting.Load() {
+			stream.Close()
+			return
+		}
 		stream.Send(wire.FrameSignal, []byte("INT"))
 		time.AfterFunc(3*time.Second, func() { stream.Close() })
 	})
@@ -338,6 +352,18 @@ func (s *session) relay(ctx context.Context, stream *wire.Stream) (int, error) {
 		case wire.FrameStderr:
 			if _, err := os.Stderr.Write(payload); err != nil {
 				return 0, err
+			}
+		case wire.FrameJSON:
+			var w client.Waiting
+			if err := nucleus.Strict(payload, &w); err != nil {
+				return 0, err
+			}
+			// Where keys are the command's, Ctrl-C is too; meanwhile it ends the waiting.
+			if err := raw(w.Ask == ""); err != nil {
+				return 0, err
+			}
+			if waiting.Store(w.Ask != ""); w.Ask != "" {
+				fmt.Fprintln(os.Stderr, "cal: an approval is wanted: cal approve", workspace.Shown(w.Ask))
 			}
 		case wire.FrameResult:
 			return result(payload)

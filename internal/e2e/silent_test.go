@@ -118,3 +118,63 @@ func TestAuthorityThatHangs(t *testing.T) {
 		t.Errorf("after it went on: %+v", err)
 	}
 }
+
+// TestRunWaitsForApproval lets a person's own command wait for its approval: what is granted is run,
+// with its input and its exit code; what is denied is exit code 4, and Ctrl-C ends the waiting at
+// once, at a terminal too.
+func TestRunWaitsForApproval(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	e.Cal("node", "start").Want(t, 0)
+	policy := filepath.Join(e.Home, "p.yaml")
+	e.Write(policy, "operations: {run_bash: ask, read_files: always}\ncommands: any\n")
+	const line = "cal: an approval is wanted: cal approve "
+	run := func(command ...string) (*testenv.Running, string) {
+		t.Helper()
+		cmd := e.Command("cal", append([]string{"run", "--policy", policy, "--"}, command...)...)
+		cmd.Stdin = strings.NewReader("typed")
+		r := e.Start(cmd)
+		r.UntilError(line)
+		_, rest, _ := strings.Cut(r.Stderr.String(), line)
+		ask, _, _ := strings.Cut(rest, "\n")
+		return r, ask
+	}
+	r, ask := run("sh", "-c", "cat; exit 7")
+	e.Grant(ask)
+	if got := r.Wait().Want(t, 7, "typed"); strings.Contains(got.Stderr, "hint:") {
+		t.Errorf("%v", got)
+	}
+	r, ask = run("false")
+	e.Cal("approve", "deny", ask, "--reason", "not now").Want(t, 0)
+	if got := r.Wait().Want(t, 4, "not now"); strings.Contains(got.Stderr, "hint:") {
+		t.Errorf("%v", got)
+	}
+	r, ask = run("true")
+	if err := r.Cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	r.Wait().Want(t, 130)
+	e.Cal("approve", "list", "--state", "withdrawn").Want(t, 0, ask)
+
+	screen := e.Terminal(e.Command("cal", "run", "--policy", policy, "--", "true"))
+	screen.Until(line)
+	screen.Type("\x03")
+	if code := screen.Wait(); code != 130 {
+		t.Errorf("Ctrl-C at a terminal: exit code %d\n%s", code, screen.Screen)
+	}
+	screen = e.Terminal(e.Command("cal", "run", "--policy", policy, "--", "sh", "-c", "read -r x; echo got $x"))
+	screen.Until(line)
+	shown := screen.Screen.String()
+	_, ask, _ = strings.Cut(shown, line)
+	if !strings.Contains(ask, "\n") {
+		screen.Until("\n")
+		_, ask, _ = strings.Cut(screen.Screen.String(), line)
+	}
+	ask, _, _ = strings.Cut(ask, "\r")
+	e.Grant(strings.TrimSpace(ask))
+	screen.Type("keys\r")
+	screen.Until("got keys")
+	if code := screen.Wait(); code != 0 {
+		t.Errorf("a command at a terminal: exit code %d\n%s", code, screen.Screen)
+	}
+}

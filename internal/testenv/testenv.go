@@ -259,18 +259,28 @@ func (r *Running) Wait() Result {
 // Ended is closed when the program has ended.
 func (r *Running) Ended() <-chan struct{} { return r.ended }
 
-// Until waits for a text on standard output.
+// Until waits for a text on standard output, and UntilError on standard error.
 func (r *Running) Until(text string) {
 	r.t.Helper()
+	r.until(r.Stdout, text)
+}
+
+func (r *Running) UntilError(text string) {
+	r.t.Helper()
+	r.until(r.Stderr, text)
+}
+
+func (r *Running) until(out *Output, text string) {
+	r.t.Helper()
 	for {
-		has, changed := r.Stdout.look(text)
+		has, changed := out.look(text)
 		if has {
 			return
 		}
 		select {
 		case <-changed:
 		case <-r.ended:
-			if has, _ := r.Stdout.look(text); !has {
+			if has, _ := out.look(text); !has {
 				r.t.Fatalf("ended before %q\n%v", text, r.Wait())
 			}
 		}

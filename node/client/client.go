@@ -31,6 +31,12 @@ func New(socket string, keyID string, key ed25519.PrivateKey) *Client {
 	return &Client{socket: socket, http: wire.UnixClient(socket), signer: wire.Signer{KeyID: keyID, Ed25519: key, Now: time.Now}}
 }
 
+// Waiting is a FrameJSON of a streamed operation: it waits for a person to answer this ask, or, with
+// none, no longer.
+type Waiting struct {
+	Ask string `json:"ask"`
+}
+
 // StreamResult is the FrameResult that ends a streamed operation.
 type StreamResult struct {
 	Value json.RawMessage `json:"value,omitempty"`
@@ -185,9 +191,10 @@ type Terminal struct {
 	Rows, Cols uint16
 }
 
-// Run starts run_bash on a stream of frames; see nucleus and wire.
+// Run starts run_bash on a stream of frames; see nucleus and wire. Where it needs an approval it
+// waits until a person has answered or the ask has expired, and says so with Waiting.
 func (c *Client) Run(ctx context.Context, pod string, args any, t Terminal) (*wire.Stream, error) {
-	path := fmt.Sprintf("/v1/pods/%s/tools/run_bash?terminal=%d&stdin=%d&rows=%d&cols=%d", pod, digit(t.TTY), digit(t.Stdin), t.Rows, t.Cols)
+	path := fmt.Sprintf("/v1/pods/%s/tools/run_bash?wait=960&terminal=%d&stdin=%d&rows=%d&cols=%d", pod, digit(t.TTY), digit(t.Stdin), t.Rows, t.Cols)
 	return c.upgrade(ctx, path, pod, args)
 }
 
