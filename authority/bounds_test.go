@@ -147,7 +147,7 @@ func TestShed(t *testing.T) {
 			t.Errorf("listed: %+v", i)
 		}
 	}
-	list, err := b.Approvals("")
+	list, err := b.Approvals(client.ApprovalsOf{All: true})
 	if err != nil || len(list) != 1 || !list[0].Shed || list[0].State != client.Spent || len(list[0].Uses) != 1 {
 		t.Errorf("what was granted: %+v, %v", list, err)
 	}
@@ -287,4 +287,52 @@ func (m *memoryLog) all() []nucleus.Entry {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.Clone(m.entries)
+}
+
+// The list of what was granted is bounded, newest first, and what can be used is found among many
+// that cannot.
+func TestApprovalsAreBounded(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, nil)
+	b.granted(t, "a-old", 0)
+	tx, err := b.store.db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const many = 1500
+	for i := range many {
+		id := fmt.Sprintf("a-%d", i)
+		for _, insert := range []string{
+			"INSERT INTO asks SELECT ?, sha256, canonical, ?1, pod, op, summary, need, created_ms + 1, expires_ms, 'granted', reason, decided_ms FROM asks WHERE id = 'a-old'",
+			"INSERT INTO grants SELECT ?1, ?1, approver, reason, token, given_ms FROM grants WHERE ask = 'a-old'",
+			"INSERT INTO uses VALUES (?1, 1, ?1, 1, 'done')",
+		} {
+			if _, err := tx.Exec(insert, id); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := tx.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	b.c.ms.Add(10)
+	b.granted(t, "a-new", 0)
+	began := time.Now()
+	list, err := b.client.Approvals(t.Context(), client.ApprovalsOf{All: true, Limit: 100})
+	took := time.Since(began)
+	if err != nil || len(list) != 100 || list[0].Ask != "a-new" || list[1].State != client.Spent {
+		t.Fatalf("%d approvals, %v", len(list), err)
+	}
+	list, err = b.client.Approvals(t.Context(), client.ApprovalsOf{All: true})
+	if err != nil || len(list) != client.MaxApprovals {
+		t.Errorf("without a limit: %d approvals, %v", len(list), err)
+	}
+	began = time.Now()
+	list, err = b.client.Approvals(t.Context(), client.ApprovalsOf{})
+	if err != nil || len(list) != 2 || list[0].Ask != "a-new" || list[1].Ask != "a-old" {
+		t.Errorf("what can be used: %+v, %v", list, err)
+	}
+	t.Logf("of %d: the newest 100 in %v, what can be used in %v", many+2, took, time.Since(began))
+	_, err = b.client.Approvals(t.Context(), client.ApprovalsOf{Limit: client.MaxApprovals + 1})
+	wantKind(t, "a larger limit", err, nucleus.KindInvalid, "at most 1000")
 }

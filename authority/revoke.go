@@ -1,6 +1,7 @@
 package authority
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -71,22 +72,46 @@ func (a *Authority) passageEnd(row askRow, passage *nucleus.Passage) int64 {
 	return uses[0].Used + passage.Millis
 }
 
-// Approvals lists what was granted, of a pod or of all, oldest first.
-func (a *Authority) Approvals(pod string) ([]client.Approval, error) {
-	rows, err := a.store.granted(pod)
-	if err != nil {
-		return nil, unavailable(err)
+// Approvals lists what was granted, newest first.
+func (a *Authority) Approvals(of client.ApprovalsOf) ([]client.Approval, error) {
+	if of.Limit < 0 || of.Limit > client.MaxApprovals {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "limit %d, want at most %d", of.Limit, client.MaxApprovals)
+	}
+	most := cmp.Or(of.Limit, client.MaxApprovals)
+	since := int64(0)
+	if !of.All {
+		since = a.millis() - longestLife
 	}
 	list := []client.Approval{}
-	for _, row := range rows {
-		item, err := a.approval(row)
+	for skip := 0; len(list) < most; skip += approvalsAtOnce {
+		rows, err := a.store.newest(of.Pod, since, skip)
 		if err != nil {
-			return nil, err
+			return nil, unavailable(err)
 		}
-		list = append(list, item)
+		for _, row := range rows {
+			if len(list) == most || !of.All && !a.living(row) {
+				continue
+			}
+			item, err := a.approval(row)
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, item)
+		}
+		if len(rows) < approvalsAtOnce {
+			break
+		}
 	}
 	return list, nil
 }
+
+const (
+	// longestLife is when nothing of an ask can be used any more, after it has expired, in ms: a
+	// task or a passage stands for an hour at most.
+	longestLife = max(nucleus.MaxTaskMillis, approval.MaxPassage)
+
+	approvalsAtOnce = 32 // rows in memory
+)
 
 func (a *Authority) approval(row askRow) (client.Approval, error) {
 	passage := a.passageOf(row)

@@ -49,7 +49,7 @@ func (b *bench) use(t *testing.T, ask, permit string, grants []string) error {
 
 func (b *bench) stateOf(t *testing.T, ask string) client.Approval {
 	t.Helper()
-	list, err := b.client.Approvals(t.Context(), "p-1")
+	list, err := b.client.Approvals(t.Context(), client.ApprovalsOf{Pod: "p-1", All: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -230,7 +230,12 @@ func (a *Authority) handler() http.Handler {
 		return struct{}{}, a.Report(r.PathValue("id"), o)
 	})
 	route("GET /v1/approvals", asker, func(r *http.Request, _ int) (any, error) {
-		return a.Approvals(r.URL.Query().Get("pod"))
+		query := r.URL.Query()
+		limit, err := strconv.Atoi(query.Get("limit"))
+		if err != nil {
+			return nil, nucleus.Errorf(nucleus.KindInvalid, "limit=%q is no number", query.Get("limit"))
+		}
+		return a.Approvals(client.ApprovalsOf{Pod: query.Get("pod"), All: query.Get("all") == "true", Limit: limit})
 	})
 	route("POST /v1/revocations", decider, func(r *http.Request, _ int) (any, error) {
 		var revocation client.Revocation

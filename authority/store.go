@@ -46,6 +46,7 @@ CREATE TABLE IF NOT EXISTS asks (
 	decided_ms INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX IF NOT EXISTS asks_by_state ON asks (state, expires_ms);
+CREATE INDEX IF NOT EXISTS asks_by_age ON asks (created_ms, id);
 CREATE TABLE IF NOT EXISTS grants (
 	jti TEXT PRIMARY KEY,
 	ask TEXT NOT NULL,
@@ -381,6 +382,12 @@ func (s *store) ask(id string) (askRow, error) {
 // granted returns the asks that somebody has granted, oldest first, of a pod or of all.
 func (s *store) granted(pod string) ([]askRow, error) {
 	return s.asks(" WHERE (pod = ? OR ? = '') AND EXISTS (SELECT 1 FROM grants WHERE ask = id) ORDER BY created_ms, id", pod, pod)
+}
+
+// newest returns some of the asks that somebody has granted and that expired after a time, newest
+// first, of a pod or of all.
+func (s *store) newest(pod string, since int64, skip int) ([]askRow, error) {
+	return s.asks(" WHERE (pod = ? OR ? = '') AND expires_ms > ? AND EXISTS (SELECT 1 FROM grants WHERE ask = id) ORDER BY created_ms DESC, id DESC LIMIT ? OFFSET ?", pod, pod, since, approvalsAtOnce, skip)
 }
 
 // asks returns the asks that a condition, written in this package, chooses, with their grants.

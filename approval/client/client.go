@@ -335,9 +335,20 @@ func (c *Client) Info(ctx context.Context) (info Info, err error) {
 	return info, nil
 }
 
-// Approvals lists what was granted, newest last, of a pod or of all: what is over too.
-func (c *Client) Approvals(ctx context.Context, pod string) (list []Approval, err error) {
-	return list, c.call(ctx, http.MethodGet, "/v1/approvals?pod="+url.QueryEscape(pod), nil, &list)
+// MaxApprovals is how many approvals one answer holds at most.
+const MaxApprovals = 1000
+
+// ApprovalsOf chooses approvals.
+type ApprovalsOf struct {
+	Pod   string // "" for those of all
+	All   bool   // what is used, over or taken back too
+	Limit int    // the newest of so many, at most MaxApprovals; 0 for MaxApprovals
+}
+
+// Approvals lists what was granted, newest first.
+func (c *Client) Approvals(ctx context.Context, of ApprovalsOf) (list []Approval, err error) {
+	query := url.Values{"pod": {of.Pod}, "all": {strconv.FormatBool(of.All)}, "limit": {strconv.Itoa(of.Limit)}}
+	return list, c.call(ctx, http.MethodGet, "/v1/approvals?"+query.Encode(), nil, &list)
 }
 
 // Revoke takes back what was granted. It returns when no use of it can begin any more and its

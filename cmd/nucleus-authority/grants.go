@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -17,25 +18,24 @@ import (
 func (c *command) grants() *cobra.Command {
 	var asJSON, all bool
 	var pod string
+	var most int
 	cmd := &cobra.Command{
-		Use: "grants", Short: "List what was granted and can still be used, with its uses", Args: args(cobra.NoArgs),
-		Example: "  nucleus-authority grants\n  nucleus-authority grants --all --json",
+		Use: "grants", Short: "List what was granted and can still be used, with its uses, newest first", Args: args(cobra.NoArgs),
+		Example: "  nucleus-authority grants\n  nucleus-authority grants --all --limit 500 --json",
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	cmd.Flags().BoolVar(&all, "all", false, "what is used, over or taken back too")
+	cmd.Flags().IntVar(&most, "limit", 100, fmt.Sprintf("how many at most, the newest first; up to %d", client.MaxApprovals))
 	cmd.Flags().StringVar(&pod, "pod", "", "of this pod only")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		api := client.New(c.socket)
 		defer api.Close()
-		every, err := api.Approvals(cmd.Context(), pod)
+		if most < 1 || most > client.MaxApprovals {
+			return usageError{fmt.Errorf("--limit %d: want 1 to %d", most, client.MaxApprovals)}
+		}
+		list, err := api.Approvals(cmd.Context(), client.ApprovalsOf{Pod: pod, All: all, Limit: most})
 		if err != nil {
 			return err
-		}
-		list := []client.Approval{}
-		for _, a := range every {
-			if all || a.State == client.Unused || a.State == client.Open || a.State == client.Partly {
-				list = append(list, a)
-			}
 		}
 		if asJSON {
 			enc := json.NewEncoder(os.Stdout)
@@ -47,6 +47,9 @@ func (c *command) grants() *cobra.Command {
 		}
 		for _, a := range list {
 			printApproval(a)
+		}
+		if len(list) == most {
+			fmt.Fprintf(os.Stderr, "these are the newest %d; --limit shows more\n", most)
 		}
 		return nil
 	}
@@ -65,6 +68,9 @@ func printApproval(a client.Approval) {
 	fmt.Printf("%s  %s  pod %s  until %s  %s  %s\n", approval.Visible(a.Ask), approval.Visible(a.State), approval.Visible(a.Pod), until, approval.Visible(what), a.Summary)
 	for _, g := range a.Grants {
 		fmt.Printf("  %s by %s\n", approval.Visible(g.Grant), approval.Visible(g.Approver))
+	}
+	if a.Shed {
+		fmt.Println("  what was asked in full was removed since")
 	}
 	for _, u := range a.Uses {
 		fmt.Printf("  use %d at %s: %s\n", u.N, time.UnixMilli(u.Used).Format("15:04:05"), approval.Visible(u.Outcome))
@@ -111,9 +117,11 @@ type taskFlags struct {
 	uses  int
 	life  time.Duration
 	match []string
+	cmd   *cobra.Command
 }
 
 func (f *taskFlags) add(cmd *cobra.Command) {
+	f.cmd = cmd
 	cmd.Flags().IntVar(&f.uses, "uses", 0, fmt.Sprintf("grant a task of so many uses, at most %d, in place of one use", nucleus.MaxTaskUses))
 	cmd.Flags().DurationVar(&f.life, "for", 30*time.Minute, "how long the task stands, at most an hour")
 	cmd.Flags().StringArrayVar(&f.match, "match", nil, "what the task is for, where not just what is asked: a ref or path (with /** for all below), a directory, or the command's arguments, one flag each (* for one, ** for the rest)")
@@ -122,8 +130,8 @@ func (f *taskFlags) add(cmd *cobra.Command) {
 // choice is the task that the flags choose; nil for one use.
 func (f *taskFlags) choice() (*authority.TaskChoice, error) {
 	if f.uses == 0 {
-		if len(f.match) > 0 {
-			return nil, usageError{fmt.Errorf("--match is of a task: say how often with --uses")}
+		if len(f.match) > 0 || f.cmd.Flags().Changed("for") {
+			return nil, usageError{errors.New("--match and --for are of a task: say how often with --uses")}
 		}
 		return nil, nil
 	}

@@ -330,7 +330,11 @@ func (c *command) list() *cobra.Command {
 			if i.Need > 1 {
 				of = fmt.Sprintf("%d of %d approvals  ", len(i.Granted), i.Need)
 			}
-			fmt.Printf("%s  %s  pod %s  asked %s ago  until %s  %s%s\n", approval.Visible(i.ID), approval.Visible(i.State), approval.Visible(i.Pod), age, until, of, i.Summary)
+			shed := ""
+			if i.Shed {
+				shed = "  (what it said in full was removed since)"
+			}
+			fmt.Printf("%s  %s  pod %s  asked %s ago  until %s  %s%s%s\n", approval.Visible(i.ID), approval.Visible(i.State), approval.Visible(i.Pod), age, until, of, i.Summary, shed)
 		}
 		return nil
 	}

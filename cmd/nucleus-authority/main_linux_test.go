@@ -519,6 +519,7 @@ func TestTaskAtTerminal(t *testing.T) {
 	}{
 		{[]string{"approve", "--uses", "3"}, exitUsage, "name it"},
 		{[]string{"approve", "a-1", "--match", "git"}, exitUsage, "--uses"},
+		{[]string{"approve", "a-1", "--for", "10m"}, exitUsage, "--uses"},
 	} {
 		if code, out := withoutTerminal(t, home, "", c.args...); code != c.code || !strings.Contains(out, c.text) {
 			t.Errorf("%v: %d %s", c.args, code, out)

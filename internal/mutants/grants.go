@@ -64,6 +64,18 @@ var grantMutants = []mutant{
 	{"approvers: only the person's word confirms", "node/approvers.go", "Confirmed: k.first})", "Confirmed: true})", "TestKnownApprovers"},
 	{"approvers: only this key is confirmed", "node/approvers.go", "return a.Name == b.Name && a.Kind == b.Kind && a.Origin == b.Origin && bytes.Equal(a.Key, b.Key)", "return a.Name == b.Name && a.Kind == b.Kind && a.Origin == b.Origin && (bytes.Equal(a.Key, b.Key) || a.Name != \"\")", "TestKnownApprovers"},
 
+	// how much can be asked, and what is kept of it
+	{"asks: a session has few open", "node/approve.go", "if n := len(s.asks); n >= maxOpenAsks {", "if n := len(s.asks); n >= 1000 {", "TestOpenAsksOfEveryKindAreLimited"},
+	{"asks: a session's bytes are bounded", "node/approve.go", "if others+bytes > maxOpenAskBytes {", "if false {", "TestOpenAskBytesAreLimited"},
+	{"asks: what a session asks is weighed", "node/approve.go", "if err := p.root.weigh(id, len(canonical)); err != nil {", "if err := p.root.weigh(id, 0); err != nil {", "TestOpenAsksOfEveryKindAreLimited"},
+	{"asks: no pod takes the queue", "authority/authority.go", "maxPodPending, maxPodPendingBytes},", "maxPending, maxPodPendingBytes},", "TestPodCannotTakeTheQueue"},
+	{"asks: a pod's bytes are bounded", "authority/authority.go", "maxPodPending, maxPodPendingBytes},", "maxPodPending, maxPendingBytes},", "TestPodCannotTakeTheQueue"},
+	{"asks: what lives is kept", "authority/shed.go", "case a.living(row):", "case false:", "TestShedKeepsWhatLives"},
+	{"asks: what has ended long ago goes", "authority/shed.go", "kept <= bytes:", "true:", "TestShed"},
+	{"asks: the room is given back", "authority/store.go", "\"PRAGMA incremental_vacuum\", ", "", "TestShed"},
+	{"asks: a decision that is not kept is taken back in the record", "authority/authority.go", "return errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, map[string]any{\"why\": why}, change))", "return err", "TestFullDatabase"},
+	{"asks: the list is bounded", "authority/revoke.go", "if len(list) == most || !of.All && !a.living(row) {", "if !of.All && !a.living(row) {", "TestApprovalsAreBounded"},
+
 	// what both logs tell
 	{"logs: a use by too few", "audit/compare.go", "if len(by) < a.need {", "if false {", "TestCompare"},
 	{"logs: more uses than were granted", "audit/compare.go", "if a.used[e.Permit] = true; len(a.used) > a.most {", "if a.used[e.Permit] = true; false {", "TestCompare"},
