@@ -34,6 +34,7 @@ import (
 	"unicode/utf8"
 
 	paseto "aidanwoods.dev/go-paseto"
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"cal/approval"
 	"cal/approval/client"
@@ -166,6 +167,9 @@ func (a *Authority) recordLastUse() error {
 		return err
 	}
 	row, ask, err := a.known(id)
+	if row.shed() && row.id != "" { // the record could not be made for a day
+		ask, err = nucleus.AskRequest{ID: row.id, Pod: row.pod, Action: nucleus.Action{Op: row.op}}, nil
+	}
 	if err != nil {
 		return err
 	}
@@ -469,7 +473,18 @@ func (a *Authority) deny(id string, d client.Decision) (client.Status, error) {
 	if err != nil {
 		return client.Status{}, err
 	}
-	return a.concluded(id, a.store.end(id, client.Pending, client.Denied, d.Reason, a.millis()))
+	err = a.store.end(id, client.Pending, client.Denied, d.Reason, a.millis())
+	return a.concluded(id, a.unkept(err, ask, row.digest, by(approver)))
+}
+
+// unkept records that what the log says of a decision does not count: it could not be kept. It
+// returns err, and what stands in the way of recording that too.
+func (a *Authority) unkept(err error, ask nucleus.AskRequest, digest string, change func(*nucleus.Entry)) error {
+	if err == nil {
+		return nil
+	}
+	why := fmt.Sprintf("the decision recorded before does not count, it could not be kept: %v", err)
+	return errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, map[string]any{"why": why}, change))
 }
 
 func (a *Authority) grant(id string, d client.Decision, key ed25519.PrivateKey) (client.Status, error) {
@@ -498,7 +513,8 @@ func (a *Authority) granted(row askRow, ask nucleus.AskRequest, approver keyFile
 	if err != nil {
 		return client.Status{}, err
 	}
-	return a.concluded(row.id, a.store.addGrant(row, client.Given{Grant: grant.ID, Approver: approver.Approver, Reason: d.Reason, Given: a.millis(), Token: token}))
+	err = a.store.addGrant(row, client.Given{Grant: grant.ID, Approver: approver.Approver, Reason: d.Reason, Given: a.millis(), Token: token})
+	return a.concluded(row.id, a.unkept(err, ask, row.digest, func(e *nucleus.Entry) { e.Actor, e.Grants = approver.Approver, []string{grant.ID} }))
 }
 
 // undecided returns the ask id, and the approver that d names, if this approver can still decide
@@ -678,5 +694,9 @@ func unavailable(err error) error {
 	if err == nil {
 		return nil
 	}
-	return nucleus.Errorf(nucleus.KindUnavailable, "the authority's database: %v", err)
+	hint := ""
+	if codeOf(err) == sqlite3.SQLITE_FULL {
+		hint = " (make room on its disk, and call again)"
+	}
+	return nucleus.Errorf(nucleus.KindUnavailable, "the authority's database: %v%s", err, hint)
 }
