@@ -76,8 +76,8 @@ func (c *command) revoke() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use: "revoke ID", Short: "Take back what was granted: for an ask, by a grant, or to a pod", Args: args(cobra.ExactArgs(1)),
-		Long: fmt.Sprintf("Take back what was granted: for an ask, by a grant, or all of a pod. When this returns no use of it begins any more and its\n" +
-			"passages are closed; a use that had begun before is listed, and goes on. A node that asks on and does not say that it knows is waited\n" +
+		Long: fmt.Sprintf("Take back what was granted: for an ask, by a grant, or all of a pod. When this returns no use of it begins any more and its\n"+
+			"passages are closed; a use that had begun before is listed, and goes on. A node that asks on and does not say that it knows is waited\n"+
 			"for no longer than %v: then this fails and says so, and what was taken back is taken back.", client.Lease+time.Second),
 		Example: "  nucleus-authority revoke a-2X... --reason 'enough'\n  nucleus-authority revoke p-pe3aetlioa",
 	}
