@@ -106,6 +106,7 @@ type Authority struct {
 	passkeys passkeys
 
 	watchers map[string]watcher // see revoke.go
+	patience time.Duration      // revokePatience
 
 	trying   sync.Mutex // held while one passphrase is tried: each takes 256 MiB
 	attempts map[string]attempts
@@ -138,7 +139,7 @@ func Open(cfg Config) (*Authority, error) {
 	if cfg.Recorder == nil {
 		cfg.Recorder = s
 	}
-	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}, watchers: map[string]watcher{}}
+	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}, watchers: map[string]watcher{}, patience: revokePatience}
 	watched, err := s.watchers()
 	if err != nil {
 		return nil, errors.Join(err, a.Close())
