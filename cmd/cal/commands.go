@@ -265,7 +265,7 @@ func approveCommand() *cobra.Command {
 	cmd.AddCommand(sub("list", "List what waits for a decision", "  cal approve list --json"), sub("show ID", "Show one ask, and grant nothing", "  cal approve show ID --whole"),
 		sub("grant ID", "Show one ask line by line, and grant it once", "  cal approve grant ID --reason 'as we said'"),
 		sub("deny ID", "Say no", "  cal approve deny ID --reason 'not this one'"), sub("init", "Make the first approval key", "  cal approve init"),
-		sub("grants", "List what was granted and can still be used", "  cal approve grants\n  cal approve grants --all --json"), sub("revoke ID", "Take back what was granted: for an ask, by a grant, or to a pod", "  cal approve revoke a-2X... --reason enough"),
+		sub("grants", "List what was granted and can still be used, newest first", "  cal approve grants\n  cal approve grants --all --limit 500 --json"), sub("revoke ID", "Take back what was granted: for an ask, by a grant, or to a pod", "  cal approve revoke a-2X... --reason enough"),
 		sub("page [ID]", "Print the link of the page at which a passkey approves", "  cal approve page\n  cal approve page a-2X..."),
 		sub("approver", "Who can approve: add, list and remove", "  cal approve approver add bob\n  cal approve approver add touch --passkey\n  cal approve approver list --json\n  cal approve approver remove bob"))
 	cmd.AddCommand(trustCommand())
