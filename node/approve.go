@@ -525,7 +525,10 @@ func authorityFailure(err error) error {
 	case approvals.Silent(err):
 		return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority does not answer: %v (it hangs, or was stopped: cal approve list says whether it answers)", err)
 	}
-	return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority cannot take it: %v", err)
+	if refused != nil { // it said so itself
+		return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority cannot take it: %s", refused.Message)
+	}
+	return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority could not be asked: %v (if it does not run: cal node start, or nucleus-authority serve)", err)
 }
 
 // witnessFailure tells an authority that contradicts the log from one that does not

@@ -577,7 +577,9 @@ func TestApprovalExitCode(t *testing.T) {
 	e.Write(filepath.Join(e.CAL, "policies", "asking.yaml"), "name: asking\noperations: {run_bash: ask}\n")
 	e.Cal("run", "--policy", "asking", "--", "true").Want(t, 4, "approv")
 	e.Approver()
-	e.Cal("run", "--policy", "asking", "--", "true").Want(t, 4, "hint: cal approve a-")
+	stop := e.DenyAll("no")
+	e.Cal("run", "--policy", "asking", "--", "true").Want(t, 4, "cal: an approval is wanted: cal approve a-", "the person said no: no")
+	stop()
 	if left := e.LeftOfMachines(); len(left) > 0 {
 		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
 	}
