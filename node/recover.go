@@ -183,7 +183,7 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 		return nil, err
 	}
 	p.machine = adopted
-	if p.session, err = n.attach(ctx, p, p.machine.Wire()); err != nil {
+	if p.session, err = n.attachAgain(ctx, p); err != nil {
 		return nil, errors.Join(err, p.machine.Destroy(context.WithoutCancel(ctx)))
 	}
 	p.root.mu.Lock()
@@ -194,6 +194,30 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	}
 	_, err = n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodAdopt, Exposure: p.root.legs().Names(), Data: data(map[string]any{"epoch": p.record.Epoch})})
 	return p, err
+}
+
+// attachTry is how long the hand-over of one wire may take before another is handed in.
+const attachTry = 6 * time.Second
+
+// attachAgain attaches the machine's new wire; where nobody takes it, as when what hands it in
+// hangs, another one, until ctx ends.
+func (n *Node) attachAgain(ctx context.Context, p *Pod) (*wire.Session, error) {
+	conn := p.machine.Wire()
+	for {
+		trying, cancel := context.WithTimeout(ctx, attachTry)
+		session, err := n.attach(trying, p, conn)
+		late := trying.Err() != nil
+		cancel()
+		if err == nil || !late || ctx.Err() != nil {
+			return session, err
+		}
+		slog.Warn("the machine did not take its new wire; another is handed in", "pod", p.record.ID)
+		again, rewired := p.machine.Rewire(ctx)
+		if rewired != nil {
+			return nil, errors.Join(err, rewired)
+		}
+		conn = again
+	}
 }
 
 // attach proves to the machine that this node holds the key of its Boot.
