@@ -188,7 +188,7 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identit
 	}
 	var task *nucleus.Task
 	if choice != nil {
-		if task, err = choice.Of(ask, time.Now().UnixMilli()); err != nil {
+		if task, err = p.chooseTask(ctx, c, ask, *choice); err != nil {
 			return client.Status{}, err
 		}
 	}

@@ -135,6 +135,43 @@ func TestTask(t *testing.T) {
 	}
 }
 
+// Who grants after another takes over the bounds of the first, to their end, where the own choice is
+// for the same and no shorter; else nothing is chosen.
+func TestTaskAfter(t *testing.T) {
+	b := newBench(t, nil)
+	now := b.c.ms.Load()
+	ask := askAt(t, b.c, "a-1", nil)
+	choice := TaskChoice{Uses: 3, Life: 30 * time.Minute}
+	first, err := choice.After(ask, nil, now)
+	if err != nil || first.Until != now+1_800_000 {
+		t.Fatalf("the first: %+v, %v", first, err)
+	}
+	later := now + 100_000
+	before := []client.Given{{Approver: "ann", Task: first}, {Approver: "bob", Task: first}}
+	if task, err := choice.After(ask, before, later); err != nil || !approval.SameTask(task, first) {
+		t.Errorf("%+v, %v; want %+v", task, err, first)
+	}
+	wide, exposed := *first, *first
+	wide.Match.Push = &nucleus.PushMatch{Repo: first.Match.Push.Repo, Remote: first.Match.Push.Remote, Ref: "refs/heads/**"}
+	exposed.Exposure = ^first.Exposure
+	for what, c := range map[string]struct {
+		choice TaskChoice
+		first  *nucleus.Task
+		text   string
+	}{
+		"fewer uses":         {TaskChoice{Uses: 2, Life: choice.Life}, first, "--uses 3"},
+		"less time":          {TaskChoice{Uses: 3, Life: 10 * time.Minute}, first, "longer than --for 10m"},
+		"a narrower pattern": {choice, &wide, "another pattern"},
+		"other exposure":     {choice, &exposed, "another pattern"},
+		"once":               {choice, nil, "leave --uses out"},
+	} {
+		task, err := c.choice.After(ask, []client.Given{{Approver: "ann", Task: c.first}}, later)
+		if err == nil || task != nil || !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%s: %+v, %v; want %q", what, task, err, c.text)
+		}
+	}
+}
+
 // What was taken back is not used, from the answer on: by its ask, its grant, or its pod.
 func TestRevoke(t *testing.T) {
 	b := newBench(t, nil)

@@ -177,6 +177,60 @@ func TestAuthorityThatCannotStart(t *testing.T) {
 	}
 }
 
+// TestQuorumTask has two persons grant one task, each by the same command at a terminal of their own:
+// the second is shown, and signs, the bounds of the first.
+func TestQuorumTask(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	const policy = `{"operations":{"write_files":"ask","read_files":"always"},"obligations":{"write_files":{"approvals":2}}}`
+	s := newGrantStory(t, e, `{"operations":{"read_files":"always"}}`)
+	info, err := s.authority.Info(e.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := info.Approvers[0].Name
+	if _, err := s.authority.AddApprover(e.Context(), approvals.NewApprover{Name: "bob", Phrase: "red lamp", Passphrase: bobsSecret, By: first, ByPassphrase: testenv.Passphrase}); err != nil {
+		t.Fatal(err)
+	}
+	s.start(policy)
+	ask := s.asks(s.write("src/a"))
+	at := func(who string, flags ...string) *testenv.Terminal {
+		return e.Terminal(e.Command("cal", append([]string{"approve", "grant", ask, "--approver", who, "--match", "src"}, flags...)...))
+	}
+	grant := func(who, passphrase, says string) {
+		t.Helper()
+		terminal := at(who, "--uses", "3", "--for", "30m")
+		terminal.Until("[y/N]")
+		if told := strings.Contains(terminal.Screen.String(), "has granted this ask as a task"); told != (says != "") {
+			t.Errorf("%s is told of bounds before: %v\n%s", who, told, terminal.Screen)
+		}
+		terminal.Type("y\n")
+		terminal.Until("grant all of this?")
+		terminal.Type("y\n")
+		terminal.Until("passphrase of " + who)
+		terminal.Type(passphrase + "\n")
+		if code := terminal.Wait(); code != 0 || !strings.Contains(terminal.Screen.String(), says) {
+			t.Fatalf("%s: exit code %d, want %q\n%s", who, code, says, terminal.Screen)
+		}
+	}
+	grant(first, testenv.Passphrase, "")
+	other := at("bob", "--uses", "2")
+	if code := other.Wait(); code == 0 || !strings.Contains(other.Screen.String(), "--uses 3") {
+		t.Errorf("other bounds: exit code %d\n%s", code, other.Screen)
+	}
+	if e := s.write("src/a"); s.asks(e) != ask {
+		t.Fatalf("with one grant: %+v", e)
+	}
+	grant("bob", bobsSecret, "granted as a task of 3 uses")
+	for _, path := range []string{"src/a", "src/b", "src/c"} {
+		if e := s.write(path); e != nil {
+			t.Fatalf("%s: %+v", path, e)
+		}
+	}
+	s.asks(s.write("src/d"))
+	e.Cal("audit", "verify").Want(t, 0)
+}
+
 func authorityPID(t *testing.T, e *testenv.Env) int {
 	t.Helper()
 	for _, p := range e.Processes() {
