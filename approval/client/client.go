@@ -582,7 +582,7 @@ func (u unanswered) Unwrap() []error { return []error{u.said, u.why} }
 
 // Absent reports whether err says that nothing listens: whoever starts an authority mends it.
 func Absent(err error) bool {
-	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNRESET) // reset: it ended with the request in its queue
 }
 
 // Silent reports whether err says that an authority is there and does not answer.
