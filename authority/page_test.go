@@ -391,7 +391,7 @@ func TestPasskeyGrantRefuses(t *testing.T) {
 	}
 }
 
-// A link makes one passkey, and none of it approves without the voucher's passphrase and the
+// A link makes one passkey, and none of it approves without the voucher's signature and the
 // fingerprint that the page has shown.
 func TestPasskeyEnrolment(t *testing.T) {
 	b := newBench(t, nil)
