@@ -46,7 +46,7 @@ type Signer struct {
 	key      ed25519.PrivateKey
 }
 
-// Open opens the key, which takes a second; its caller closes it after its use. A wrong
+// Open opens the key, which takes about half a second; its caller closes it after its use. A wrong
 // passphrase is a KindForbidden error.
 func (k Key) Open(passphrase string) (*Signer, error) {
 	key, err := open(k.file, passphrase)

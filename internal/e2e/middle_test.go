@@ -120,7 +120,7 @@ func TestMiddle(t *testing.T) {
 			t.Errorf("what is posted is more than a signed grant: %v", err)
 		}
 		claims, err := approval.Claims(g.Token)
-		if err != nil || claims.Ask != good || claims.AskDigest == digest {
+		if err != nil || claims.Ask != good || claims.AskDigest == digest || claims.Reason != "" {
 			t.Errorf("the token says %+v, %v", claims, err)
 		}
 		_, err = direct.Grant(e.Context(), evil, g.Token)
