@@ -11,7 +11,7 @@ import (
 // The kinds of what the node's log and the authority's tell differently, or what either tells of
 // approvals that may not be.
 const (
-	Ungranted ProblemKind = "ungranted"    // a grant that was used and that the authority's log lacks
+	Ungranted ProblemKind = "ungranted"    // a grant that was used and that the authority's log lacks, or an effect without a use
 	TooFew    ProblemKind = "too few"      // a use by fewer approvers than the ask needs
 	TooOften  ProblemKind = "too often"    // more uses than were granted
 	Uncounted ProblemKind = "uncounted"    // a use that the authority did not count before
@@ -21,11 +21,16 @@ const (
 // Compare holds the node's log against the authority's, which another process writes
 // under another key: what was used is what the authority gave, for that ask, by as many approvers as
 // it needs, as often as they said, counted by the authority and not taken back before;
+// what needed an approval was let through by such a use;
 // and an ask that the authority was shown stands in the node's log, of the same digest.
 // So a node's log that was cut or written anew by its key's holder is found out where it
 // forgets what a person was asked. Both may be written meanwhile. Verify each first.
 func Compare(node, authority string) ([]Problem, error) {
 	// What is recorded first is read last.
+	effects, err := approved(node)
+	if err != nil {
+		return nil, err
+	}
 	uses, err := approvals(node, nucleus.KindApprovalUse)
 	if err != nil {
 		return nil, err
@@ -44,6 +49,9 @@ func Compare(node, authority string) ([]Problem, error) {
 	}
 	for _, e := range uses {
 		book.used(e)
+	}
+	for _, e := range effects {
+		book.let(e)
 	}
 	asked := map[string]string{} // ask: digest
 	for _, e := range asks {
@@ -71,6 +79,7 @@ type askedFor struct {
 	counted []string
 	revoked []string // grants
 	used    map[string]bool
+	passage bool // a use of it opened one
 }
 
 type approvalBook struct {
@@ -140,14 +149,56 @@ func (b *approvalBook) used(e nucleus.Entry) {
 	if len(by) < a.need {
 		b.problem(e.Seq, TooFew, "it uses the grants of %d approvers for ask %s, which needs %d", len(by), e.Ask, a.need)
 	}
-	var told struct{ N int }
+	var told struct {
+		N       int
+		Passage json.RawMessage
+	}
 	_ = json.Unmarshal(e.Data, &told) // a log of before uses were numbered: 0
+	a.passage = a.passage || told.Passage != nil
 	if told.N > 0 && !slices.Contains(a.counted, e.Permit) {
 		b.problem(e.Seq, Uncounted, "it uses what was granted for ask %s under permit %s, which the authority did not count", e.Ask, e.Permit)
 	}
 	if a.used[e.Permit] = true; len(a.used) > a.most {
 		b.problem(e.Seq, TooOften, "it is use %d of ask %s, of %d that were granted", len(a.used), e.Ask, a.most)
 	}
+}
+
+// let holds an effect that needed an approval, and was let through, against the uses: it is
+// one of them, or goes through a passage that one of them opened.
+func (b *approvalBook) let(e nucleus.Entry) {
+	a := b.of(e.Ask)
+	permit := permitOf(e)
+	if len(e.Grants) > 0 && (a.used[permit] || a.passage) {
+		return
+	}
+	b.problem(e.Seq, Ungranted, "%s was let through under permit %s for ask %q, and no use of what was granted says so", e.Op, permit, e.Ask)
+}
+
+// permitOf is the permit of an intent; a program's connection has the id of its attempt.
+func permitOf(e nucleus.Entry) string {
+	if e.Permit != "" {
+		return e.Permit
+	}
+	var data struct{ Attempt string }
+	_ = json.Unmarshal(e.Data, &data) // then it has none
+	return data.Attempt
+}
+
+// approved are the intents that needed an approval and were let through.
+func approved(dir string) (list []nucleus.Entry, err error) {
+	for raw, err := range Find(dir, 0, Filter{Kind: nucleus.KindIntent, Verdict: nucleus.Ask}) {
+		if err != nil {
+			return nil, err
+		}
+		e, err := ParseEntry(raw)
+		if err != nil {
+			return nil, err
+		}
+		if e.Status == "" {
+			list = append(list, e)
+		}
+	}
+	return list, nil
 }
 
 func approvals(dir, kind string) (list []nucleus.Entry, err error) {

@@ -127,6 +127,12 @@ func TestCompare(t *testing.T) {
 		return e
 	}
 	counted := numbered
+	effect := func(permit string, ids ...string) nucleus.Entry {
+		return nucleus.Entry{Kind: nucleus.KindIntent, Op: nucleus.GitPush, Verdict: nucleus.Ask, Ask: "a-1", Permit: permit, Grants: ids}
+	}
+	unasked, attempt, refused, passage := effect("r-9"), effect("", "g-1"), effect(""), numbered(1, "g-1")
+	unasked.Ask, attempt.Data, refused.Status = "", json.RawMessage(`{"attempt":"eg-1"}`), nucleus.OutcomeRefused
+	passage.Data = json.RawMessage(`{"n":1,"of":1,"passage":{"host":"h","port":1}}`)
 	revoked := nucleus.Entry{Kind: nucleus.KindApprovalRevoke, Ask: "a-1", Grants: []string{"g-1"}}
 	otherAsk, otherGrant := ask, grant
 	otherAsk.Digest, otherGrant.Ask = "d-2", "a-2"
@@ -156,6 +162,14 @@ func TestCompare(t *testing.T) {
 		{"used after it was taken back", []nucleus.Entry{ask, numbered(1, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), revoked, counted(1, "g-1")}, []ProblemKind{Revoked}},
 		{"one grant was taken back, two others were used", []nucleus.Entry{ask, numbered(1, "g-2", "g-3")},
 			[]nucleus.Entry{ask, by("ann", "g-1", two), revoked, by("bob", "g-2", two), by("carol", "g-3", two), counted(1, "g-2", "g-3")}, nil},
+
+		{"an effect by a use", []nucleus.Entry{ask, numbered(1, "g-1"), effect("r-1", "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, nil},
+		{"an effect by no grant", []nucleus.Entry{ask, numbered(1, "g-1"), effect("r-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, []ProblemKind{Ungranted}},
+		{"an effect that nobody was asked for", []nucleus.Entry{unasked}, nil, []ProblemKind{Ungranted}},
+		{"a second effect by one use", []nucleus.Entry{ask, numbered(1, "g-1"), effect("r-1", "g-1"), effect("r-2", "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, []ProblemKind{Ungranted}},
+		{"two through a passage", []nucleus.Entry{ask, passage, effect("r-1", "g-1"), effect("r-2", "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, nil},
+		{"a program's through a passage", []nucleus.Entry{ask, passage, attempt}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, nil},
+		{"a refused one", []nucleus.Entry{ask, refused}, []nucleus.Entry{ask}, nil},
 	} {
 		problems, err := Compare(makeVaried(t, c.node...), makeVaried(t, c.authority...))
 		var kinds []ProblemKind

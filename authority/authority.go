@@ -44,6 +44,8 @@ import (
 // what was to be recorded does not happen.
 type Recorder interface {
 	Record(nucleus.Entry) error
+	// HasUse reports whether the use under a permit was recorded.
+	HasUse(permit string) (bool, error)
 }
 
 // Requested is what a requester's signature says was requested.
@@ -77,9 +79,15 @@ type Config struct {
 }
 
 const (
-	maxSkew    = 5 * time.Minute // between an ask's making and this clock
-	maxPending = 2000
-	maxKeys    = 64 // of one pod
+	maxSkew = 5 * time.Minute // between an ask's making and this clock
+
+	// What waits for persons at once, of a pod and of all: no pod takes the whole queue.
+	maxPending         = 2000
+	maxPendingBytes    = 128 << 20 // canonical
+	maxPodPending      = 32
+	maxPodPendingBytes = 16 << 20
+
+	maxKeys = 64 // of one pod
 )
 
 // Authority is one open directory of keys and its database. Its methods may be called at
@@ -136,7 +144,40 @@ func Open(cfg Config) (*Authority, error) {
 	if err := a.openWitness(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
+	if err := a.recordLastUse(); err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
 	return a, nil
+}
+
+// recordLastUse records a use that the daemon before this one had counted when it was killed.
+// Uses are counted one at a time, so it is the last one, if any.
+func (a *Authority) recordLastUse() error {
+	id, use, err := a.store.lastUse()
+	if id == "" || err != nil {
+		return err
+	}
+	if known, err := a.cfg.Recorder.HasUse(use.Permit); known || err != nil {
+		return err
+	}
+	row, ask, err := a.known(id)
+	if err != nil {
+		return err
+	}
+	most := 1
+	if task := row.task(); task != nil {
+		most = task.Uses
+	}
+	return a.recordUse(ask, row, client.Used{N: use.N, Of: most}, use.Permit)
+}
+
+func (a *Authority) recordUse(ask nucleus.AskRequest, row askRow, used client.Used, permit string) error {
+	return a.record(nucleus.KindApprovalUse, ask, row.digest, map[string]any{"n": used.N, "of": used.Of}, func(e *nucleus.Entry) {
+		e.Permit = permit
+		for _, g := range row.grants {
+			e.Grants = append(e.Grants, g.Grant)
+		}
+	})
 }
 
 // Close releases database and lock.
@@ -263,7 +304,7 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 	case !errors.Is(err, errUnknown):
 		return client.Status{}, unavailable(err)
 	}
-	if err := a.admit(ask); err != nil {
+	if err := a.admit(ask, len(canonical)); err != nil {
 		refusal := nucleus.AsError(err)
 		data := map[string]any{"why": refusal.Message}
 		return client.Status{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, data, nil))
@@ -283,7 +324,7 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 }
 
 // admit checks an ask against the clock and against what its requester signed.
-func (a *Authority) admit(ask nucleus.AskRequest) error {
+func (a *Authority) admit(ask nucleus.AskRequest, bytes int) error {
 	now := a.millis()
 	if skew := time.Duration(now-ask.Created) * time.Millisecond; skew.Abs() > maxSkew {
 		return nucleus.Errorf(nucleus.KindInvalid, "ask %s was made %v before now by this clock, at most %v are allowed: are the clocks apart?", ask.ID, skew, maxSkew)
@@ -291,12 +332,8 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 	if now >= ask.Expires {
 		return nucleus.Errorf(nucleus.KindInvalid, "ask %s expired %d ms ago", ask.ID, now-ask.Expires)
 	}
-	pending, err := a.store.pending(now)
-	if err != nil {
-		return unavailable(err)
-	}
-	if pending >= maxPending {
-		return nucleus.Errorf(nucleus.KindUnavailable, "%d asks are pending, no more are taken", pending)
+	if err := a.room(ask.Pod, bytes, now); err != nil {
+		return err
 	}
 	if there := len(a.approvers()); ask.Approvals > there {
 		return nucleus.Errorf(nucleus.KindInvalid, "ask %s needs %d different approvers, there are %d (nucleus-authority approver add)", ask.ID, ask.Approvals, there)
@@ -327,6 +364,28 @@ func (a *Authority) admit(ask nucleus.AskRequest) error {
 		return nucleus.Errorf(nucleus.KindUnauthenticated, "the request of ask %s was asked for before, as %s", ask.ID, before)
 	case !errors.Is(err, errUnknown):
 		return unavailable(err)
+	}
+	return nil
+}
+
+// room refuses an ask of so many bytes where its pod, or all together, have asked for enough.
+func (a *Authority) room(pod string, bytes int, now int64) error {
+	all, own, err := a.store.pending(pod, now)
+	if err != nil {
+		return unavailable(err)
+	}
+	for _, bound := range []struct {
+		load
+		whose       string
+		asks, bytes int
+	}{
+		{own, "of pod " + pod, maxPodPending, maxPodPendingBytes},
+		{all, "in all", maxPending, maxPendingBytes},
+	} {
+		if bound.load.asks >= bound.asks || bound.load.bytes+bytes > bound.bytes {
+			return nucleus.Errorf(nucleus.KindRefused, "%d asks with %d bytes %s wait for a person, at most %d with %d are taken: answer some (cal approve list), or let them expire",
+				bound.load.asks, bound.load.bytes, bound.whose, bound.asks, bound.bytes)
+		}
 	}
 	return nil
 }
@@ -501,6 +560,9 @@ func (a *Authority) known(id string) (askRow, nucleus.AskRequest, error) {
 	} else if err != nil {
 		return row, nucleus.AskRequest{}, unavailable(err)
 	}
+	if row.shed() {
+		return row, nucleus.AskRequest{}, gone(row, row.stateAt(a.millis()))
+	}
 	ask, digest, _, err := approval.Parse(row.canonical)
 	if err != nil || digest != row.digest || ask.ID != id {
 		return row, ask, nucleus.Errorf(nucleus.KindInternal, "ask %s is damaged in the database", id)
@@ -562,7 +624,7 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 	if err := a.store.addUse(id, used.N, u.Permit, now); err != nil {
 		return client.Used{}, unavailable(err)
 	}
-	return used, a.record(nucleus.KindApprovalUse, ask, row.digest, map[string]any{"n": used.N, "of": used.Of}, named)
+	return used, a.recordUse(ask, row, used, u.Permit)
 }
 
 // broadcast wakes all that wait for a change; the caller holds mu.

@@ -514,6 +514,8 @@ func (l brokenLog) Record(e nucleus.Entry) error {
 	return nil
 }
 
+func (l brokenLog) HasUse(string) (bool, error) { return false, nil }
+
 func TestNoRecordNoDecision(t *testing.T) {
 	for _, kind := range []string{nucleus.KindApprovalAsk, nucleus.KindApprovalGrant, nucleus.KindApprovalDeny, nucleus.KindApprovalUse} {
 		b := newBench(t, func(c *Config) { c.Recorder = brokenLog{kind} })

@@ -52,7 +52,7 @@ func (a *Authority) approvalState(row askRow, passage *nucleus.Passage) string {
 		return client.Over
 	case row.uses == 0 && now < row.expires:
 		return client.Unused
-	case row.uses == 0:
+	case row.uses == 0, row.shed() && (row.op == nucleus.NetConnect || row.op == nucleus.WebFetch):
 		return client.Over
 	case task != nil && row.uses >= task.Uses, task == nil && passage == nil:
 		return client.Spent
@@ -92,7 +92,7 @@ func (a *Authority) approval(row askRow) (client.Approval, error) {
 	passage := a.passageOf(row)
 	item := client.Approval{
 		Ask: row.id, State: a.approvalState(row, passage), Pod: row.pod, Op: row.op, Summary: row.summary, Need: row.need, Task: row.task(), Until: row.expires,
-		Grants: []client.Given{}, Reason: row.reason,
+		Grants: []client.Given{}, Reason: row.reason, Shed: row.shed(),
 	}
 	for _, g := range row.grants {
 		g.Token = ""

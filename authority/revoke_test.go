@@ -2,8 +2,10 @@ package authority
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -281,5 +283,31 @@ func TestWithdraw(t *testing.T) {
 	}
 	if gone, err := b.client.Withdraw(t.Context(), "p-2", client.Withdrawal{Before: before}); err != nil || len(gone) != 0 {
 		t.Errorf("another pod: %+v, %v", gone, err)
+	}
+}
+
+// A daemon that was killed between counting a use and recording it: the next one records it,
+// once.
+func TestUseOfAKilledDaemonIsRecorded(t *testing.T) {
+	b := newBench(t, nil)
+	b.granted(t, "a-1", 1)
+	if err := b.store.addUse("a-1", 1, "r-1", b.c.now().UnixMilli()); err != nil {
+		t.Fatal(err)
+	}
+	if known, err := b.store.HasUse("r-1"); known || err != nil {
+		t.Fatalf("known %v, %v", known, err)
+	}
+	for range 2 {
+		b.stop()
+		b = startBench(t, b.c, b.cfg)
+		var entry string
+		var n int
+		if err := b.store.db.QueryRow("SELECT count(*), max(entry) FROM record WHERE json_extract(entry, '$.kind') = ?", nucleus.KindApprovalUse).Scan(&n, &entry); err != nil || n != 1 {
+			t.Fatalf("%d uses recorded, %v", n, err)
+		}
+		var e nucleus.Entry
+		if err := json.Unmarshal([]byte(entry), &e); err != nil || e.Permit != "r-1" || e.Ask != "a-1" || len(e.Grants) != 1 || !strings.Contains(string(e.Data), `"n":1`) {
+			t.Errorf("recorded %s, %v", entry, err)
+		}
 	}
 }

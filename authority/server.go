@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 
@@ -46,6 +47,10 @@ func (a *Authority) Serve(ctx context.Context, path string, ready func()) error 
 	}
 	a.servePasskeys()
 	defer a.closePage()
+	var small sync.WaitGroup
+	small.Go(func() { a.keepSmall(stopping) })
+	defer small.Wait()
+	defer stop()
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	if ready != nil {
@@ -197,6 +202,9 @@ func (a *Authority) handler() http.Handler {
 		row, err := a.store.ask(r.PathValue("id"))
 		if errors.Is(err, errUnknown) {
 			return nil, nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", r.PathValue("id"))
+		}
+		if err == nil && row.shed() {
+			return nil, gone(row, row.stateAt(a.millis()))
 		}
 		return exact(row.canonical), unavailable(err)
 	})

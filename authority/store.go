@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/url"
 	"os"
 
@@ -108,7 +109,7 @@ func openStore(path, approver string) (*store, error) {
 	if err := errors.Join(f.Sync(), f.Close()); err != nil {
 		return nil, err
 	}
-	dsn := url.URL{Scheme: "file", OmitHost: true, Path: path, RawQuery: "_txlock=immediate&_pragma=busy_timeout(5000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)"}
+	dsn := url.URL{Scheme: "file", OmitHost: true, Path: path, RawQuery: "_pragma=auto_vacuum(INCREMENTAL)&_txlock=immediate&_pragma=busy_timeout(5000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=journal_size_limit(1048576)"}
 	db, err := sql.Open("sqlite", dsn.String())
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
@@ -125,7 +126,21 @@ func openStore(path, approver string) (*store, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), db.Close())
 	}
-	return &store{db}, nil
+	s := &store{db}
+	if err := s.shrinkable(); err != nil { // it works as it is, and only keeps the room that it has taken
+		slog.Warn("the authority's database cannot be made one that shrinks", "file", path, "error", err)
+	}
+	return s, nil
+}
+
+// shrinkable makes a database of an earlier version one that can give room back.
+func (s *store) shrinkable() error {
+	var mode int
+	if err := s.db.QueryRow("PRAGMA auto_vacuum").Scan(&mode); err != nil || mode == 2 {
+		return err
+	}
+	_, err := s.db.Exec("PRAGMA auto_vacuum = INCREMENTAL; VACUUM")
+	return err
 }
 
 func prepare(db *sql.DB, approver string) error {
@@ -170,6 +185,21 @@ func (s *store) Record(entry nucleus.Entry) error {
 	}
 	_, err = s.db.Exec("INSERT INTO record (entry) VALUES (?)", string(raw))
 	return err
+}
+
+// HasUse implements Recorder.
+func (s *store) HasUse(permit string) (found bool, err error) {
+	err = s.db.QueryRow("SELECT EXISTS (SELECT 1 FROM record WHERE json_extract(entry, '$.kind') = ? AND json_extract(entry, '$.permit') = ?)", nucleus.KindApprovalUse, permit).Scan(&found)
+	return found, err
+}
+
+// lastUse is the use that was counted last, and the ask that it is of; "" for none.
+func (s *store) lastUse() (ask string, use client.UseOf, err error) {
+	err = s.db.QueryRow("SELECT ask, n, permit FROM uses ORDER BY used_ms DESC, rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", use, nil
+	}
+	return ask, use, err
 }
 
 // addPod keeps what is said of a pod unless something is known, and returns what is.
@@ -241,6 +271,21 @@ func (r askRow) task() *nucleus.Task {
 		return nil
 	}
 	return taskOf(r.grants[0])
+}
+
+// shed reports whether the bytes of an ask that has ended were forgotten.
+func (r askRow) shed() bool { return len(r.canonical) == 0 }
+
+// over is when nothing of an ask could be decided or used any more, at the latest.
+func (r askRow) over(passage *nucleus.Passage) int64 {
+	end := max(r.expires, r.ended)
+	if task := r.task(); task != nil {
+		end = max(end, task.Until)
+	}
+	if passage != nil {
+		end += passage.Millis
+	}
+	return end
 }
 
 // given is the grant of an approver, if there is one.
@@ -491,8 +536,47 @@ func (s *store) askOfRequest(digest string) (id string, err error) {
 	return id, err
 }
 
-func (s *store) pending(now int64) (n int, err error) {
-	return n, s.db.QueryRow("SELECT COUNT(*) FROM asks WHERE state = 'pending' AND expires_ms > ?", now).Scan(&n)
+// shed forgets the bytes of an ask that has ended: what it was, who decided and what came of it
+// stay.
+func (s *store) shed(id string) error {
+	result, err := s.db.Exec("UPDATE asks SET canonical = x'' WHERE id = ?", id)
+	return exactlyOne(result, err)
+}
+
+// kept is how many bytes of asks the database holds.
+func (s *store) kept() (bytes int64, err error) {
+	return bytes, s.db.QueryRow("SELECT COALESCE(SUM(LENGTH(canonical)), 0) FROM asks").Scan(&bytes)
+}
+
+// sheddable are some of the asks with bytes that nobody can answer any more, oldest first.
+func (s *store) sheddable(now int64, skip int) ([]askRow, error) {
+	return s.asks(" WHERE LENGTH(canonical) > 0 AND expires_ms <= ? OR LENGTH(canonical) > 0 AND state IN ('denied', 'withdrawn', 'revoked') ORDER BY created_ms, id LIMIT ? OFFSET ?", now, shedAtOnce, skip)
+}
+
+// shrink gives the room of what was forgotten back to the file system.
+func (s *store) shrink() error {
+	for _, pragma := range []string{"PRAGMA incremental_vacuum", "PRAGMA wal_checkpoint(TRUNCATE)"} {
+		rows, err := s.db.Query(pragma)
+		if err != nil {
+			return err
+		}
+		for rows.Next() { // it works row by row
+		}
+		if err := errors.Join(rows.Err(), rows.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// load is how many asks wait, and how many canonical bytes they have.
+type load struct{ asks, bytes int }
+
+// pending is what waits of all, and of a pod.
+func (s *store) pending(pod string, now int64) (all, own load, err error) {
+	err = s.db.QueryRow(`SELECT COUNT(*), COALESCE(SUM(LENGTH(canonical)), 0), COUNT(*) FILTER (WHERE pod = @pod), COALESCE(SUM(LENGTH(canonical)) FILTER (WHERE pod = @pod), 0)
+		FROM asks WHERE state = 'pending' AND expires_ms > @now`, sql.Named("pod", pod), sql.Named("now", now)).Scan(&all.asks, &all.bytes, &own.asks, &own.bytes)
+	return all, own, err
 }
 
 // list returns the asks in a state at a time, oldest first; empty for all.
@@ -511,7 +595,7 @@ func (s *store) list(state string, now int64) (items []client.Item, err error) {
 	}
 	//nolint:gosec // where is one of the constants above
 	rows, err := s.db.Query(`SELECT id, state, pod, op, summary, need, (SELECT json_group_array(approver) FROM (SELECT approver FROM grants WHERE ask = id ORDER BY given_ms, rowid)),
-		sha256, created_ms, expires_ms FROM asks`+where+" ORDER BY created_ms, id", args...)
+		sha256, created_ms, expires_ms, LENGTH(canonical) = 0 FROM asks`+where+" ORDER BY created_ms, id", args...)
 	if err != nil {
 		return nil, unavailable(err)
 	}
@@ -520,7 +604,7 @@ func (s *store) list(state string, now int64) (items []client.Item, err error) {
 	for rows.Next() {
 		var i client.Item
 		var granted string
-		if err := rows.Scan(&i.ID, &i.State, &i.Pod, &i.Op, &i.Summary, &i.Need, &granted, &i.AskDigest, &i.Created, &i.Expires); err != nil {
+		if err := rows.Scan(&i.ID, &i.State, &i.Pod, &i.Op, &i.Summary, &i.Need, &granted, &i.AskDigest, &i.Created, &i.Expires, &i.Shed); err != nil {
 			return nil, unavailable(err)
 		}
 		if err := json.Unmarshal([]byte(granted), &i.Granted); err != nil {

@@ -709,3 +709,80 @@ func TestDelegationIsHeldAgainstTheOwnPolicy(t *testing.T) {
 		}
 	}
 }
+
+// An ask is looked at when its grants are; on a task that is open it says nothing more: a read
+// counts beside passages whatever it claims.
+func TestOpenTaskBelievesNoAsk(t *testing.T) {
+	l := newLock(t)
+	l.p.boot.Policy = json.RawMessage(`{"operations":{"read_files":"ask"},"paths":{"roots":"any"}}`)
+	if err := l.p.adopt(); err != nil {
+		t.Fatal(err)
+	}
+	action := readAction("src/a")
+	permit := l.permit(action)
+	ask := l.ask(permit, action)
+	match, err := approval.Narrowest(ask)
+	if err != nil {
+		t.Fatal(err)
+	}
+	match.Files.Root = "src"
+	token := l.taskToken(tester{"person", l.approver}, ask, &nucleus.Task{Uses: 3, Until: permit.Issued.UnixMilli + 1_800_000, Exposure: approval.Told(ask), Match: match})
+	admit := func(name string, ask nucleus.AskRequest) {
+		t.Helper()
+		action := readAction(name)
+		permit := l.permit(action)
+		permit.Grants = []string{token}
+		if name == "src/a" {
+			permit.Digest, permit.Salt = ask.Digest, ask.Salt
+		}
+		if _, e := l.p.admit(Call{Op: action.Op, Permit: l.sign(permit)}, &action, &ask); e != nil {
+			t.Fatal(e)
+		}
+		if l.p.served.through != 0 || l.p.served.exposure != nucleus.Private {
+			t.Errorf("%s: it took %v, %v of it through passages", name, l.p.served.exposure.Names(), l.p.served.through.Names())
+		}
+	}
+	admit("src/a", ask)
+	l.p.served.exposure = 0
+	lie := ask
+	lie.Passage = &nucleus.Passage{Host: "x", Port: 1, Millis: 1}
+	admit("src/b", lie)
+}
+
+// A grant that has expired by what the machine knows of the time is not good again because the
+// node says that it is earlier; a clock that is corrected a little harms nobody.
+func TestTimeDoesNotGoBack(t *testing.T) {
+	for name, c := range map[string]struct {
+		later, back time.Duration
+		refused     bool
+	}{
+		"in time": {10 * time.Second, 0, false}, "corrected": {10 * time.Second, 4 * time.Minute, false}, "expired": {3 * time.Hour, 0, true},
+		"expired, and set back": {3 * time.Hour, 3 * time.Hour, true},
+	} {
+		l := newLock(t)
+		action := writeAction("a")
+		permit := l.permit(action)
+		ask := l.ask(permit, action) // lives a minute
+		token := l.token(ask)
+		l.passed += c.later
+		l.wall += c.later
+		other := readAction("x")
+		if _, e := l.p.admit(Call{Op: other.Op, Permit: l.sign(l.permit(other))}, &other, nil); e != nil {
+			t.Fatal(name, e)
+		}
+		l.wall -= c.back
+		permit = l.permit(action)
+		permit.Grants, permit.Digest, permit.Salt = []string{token}, ask.Digest, ask.Salt
+		_, e := l.p.admit(Call{Op: action.Op, Permit: l.sign(permit)}, &action, &ask)
+		switch {
+		case name == "corrected": // the ask is from the future then, as far as the node says
+			if e == nil || !strings.Contains(e.Message, "valid in") {
+				t.Errorf("%s: %v", name, e)
+			}
+		case (e != nil) != c.refused:
+			t.Errorf("%s: %v", name, e)
+		case c.back > 0 && !strings.Contains(e.Message, "expired") || c.back > 0 && !strings.Contains(e.Message, "set back by 3h"):
+			t.Errorf("%s: %v", name, e)
+		}
+	}
+}

@@ -210,10 +210,14 @@ func (p *Proxy) decideAgain(permit nucleus.Permit, action nucleus.Action, ask *n
 	}
 	passage := false
 	if permit.Verdict == nucleus.Ask {
-		if e := p.checkGrants(permit, action, ask, own.Approvals, now); e != nil {
+		judged, back := p.clock.judged(now)
+		if e := p.checkGrants(permit, action, ask, own.Approvals, judged); e != nil {
+			if back > 0 {
+				e.Message += fmt.Sprintf("; the host's clock was set back by %v: a machine that is started anew goes by it", (time.Duration(back) * time.Millisecond).Round(time.Second))
+			}
 			return e
 		}
-		passage = ask.Passage != nil
+		_, _, passage = action.Place() // as the node has it; what the ask says is not believed twice
 	}
 	p.served.take(own.Takes, passage)
 	return nil

@@ -17,7 +17,10 @@ import (
 // as the machine's clock says that it is. Each node counts anew and proves its
 // epoch; what an earlier one permitted is void.
 //
-// The wall clock, as the newest statement has it, is good for signing requests.
+// The wall clock, as the newest statement has it, is good for signing requests. Whether a grant
+// has expired is judged by it too, but it does not go back: what time it was once, and has
+// passed since by the machine's own clock, it is at least, but for what a host's clock is
+// corrected by now and then.
 type nodeClock struct {
 	own func() time.Duration // the machine's monotonic clock
 
@@ -26,6 +29,22 @@ type nodeClock struct {
 	lead  int64 // of the node's ticks over own, in milliseconds
 	tick  int64 // the newest heard
 	wall  int64 // what the node's wall clock showed at tick 0, by the newest statement
+	least int64 // the greatest lead of the node's wall clock over own that was heard
+}
+
+// corrected is by how much a wall clock is set back without a word, in milliseconds.
+const corrected = 5 * 60 * 1000
+
+// judged is the time by which a grant is judged where the node says that it is unixMilli, and
+// by how much that was set back.
+func (c *nodeClock) judged(unixMilli int64) (now, back int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.least = max(c.least, unixMilli-c.now())
+	if back = c.now() + c.least - unixMilli; back <= corrected {
+		return unixMilli, 0
+	}
+	return unixMilli + back, back
 }
 
 func newNodeClock() *nodeClock {
@@ -43,6 +62,7 @@ func (c *nodeClock) begin(t nucleus.NodeTime) error {
 	case t.Epoch > c.epoch:
 		c.epoch, c.tick = t.Epoch, t.Tick
 		c.lead, c.wall = t.Tick-c.now(), t.UnixMilli-t.Tick
+		c.least = max(c.least, t.UnixMilli-c.now())
 	default:
 		c.hear(t)
 	}
@@ -63,6 +83,7 @@ func (c *nodeClock) age(t nucleus.NodeTime) (milli int64, ok bool) {
 
 func (c *nodeClock) hear(t nucleus.NodeTime) {
 	c.lead = max(c.lead, t.Tick-c.now())
+	c.least = max(c.least, t.UnixMilli-c.now())
 	if t.Tick > c.tick {
 		c.tick, c.wall = t.Tick, t.UnixMilli-t.Tick
 	}

@@ -159,26 +159,59 @@ func (p *Pod) dropAsk(id string) {
 	p.asks.remove(id)
 }
 
-// askFor takes one of the places for asks that a session has, and reports whether there was
-// one. It is given back by answered, or when the ask expires.
-func (s *rootSession) askFor(ask string, now time.Time) bool {
+// What a session asks for at once, its sub-agents and sub-pods with it: a program that tries one
+// thing after the other fills neither the person's queue nor the host's disk. The authority holds
+// each pod to bounds of its own.
+const (
+	maxOpenAsks     = 16
+	maxOpenAskBytes = 8 << 20 // of their canonical bytes
+)
+
+// openAsk is what an ask takes of its session's bounds.
+type openAsk struct {
+	bytes int
+	until int64 // unix milliseconds
+}
+
+// askFor takes one of the asks that a session may have open. It is given back by answered, or
+// when the ask expires.
+func (s *rootSession) askFor(ask string, now time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	maps.DeleteFunc(s.places, func(_ string, until int64) bool { return now.UnixMilli() >= until })
-	if len(s.places) >= maxOpenAsks {
-		return false
+	maps.DeleteFunc(s.asks, func(_ string, o openAsk) bool { return now.UnixMilli() >= o.until })
+	if n := len(s.asks); n >= maxOpenAsks {
+		return fmt.Errorf("%d asks of this session wait for a person, no more at once: %s", n, askLess)
 	}
-	if s.places == nil {
-		s.places = map[string]int64{}
+	if s.asks == nil {
+		s.asks = map[string]openAsk{}
 	}
-	s.places[ask] = now.Add(askLife).UnixMilli()
-	return true
+	s.asks[ask] = openAsk{until: now.Add(askLife).UnixMilli()}
+	return nil
 }
+
+// weigh notes how many bytes a person is shown of an ask that was taken by askFor.
+func (s *rootSession) weigh(ask string, bytes int) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	others := 0
+	for _, o := range s.asks {
+		others += o.bytes
+	}
+	if others+bytes > maxOpenAskBytes {
+		return fmt.Errorf("this ask has %d bytes, and %d of this session that wait for a person have %d, at most %d are allowed: ask for less at once, or %s", bytes, len(s.asks)-1, others, maxOpenAskBytes, askLess)
+	}
+	o := s.asks[ask]
+	o.bytes = bytes
+	s.asks[ask] = o
+	return nil
+}
+
+const askLess = "call again when some are answered or expired (each lives 15 minutes)"
 
 func (s *rootSession) answered(ask string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.places, ask)
+	delete(s.asks, ask)
 }
 
 // approve puts the request before a person, waits as long as the caller does, and
@@ -242,7 +275,7 @@ func (n *Node) obtain(ctx context.Context, p *Pod, r request, pre prepared, need
 	if r.waiting != nil && time.Until(r.until) > 0 {
 		r.waiting(pending.ask.ID)
 	}
-	answer, err := n.await(ctx, pending.ask.ID, time.Until(r.until))
+	answer, err := n.await(ctx, p, pending.ask.ID, time.Until(r.until))
 	if err != nil {
 		return fail(authorityFailure(err))
 	}
@@ -315,16 +348,16 @@ func (n *Node) recordUnapproved(p *Pod, r request, pre prepared, needed *needsAp
 
 // await waits for a person, but not longer than the caller does: an answer that is
 // still pending is no error.
-func (n *Node) await(ctx context.Context, ask string, wait time.Duration) (approvals.Status, error) {
+func (n *Node) await(ctx context.Context, p *Pod, ask string, wait time.Duration) (approvals.Status, error) {
 	if wait > 0 {
 		waiting, cancel := context.WithTimeout(ctx, wait)
 		defer cancel()
-		status, err := n.asks.Wait(waiting, ask)
+		status, err := n.authority(p).Wait(waiting, ask)
 		if err == nil || waiting.Err() == nil {
 			return status, err
 		}
 	}
-	return n.asks.Status(ctx, ask)
+	return n.authority(p).Status(ctx, ask)
 }
 
 // pendingAsk is the ask that this request waits for, with a hold: one that is open, or a
@@ -352,21 +385,28 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if err := pre.sent.await(); err != nil {
 		return pendingAsk{}, false, err
 	}
-	id, submitted := nucleus.NewID("a-"), false
-	if _, _, placed := pre.action.Place(); placed {
-		if !p.root.askFor(id, now) {
-			return pendingAsk{}, false, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule,
-				Message: fmt.Sprintf("%s; %d asks of this session wait for a person, no more at once", needed.decision.Why, maxOpenAsks)}
-		}
-		defer func() {
-			if !submitted {
-				p.root.answered(id)
-			}
-		}()
+	tooMuch := func(why error) (pendingAsk, bool, error) {
+		return pendingAsk{}, false, &nucleus.Error{Kind: nucleus.KindApproval, Operation: r.op, Rule: needed.decision.Rule, Message: needed.decision.Why + "; " + why.Error()}
 	}
+	id, submitted := nucleus.NewID("a-"), false
+	if err := p.root.askFor(id, now); err != nil {
+		return tooMuch(err)
+	}
+	defer func() {
+		if !submitted {
+			p.root.answered(id)
+		}
+	}()
 	ask, err := n.newAsk(ctx, p, r, pre, needed, id)
 	if err != nil {
 		return pendingAsk{}, false, err
+	}
+	_, canonical, err := approval.Digest(ask)
+	if err != nil {
+		return pendingAsk{}, false, nucleus.Errorf(nucleus.KindTooLarge, "%v", err)
+	}
+	if err := p.root.weigh(id, len(canonical)); err != nil {
+		return tooMuch(err)
 	}
 	n.keepSalt(ask.Digest, pre.salt, ask.Action)
 	shown, _ := ask.Action.Shown()
@@ -379,7 +419,7 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	if _, _, err := n.witness.show(ctx); err != nil {
 		return pendingAsk{}, false, witnessFailure(err)
 	}
-	if _, err := n.asks.Submit(ctx, ask); err != nil {
+	if _, err := n.authority(p).Submit(ctx, ask); err != nil {
 		return pendingAsk{}, false, authorityFailure(err)
 	}
 	submitted = true
@@ -508,7 +548,7 @@ func (n *Node) useGrants(ctx context.Context, p *Pod, a *approved, action nucleu
 		return nil, err
 	}
 	opened := passage{pod: p.record.ID, op: action.Op, used: used{&a.ask, grantIDs(a.grants), approverNames(a.grants), a.tokens}, task: task}
-	counted, err := n.countUse(ctx, opened.used, permit)
+	counted, err := n.countUse(ctx, p, opened.used, permit)
 	if err != nil {
 		return nil, err
 	}
@@ -543,7 +583,7 @@ func (n *Node) useGrants(ctx context.Context, p *Pod, a *approved, action nucleu
 
 // useAgain uses a task once more. The caller holds the session's mutex.
 func (n *Node) useAgain(ctx context.Context, p *Pod, task *passage, permit string) error {
-	counted, err := n.countUse(ctx, task.used, permit)
+	counted, err := n.countUse(ctx, p, task.used, permit)
 	if err != nil {
 		return err
 	}
@@ -594,10 +634,10 @@ func approverNames(grants []nucleus.Grant) (names []string) {
 
 // countUse has the authority count a use. What it refuses is refused; where it does not answer
 // nothing is done.
-func (n *Node) countUse(ctx context.Context, u used, permit string) (approvals.Used, error) {
+func (n *Node) countUse(ctx context.Context, p *Pod, u used, permit string) (approvals.Used, error) {
 	ctx, cancel := context.WithTimeout(ctx, usePatience)
 	defer cancel()
-	counted, err := n.asks.Use(ctx, u.ask.ID, approvals.Use{Permit: permit, Grants: u.grants})
+	counted, err := n.authority(p).Use(ctx, u.ask.ID, approvals.Use{Permit: permit, Grants: u.grants})
 	var refused *nucleus.Error
 	if errors.As(err, &refused) && refused.Kind == nucleus.KindRefused {
 		return counted, &nucleus.Error{Kind: nucleus.KindRefused, Ask: u.ask.ID, Message: "the authority: " + refused.Message}
@@ -615,6 +655,15 @@ func (n *Node) reportOutcome(ask, permit, status string) {
 	if err := n.asks.Report(ctx, ask, approvals.Outcome{Permit: permit, Status: status}); err != nil {
 		slog.Warn("the authority did not take note of what came of a grant", "ask", ask, "error", err)
 	}
+}
+
+// authority is the client by which is asked for a pod: one that requires another user's authority
+// tells no other anything and takes nothing from it. What the node requires holds for asks too.
+func (n *Node) authority(p *Pod) *approvals.Client {
+	if p.record.Spec.Approvals == approvals.RequireOtherUser {
+		return n.strict
+	}
+	return n.asks
 }
 
 // approversNow asks the authority who can approve for a pod, and how strong that is; without an authority there is nobody
@@ -665,7 +714,7 @@ func (n *Node) registerRequesters(ctx context.Context, p *Pod) {
 	for _, a := range p.approvers {
 		names = append(names, a.Name)
 	}
-	err = n.asks.RegisterPod(ctx, p.record.ID, keys, names...)
+	err = n.authority(p).RegisterPod(ctx, p.record.ID, keys, names...)
 	if err != nil {
 		slog.Warn("the authority does not know who may ask for a pod; what needs an approval will be refused", "pod", p.record.ID, "error", err)
 	}

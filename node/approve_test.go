@@ -461,3 +461,77 @@ func TestCallerLeavesBeforeAnswer(t *testing.T) {
 	}
 	h.tool(p, nucleus.WriteFiles, writeArgs("a")).want(t, "")
 }
+
+// Who asks for one thing after the other, of any kind, fills neither the person's queue nor the
+// host's disk: a session has few asks open at once, with few bytes, and is told so.
+func TestOpenAsksOfEveryKindAreLimited(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	p := h.pod(specOf("", writeAsks), nil)
+	first := h.tool(p, nucleus.WriteFiles, writeArgs("f0")).want(t, nucleus.KindApproval).Ask
+	for i := 1; i < maxOpenAsks; i++ {
+		if e := h.tool(p, nucleus.WriteFiles, writeArgs(fmt.Sprintf("f%d", i))).want(t, nucleus.KindApproval); e.Ask == "" {
+			t.Fatalf("ask %d: %v", i, e)
+		}
+	}
+	if e := h.tool(p, nucleus.WriteFiles, writeArgs("more")).want(t, nucleus.KindApproval, "16 asks of this session wait for a person"); e.Ask != "" {
+		t.Errorf("one more is asked: %v", e)
+	}
+	if n := len(h.authority.asked()); n != maxOpenAsks {
+		t.Errorf("%d asks, want %d", n, maxOpenAsks)
+	}
+	if e := h.tool(p, nucleus.WriteFiles, writeArgs("f0")).want(t, nucleus.KindApproval); e.Ask != first {
+		t.Errorf("the ask that is open is asked anew: %v", e)
+	}
+	h.authority.grant(first, nil)
+	h.tool(p, nucleus.WriteFiles, writeArgs("f0")).want(t, "")
+	if e := h.tool(p, nucleus.WriteFiles, writeArgs("more")).want(t, nucleus.KindApproval); e.Ask == "" {
+		t.Errorf("what was answered makes no room: %v", e)
+	}
+	// Few large ones are as many.
+	big, asked := h.pod(specOf("", writeAsks), nil), 0
+	for i := range maxOpenAsks {
+		args := map[string]string{"path": fmt.Sprintf("f%d", i), "content": strings.Repeat("x", 500<<10)}
+		e := h.tool(big, nucleus.WriteFiles, args).want(t, nucleus.KindApproval)
+		if e.Ask == "" {
+			if !strings.Contains(e.Message, "at most 8388608 are allowed") {
+				t.Errorf("ask %d: %v", i, e)
+			}
+			break
+		}
+		asked++
+	}
+	if asked < 8 || asked == maxOpenAsks {
+		t.Errorf("%d asks of 500 KiB are open at once", asked)
+	}
+	// Another session has bounds of its own.
+	if e := h.tool(h.pod(specOf("", writeAsks), nil), nucleus.WriteFiles, writeArgs("a")).want(t, nucleus.KindApproval); e.Ask == "" {
+		t.Errorf("another session: %v", e)
+	}
+}
+
+// The bytes of what a session asks at once are bounded too.
+func TestOpenAskBytesAreLimited(t *testing.T) {
+	t.Parallel()
+	s := &rootSession{}
+	now := time.Now()
+	for i, bytes := range []int{maxOpenAskBytes / 2, maxOpenAskBytes / 2, 1} {
+		id := fmt.Sprint(i)
+		if err := s.askFor(id, now); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.weigh(id, bytes); (err == nil) != (i < 2) {
+			t.Errorf("ask %d of %d bytes: %v", i, bytes, err)
+		}
+	}
+	s.answered("0")
+	if err := s.weigh("2", maxOpenAskBytes/2); err != nil {
+		t.Errorf("after an answer: %v", err)
+	}
+	if err := s.askFor("3", now.Add(askLife)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.weigh("3", maxOpenAskBytes); err != nil {
+		t.Errorf("after all have expired: %v", err)
+	}
+}

@@ -70,7 +70,9 @@ type Node struct {
 	spent    *spent.Store
 	spentErr error // why there is none
 	asks     *approvals.Client
+	strict   *approvals.Client // the same authority, where it is another user's
 	watch    watch
+	known    knownApprovers
 	leftPods []string  // of an earlier node
 	opened   time.Time // by the host's clock
 	verifier *wire.Verifier
@@ -171,8 +173,13 @@ func (n *Node) open(ctx context.Context) error {
 	if n.spent, n.spentErr = spent.Open(n.spentFile()); n.spentErr != nil { // what needs no approval goes on
 		slog.Error("nothing can be approved", "error", n.spentErr)
 	}
+	n.known.open(n.dirs.knownFile())
 	if n.config.Authority != "" {
 		n.asks = approvals.New(n.config.Authority)
+		n.strict = n.asks.OfOtherUser()
+		if n.config.RequireApprovals == approvals.RequireOtherUser {
+			n.asks = n.strict
+		}
 	}
 	if n.witness, err = newWitnesses(n.log, logKey.Public().(ed25519.PublicKey), n.asks, n.config.Witnesses); err != nil {
 		return err

@@ -172,10 +172,6 @@ func (n *Node) endPassages() {
 	}
 }
 
-// maxOpenAsks is how many places a session asks for at once: a program that tries one
-// name after the other does not fill the person's queue.
-const maxOpenAsks = 16
-
 // askPatience is how long a connection waits for the asking: a refusal is no hang.
 const askPatience = 3 * time.Second
 

@@ -149,10 +149,13 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	if len(p.record.OutcomeKey) == 0 {
 		return nil, errors.New("its machine had not answered yet")
 	}
-	if p.policy, err = policy.Load(podFile, p.record.Policy); err != nil {
+	loaded, err := policy.Load(podFile, p.record.Policy)
+	if err != nil {
 		return nil, err
 	}
-	p.digest = nucleus.SHA256(p.record.Policy)
+	if err := p.setPolicy(loaded); err != nil { // a file lays JSON out; its digest is of the canonical bytes
+		return nil, err
+	}
 	p.approvers = p.record.Approvers
 	// Asks die with their node, and with them what was kept for their pushes.
 	if err := os.RemoveAll(p.transfersDir()); err != nil {

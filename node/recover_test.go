@@ -56,6 +56,9 @@ func TestRecovery(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if adopted.digest != p.digest || nucleus.SHA256(adopted.record.Policy) != p.digest {
+			t.Errorf("round %d: the policy has the digest %s, at the start it was %s", round, adopted.digest, p.digest)
+		}
 		if adopted.record.Epoch != round || adopted.record.Session != p.record.Session || adopted.root.legs() != p.root.legs()|nucleus.Private {
 			t.Errorf("round %d: epoch %d, session %s, exposure %v", round, adopted.record.Epoch, adopted.record.Session, adopted.root.legs().Names())
 		}

@@ -26,7 +26,7 @@ type rootSession struct {
 	evidence []nucleus.Evidence // which entry took each leg
 	lately   lately             // what it has read and fetched, since this node has it
 	passages []passage          // see passage.go
-	places   map[string]int64   // asks for places that wait for a person, those of pods that have ended too: until when, unix milliseconds
+	asks     map[string]openAsk // that wait for a person, those of pods that have ended too
 	budget   *ledger            // see budget.go
 	freed    chan struct{}      // closed, and made anew, when a call to the model ends
 }

@@ -252,6 +252,9 @@ func (h Home) awaitNode(ctx context.Context) (*client.Client, error) {
 	}
 }
 
+// authorityTries is how often an authority is started that ends at once.
+const authorityTries = 5
+
 // startAuthority starts the approval daemon where the person has made its key.
 func (h Home) startAuthority(ctx context.Context) error {
 	if !h.HasAuthority() {
@@ -275,11 +278,15 @@ func (h Home) startAuthority(ctx context.Context) error {
 	for _, arg := range config.Approvals.Notify {
 		args = append(args, "--notify="+arg)
 	}
-	var lost <-chan time.Time
-	ended, err := startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), args...)
+	start := func() (<-chan struct{}, error) {
+		return startDaemon(program, filepath.Join(h.Dir, "run", "authority.log"), args...)
+	}
+	ended, err := start()
 	if err != nil {
 		return err
 	}
+	var again, lost <-chan time.Time
+	tries := 1
 	waiting, cancel := context.WithTimeout(ctx, startDeadline)
 	defer cancel()
 	tick := time.NewTicker(5 * time.Millisecond)
@@ -290,8 +297,19 @@ func (h Home) startAuthority(ctx context.Context) error {
 		}
 		select {
 		case <-tick.C:
-		case <-ended: // or another cal has started one at the same time, which will answer
-			ended, lost = nil, time.After(2*time.Second)
+		case <-ended:
+			// An earlier one that was killed may hold its lock for a moment; or another cal
+			// has started one at the same time, which will answer.
+			if ended = nil; tries < authorityTries {
+				again = time.After(time.Duration(tries) * 100 * time.Millisecond)
+			} else {
+				lost = time.After(time.Second)
+			}
+		case <-again:
+			tries++
+			if ended, err = start(); err != nil {
+				return err
+			}
 		case <-lost:
 			return fmt.Errorf("the authority ended at once; its log ends with:\n%s", tail(filepath.Join(h.Dir, "run", "authority.log")))
 		case <-waiting.Done():

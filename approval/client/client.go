@@ -14,6 +14,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"os"
 	"slices"
@@ -108,6 +109,7 @@ type Item struct {
 	AskDigest string     `json:"ask_sha256"`
 	Created   int64      `json:"created_ms"`
 	Expires   int64      `json:"expires_ms"`
+	Shed      bool       `json:"shed,omitempty"` // it has ended, and what it said was removed since
 }
 
 // SignedGrant is a grant as its approver has signed it.
@@ -154,6 +156,7 @@ type Approval struct {
 	Until   int64            `json:"until_ms"`           // when it ends, where nobody takes it back
 	Ended   int64            `json:"ended_ms,omitempty"` // when it was taken back
 	Reason  string           `json:"reason,omitempty"`   // why
+	Shed    bool             `json:"shed,omitempty"`     // it has ended, and what was asked was removed since
 }
 
 // UseOf is one use. Outcome is a nucleus.Outcome status by the node's word, OutcomeUnknown as
@@ -277,26 +280,55 @@ const callTimeout = 30 * time.Second
 type Client struct {
 	socket string
 	http   http.Client
+	own    func() int // the user that asks; os.Geteuid
 }
 
 // New returns a client of the authority at socket; nothing is dialled yet.
 func New(socket string) *Client {
+	c := &Client{socket: socket, own: os.Geteuid}
+	c.http.Transport = &http.Transport{DialContext: c.dial, IdleConnTimeout: time.Minute}
+	return c
+}
+
+// OfOtherUser returns a client of the same socket that says nothing on a connection whose other end
+// is not another user's: each one is looked at before it carries anything, because what answers at
+// a path can be replaced between two.
+func (c *Client) OfOtherUser() *Client {
+	strict := &Client{socket: c.socket, own: c.own}
+	strict.http.Transport = &http.Transport{IdleConnTimeout: time.Minute, DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := c.dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		if err := c.otherUser(conn); err != nil {
+			return nil, errors.Join(err, conn.Close())
+		}
+		return conn, nil
+	}}
+	return strict
+}
+
+func (c *Client) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 	var dialer net.Dialer
-	return &Client{socket: socket, http: http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "unix", socket)
-		},
-		IdleConnTimeout: time.Minute,
-	}}}
+	return dialer.DialContext(ctx, "unix", c.socket)
 }
 
 // Close closes idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
-// Info says who approves. The key is the authority's own word: compare it with
-// the one that is known.
+// Info says who approves. The keys are the authority's own word: compare them with
+// those that are known. That they are another user's is its word and the kernel's, of the very
+// connection that carried it: what one of them denies is the same user's.
 func (c *Client) Info(ctx context.Context) (info Info, err error) {
-	return info, c.call(ctx, http.MethodGet, "/v1/info", nil, &info)
+	var whose error // of the last connection, where one that was idle had ended
+	seen := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) { whose = c.otherUser(got.Conn) }})
+	if err := c.call(seen, http.MethodGet, "/v1/info", nil, &info); err != nil {
+		return Info{}, err
+	}
+	if whose != nil && info.Approvals == OtherUser {
+		info.Approvals = SameUser
+	}
+	return info, nil
 }
 
 // Approvals lists what was granted, newest last, of a pod or of all: what is over too.
@@ -343,20 +375,25 @@ func CheckRequirement(require string) error {
 }
 
 // Approvers says who can approve, if that satisfies all requirements; who does not is left out. That
-// they are another user's the authority says, and so does the kernel; for root nobody is, because
-// root can be any user.
+// they are another user's the authority says, and so does the kernel of the connection on which it
+// says that; for root nobody is, because root can be any user.
 func (c *Client) Approvers(ctx context.Context, requirements ...string) (Info, error) {
 	for _, require := range requirements {
 		if err := CheckRequirement(require); err != nil {
 			return Info{}, err
 		}
 	}
-	info, err := c.Info(ctx)
-	if err == nil && slices.Contains(requirements, RequireOtherUser) {
-		err = c.otherUser(ctx, info)
+	from := c
+	if slices.Contains(requirements, RequireOtherUser) {
+		from = c.OfOtherUser()
+		defer from.Close()
 	}
+	info, err := from.Info(ctx)
 	if err != nil {
 		return Info{}, err
+	}
+	if from != c && info.Approvals != OtherUser {
+		return Info{}, nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and the authority at %s says %q of itself (how to run it as another user: doc/approvals.md)", c.socket, info.Approvals)
 	}
 	if slices.Contains(requirements, RequirePasskey) {
 		info.Approvers = slices.DeleteFunc(info.Approvers, func(a nucleus.Approver) bool { return a.Kind != nucleus.ApproverPasskey })
@@ -367,22 +404,15 @@ func (c *Client) Approvers(ctx context.Context, requirements ...string) (Info, e
 	return info, nil
 }
 
-// otherUser refuses an authority that is not another user's.
-func (c *Client) otherUser(ctx context.Context, info Info) error {
-	var dialer net.Dialer
-	conn, err := dialer.DialContext(ctx, "unix", c.socket)
-	if err != nil {
-		return nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, err)
-	}
+// otherUser refuses a connection whose other end is not another user's.
+func (c *Client) otherUser(conn net.Conn) error {
 	uid, err := peercred.UID(conn)
-	if err := errors.Join(err, conn.Close()); err != nil {
+	switch own := c.own(); {
+	case err != nil:
 		return nucleus.Errorf(nucleus.KindUnavailable, "whose authority answers at %s: %v", c.socket, err)
-	}
-	own := os.Geteuid()
-	switch {
 	case own == 0:
 		return nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and this node is root's, who can be any user: start it as an ordinary one")
-	case uid == own || info.Approvals != OtherUser:
+	case uid == own:
 		return nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and the authority at %s is uid %d's like this node (how to run it as another user: doc/approvals.md)", c.socket, uid)
 	}
 	return nil
@@ -510,6 +540,10 @@ func (c *Client) callFor(parent context.Context, limit time.Duration, method, pa
 	if err != nil {
 		if parent.Err() != nil {
 			return parent.Err()
+		}
+		var refused *nucleus.Error // of a connection
+		if errors.As(err, &refused) {
+			return refused
 		}
 		return nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, cause(err))
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -93,7 +94,8 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := confirm(ctx, home, node, plan, ask); err != nil {
+	told, err := confirm(ctx, home, node, plan, ask)
+	if err != nil {
 		return err
 	}
 	failed := func() {}
@@ -109,6 +111,9 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 	session := &session{home: home, node: node, pod: pod, dir: plan.Dir, terminal: terminal && (o.Agent == "" || o.Prompt == "")}
 	if o.Agent != "" {
 		banner(pod)
+	}
+	if !slices.Equal(pod.Unconfirmed, told) { // no plan was shown, or they changed since
+		sayUnconfirmed(pod.Unconfirmed)
 	}
 	return session.whole(ctx, func() (int, error) { return session.run(ctx, o) })
 }

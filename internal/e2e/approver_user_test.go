@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -132,7 +133,12 @@ func TestApprovalsOfAnotherUser(t *testing.T) {
 		t.Fatal(err)
 	}
 	makeKey(e.Command("cal", "approve", "init", "--approver", "me"))
-	e.Write(filepath.Join(e.CAL, "config.yaml"), "approvals: {require: other-user}\n")
 	e.Cal("node", "start").Want(t, 0)
+	s.node = e.Client()
+	if e := s.write("b"); e == nil || !strings.Contains(e.Message, "uid 54321's like this node") {
+		t.Errorf("a machine that requires another user asks the person's own: %+v", e)
+	}
+	e.Write(filepath.Join(e.CAL, "config.yaml"), "approvals: {require: other-user}\n")
+	e.Cal("node", "restart").Want(t, 0)
 	e.Cal("run", "--yes", "--", "true").Want(t, 1, "approvals of another user are required")
 }

@@ -263,6 +263,13 @@ func TestGrantsAcrossKills(t *testing.T) {
 			t.Errorf("round %d: again: %+v", i, again)
 		}
 	}
+	// After all of that an approval is good: the machine knows its node, its policy and its approvers.
+	last := map[string]any{"argv": []string{"sh", "-c", "echo last >> effects"}}
+	_, err := s.node.Tool(e.Context(), s.pod, nucleus.RunBash, last)
+	s.grant(s.asks(nucleus.AsError(err)), "", testenv.Passphrase, nil)
+	if _, err := s.node.Tool(e.Context(), s.pod, nucleus.RunBash, last); err != nil {
+		t.Errorf("an approval after the kills: %v", err)
+	}
 	value, err := s.node.Tool(e.Context(), s.pod, nucleus.ReadFiles, map[string]any{"path": "effects"})
 	content := ""
 	if err == nil {

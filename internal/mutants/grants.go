@@ -49,7 +49,7 @@ var grantMutants = []mutant{
 	{"tasks: the node counts", "approval/spent/spent.go", "if n > most {", "if false {", "TestAgain"},
 	{"tasks: the machine counts", "guest/call.go", "if o.uses >= o.task.Uses {", "if false {", "TestTask"},
 	{"tasks: the machine matches", "guest/call.go", "if err := approval.Matches(o.task.Match, action); err != nil {", "if err := approval.Matches(o.task.Match, action); err != nil && o.uses == 0 {", "TestTask"},
-	{"tasks: each use is counted by the authority", "node/approve.go", "counted, err := n.countUse(ctx, task.used, permit)", "counted, err := approvals.Used{N: task.uses + 1, Of: task.task.Uses}, error(nil)", "TestRevokedTask"},
+	{"tasks: each use is counted by the authority", "node/approve.go", "counted, err := n.countUse(ctx, p, task.used, permit)", "counted, err := approvals.Used{N: task.uses + 1, Of: task.task.Uses}, error(nil)", "TestRevokedTask"},
 	{"tasks: more exposure ends one", "node/passage.go", "return now.UnixMilli() < p.until && !s.beyond(p.exposure)", "return now.UnixMilli() < p.until", "TestTaskEnds"},
 	{"revoked: it is not used", "authority/authority.go", "case row.state != client.Granted:", "case row.state == client.Pending:", "TestRevoke"},
 	{"revoked: who takes back waits for who watches", "authority/revoke.go", "case w.knows < seq:", "case false:", "TestRevokeWaitsForWatchers"},
@@ -64,6 +64,14 @@ var grantMutants = []mutant{
 	{"approvers: there is one first", "authority/approver.go", "return len(known) == 0", "return true", "TestPlantedApprover"},
 	{"approvers: the seal says who added it", "authority/key.go", "!sameIdentity(s.Identity, f.Identity)", "s.Approver != f.Approver", "TestPlantedApprover"},
 	{"approvers: the passphrase of who adds", "authority/key.go", "if errors.As(err, &wrong) {", "if errors.As(err, &wrong) && false {", "TestApprovers"},
+	{"another user's: each connection is looked at", "approval/client/client.go", "if err := c.otherUser(conn); err != nil {", "if err := c.otherUser(conn); err != nil && false {", "TestOtherUserSwapped"},
+	{"another user's: the kernel's word of who said it", "approval/client/client.go", "if whose != nil && info.Approvals == OtherUser {", "if whose != nil && false {", "TestOtherUserSwapped"},
+
+	// who took the authority's place
+	{"approvers: another key is told", "node/approvers.go", "continue\n\t\t}\n\t\thad :=", "continue\n\t\t}\n\t\tif k.find(a) < 0 {\n\t\t\tcontinue\n\t\t}\n\t\thad :=", "TestKnownApprovers"},
+	{"approvers: what is told is recorded", "node/approvers.go", "if len(next) == len(k.list) {", "if !k.first {", "TestKnownApprovers"},
+	{"approvers: only the person's word confirms", "node/approvers.go", "Confirmed: k.first})", "Confirmed: true})", "TestKnownApprovers"},
+	{"approvers: only this key is confirmed", "node/approvers.go", "return a.Name == b.Name && a.Kind == b.Kind && a.Origin == b.Origin && bytes.Equal(a.Key, b.Key)", "return a.Name == b.Name && a.Kind == b.Kind && a.Origin == b.Origin && (bytes.Equal(a.Key, b.Key) || a.Name != \"\")", "TestKnownApprovers"},
 
 	// what both logs tell
 	{"logs: a use by too few", "audit/compare.go", "if len(by) < a.need {", "if false {", "TestCompare"},
@@ -71,4 +79,9 @@ var grantMutants = []mutant{
 	{"logs: more uses than were granted, at the authority", "audit/compare.go", "if len(a.counted) > a.most {", "if false {", "TestCompare"},
 	{"logs: a use that was not counted", "audit/compare.go", "if told.N > 0 && !slices.Contains(a.counted, e.Permit) {", "if false {", "TestCompare"},
 	{"logs: a use of what was taken back", "audit/compare.go", "if slices.Contains(a.revoked, grant) {", "if slices.Contains(a.revoked, grant+\"x\") {", "TestCompare"},
+	{"logs: a use that was counted is recorded", "authority/authority.go", "	if err := a.recordLastUse(); err != nil {", "	if err := error(nil); err != nil {", "TestUseOfAKilledDaemonIsRecorded"},
+	{"logs: an effect goes by a use", "audit/compare.go", "if len(e.Grants) > 0 && (a.used[permit] || a.passage) {", "if len(e.Grants) > 0 && a != nil && len(permit) < 99 {", "TestCompare"},
+	{"logs: an effect has a grant", "audit/compare.go", "if len(e.Grants) > 0 && (a.used[permit] || a.passage) {", "if a.used[permit] || a.passage {", "TestCompare"},
+	{"tasks: an ask is not believed twice", "guest/call.go", "_, _, passage = action.Place()", "passage = ask.Passage != nil", "TestOpenTaskBelievesNoAsk"},
+	{"grants: time does not go back", "guest/clock.go", "	return unixMilli + back, back\n", "	return unixMilli, back\n", "TestTimeDoesNotGoBack"},
 }
