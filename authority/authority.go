@@ -154,7 +154,7 @@ func Open(cfg Config) (*Authority, error) {
 // Uses are counted one at a time, so it is the last one, if any.
 func (a *Authority) recordLastUse() error {
 	id, use, err := a.store.lastUse()
-	if id == "" || err != nil {
+	if id == "" || use.Permit == "" || err != nil { // without a permit it is of a database before there were uses
 		return err
 	}
 	if known, err := a.cfg.Recorder.HasUse(use.Permit); known || err != nil {

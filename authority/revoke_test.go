@@ -68,7 +68,7 @@ func TestTask(t *testing.T) {
 	b := newBench(t, nil)
 	b.add(t, "bob")
 	ask := askAt(t, b.c, "a-bad", nil)
-	digest := b.submit(t, ask).AskDigest
+	b.submit(t, ask)
 	for what, change := range map[string]func(*nucleus.Task){
 		"uses": func(k *nucleus.Task) { k.Uses = 21 }, "time": func(k *nucleus.Task) { k.Until += 3_600_000 }, "exposure": func(k *nucleus.Task) { k.Exposure = 0 },
 		"another": func(k *nucleus.Task) {
@@ -120,7 +120,7 @@ func TestTask(t *testing.T) {
 
 	// All who approve choose the same.
 	ask = askAt(t, b.c, "a-3", func(q *nucleus.AskRequest) { q.Approvals = 2 })
-	digest = b.submit(t, ask).AskDigest
+	digest := b.submit(t, ask).AskDigest
 	task := b.taskOf(t, ask, 2)
 	if _, err := b.decide(t, "a-3", typed{Approve: true, Approver: "ann", Passphrase: passphrase, Task: task}); err != nil {
 		t.Fatal(err)
