@@ -34,6 +34,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	sqlite3 "modernc.org/sqlite/lib"
+
 	"cal/approval"
 	"cal/approval/client"
 	"cal/audit/witness"
@@ -154,13 +156,16 @@ func Open(cfg Config) (*Authority, error) {
 // Uses are counted one at a time, so it is the last one, if any.
 func (a *Authority) recordLastUse() error {
 	id, use, err := a.store.lastUse()
-	if id == "" || use.Permit == "" || err != nil { // without a permit it is of a database before there were uses
+	if id == "" || err != nil {
 		return err
 	}
 	if known, err := a.cfg.Recorder.HasUse(use.Permit); known || err != nil {
 		return err
 	}
 	row, ask, err := a.known(id)
+	if row.shed() && row.id != "" { // the record could not be made for a day
+		ask, err = nucleus.AskRequest{ID: row.id, Pod: row.pod, Action: nucleus.Action{Op: row.op}}, nil
+	}
 	if err != nil {
 		return err
 	}
@@ -484,7 +489,18 @@ func (a *Authority) Deny(id string, d client.Denial) (client.Status, error) {
 	if err != nil {
 		return client.Status{}, err
 	}
-	return a.concluded(id, a.store.end(id, client.Pending, client.Denied, d.Reason, a.millis()))
+	err = a.store.end(id, client.Pending, client.Denied, d.Reason, a.millis())
+	return a.concluded(id, a.unkept(err, ask, row.digest, by(approver)))
+}
+
+// unkept records that what the log says of a decision does not count: it could not be kept. It
+// returns err, and what stands in the way of recording that too.
+func (a *Authority) unkept(err error, ask nucleus.AskRequest, digest string, change func(*nucleus.Entry)) error {
+	if err == nil {
+		return nil
+	}
+	why := fmt.Sprintf("the decision recorded before does not count, it could not be kept: %v", err)
+	return errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, map[string]any{"why": why}, change))
 }
 
 // granted records and keeps a grant that was verified. The caller holds mu.
@@ -499,7 +515,8 @@ func (a *Authority) granted(row askRow, ask nucleus.AskRequest, approver keyFile
 	if err != nil {
 		return client.Status{}, err
 	}
-	return a.concluded(row.id, a.store.addGrant(row, client.Given{Grant: grant.ID, Approver: approver.Approver, Reason: grant.Reason, Given: a.millis(), Token: token}))
+	err = a.store.addGrant(row, client.Given{Grant: grant.ID, Approver: approver.Approver, Reason: grant.Reason, Given: a.millis(), Token: token})
+	return a.concluded(row.id, a.unkept(err, ask, row.digest, func(e *nucleus.Entry) { e.Actor, e.Grants = approver.Approver, []string{grant.ID} }))
 }
 
 // undecided returns the ask id, and the approver that d names, if this approver can still decide
@@ -652,5 +669,9 @@ func unavailable(err error) error {
 	if err == nil {
 		return nil
 	}
-	return nucleus.Errorf(nucleus.KindUnavailable, "the authority's database: %v", err)
+	hint := ""
+	if codeOf(err) == sqlite3.SQLITE_FULL {
+		hint = " (make room on its disk, and call again)"
+	}
+	return nucleus.Errorf(nucleus.KindUnavailable, "the authority's database: %v%s", err, hint)
 }

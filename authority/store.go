@@ -8,8 +8,10 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
+	"path/filepath"
 
-	_ "modernc.org/sqlite" // the driver "sqlite"
+	"modernc.org/sqlite" // and the driver "sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"cal/approval"
 	"cal/approval/client"
@@ -124,6 +126,9 @@ func openStore(path, approver string) (*store, error) {
 		err = prepare(db, approver)
 	}
 	if err != nil {
+		if code := codeOf(err); check != "" && check != "ok" || code == sqlite3.SQLITE_NOTADB || code == sqlite3.SQLITE_CORRUPT {
+			err = fmt.Errorf("%w: it is damaged; move it away (mkdir damaged && mv %s* damaged/, in %s) and start anew: the keys, and the log of what was decided, are files of their own and stay; what was asked and not answered, and what was granted and not used, is void", err, filepath.Base(path), filepath.Dir(path))
+		}
 		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), db.Close())
 	}
 	s := &store{db}
@@ -141,6 +146,15 @@ func (s *store) shrinkable() error {
 	}
 	_, err := s.db.Exec("PRAGMA auto_vacuum = INCREMENTAL; VACUUM")
 	return err
+}
+
+// codeOf is SQLite's primary code of an error; 0 for one that is not SQLite's.
+func codeOf(err error) int {
+	var of *sqlite.Error
+	if errors.As(err, &of) {
+		return of.Code() & 0xff
+	}
+	return 0
 }
 
 func prepare(db *sql.DB, approver string) error {
@@ -193,9 +207,10 @@ func (s *store) HasUse(permit string) (found bool, err error) {
 	return found, err
 }
 
-// lastUse is the use that was counted last, and the ask that it is of; "" for none.
+// lastUse is the use that was counted last, and the ask that it is of; "" for none. Those of a database of the time before
+// permits were kept are not looked at.
 func (s *store) lastUse() (ask string, use client.UseOf, err error) {
-	err = s.db.QueryRow("SELECT ask, n, permit FROM uses ORDER BY used_ms DESC, rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
+	err = s.db.QueryRow("SELECT ask, n, permit FROM uses WHERE permit != '' ORDER BY used_ms DESC, rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
 	if errors.Is(err, sql.ErrNoRows) {
 		return "", use, nil
 	}

@@ -66,6 +66,7 @@ type Node struct {
 	owed     owed
 	salts    *audit.Salts
 	witness  *witnesses
+	silence  silence // of the authority
 	gateway  *egress.Gateway
 	spent    *spent.Store
 	spentErr error // why there is none
@@ -138,7 +139,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	n.serving.Go(func() { n.keepLog(keeping) })
 	n.serving.Go(func() { n.keepBudgets(keeping) })
 	first, cancel := context.WithTimeout(ctx, witnessFirst)
-	_ = n.witness.round(first) // what came of it counts in allow, before the first effect
+	_ = n.witness.round(first, startPatience) // what came of it counts in allow, before the first effect
 	cancel()
 	n.serving.Go(func() { n.witness.keep(keeping) })
 	n.beginWatch(ctx)
@@ -248,7 +249,7 @@ func (n *Node) Close() error {
 	n.storeClocks()
 	if n.witness != nil { // so that what was last is known elsewhere, if anybody answers
 		ctx, cancel := context.WithTimeout(context.Background(), witnessFarewell)
-		_ = n.witness.round(ctx)
+		_ = n.witness.round(ctx, witnessFarewell)
 		cancel()
 	}
 	var errs []error

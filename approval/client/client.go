@@ -19,6 +19,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"syscall"
 	"time"
 
 	"cal/approval"
@@ -273,7 +274,10 @@ const (
 // MaxWait is the longest that the authority holds one request open.
 const MaxWait = 60 * time.Second
 
-const callTimeout = 30 * time.Second
+const (
+	callTimeout = 30 * time.Second
+	lookTimeout = 5 * time.Second // of what only looks something up
+)
 
 // Client is safe for use by several goroutines. Every error that came from the
 // authority, or says that there is none, is a *nucleus.Error.
@@ -517,7 +521,11 @@ func (c *Client) HTTP() *http.Client { return &c.http }
 func askPath(id string) string { return "/v1/asks/" + url.PathEscape(id) }
 
 func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
-	return c.callFor(ctx, callTimeout, method, path, in, out)
+	limit := callTimeout
+	if method == http.MethodGet {
+		limit = lookTimeout
+	}
+	return c.callFor(ctx, limit, method, path, in, out)
 }
 
 func (c *Client) callFor(parent context.Context, limit time.Duration, method, path string, in, out any) error {
@@ -545,7 +553,10 @@ func (c *Client) callFor(parent context.Context, limit time.Duration, method, pa
 		if errors.As(err, &refused) {
 			return refused
 		}
-		return nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, cause(err))
+		if ctx.Err() != nil {
+			return unanswered{nucleus.Errorf(nucleus.KindUnavailable, "the authority at %s has not answered for %v: it hangs, or was stopped (it goes on after: kill -CONT, or ends after: kill)", c.socket, limit), ctx.Err()}
+		}
+		return unanswered{nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, cause(err)), cause(err)}
 	}
 	defer response.Body.Close()
 	raw, err := io.ReadAll(io.LimitReader(response.Body, 2*approval.MaxAsk+1))
@@ -563,6 +574,23 @@ func (c *Client) callFor(parent context.Context, limit time.Duration, method, pa
 	}
 	return nucleus.Strict(raw, out)
 }
+
+// unanswered is the error of a call without an answer, and why there is none.
+type unanswered struct {
+	said *nucleus.Error
+	why  error
+}
+
+func (u unanswered) Error() string   { return u.said.Error() }
+func (u unanswered) Unwrap() []error { return []error{u.said, u.why} }
+
+// Absent reports whether err says that nothing listens: whoever starts an authority mends it.
+func Absent(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
+}
+
+// Silent reports whether err says that an authority is there and does not answer.
+func Silent(err error) bool { return errors.Is(err, context.DeadlineExceeded) }
 
 func refusal(code int, raw []byte) error {
 	var body struct {

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	approvals "cal/approval/client"
 	"cal/node/client"
 	"cal/nucleus"
 	"cal/wire"
@@ -107,6 +108,9 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 	if err != nil {
 		failed()
 		return err
+	}
+	if pod.Approvals == approvals.Nobody && home.HasAuthority() {
+		fmt.Fprintln(os.Stderr, "cal: nobody can approve anything in this machine: the authority did not run, or did not answer, when it started (cal approve list says which)")
 	}
 	session := &session{home: home, node: node, pod: pod, dir: plan.Dir, terminal: terminal && (o.Agent == "" || o.Prompt == "")}
 	if o.Agent != "" {

@@ -21,7 +21,6 @@ import (
 	"cal/approval"
 	"cal/approval/client"
 	"cal/authority"
-	"cal/nucleus"
 )
 
 // The exit codes that differ from 1, failed.
@@ -50,7 +49,6 @@ func run() int {
 	defer stop()
 	err := root().ExecuteContext(ctx)
 	var usage usageError
-	var refused *nucleus.Error
 	switch {
 	case err == nil:
 		return 0
@@ -65,7 +63,7 @@ func run() int {
 		return exitNotGranted
 	case errors.Is(err, authority.ErrNoKey):
 		fmt.Fprintln(os.Stderr, "hint: cal approve init makes one")
-	case errors.As(err, &refused) && refused.Kind == nucleus.KindUnavailable:
+	case client.Absent(err):
 		fmt.Fprintln(os.Stderr, "hint: cal node start starts it, once cal approve init has made its key")
 	}
 	return 1
