@@ -106,6 +106,7 @@ type Authority struct {
 	passkeys passkeys
 
 	watchers map[string]watcher // see revoke.go
+	patience time.Duration      // revokePatience
 }
 
 // Open opens the keys and the database in cfg.Dir and holds them alone; a second Open
@@ -135,7 +136,7 @@ func Open(cfg Config) (*Authority, error) {
 	if cfg.Recorder == nil {
 		cfg.Recorder = s
 	}
-	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), watchers: map[string]watcher{}}
+	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), watchers: map[string]watcher{}, patience: revokePatience}
 	watched, err := s.watchers()
 	if err != nil {
 		return nil, errors.Join(err, a.Close())

@@ -174,31 +174,71 @@ func TestRevoke(t *testing.T) {
 	}
 }
 
+// passage grants a passage and opens it.
+func (b *bench) passage(t *testing.T, id string) {
+	t.Helper()
+	ask := askAt(t, b.c, id, func(q *nucleus.AskRequest) {
+		q.Action = nucleus.Action{Op: nucleus.NetConnect, Args: hexOf("args"), Connect: &nucleus.Connect{Host: "h", Port: 22}}
+		q.Passage = &nucleus.Passage{Host: "h", Port: 22, Millis: 3_600_000}
+		signed, err := nucleus.Sign(requester, domain, testRequest{Requested{"p-1", nucleus.NetConnect, hexOf("args")}, id})
+		if err != nil {
+			t.Fatal(err)
+		}
+		q.Request, _ = nucleus.Canonical(signed)
+	})
+	status, err := b.grantBy(t, id, b.submit(t, ask).AskDigest, "ann")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.use(t, id, "r-1", []string{status.Grants[0].Grant}); err != nil {
+		t.Fatal(err)
+	}
+	if a := b.stateOf(t, id); a.State != client.Open || a.Passage == nil || a.Until != b.c.ms.Load()+3_600_000 {
+		t.Errorf("open passage %+v", a)
+	}
+}
+
+// A watcher that asks on and on from the start renews its lease and never says that it knows: what is
+// taken back is void at once all the same, and who takes it back is told that it may be open.
+func TestRevokeIsNotHeldUp(t *testing.T) {
+	if revokePatience <= client.Lease {
+		t.Errorf("waited for %v, a lease has %v", revokePatience, client.Lease)
+	}
+	b := newBench(t, nil)
+	b.passage(t, "a-1")
+	b.passage(t, "a-2")
+	b.patience = 300 * time.Millisecond
+	if now, err := b.client.Revoke(t.Context(), client.Revocation{ID: "a-1"}); err != nil || !now.Closed {
+		t.Fatalf("nobody watches: %+v, %v", now, err)
+	}
+	watching, stop := context.WithCancel(t.Context())
+	asked, ended := make(chan struct{}, 1), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for watching.Err() == nil {
+			_, _ = b.client.Watch(watching, "evil", 0) // answered at once: it was told the first before
+			select {
+			case asked <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	defer func() { stop(); <-ended }()
+	<-asked
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	now, err := b.client.Revoke(ctx, client.Revocation{ID: "a-2"})
+	if err != nil || now.Closed || len(now.Revoked) != 1 || now.Revoked[0].State != client.Void || now.Millis < 300 {
+		t.Fatalf("%+v, %v", now, err)
+	}
+}
+
 // Who takes something back is answered when each node that watches has said that it knows, or when
 // its lease has ended; also of a daemon that was started in between.
 func TestRevokeWaitsForWatchers(t *testing.T) {
 	b := newBench(t, nil)
-	for _, id := range []string{"a-1", "a-2"} {
-		ask := askAt(t, b.c, id, func(q *nucleus.AskRequest) {
-			q.Action = nucleus.Action{Op: nucleus.NetConnect, Args: hexOf("args"), Connect: &nucleus.Connect{Host: "h", Port: 22}}
-			q.Passage = &nucleus.Passage{Host: "h", Port: 22, Millis: 3_600_000}
-			signed, err := nucleus.Sign(requester, domain, testRequest{Requested{"p-1", nucleus.NetConnect, hexOf("args")}, id})
-			if err != nil {
-				t.Fatal(err)
-			}
-			q.Request, _ = nucleus.Canonical(signed)
-		})
-		status, err := b.grantBy(t, id, b.submit(t, ask).AskDigest, "ann")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := b.use(t, id, "r-1", []string{status.Grants[0].Grant}); err != nil {
-			t.Fatal(err)
-		}
-		if a := b.stateOf(t, id); a.State != client.Open || a.Passage == nil || a.Until != b.c.ms.Load()+3_600_000 {
-			t.Errorf("open passage %+v", a)
-		}
-	}
+	b.passage(t, "a-1")
+	b.passage(t, "a-2")
 	type answer struct {
 		now client.RevokedNow
 		err error

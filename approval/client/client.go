@@ -178,7 +178,8 @@ type Revocation struct {
 
 // RevokedNow says what was taken back. From the moment of the answer on no use of it begins, and
 // with Closed no passage of it lets anything through; what had begun before stands in its uses.
-// Closed is false only where it was not waited for because the caller went away.
+// Closed is false where a node asked on to the end of the wait, somewhat more than Lease, and did not
+// say that it knows: nothing says then what it has open.
 type RevokedNow struct {
 	Revoked []Approval `json:"revoked"`
 	Closed  bool       `json:"closed"`

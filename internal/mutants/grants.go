@@ -53,6 +53,8 @@ var grantMutants = []mutant{
 	{"tasks: more exposure ends one", "node/passage.go", "return now.UnixMilli() < p.until && !s.beyond(p.exposure)", "return now.UnixMilli() < p.until", "TestTaskEnds"},
 	{"revoked: it is not used", "authority/authority.go", "case row.state != client.Granted:", "case row.state == client.Pending:", "TestRevoke"},
 	{"revoked: who takes back waits for who watches", "authority/revoke.go", "case w.knows < seq:", "case false:", "TestRevokeWaitsForWatchers"},
+	{"revoked: nobody holds it up for ever", "authority/revoke.go", "over = true // one last look", "over = false", "TestRevokeIsNotHeldUp"},
+	{"revoked: what may be open is not said to be closed", "authority/revoke.go", "return left <= 0\n", "return true\n", "TestRevokeIsNotHeldUp"},
 	{"revoked: the next daemon knows who watched", "authority/revoke.go", "if err == nil && !again {", "if false {", "TestRevokeWaitsForWatchers"},
 	{"revoked: passages are closed", "node/watch.go", "n.closePassages(func(q *passage) bool { return q.used.ask.ID == v.Ask })", "n.closePassages(func(*passage) bool { return false })", "TestRevoked"},
 	{"revoked: without a word passages do not stand", "node/watch.go", "return w.heard && w.clock()-w.asked < approvals.Lease", "return true", "TestPassagesNeedTheAuthority"},

@@ -34,6 +34,8 @@ var passkeyMutants = []mutant{
 	{"passkey: the authority verifies", "authority/passkey.go", "if err != nil {\n\t\treturn refuse(err)\n\t}\n\tif err := a.count", "if false {\n\t\treturn refuse(err)\n\t}\n\tif err := a.count", "TestPasskeyGrantRefuses"},
 	{"page: its own name", "authority/page.go", "if r.Host != p.host {", "if false {", "TestPageRefusesStrangers"},
 	{"page: a post has an origin", "authority/page.go", "case foreignOrigin, r.Method == http.MethodPost && len(origins) == 0:", "case foreignOrigin:", "TestPageRefusesStrangers"},
+	{"page: a foreign link leaves the key", "authority/page.js", `if (kept !== key) {`, `if (false) {`, "TestPageForeignLink"},
+	{"page: a key is kept once it is one", "authority/page.js", `if (known === "") localStorage.setItem("key", key);`, `known;`, "TestPageForeignLink"},
 	{"page: its own origin", "authority/page.go", "len(origins) == 1 && origins[0] != p.origin", "false", "TestPageRefusesStrangers"},
 	{"page: one origin", "authority/page.go", "len(origins) > 1 ||", "", "TestPageRefusesStrangers"},
 	{"page: what the browser says of the site", "authority/page.go", `case metadata("Sec-Fetch-Site") != "same-origin":`, "case false:", "TestPageRefusesStrangers"},
