@@ -55,6 +55,9 @@ CREATE TABLE IF NOT EXISTS grants (
 	given_ms INTEGER NOT NULL,
 	UNIQUE (ask, approver)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS dropped (
+	jti TEXT PRIMARY KEY -- a grant that was taken back before all had granted
+) STRICT;
 CREATE TABLE IF NOT EXISTS uses (
 	ask TEXT NOT NULL,
 	n INTEGER NOT NULL,
@@ -341,10 +344,26 @@ func (s *store) addGrant(r askRow, g client.Given) error {
 	return tx.Commit()
 }
 
-// dropGrant forgets a grant of an ask that is pending.
+// dropGrant takes a grant from an ask that is pending, for good.
 func (s *store) dropGrant(id string) error {
-	result, err := s.db.Exec("DELETE FROM grants WHERE jti = ? AND (SELECT state FROM asks WHERE id = ask) = 'pending'", id)
-	return exactlyOne(result, err)
+	tx, err := s.db.Begin()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	result, err := tx.Exec("DELETE FROM grants WHERE jti = ? AND (SELECT state FROM asks WHERE id = ask) = 'pending'", id)
+	if err := exactlyOne(result, err); err != nil {
+		return err
+	}
+	if _, err := tx.Exec("INSERT INTO dropped VALUES (?)", id); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// knowsGrant reports whether a grant was kept before.
+func (s *store) knowsGrant(id string) (known bool, err error) {
+	return known, s.db.QueryRow("SELECT EXISTS (SELECT 1 FROM grants WHERE jti = ?) OR EXISTS (SELECT 1 FROM dropped WHERE jti = ?)", id, id).Scan(&known)
 }
 
 // addUse counts use n of what was granted for an ask; two of one number are an error.

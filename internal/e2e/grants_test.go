@@ -13,6 +13,7 @@ import (
 
 	"cal/approval"
 	approvals "cal/approval/client"
+	"cal/authority"
 	"cal/internal/testenv"
 	"cal/node/client"
 	"cal/nucleus"
@@ -64,22 +65,41 @@ func (s *grantStory) asks(e *nucleus.Error) string {
 	return e.Ask
 }
 
-// grant decides by the authority's API, as its own program does.
+// grant does what the program at the terminal does.
 func (s *grantStory) grant(ask, by, passphrase string, task func(nucleus.AskRequest) *nucleus.Task) approvals.Status {
 	s.t.Helper()
-	shown, digest, err := s.authority.Get(s.e.Context(), ask)
+	shown, _, err := s.authority.Get(s.e.Context(), ask)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	d := approvals.Decision{Approve: true, Approver: by, AskDigest: digest, Passphrase: passphrase}
+	var chosen *nucleus.Task
 	if task != nil {
-		d.Task = task(shown)
+		chosen = task(shown)
 	}
-	status, err := s.authority.Decide(s.e.Context(), ask, d)
+	token, err := signer(s.t, s.e, by, passphrase).Grant(shown, chosen, "")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	status, err := s.authority.Grant(s.e.Context(), ask, token)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	return status
+}
+
+// signer is an approver's key in clear.
+func signer(t *testing.T, e *testenv.Env, name, passphrase string) *authority.Signer {
+	t.Helper()
+	key, err := authority.ReadKey(filepath.Join(e.CAL, "authority"), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := key.Open(passphrase)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(signer.Close)
+	return signer
 }
 
 // TestGrants lets two persons approve what needs two, and one choose a task and take it back: with
@@ -106,7 +126,11 @@ func TestGrants(t *testing.T) {
 		t.Fatalf("two approvals of one person: %+v", e)
 	}
 	// A second person; the machine that runs does not know it, one that starts then does.
-	if _, err := s.authority.AddApprover(e.Context(), approvals.NewApprover{Name: "bob", Phrase: "red lamp", Passphrase: bobsSecret, By: first, ByPassphrase: testenv.Passphrase}); err != nil {
+	bob, err := signer(t, e, first, testenv.Passphrase).NewApprover("bob", "red lamp", bobsSecret, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.authority.AddApprover(e.Context(), bob); err != nil {
 		t.Fatal(err)
 	}
 	if e := run(); e == nil || e.Ask != "" {
@@ -189,7 +213,11 @@ func TestQuorumTask(t *testing.T) {
 		t.Fatal(err)
 	}
 	first := info.Approvers[0].Name
-	if _, err := s.authority.AddApprover(e.Context(), approvals.NewApprover{Name: "bob", Phrase: "red lamp", Passphrase: bobsSecret, By: first, ByPassphrase: testenv.Passphrase}); err != nil {
+	bob, err := signer(t, e, first, testenv.Passphrase).NewApprover("bob", "red lamp", bobsSecret, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.authority.AddApprover(e.Context(), bob); err != nil {
 		t.Fatal(err)
 	}
 	s.start(policy)
