@@ -144,7 +144,7 @@ func Open(cfg Config) (*Authority, error) {
 	for _, id := range watched { // who watched the daemon before this one may have passages open
 		a.watchers[id] = watcher{seen: time.Now()}
 	}
-	if err := a.openWitness(); err != nil {
+	if err := errors.Join(a.keepRemoved(), a.openWitness()); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
 	if err := a.recordLastUse(); err != nil {

@@ -113,17 +113,47 @@ func (a *Authority) RemoveApprover(name string) (client.Removed, error) {
 			gone.Revoked = append(gone.Revoked, row.id)
 		}
 	}
-	f.Sealed, f.Removed = nil, a.millis()
-	raw, err := nucleus.Canonical(f)
-	if err != nil {
-		return gone, err
+	at := a.millis()
+	if err := a.store.addRemoved(name, at); err != nil {
+		return gone, unavailable(err)
 	}
-	if err := durable.WriteFile(keyPath(a.cfg.Dir, name), raw, 0o600); err != nil {
-		return gone, err
-	}
-	a.files[slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == name })] = f
 	a.broadcast()
-	return gone, nil
+	return gone, a.takeKey(slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == name }), at)
+}
+
+// takeKey takes the secret of an approver who was removed out of the file, which stays for what it
+// vouched for.
+func (a *Authority) takeKey(i int, at int64) error {
+	f := &a.files[i]
+	f.Sealed, f.Removed = nil, at
+	raw, err := nucleus.Canonical(*f)
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(keyPath(a.cfg.Dir, f.Approver), raw, 0o600)
+}
+
+// keepRemoved makes sure that who was removed stays so. What counts is the database: a file of an
+// approver can be put back as it was by who has a copy, and what it says of the removal nobody signs.
+func (a *Authority) keepRemoved() error {
+	for i, f := range a.files {
+		if f.Removed != 0 { // also by a version that told the file alone
+			if err := a.store.addRemoved(f.Approver, f.Removed); err != nil {
+				return unavailable(err)
+			}
+			continue
+		}
+		at, err := a.store.removedAt(f.Approver)
+		if err != nil {
+			return unavailable(err)
+		}
+		if at != 0 {
+			if err := a.takeKey(i, at); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // voidGrantOf takes back what a removed approver granted for an ask: an ask that others have to

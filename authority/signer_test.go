@@ -2,6 +2,8 @@ package authority
 
 import (
 	"crypto/ed25519"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -162,6 +164,62 @@ func TestGrantReplayed(t *testing.T) {
 	}
 	if s, err := post(tokenOf("carol", passphraseOf("carol"))); err != nil || s.State != client.Granted {
 		t.Fatalf("positive control: %+v, %v", s, err)
+	}
+}
+
+// Who was removed stays so, though the file is put back as it was.
+func TestRemovedStaysRemoved(t *testing.T) {
+	b := newBench(t, nil)
+	b.withPasskey(t, "touch", freePort(t))
+	b.add(t, "bob")
+	before := map[string][]byte{}
+	for _, name := range []string{"touch", "bob"} {
+		raw, err := os.ReadFile(keyPath(b.cfg.Dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		before[name] = raw
+	}
+	putBack := func() {
+		t.Helper()
+		b.stop()
+		for name, raw := range before {
+			if err := os.WriteFile(keyPath(b.cfg.Dir, name), raw, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b = startBench(t, b.c, b.cfg)
+	}
+	putBack()
+	if got := names(b.Approvers()); len(got) != 3 {
+		t.Fatalf("positive control: %v", got)
+	}
+	for name := range before {
+		if _, err := b.client.RemoveApprover(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	putBack()
+	if got := names(b.Approvers()); !slices.Equal(got, []string{"ann"}) {
+		t.Errorf("approvers %v, want ann alone", got)
+	}
+	list, err := ReadApprovers(b.cfg.Dir)
+	if err != nil || len(list) != 3 || list[1].Removed == 0 || list[2].Removed == 0 {
+		t.Errorf("list %+v, %v", list, err)
+	}
+	if raw, err := os.ReadFile(keyPath(b.cfg.Dir, "bob")); err != nil || strings.Contains(string(raw), "sealed") {
+		t.Errorf("the key of who was removed: %s, %v", raw, err)
+	}
+
+	// The word of a version that told the file alone is taken up.
+	if _, err := b.store.db.Exec("DELETE FROM removed"); err != nil {
+		t.Fatal(err)
+	}
+	b.stop()
+	b = startBench(t, b.c, b.cfg)
+	putBack()
+	if got := names(b.Approvers()); !slices.Equal(got, []string{"ann"}) {
+		t.Errorf("after a version before: %v, want ann alone", got)
 	}
 }
 

@@ -66,6 +66,10 @@ CREATE TABLE IF NOT EXISTS uses (
 	outcome TEXT NOT NULL DEFAULT '',
 	PRIMARY KEY (ask, n)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS removed (
+	approver TEXT PRIMARY KEY,
+	removed_ms INTEGER NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS passkeys (
 	approver TEXT PRIMARY KEY,
 	counter INTEGER NOT NULL
@@ -215,6 +219,17 @@ func (s *store) lastUse() (ask string, use client.UseOf, err error) {
 		return "", use, nil
 	}
 	return ask, use, err
+}
+
+// addRemoved writes down that an approver was removed; the first word counts.
+func (s *store) addRemoved(approver string, at int64) error {
+	_, err := s.db.Exec("INSERT INTO removed VALUES (?, ?) ON CONFLICT DO NOTHING", approver, at)
+	return err
+}
+
+// removedAt is when an approver was removed; 0: it was not.
+func (s *store) removedAt(approver string) (at int64, err error) {
+	return at, s.db.QueryRow("SELECT COALESCE(MAX(removed_ms), 0) FROM removed WHERE approver = ?", approver).Scan(&at)
 }
 
 // addPod keeps what is said of a pod unless something is known, and returns what is.

@@ -25,6 +25,7 @@ var grantMutants = []mutant{
 	{"signed elsewhere: what was taken back is remembered", "authority/store.go", "if _, err := tx.Exec(\"INSERT INTO dropped VALUES (?)\", id); err != nil {", "if false {", "TestGrantReplayed"},
 	{"signed elsewhere: no passkey's answer", "authority/authority.go", "if approver.Kind != nucleus.ApproverEd25519 { //", "if false { //", "TestPasskeyGrant"},
 	{"signed elsewhere: who vouches has signed for this key", "authority/members.go", "if !vouches([]keyFile{voucher}, f) {", "if false {", "TestVouchedApprover"},
+	{"signed elsewhere: who was removed stays so", "authority/members.go", "\t\tif at != 0 {\n", "\t\tif false {\n", "TestRemovedStaysRemoved"},
 	{"signed elsewhere: a key is one approver's", "authority/members.go", "return bytes.Equal(k.PublicKey, f.PublicKey) })", "return bytes.Equal(k.PublicKey, f.PublicKey) && false })", "TestVouchedApprover"},
 	{"signed elsewhere: a passkey vouches for nobody", "authority/members.go", "if voucher.Kind != nucleus.ApproverEd25519 {", "if false {", "TestPasskeyGrant"},
 	{"grants: a use is counted", "authority/authority.go", "case row.uses >= most:", "case false:", "TestAskAndDecide"},
