@@ -46,14 +46,15 @@ func Shown(v any) json.RawMessage {
 // signed are the members of data, by kind, that are shown as they are, for they are signatures,
 // public keys, or bound by a digest that the log shows.
 var signed = map[string][]string{
-	nucleus.KindPodStart:    {"outcome_key", "approvers"},
-	nucleus.KindKeyLoad:     {"keys"},
-	nucleus.KindKeyNew:      {"key"},
-	nucleus.KindKeyRemove:   {"key"},
-	nucleus.KindPolicyLoad:  {"policy"},
-	nucleus.KindApprovalUse: {"tokens"},
-	nucleus.KindLogFork:     {"kept", "signed"},
-	nucleus.KindLogForget:   {"key", "checkpoint", "witness"},
+	nucleus.KindPodStart:     {"outcome_key", "approvers"},
+	nucleus.KindKeyLoad:      {"keys"},
+	nucleus.KindKeyNew:       {"key"},
+	nucleus.KindKeyRemove:    {"key"},
+	nucleus.KindKeyApprovers: {"approvers", "confirmed"},
+	nucleus.KindPolicyLoad:   {"policy"},
+	nucleus.KindApprovalUse:  {"tokens"},
+	nucleus.KindLogFork:      {"kept", "signed"},
+	nucleus.KindLogForget:    {"key", "checkpoint", "witness"},
 }
 
 // shownData is what the kind of an entry adds, without secrets and else as it is. What is no

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -92,7 +94,7 @@ func TestShed(t *testing.T) {
 		a.Expires = b.c.ms.Load() + 900_000
 	}
 	used := b.submit(t, b.asked(t, "p-1", "a-used", big))
-	if _, err := b.client.Decide(t.Context(), "a-used", client.Decision{Approve: true, AskDigest: used.AskDigest, Passphrase: passphrase}); err != nil {
+	if _, err := b.decide(t, "a-used", typed{Approve: true, Passphrase: passphrase}); err != nil {
 		t.Fatal(err)
 	}
 	granted, err := b.client.Status(t.Context(), "a-used")
@@ -131,6 +133,9 @@ func TestShed(t *testing.T) {
 	}
 	_, _, err = b.client.Get(t.Context(), "a-used")
 	wantKind(t, "bytes that were shed", err, nucleus.KindRefused, used.AskDigest)
+	if err := b.recordLastUse(); err != nil { // as a daemon that starts does
+		t.Errorf("a use of what was shed: %v", err)
+	}
 	_, err = b.client.Use(t.Context(), "a-used", client.Use{Permit: "r-2", Grants: []string{granted.Grants[0].Grant}})
 	wantKind(t, "a use of what was shed", err, nucleus.KindRefused, "")
 	items, err := b.client.List(t.Context(), "")
@@ -160,17 +165,17 @@ func TestShedKeepsWhatLives(t *testing.T) {
 	b := newBench(t, nil)
 	first := b.asked(t, "p-1", "a-task", nil)
 	task := b.taskOf(t, first, 5)
-	st := b.submit(t, first)
-	if st, err := b.client.Decide(t.Context(), "a-task", client.Decision{Approve: true, AskDigest: st.AskDigest, Passphrase: passphrase, Task: task}); err != nil {
+	b.submit(t, first)
+	if st, err := b.decide(t, "a-task", typed{Approve: true, Passphrase: passphrase, Task: task}); err != nil {
 		t.Fatal(err)
 	} else if _, err := b.client.Use(t.Context(), "a-task", client.Use{Permit: "r-1", Grants: []string{st.Grants[0].Grant}}); err != nil {
 		t.Fatal(err)
 	}
 	b.c.ms.Add(400_000) // the task's ask has expired
 	for _, id := range []string{"a-pending", "a-granted"} {
-		st := b.submit(t, b.asked(t, "p-1", id, nil))
+		b.submit(t, b.asked(t, "p-1", id, nil))
 		if id == "a-granted" {
-			if _, err := b.client.Decide(t.Context(), id, client.Decision{Approve: true, AskDigest: st.AskDigest, Passphrase: passphrase}); err != nil {
+			if _, err := b.decide(t, id, typed{Approve: true, Passphrase: passphrase}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -214,4 +219,71 @@ func TestOldDatabaseShrinks(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// A grant that a full database does not take is no grant, is said so with a mend, and the record
+// takes it back.
+func TestFullDatabase(t *testing.T) {
+	t.Parallel()
+	var log memoryLog
+	b := newBench(t, func(c *Config) { c.Recorder = &log })
+	b.submit(t, b.asked(t, "p-1", "a-1", nil))
+	var pages int
+	if err := b.store.db.QueryRow("PRAGMA page_count").Scan(&pages); err != nil {
+		t.Fatal(err)
+	}
+	full := func(most int) {
+		t.Helper()
+		if _, err := b.store.db.Exec(fmt.Sprintf("PRAGMA max_page_count = %d", most)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	full(pages)
+	decision := typed{Approve: true, Passphrase: passphrase, Reason: strings.Repeat("r", 500)}
+	var err error
+	for i := range 20 { // until no page has room left
+		if _, err = b.decide(t, fmt.Sprintf("a-%d", i+1), decision); err != nil {
+			break
+		}
+		full(1 << 30)
+		b.submit(t, b.asked(t, "p-1", fmt.Sprintf("a-%d", i+2), nil))
+		if err := b.store.db.QueryRow("PRAGMA page_count").Scan(&pages); err != nil {
+			t.Fatal(err)
+		}
+		full(pages)
+	}
+	wantKind(t, "a grant", err, nucleus.KindUnavailable, "make room on its disk")
+	entries := log.all()
+	last, before := entries[len(entries)-1], entries[len(entries)-2]
+	if len(before.Grants) != 1 || len(last.Grants) != 1 {
+		t.Fatalf("%v: recorded: %+v, %+v", err, before, last)
+	}
+	if before.Kind != nucleus.KindApprovalGrant || last.Kind != nucleus.KindApprovalRefuse || last.Grants[0] != before.Grants[0] || last.Ask != before.Ask {
+		t.Errorf("recorded: %+v, %+v", before, last)
+	}
+	full(1 << 30)
+	if now, err := b.decide(t, last.Ask, decision); err != nil || now.State != client.Granted {
+		t.Errorf("once there is room: %+v, %v", now, err)
+	}
+}
+
+// memoryLog is a Recorder in memory.
+type memoryLog struct {
+	mu      sync.Mutex
+	entries []nucleus.Entry
+}
+
+func (m *memoryLog) Record(e nucleus.Entry) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.entries = append(m.entries, e)
+	return nil
+}
+
+func (m *memoryLog) HasUse(string) (bool, error) { return false, nil }
+
+func (m *memoryLog) all() []nucleus.Entry {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.entries)
 }

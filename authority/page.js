@@ -194,6 +194,7 @@ async function watch() {
   for (let known = ""; ;) {
     try {
       const now = await call("asks?known=" + known);
+      if (known === "") localStorage.setItem("key", key);
       known = now.state;
       asks = now.asks;
       approvers = now.approvers;
@@ -204,6 +205,13 @@ async function watch() {
       buttons();
     } catch (error) {
       if (error.status === 401) {
+        // A link may come from anywhere: a key in it that is none leaves the one that is kept.
+        const kept = localStorage.getItem("key") || "";
+        if (kept !== key) {
+          key = kept;
+          known = "";
+          continue;
+        }
         localStorage.removeItem("key");
         live(false, "locked");
         view("locked");
@@ -256,8 +264,7 @@ async function enrol(enrolment) {
 function start() {
   const given = new URLSearchParams(location.hash.slice(1));
   const secret = given.get("enrol");
-  if (given.get("key")) localStorage.setItem("key", given.get("key"));
-  key = localStorage.getItem("key") || "";
+  key = given.get("key") || localStorage.getItem("key") || ""; // it is kept once the authority has answered to it
   wanted = given.get("ask") || "";
   // Neither key nor link stays in the address, from which it would be copied or kept.
   history.replaceState(null, "", wanted ? "#ask=" + encodeURIComponent(wanted) : "/");

@@ -46,7 +46,7 @@ func (b *bench) enrolIn(t *testing.T, tab *chromium.Tab, name string, port int) 
 	if err != nil || made.Fingerprint != shown {
 		t.Fatalf("the page shows %q, the terminal %+v, %v", shown, made, err)
 	}
-	if _, err := b.client.Vouch(t.Context(), e.ID, client.Voucher{Fingerprint: shown, By: "ann", ByPassphrase: passphrase}); err != nil {
+	if _, err := b.vouch(t, e.ID, name, shown); err != nil {
 		t.Fatal(err)
 	}
 	origin, _, _ = strings.Cut(e.Link, "/#")
@@ -194,6 +194,9 @@ func TestPageInChromium(t *testing.T) {
 		t.Errorf("the console says %q", log)
 	}
 	// Without the key the browser is shown nothing.
+	if err := tab.Eval(`localStorage.clear()`, nil); err != nil {
+		t.Fatal(err)
+	}
 	other := browser.Open(b.passkeys.page.origin + "/#key=x&ask=a-1")
 	other.Until(`!document.getElementById("locked").hidden && document.getElementById("queue").hidden`)
 }
@@ -419,6 +422,60 @@ func TestPageAndOtherSites(t *testing.T) {
 	}
 	if status, err := v.finish("a-1", sign(origin)); err != nil || status.State != client.Granted {
 		t.Errorf("positive control: %+v, %v", status, err)
+	}
+}
+
+// A page of anybody's leads this browser to the approval page with a key that is none: what is kept
+// there stays, and the person's tabs go on. A key of the authority that was started anew is taken.
+func TestPageForeignLink(t *testing.T) {
+	browser := chromium.Start(t)
+	b := liveBench(t)
+	tab := browser.Open("about:blank")
+	tab.Passkeys(true)
+	port := freePort(t)
+	origin := b.enrolIn(t, tab, "touch", port)
+	const open = `!document.getElementById("queue").hidden`
+	tab.Go(b.link(t, ""))
+	tab.Until(open)
+	kept := func(tab *chromium.Tab) (key string) {
+		t.Helper()
+		if err := tab.Eval(`String(localStorage.getItem("key"))`, &key); err != nil {
+			t.Fatal(err)
+		}
+		return key
+	}
+	good := kept(tab)
+	evil := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/html")
+		fmt.Fprintf(w, `<script>location.href=%q</script>`, origin+"/#key=garbage")
+	}))
+	defer evil.Close()
+	other := browser.Open("about:blank")
+	other.Go(evil.URL)
+	other.Until(`location.origin === "` + origin + `" && document.getElementById("queue") && (` + open + ` || !document.getElementById("locked").hidden)`)
+	if got := kept(other); got != good || good == "null" {
+		t.Errorf("the key that is kept is %q, was %q", got, good)
+	}
+	other.Until(open)
+	tab.Go("about:blank")
+	tab.Go(origin + "/")
+	tab.Until(open)
+
+	// Without a key that is kept, one that is none locks.
+	if err := other.Eval(`localStorage.clear(), true`, new(bool)); err != nil {
+		t.Fatal(err)
+	}
+	other.Go("about:blank")
+	other.Go(origin + "/#key=garbage")
+	other.Until(`!document.getElementById("locked").hidden`)
+	if got := kept(other); got != "null" {
+		t.Errorf("%q is kept", got)
+	}
+	other.Go("about:blank")
+	other.Go(b.link(t, ""))
+	other.Until(open)
+	if got := kept(other); got != good {
+		t.Errorf("the key that is kept is %q, want %q", got, good)
 	}
 }
 

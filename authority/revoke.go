@@ -224,20 +224,29 @@ func (a *Authority) meant(id string) ([]askRow, error) {
 	return rows, unavailable(err)
 }
 
-// closed waits until every watcher knows of revocation seq, or has nothing open any more.
+// revokePatience is how long it is waited for watchers. Who says nothing has nothing open after
+// its lease; who asks on and on without knowing holds nobody up for longer.
+const revokePatience = client.Lease + time.Second
+
+// closed waits until every watcher knows of revocation seq, or has nothing open any more. False says
+// that one was there to the end which did not say that it knows.
 func (a *Authority) closed(ctx context.Context, seq int64) bool {
-	for {
+	patience := time.NewTimer(a.patience)
+	defer patience.Stop()
+	for over := false; ; {
 		a.mu.Lock()
 		left := a.lag(seq)
 		changed := a.changed
 		a.mu.Unlock()
-		if left <= 0 {
-			return true
+		if left <= 0 || over {
+			return left <= 0
 		}
 		lapse := time.NewTimer(left)
 		select {
 		case <-changed:
 		case <-lapse.C:
+		case <-patience.C:
+			over = true // one last look
 		case <-ctx.Done():
 			lapse.Stop()
 			return false

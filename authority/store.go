@@ -8,8 +8,10 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
+	"path/filepath"
 
-	_ "modernc.org/sqlite" // the driver "sqlite"
+	"modernc.org/sqlite" // and the driver "sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"cal/approval"
 	"cal/approval/client"
@@ -53,6 +55,9 @@ CREATE TABLE IF NOT EXISTS grants (
 	given_ms INTEGER NOT NULL,
 	UNIQUE (ask, approver)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS dropped (
+	jti TEXT PRIMARY KEY -- a grant that was taken back before all had granted
+) STRICT;
 CREATE TABLE IF NOT EXISTS uses (
 	ask TEXT NOT NULL,
 	n INTEGER NOT NULL,
@@ -60,6 +65,10 @@ CREATE TABLE IF NOT EXISTS uses (
 	used_ms INTEGER NOT NULL,
 	outcome TEXT NOT NULL DEFAULT '',
 	PRIMARY KEY (ask, n)
+) STRICT;
+CREATE TABLE IF NOT EXISTS removed (
+	approver TEXT PRIMARY KEY,
+	removed_ms INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS passkeys (
 	approver TEXT PRIMARY KEY,
@@ -121,6 +130,9 @@ func openStore(path, approver string) (*store, error) {
 		err = prepare(db, approver)
 	}
 	if err != nil {
+		if code := codeOf(err); check != "" && check != "ok" || code == sqlite3.SQLITE_NOTADB || code == sqlite3.SQLITE_CORRUPT {
+			err = fmt.Errorf("%w: it is damaged; move it away (mkdir damaged && mv %s* damaged/, in %s) and start anew: the keys, and the log of what was decided, are files of their own and stay; what was asked and not answered, and what was granted and not used, is void", err, filepath.Base(path), filepath.Dir(path))
+		}
 		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), db.Close())
 	}
 	s := &store{db}
@@ -138,6 +150,15 @@ func (s *store) shrinkable() error {
 	}
 	_, err := s.db.Exec("PRAGMA auto_vacuum = INCREMENTAL; VACUUM")
 	return err
+}
+
+// codeOf is SQLite's primary code of an error; 0 for one that is not SQLite's.
+func codeOf(err error) int {
+	var of *sqlite.Error
+	if errors.As(err, &of) {
+		return of.Code() & 0xff
+	}
+	return 0
 }
 
 func prepare(db *sql.DB, approver string) error {
@@ -190,13 +211,25 @@ func (s *store) HasUse(permit string) (found bool, err error) {
 	return found, err
 }
 
-// lastUse is the use that was counted last, and the ask that it is of; "" for none.
+// lastUse is the use that was counted last, and the ask that it is of; "" for none. Those of a database of the time before
+// permits were kept are not looked at.
 func (s *store) lastUse() (ask string, use client.UseOf, err error) {
-	err = s.db.QueryRow("SELECT ask, n, permit FROM uses ORDER BY used_ms DESC, rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
+	err = s.db.QueryRow("SELECT ask, n, permit FROM uses WHERE permit != '' ORDER BY used_ms DESC, rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
 	if errors.Is(err, sql.ErrNoRows) {
 		return "", use, nil
 	}
 	return ask, use, err
+}
+
+// addRemoved writes down that an approver was removed; the first word counts.
+func (s *store) addRemoved(approver string, at int64) error {
+	_, err := s.db.Exec("INSERT INTO removed VALUES (?, ?) ON CONFLICT DO NOTHING", approver, at)
+	return err
+}
+
+// removedAt is when an approver was removed; 0: it was not.
+func (s *store) removedAt(approver string) (at int64, err error) {
+	return at, s.db.QueryRow("SELECT COALESCE(MAX(removed_ms), 0) FROM removed WHERE approver = ?", approver).Scan(&at)
 }
 
 // addPod keeps what is said of a pod unless something is known, and returns what is.
@@ -326,10 +359,26 @@ func (s *store) addGrant(r askRow, g client.Given) error {
 	return tx.Commit()
 }
 
-// dropGrant forgets a grant of an ask that is pending.
+// dropGrant takes a grant from an ask that is pending, for good.
 func (s *store) dropGrant(id string) error {
-	result, err := s.db.Exec("DELETE FROM grants WHERE jti = ? AND (SELECT state FROM asks WHERE id = ask) = 'pending'", id)
-	return exactlyOne(result, err)
+	tx, err := s.db.Begin()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	result, err := tx.Exec("DELETE FROM grants WHERE jti = ? AND (SELECT state FROM asks WHERE id = ask) = 'pending'", id)
+	if err := exactlyOne(result, err); err != nil {
+		return err
+	}
+	if _, err := tx.Exec("INSERT INTO dropped VALUES (?)", id); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// knowsGrant reports whether a grant was kept before.
+func (s *store) knowsGrant(id string) (known bool, err error) {
+	return known, s.db.QueryRow("SELECT EXISTS (SELECT 1 FROM grants WHERE jti = ?) OR EXISTS (SELECT 1 FROM dropped WHERE jti = ?)", id, id).Scan(&known)
 }
 
 // addUse counts use n of what was granted for an ask; two of one number are an error.

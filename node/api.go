@@ -36,6 +36,8 @@ func (n *Node) handler() http.Handler {
 	mux.HandleFunc("POST /v1/pods/{id}/agent", n.operator(n.agent))
 	mux.HandleFunc("POST /v1/pods/{id}/repos/{repo}/fetch", n.operator(n.fetch))
 	mux.HandleFunc("DELETE /v1/workspaces/{name}", n.operator(n.deleteWorkspace))
+	mux.HandleFunc("GET /v1/approvers", n.operator(n.listApprovers))
+	mux.HandleFunc("POST /v1/approvers/confirmed", n.operator(n.confirmApprovers))
 	mux.HandleFunc("POST /v1/stop", n.operator(n.stop))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		wire.WriteError(w, nucleus.Errorf(nucleus.KindNotFound, "no route %s %s", r.Method, r.URL.Path))

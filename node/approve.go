@@ -239,7 +239,7 @@ func (n *Node) unapprovable(p *Pod, d nucleus.Decision) string {
 	case n.spentErr != nil:
 		return fmt.Sprintf("which grants were used before cannot be known: %v (when it is moved away, cal node restart begins a new file; the authority counts too, so no grant is good twice)", n.spentErr)
 	case n.asks == nil || len(p.approvers) == 0:
-		return "nobody could approve when this machine started (cal approve init makes the key)"
+		return "nobody could approve when this machine started (cal approve init makes the key; where there is one, the authority did not run or did not answer then, and machines that start when it does know who can approve)"
 	case d.Approvals > len(p.approvers):
 		return fmt.Sprintf("the policy wants the approvals of %d different persons, and %d could approve when this machine started (nucleus-authority approver add makes more; machines that start then know them)", d.Approvals, len(p.approvers))
 	}
@@ -416,10 +416,12 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	}); err != nil {
 		return pendingAsk{}, false, logFailure(err)
 	}
-	if _, _, err := n.witness.show(ctx); err != nil {
+	asking, cancel := context.WithTimeout(ctx, askingPatience)
+	defer cancel()
+	if _, _, err := n.witness.show(asking, askingPatience); err != nil {
 		return pendingAsk{}, false, witnessFailure(err)
 	}
-	if _, err := n.authority(p).Submit(ctx, ask); err != nil {
+	if err := n.submit(asking, p, ask); err != nil {
 		return pendingAsk{}, false, authorityFailure(err)
 	}
 	submitted = true
@@ -427,6 +429,21 @@ func (n *Node) pendingAsk(ctx context.Context, p *Pod, r request, pre prepared, 
 	pre.sent.hold()
 	p.asks.put(pending)
 	return pending, true, nil
+}
+
+// askingPatience is how long an ask waits for the authority to take it.
+const askingPatience = 10 * time.Second
+
+// submit puts an ask before the authority. One that does not know the pod, because it did not run
+// when the machine started or has lost its database since, is told of it and asked once more.
+func (n *Node) submit(ctx context.Context, p *Pod, ask nucleus.AskRequest) error {
+	_, err := n.authority(p).Submit(ctx, ask)
+	var refused *nucleus.Error
+	if errors.As(err, &refused) && refused.Kind == nucleus.KindUnauthenticated {
+		n.registerRequesters(ctx, p)
+		_, err = n.authority(p).Submit(ctx, ask)
+	}
+	return err
 }
 
 // newAsk makes the ask for a request.
@@ -495,7 +512,13 @@ func authorityFailure(err error) error {
 	if errors.As(err, &refused) && refused.Kind != nucleus.KindUnavailable {
 		return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority refuses to be asked: %s", refused.Message)
 	}
-	return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority cannot be reached: %v (start it with: nucleus-authority serve)", err)
+	switch {
+	case approvals.Absent(err):
+		return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority does not run: %v (start it with: cal node start, or nucleus-authority serve)", err)
+	case approvals.Silent(err):
+		return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority does not answer: %v (it hangs, or was stopped: cal approve list says whether it answers)", err)
+	}
+	return nucleus.Errorf(nucleus.KindUnavailable, "an approval is needed and the authority cannot take it: %v", err)
 }
 
 // witnessFailure tells an authority that contradicts the log from one that does not
@@ -666,6 +689,46 @@ func (n *Node) authority(p *Pod) *approvals.Client {
 	return n.asks
 }
 
+const (
+	// startPatience is how long a machine's start waits in all for an authority that does not answer.
+	startPatience = 2 * time.Second
+	// silenceLasts is for how long such an authority is not asked again by one that starts.
+	silenceLasts = 10 * time.Second
+)
+
+// silence is what is known of an authority that did not answer.
+type silence struct {
+	mu    sync.Mutex
+	until time.Time
+	err   error
+}
+
+// briefly asks the authority something without which a machine can start. Who waited in vain waits
+// once: until silenceLasts is over the same is said at once.
+func (n *Node) briefly(ctx context.Context, ask func(context.Context) error) error {
+	n.silence.mu.Lock()
+	known := n.silence.err
+	if !time.Now().Before(n.silence.until) {
+		known = nil
+	}
+	n.silence.mu.Unlock()
+	if known != nil {
+		return known
+	}
+	waiting, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	err := ask(waiting)
+	if waiting.Err() == nil || ctx.Err() != nil || !approvals.Silent(err) {
+		return err
+	}
+	err = nucleus.Errorf(nucleus.KindUnavailable, "the authority has not answered for %v: it hangs, or was stopped", startPatience)
+	slog.Warn("machines start without approvers", "error", err)
+	n.silence.mu.Lock()
+	n.silence.until, n.silence.err = time.Now().Add(silenceLasts), err
+	n.silence.mu.Unlock()
+	return err
+}
+
 // approversNow asks the authority who can approve for a pod, and how strong that is; without an authority there is nobody
 // and nothing can be approved. It is an error only where the pod, or this node, requires who. Who has
 // the operator's key does not count: it asks.
@@ -677,9 +740,11 @@ func (n *Node) approversNow(ctx context.Context, spec nucleus.PodSpec) (list []n
 		}
 		return nil, approvals.Nobody, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	info, err := n.asks.Approvers(ctx, spec.Approvals, n.config.RequireApprovals)
+	var info approvals.Info
+	err = n.briefly(ctx, func(ctx context.Context) (err error) {
+		info, err = n.asks.Approvers(ctx, spec.Approvals, n.config.RequireApprovals)
+		return err
+	})
 	operator, keyErr := keyfile.Load(n.operatorKeyFile())
 	switch err = errors.Join(err, keyErr); {
 	case err == nil:
@@ -701,8 +766,6 @@ func (n *Node) registerRequesters(ctx context.Context, p *Pod) {
 	if err != nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
 	keys := map[string][]byte{
 		OperatorKey:   operator.Public().(ed25519.PublicKey),
 		p.record.Boot: p.record.OutcomeKey,
@@ -714,7 +777,7 @@ func (n *Node) registerRequesters(ctx context.Context, p *Pod) {
 	for _, a := range p.approvers {
 		names = append(names, a.Name)
 	}
-	err = n.authority(p).RegisterPod(ctx, p.record.ID, keys, names...)
+	err = n.briefly(ctx, func(ctx context.Context) error { return n.authority(p).RegisterPod(ctx, p.record.ID, keys, names...) })
 	if err != nil {
 		slog.Warn("the authority does not know who may ask for a pod; what needs an approval will be refused", "pod", p.record.ID, "error", err)
 	}

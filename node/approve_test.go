@@ -245,8 +245,8 @@ func TestAuthorityUnreachable(t *testing.T) {
 	h := newHost(t, withAuthority)
 	p := h.pod(specOf("", writeAsks), map[string]string{"a": "text"})
 	h.authority.stop()
-	h.tool(p, nucleus.WriteFiles, writeArgs("b")).want(t, nucleus.KindUnavailable, "authority cannot be reached", "nucleus-authority serve")
-	h.tool(p, nucleus.WriteFiles, writeArgs("b"), "wait=600").want(t, nucleus.KindUnavailable, "authority cannot be reached")
+	h.tool(p, nucleus.WriteFiles, writeArgs("b")).want(t, nucleus.KindUnavailable, "authority does not run", "nucleus-authority serve")
+	h.tool(p, nucleus.WriteFiles, writeArgs("b"), "wait=600").want(t, nucleus.KindUnavailable, "authority does not run")
 	h.tool(p, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, "")
 	if written(p, "b") {
 		t.Error("it was done")

@@ -1,6 +1,9 @@
 package node
 
 import (
+	"encoding/hex"
+	"encoding/json"
+	"os"
 	"strings"
 	"testing"
 
@@ -98,4 +101,85 @@ func TestRequireApprovals(t *testing.T) {
 	if p := h.pod(spec, nil); p.status().Approvals != approvals.Nobody {
 		t.Errorf("without an authority: %s", p.status().Approvals)
 	}
+}
+
+// The keys of the first machine are taken. Another key of a name, and a new name, are told until the
+// person confirms exactly these, over restarts; each stands in the log once.
+func TestKnownApprovers(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	told := func(what string, want ...string) {
+		t.Helper()
+		p := h.pod(specOf("", writeAsks), nil)
+		got := p.status().Unconfirmed
+		if len(got) != len(want) {
+			t.Fatalf("%s: told %q, want %q", what, got, want)
+		}
+		for i, text := range want {
+			if !strings.Contains(got[i], text) {
+				t.Errorf("%s: told %q, want %q", what, got[i], text)
+			}
+		}
+		if err := h.node.DeletePod(h.context(), "operator", p.record.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	recorded := func(want int) {
+		t.Helper()
+		if got := len(h.entries(nucleus.KindKeyApprovers, "")); got != want {
+			t.Errorf("%d entries, want %d", got, want)
+		}
+	}
+	confirm := func(list ...nucleus.Approver) {
+		t.Helper()
+		raw, err := json.Marshal(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.serve(h.node, h.signed(h.asOperator(), "POST", "/v1/approvers/confirmed", "", raw)).want(t, "")
+	}
+	change := func(do func(a *authorityStub)) {
+		h.authority.mu.Lock()
+		defer h.authority.mu.Unlock()
+		do(h.authority)
+	}
+	told("the first")
+	recorded(1)
+	first := h.authority.persons[0].Approver
+	told("the same")
+	recorded(1)
+
+	change(func(a *authorityStub) { a.newKey() })
+	plan, err := h.node.PlanPod(h.context(), specOf("", writeAsks))
+	if err != nil || len(plan.status().Unconfirmed) != 1 {
+		t.Errorf("before it starts: %+v, %v", plan, err)
+	}
+	recorded(1) // nothing has begun
+	told("another key", "person has another key than before: ed25519 "+hex.EncodeToString(h.authority.persons[0].Key)+", not ed25519 "+hex.EncodeToString(first.Key))
+	told("still", "another key")
+	recorded(2)
+	h.restart()
+	told("after a restart", "another key")
+	confirm(first) // which it is not
+	told("the wrong one is confirmed", "another key")
+	confirm(h.authority.persons[0].Approver)
+	told("confirmed")
+	h.restart()
+	told("confirmed, after a restart")
+	recorded(4)
+
+	change(func(a *authorityStub) { a.persons = append(a.persons, newPerson(t, "bob")) })
+	told("one more", "bob is new")
+	recorded(5)
+	change(func(a *authorityStub) {
+		a.persons = append([]person{}, a.persons...)
+		a.persons[0].Approver = first
+	})
+	told("the earlier key again", "another key", "bob is new")
+
+	if err := os.WriteFile(h.node.dirs.knownFile(), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	h.restart()
+	told("what was known cannot be read", "person is new", "bob is new")
 }

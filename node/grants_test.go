@@ -242,7 +242,7 @@ func TestRevokedTask(t *testing.T) {
 	h.authority.grantTask(h.authority.asked()[1].ID, 9, func(k *nucleus.Task) { k.Match.Files.Root = "." })
 	h.tool(p, nucleus.WriteFiles, writeArgs("b")).want(t, "")
 	h.authority.stop()
-	h.tool(p, nucleus.WriteFiles, writeArgs("c")).want(t, nucleus.KindUnavailable, "the authority cannot be reached")
+	h.tool(p, nucleus.WriteFiles, writeArgs("c")).want(t, nucleus.KindUnavailable, "the authority does not run")
 	if written(p, "c") {
 		t.Error("it was done without the authority's word")
 	}

@@ -66,12 +66,14 @@ type Node struct {
 	owed     owed
 	salts    *audit.Salts
 	witness  *witnesses
+	silence  silence // of the authority
 	gateway  *egress.Gateway
 	spent    *spent.Store
 	spentErr error // why there is none
 	asks     *approvals.Client
 	strict   *approvals.Client // the same authority, where it is another user's
 	watch    watch
+	known    knownApprovers
 	leftPods []string  // of an earlier node
 	opened   time.Time // by the host's clock
 	verifier *wire.Verifier
@@ -137,7 +139,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	n.serving.Go(func() { n.keepLog(keeping) })
 	n.serving.Go(func() { n.keepBudgets(keeping) })
 	first, cancel := context.WithTimeout(ctx, witnessFirst)
-	_ = n.witness.round(first) // what came of it counts in allow, before the first effect
+	_ = n.witness.round(first, startPatience) // what came of it counts in allow, before the first effect
 	cancel()
 	n.serving.Go(func() { n.witness.keep(keeping) })
 	n.beginWatch(ctx)
@@ -172,6 +174,7 @@ func (n *Node) open(ctx context.Context) error {
 	if n.spent, n.spentErr = spent.Open(n.spentFile()); n.spentErr != nil { // what needs no approval goes on
 		slog.Error("nothing can be approved", "error", n.spentErr)
 	}
+	n.known.open(n.dirs.knownFile())
 	if n.config.Authority != "" {
 		n.asks = approvals.New(n.config.Authority)
 		n.strict = n.asks.OfOtherUser()
@@ -246,7 +249,7 @@ func (n *Node) Close() error {
 	n.storeClocks()
 	if n.witness != nil { // so that what was last is known elsewhere, if anybody answers
 		ctx, cancel := context.WithTimeout(context.Background(), witnessFarewell)
-		_ = n.witness.round(ctx)
+		_ = n.witness.round(ctx, witnessFarewell)
 		cancel()
 	}
 	var errs []error

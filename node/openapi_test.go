@@ -100,7 +100,7 @@ func TestAPIDescribesTheTypes(t *testing.T) {
 	for name, value := range map[string]any{
 		"Error": nucleus.Error{}, "Health": client.Health{}, "PodSpec": nucleus.PodSpec{}, "Image": nucleus.Image{}, "Layer": nucleus.Layer{},
 		"Repo": nucleus.Repo{}, "Resources": nucleus.Resources{}, "Agent": nucleus.Agent{}, "Model": nucleus.Model{}, "Identity": nucleus.Identity{},
-		"PodStatus": nucleus.PodStatus{}, "Budget": nucleus.Budget{}, "Spending": nucleus.Spending{}, "Limit": nucleus.Limit{}, "RepoStatus": nucleus.RepoStatus{}, "RepoFetched": client.RepoFetched{},
+		"PodStatus": nucleus.PodStatus{}, "Approver": nucleus.Approver{}, "KnownApprover": nucleus.KnownApprover{}, "Budget": nucleus.Budget{}, "Spending": nucleus.Spending{}, "Limit": nucleus.Limit{}, "RepoStatus": nucleus.RepoStatus{}, "RepoFetched": client.RepoFetched{},
 		"AgentRequest": client.AgentRequest{}, "AgentExit": client.AgentExit{}, "StreamResult": client.StreamResult{},
 		"ReadArgs": tools.ReadArgs{}, "WriteArgs": tools.WriteArgs{}, "EditArgs": tools.EditArgs{}, "GlobArgs": tools.GlobArgs{}, "GrepArgs": tools.GrepArgs{},
 		"RunArgs": tools.RunArgs{}, "CommitArgs": tools.CommitArgs{}, "PushArgs": tools.PushArgs{}, "PRArgs": tools.PRArgs{}, "FetchArgs": tools.FetchArgs{},

@@ -244,7 +244,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	if err != nil {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "policy: %v", err)
 	}
-	_, by, err := n.approversNow(ctx, spec) // and again at the boot
+	approvers, by, err := n.approversNow(ctx, spec) // and again at the boot
 	if err != nil {
 		return nil, err
 	}
@@ -253,7 +253,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 		return nil, err
 	}
 	p := n.newPod(spec, driver)
-	p.record.Approvals = by
+	p.approvers, p.record.Approvals = approvers, by
 	effective, err := n.labelRepos(ctx, p, declared)
 	if err != nil {
 		return nil, err
@@ -565,6 +565,9 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	approvers, approvals, err := p.node.approversNow(ctx, spec)
+	if err == nil {
+		err = p.node.noteApprovers(approvers)
+	}
 	if err != nil {
 		return reply, err
 	}
@@ -1015,7 +1018,7 @@ func (n *Node) removeMachine(ctx context.Context, p *Pod) error {
 // status is what the API says of the pod.
 func (p *Pod) status() nucleus.PodStatus {
 	p.mu.Lock()
-	state, reason, root, machine, approvals := p.state, p.reason, p.root, p.machine, p.record.Approvals
+	state, reason, root, machine, approvals, approvers := p.state, p.reason, p.root, p.machine, p.record.Approvals, p.approvers
 	p.mu.Unlock()
 	s := nucleus.PodStatus{
 		ID: p.record.ID, Workspace: p.record.Spec.Workspace, State: state, Reason: reason, Driver: p.record.Driver, Tier: p.record.Tier,
@@ -1024,7 +1027,7 @@ func (p *Pod) status() nucleus.PodStatus {
 	if sub := p.record.Sub; sub != nil {
 		s.Parent, s.RootSession = sub.Parent, sub.Session
 	}
-	s.Approvals = approvals
+	s.Approvals, s.Unconfirmed = approvals, p.node.known.unconfirmed(approvers)
 	s.Network, s.Environments = p.policy.Network(), p.record.Spec.Image.Environments()
 	if root != nil {
 		s.Exposure = root.legs().Names()

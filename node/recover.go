@@ -193,6 +193,9 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 		return nil, errors.Join(err, p.machine.Destroy(context.WithoutCancel(ctx)))
 	}
 	_, err = n.append(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodAdopt, Exposure: p.root.legs().Names(), Data: data(map[string]any{"epoch": p.record.Epoch})})
+	if err == nil {
+		n.registerRequesters(ctx, p)
+	}
 	return p, err
 }
 

@@ -223,7 +223,7 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 	var ask *nucleus.AskRequest
 	_, _, placed := pre.action.Place()
 	if placed && decision.Verdict == nucleus.Ask && !n.watch.fresh() {
-		return ruling{}, &nucleus.Error{Kind: nucleus.KindUnavailable, Operation: r.op, Rule: decision.Rule, Message: "nothing was done: the authority has not been reached for a while, so nobody knows what was taken back (start it with: nucleus-authority serve)"}
+		return ruling{}, &nucleus.Error{Kind: nucleus.KindUnavailable, Operation: r.op, Rule: decision.Rule, Message: "nothing was done: the authority has not been reached for a while, so nobody knows what was taken back (cal approve list says whether it answers; cal node start, or nucleus-authority serve, starts one that does not run)"}
 	}
 	switch decision.Verdict {
 	case nucleus.Allow:

@@ -23,6 +23,8 @@ const (
 	witnessRetry = 5 * time.Second
 	// witnessFirst is how long a node that starts waits for the first cosignatures.
 	witnessFirst = 10 * time.Second
+	// witnessAuthority is how long a round waits for the authority.
+	witnessAuthority = 5 * time.Second
 	// witnessFarewell is how long a node that ends waits for the last cosignatures.
 	witnessFarewell = 2 * time.Second
 	// witnessPatience is for how long effects go on without a required witness.
@@ -98,8 +100,11 @@ func (w *witnesses) contradicted() error {
 }
 
 // show publishes the log and has the authority cosign it. It returns the published
-// checkpoint, and the same with what the authority added.
-func (w *witnesses) show(ctx context.Context) (signed, cosigned []byte, err error) {
+// checkpoint, and the same with what the authority added. It waits as long as given for the
+// authority, and no longer for who was before.
+func (w *witnesses) show(ctx context.Context, patience time.Duration) (signed, cosigned []byte, err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if err := w.log.Publish(); err != nil {
@@ -113,6 +118,13 @@ func (w *witnesses) show(ctx context.Context) (signed, cosigned []byte, err erro
 		return signed, signed, err
 	}
 	cosigned, err = w.add(ctx, w.builtIn, signed, signed)
+	if errors.Is(err, witness.ErrUnknownLog) { // it has lost its database since
+		slog.Warn("the authority does not know the log any more; it is told of it anew", "error", err)
+		w.builtIn = nil
+		if err = w.introduce(ctx); err == nil {
+			cosigned, err = w.add(ctx, w.builtIn, signed, signed)
+		}
+	}
 	w.noteAuthority(err)
 	return signed, cosigned, err
 }
@@ -147,8 +159,8 @@ func (w *witnesses) add(ctx context.Context, c *witness.Client, signed, cosigned
 
 // round shows the log to everyone and keeps in it what they cosigned. The error is the
 // authority's; one of the others counts in allow. There is one round at a time.
-func (w *witnesses) round(ctx context.Context) error {
-	signed, cosigned, authority := w.show(ctx)
+func (w *witnesses) round(ctx context.Context, patience time.Duration) error {
+	signed, cosigned, authority := w.show(ctx, patience)
 	if signed == nil {
 		return authority
 	}
@@ -211,7 +223,7 @@ func (w *witnesses) note(err error) {
 // keep shows the log now and then, until ctx ends.
 func (w *witnesses) keep(ctx context.Context) {
 	for {
-		if err := w.round(ctx); err != nil && ctx.Err() == nil {
+		if err := w.round(ctx, witnessAuthority); err != nil && ctx.Err() == nil {
 			// Without an authority nobody can approve, and the rest goes on.
 			slog.Warn("the authority has not cosigned the log", "error", err)
 		}

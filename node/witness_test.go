@@ -125,7 +125,7 @@ func TestAskIsWitnessed(t *testing.T) {
 		t.Errorf("the authority has cosigned %d entries, the ask is entry %d", w.size(t), asked[0].Seq)
 	}
 	// The same log is kept in the directory, cosigned.
-	if err := h.node.witness.round(t.Context()); err != nil {
+	if err := h.node.witness.round(t.Context(), witnessAuthority); err != nil {
 		t.Fatal(err)
 	}
 	r, err := audit.Verify(h.node.dirs.Log(), audit.VerifyOptions{Key: w.key, Witnesses: []string{w.PublicKey()}})
@@ -191,7 +191,7 @@ func TestLogPutBack(t *testing.T) {
 		t.Errorf("a machine was started: %v", err)
 	}
 	h.authority.witness.forget()
-	if err := h.node.witness.round(t.Context()); err != nil {
+	if err := h.node.witness.round(t.Context(), witnessAuthority); err != nil {
 		t.Fatal(err)
 	}
 	read().want(t, "")
@@ -230,7 +230,7 @@ func TestRequiredWitness(t *testing.T) {
 	}
 	round := func() {
 		t.Helper()
-		if err := h.node.witness.round(t.Context()); err != nil {
+		if err := h.node.witness.round(t.Context(), witnessAuthority); err != nil {
 			t.Fatal(err)
 		}
 	}

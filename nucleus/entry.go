@@ -66,10 +66,11 @@ const (
 	KindModelCall      = "model.call"
 	KindRepoImport     = "repo.import"
 	KindRepoFetch      = "repo.fetch"
-	KindPolicyLoad     = "policy.load" // what a pod may do
-	KindKeyLoad        = "key.load"    // the public keys of a node that starts
-	KindKeyNew         = "key.new"     // the authority's: an approver's key was made
-	KindKeyRemove      = "key.remove"  // the authority's: an approver's key was taken away
+	KindPolicyLoad     = "policy.load"   // what a pod may do
+	KindKeyLoad        = "key.load"      // the public keys of a node that starts
+	KindKeyNew         = "key.new"       // the authority's: an approver's key was made
+	KindKeyRemove      = "key.remove"    // the authority's: an approver's key was taken away
+	KindKeyApprovers   = "key.approvers" // the node's: keys can approve that no machine was started with before, or the person has confirmed some
 	KindLogTorn        = "log.torn"
 	KindLogLost        = "log.lost"   // events while the log could not be written, of which there is no entry
 	KindLogFork        = "log.fork"   // a witness's: the log's key signed two histories

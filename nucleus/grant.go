@@ -63,6 +63,13 @@ type Approver struct {
 	Origin string `json:"origin,omitempty"` // of the page that a passkey signs on
 }
 
+// KnownApprover is one whose key a node has seen. Seen is 0 where no machine was started with it yet.
+type KnownApprover struct {
+	Approver
+	Seen      int64 `json:"seen_ms"` // first
+	Confirmed bool  `json:"confirmed"`
+}
+
 // The kinds of an approver's key.
 const (
 	ApproverEd25519 = "ed25519" // signs PASETO v4.public tokens; the public key has 32 bytes

@@ -201,7 +201,8 @@ type PodStatus struct {
 	Exposure     []string     `json:"exposure"`
 	Limits       []Limit      `json:"limits,omitempty"`
 	Repos        []RepoStatus `json:"repos,omitempty"`
-	Approvals    string       `json:"approvals,omitempty"` // who can approve: "same user", "other user", "passkey" or "none"
+	Approvals    string       `json:"approvals,omitempty"`   // who can approve: "same user", "other user", "passkey" or "none"
+	Unconfirmed  []string     `json:"unconfirmed,omitempty"` // a line for each of them whose key the person has not confirmed
 	Created      string       `json:"created"`
 	Reason       string       `json:"reason,omitempty"` // why it failed or stopped
 	Policy       string       `json:"policy,omitempty"` // its name, where it has one

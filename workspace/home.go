@@ -260,8 +260,11 @@ func (h Home) startAuthority(ctx context.Context) error {
 	if !h.HasAuthority() {
 		return nil
 	}
-	if _, err := approvals.New(h.AuthoritySocket()).Info(ctx); err == nil {
-		return nil
+	// One that listens and does not answer is none that could be started; who needs it finds out.
+	if conn, err := net.DialTimeout("unix", h.AuthoritySocket(), time.Second); err == nil {
+		return conn.Close()
+	} else if !approvals.Absent(err) {
+		return err
 	}
 	program, err := Program("nucleus-authority")
 	if err != nil {
@@ -353,7 +356,10 @@ func (h Home) Approvals(ctx context.Context) string {
 	case !h.HasAuthority():
 		return "none: nobody can approve (cal approve init)"
 	}
-	return "none: the authority does not answer (cal node start)"
+	if approvals.Absent(err) {
+		return "none: the authority does not run (cal node start)"
+	}
+	return "none: " + err.Error()
 }
 
 // HasAuthority reports whether the person has made an approval key.

@@ -1,7 +1,7 @@
 // Package client speaks with an authority over its unix socket: for the node,
 // which asks and reads answers, and for the program at which a person decides.
 //
-// Nothing here can grant. What an answer is worth is found out by
+// Nothing here can sign a grant: it hands on what was signed. What an answer is worth is found out by
 // approval.Verify against a key that the caller knows from elsewhere.
 package client
 
@@ -19,6 +19,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"syscall"
 	"time"
 
 	"cal/approval"
@@ -112,17 +113,17 @@ type Item struct {
 	Shed      bool       `json:"shed,omitempty"` // it has ended, and what it said was removed since
 }
 
-// Decision is a person's answer to the ask with exactly this digest. To approve takes the
-// passphrase of the approver's key. Approver may be empty where there is only one.
-type Decision struct {
-	Approve    bool   `json:"approve"`
-	Approver   string `json:"approver,omitempty"`
-	AskDigest  string `json:"ask_sha256"`
-	Reason     string `json:"reason,omitempty"`
-	Passphrase string `json:"passphrase,omitempty"`
+// SignedGrant is a grant as its approver has signed it.
+type SignedGrant struct {
+	Token string `json:"token"` // see approval.Verify
+}
 
-	// Task makes it a grant for a task, see approval.CheckTask; all who approve choose the same.
-	Task *nucleus.Task `json:"task,omitempty"`
+// Denial is a person's refusal of the ask with exactly this digest. Approver may be empty where
+// there is only one.
+type Denial struct {
+	AskDigest string `json:"ask_sha256"`
+	Approver  string `json:"approver,omitempty"`
+	Reason    string `json:"reason,omitempty"`
 }
 
 // Use is one use of what was granted for an ask.
@@ -177,7 +178,8 @@ type Revocation struct {
 
 // RevokedNow says what was taken back. From the moment of the answer on no use of it begins, and
 // with Closed no passage of it lets anything through; what had begun before stands in its uses.
-// Closed is false only where it was not waited for because the caller went away.
+// Closed is false where a node asked on to the end of the wait, somewhat more than Lease, and did not
+// say that it knows: nothing says then what it has open.
 type RevokedNow struct {
 	Revoked []Approval `json:"revoked"`
 	Closed  bool       `json:"closed"`
@@ -226,14 +228,14 @@ type Used struct {
 	Of int `json:"of"`
 }
 
-// NewApprover makes a key for one more approver, sealed with a passphrase of its own, on the
-// word of one who is there.
+// NewApprover is the key of one more approver, and the word of one who is there for it.
 type NewApprover struct {
-	Name         string `json:"name"`
-	Phrase       string `json:"phrase"` // see authority.Identity
-	Passphrase   string `json:"passphrase"`
-	By           string `json:"by"`
-	ByPassphrase string `json:"by_passphrase"`
+	Name    string         `json:"name"`
+	Phrase  string         `json:"phrase"`     // see authority.Identity
+	Key     []byte         `json:"public_key"` // Ed25519
+	Sealed  []byte         `json:"sealed"`     // the private key: age, by the new approver's passphrase
+	By      string         `json:"by"`
+	Vouched nucleus.Signed `json:"vouched"` // an authority.Identity, by the key of By
 }
 
 // Removed says what went with an approver: the asks whose grants, not used yet, are void.
@@ -273,7 +275,10 @@ const (
 // MaxWait is the longest that the authority holds one request open.
 const MaxWait = 60 * time.Second
 
-const callTimeout = 30 * time.Second
+const (
+	callTimeout = 30 * time.Second
+	lookTimeout = 5 * time.Second // of what only looks something up
+)
 
 // Client is safe for use by several goroutines. Every error that came from the
 // authority, or says that there is none, is a *nucleus.Error.
@@ -418,7 +423,7 @@ func (c *Client) otherUser(conn net.Conn) error {
 	return nil
 }
 
-// AddApprover makes the key of one more approver.
+// AddApprover hands in the key of one more approver.
 func (c *Client) AddApprover(ctx context.Context, a NewApprover) (made nucleus.Approver, err error) {
 	return made, c.call(ctx, http.MethodPost, "/v1/approvers", a, &made)
 }
@@ -479,9 +484,14 @@ func (c *Client) Get(ctx context.Context, id string) (ask nucleus.AskRequest, di
 	return ask, digest, err
 }
 
-// Decide answers an ask.
-func (c *Client) Decide(ctx context.Context, id string, d Decision) (status Status, err error) {
-	return status, c.call(ctx, http.MethodPost, askPath(id)+"/decision", d, &status)
+// Grant hands in a grant of an ask that an approver has signed.
+func (c *Client) Grant(ctx context.Context, id, token string) (status Status, err error) {
+	return status, c.call(ctx, http.MethodPost, askPath(id)+"/grant", SignedGrant{token}, &status)
+}
+
+// Deny refuses an ask: for all approvers, for good.
+func (c *Client) Deny(ctx context.Context, id string, d Denial) (status Status, err error) {
+	return status, c.call(ctx, http.MethodPost, askPath(id)+"/denial", d, &status)
 }
 
 // Use claims one use of what was granted for an ask, before the effect. The authority counts
@@ -512,7 +522,11 @@ func (c *Client) HTTP() *http.Client { return &c.http }
 func askPath(id string) string { return "/v1/asks/" + url.PathEscape(id) }
 
 func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
-	return c.callFor(ctx, callTimeout, method, path, in, out)
+	limit := callTimeout
+	if method == http.MethodGet {
+		limit = lookTimeout
+	}
+	return c.callFor(ctx, limit, method, path, in, out)
 }
 
 func (c *Client) callFor(parent context.Context, limit time.Duration, method, path string, in, out any) error {
@@ -540,7 +554,10 @@ func (c *Client) callFor(parent context.Context, limit time.Duration, method, pa
 		if errors.As(err, &refused) {
 			return refused
 		}
-		return nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, cause(err))
+		if ctx.Err() != nil {
+			return unanswered{nucleus.Errorf(nucleus.KindUnavailable, "the authority at %s has not answered for %v: it hangs, or was stopped (it goes on after: kill -CONT, or ends after: kill)", c.socket, limit), ctx.Err()}
+		}
+		return unanswered{nucleus.Errorf(nucleus.KindUnavailable, "no authority answers at %s: %v", c.socket, cause(err)), cause(err)}
 	}
 	defer response.Body.Close()
 	raw, err := io.ReadAll(io.LimitReader(response.Body, 2*approval.MaxAsk+1))
@@ -558,6 +575,23 @@ func (c *Client) callFor(parent context.Context, limit time.Duration, method, pa
 	}
 	return nucleus.Strict(raw, out)
 }
+
+// unanswered is the error of a call without an answer, and why there is none.
+type unanswered struct {
+	said *nucleus.Error
+	why  error
+}
+
+func (u unanswered) Error() string   { return u.said.Error() }
+func (u unanswered) Unwrap() []error { return []error{u.said, u.why} }
+
+// Absent reports whether err says that nothing listens: whoever starts an authority mends it.
+func Absent(err error) bool {
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNRESET) // reset: it ended with the request in its queue
+}
+
+// Silent reports whether err says that an authority is there and does not answer.
+func Silent(err error) bool { return errors.Is(err, context.DeadlineExceeded) }
 
 func refusal(code int, raw []byte) error {
 	var body struct {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -267,7 +268,60 @@ func approveCommand() *cobra.Command {
 		sub("grants", "List what was granted and can still be used", "  cal approve grants\n  cal approve grants --all --json"), sub("revoke ID", "Take back what was granted: for an ask, by a grant, or to a pod", "  cal approve revoke a-2X... --reason enough"),
 		sub("page [ID]", "Print the link of the page at which a passkey approves", "  cal approve page\n  cal approve page a-2X..."),
 		sub("approver", "Who can approve: add, list and remove", "  cal approve approver add bob\n  cal approve approver add touch --passkey\n  cal approve approver list --json\n  cal approve approver remove bob"))
+	cmd.AddCommand(trustCommand())
 	return cmd
+}
+
+// trustCommand confirms who can approve now. It is the node that remembers, so it is not handed over.
+func trustCommand() *cobra.Command {
+	var yes bool
+	cmd := &cobra.Command{
+		Use: "trust", Short: "Confirm the keys of approvers that a launch tells as new, or as other than before", Args: args(cobra.NoArgs),
+		Example: "  cal approve trust",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withNode(cmd, func(ctx context.Context, node *client.Client) error { return trust(ctx, node, yes) })
+		},
+	}
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "confirm what is shown without a question")
+	return cmd
+}
+
+func trust(ctx context.Context, node *client.Client, yes bool) error {
+	known, err := node.Approvers(ctx)
+	if err != nil {
+		return err
+	}
+	var list []nucleus.Approver
+	for _, a := range known {
+		if a.Confirmed {
+			continue
+		}
+		list = append(list, a.Approver)
+		since := "no machine was started with it"
+		if a.Seen > 0 {
+			since = "first seen " + time.UnixMilli(a.Seen).Format("2006-01-02 15:04:05")
+		}
+		fmt.Printf("%s  %s %x, %s\n", workspace.Shown(a.Name), workspace.Shown(a.Kind), a.Key, since)
+	}
+	switch {
+	case len(known) == 0:
+		return errors.New("nobody can approve: the authority does not answer, or no key was made (cal approve init)")
+	case len(list) == 0:
+		fmt.Println("every approver is confirmed")
+		return nil
+	case !yes && !(term.IsTerminal(0) && term.IsTerminal(2)):
+		return errors.New("nothing is confirmed: there is no terminal to ask at (--yes confirms what is shown)")
+	case !yes:
+		fmt.Fprintln(os.Stderr, "cal approve approver list shows the keys of the authority; compare them with what you were shown when they were made")
+		if err := question(ctx, "Enter confirms these keys, q quits: "); err != nil {
+			return err
+		}
+	}
+	if err := node.ConfirmApprovers(ctx, list); err != nil {
+		return err
+	}
+	fmt.Printf("%s confirmed\n", count(len(list), "key"))
+	return nil
 }
 
 func authority(given []string) error {

@@ -33,8 +33,8 @@ func openNode(ctx context.Context, home workspace.Home, ask bool) (*client.Clien
 }
 
 // confirm says what is about to be launched. Before an agent starts it shows the whole of it and,
-// where there is somebody to ask, waits for Enter.
-func confirm(ctx context.Context, home workspace.Home, node *client.Client, plan *workspace.Plan, ask bool) error {
+// where there is somebody to ask, waits for Enter. It returns what it told of approvers.
+func confirm(ctx context.Context, home workspace.Home, node *client.Client, plan *workspace.Plan, ask bool) (told []string, err error) {
 	for _, line := range plan.Notes {
 		fmt.Fprintln(os.Stderr, "cal:", workspace.Shown(line))
 	}
@@ -42,21 +42,32 @@ func confirm(ctx context.Context, home workspace.Home, node *client.Client, plan
 		if handed := plan.HandedOver(); handed != "" {
 			fmt.Fprintln(os.Stderr, "cal: handed over:", handed)
 		}
-		return nil
+		return nil, nil
 	}
 	pod, err := node.PlanPod(ctx, plan.Spec)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	by := pod.Approvals
 	if by != approvals.Passkey {
 		by = home.Approvals(ctx) // which says what to do where there is nobody
 	}
 	fmt.Fprint(os.Stderr, plan.Confirmation(pod, by))
+	sayUnconfirmed(pod.Unconfirmed)
 	if !ask {
-		return nil
+		return pod.Unconfirmed, nil
 	}
-	return question(ctx, "Enter launches, q quits: ")
+	return pod.Unconfirmed, question(ctx, "Enter launches, q quits: ")
+}
+
+// sayUnconfirmed tells of approvers whose keys the person has not confirmed.
+func sayUnconfirmed(lines []string) {
+	for _, line := range lines {
+		fmt.Fprintln(os.Stderr, "cal:", workspace.Shown(line))
+	}
+	if len(lines) > 0 {
+		fmt.Fprintln(os.Stderr, "cal: who has these keys can approve for this machine. If it was not you who made them, somebody took the authority's place; cal approve trust confirms them")
+	}
 }
 
 // question asks until the person answers with Enter, which is nil, or with q, the end of the

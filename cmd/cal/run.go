@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	approvals "cal/approval/client"
 	"cal/node/client"
 	"cal/nucleus"
 	"cal/wire"
@@ -93,7 +95,8 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := confirm(ctx, home, node, plan, ask); err != nil {
+	told, err := confirm(ctx, home, node, plan, ask)
+	if err != nil {
 		return err
 	}
 	failed := func() {}
@@ -106,9 +109,15 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 		failed()
 		return err
 	}
+	if pod.Approvals == approvals.Nobody && home.HasAuthority() {
+		fmt.Fprintln(os.Stderr, "cal: nobody can approve anything in this machine: the authority did not run, or did not answer, when it started (cal approve list says which)")
+	}
 	session := &session{home: home, node: node, pod: pod, dir: plan.Dir, terminal: terminal && (o.Agent == "" || o.Prompt == "")}
 	if o.Agent != "" {
 		banner(pod)
+	}
+	if !slices.Equal(pod.Unconfirmed, told) { // no plan was shown, or they changed since
+		sayUnconfirmed(pod.Unconfirmed)
 	}
 	return session.whole(ctx, func() (int, error) { return session.run(ctx, o) })
 }

@@ -85,6 +85,9 @@ func printStatus(out io.Writer, pods []nucleus.PodStatus) error {
 				line("no price", "%s, charged like the dearest model (prices.yaml)", strings.Join(quoted(b.Unpriced), ", "))
 			}
 		}
+		for _, unconfirmed := range p.Unconfirmed {
+			line("approver", "%s (cal approve trust)", workspace.Shown(unconfirmed))
+		}
 		for _, ask := range p.Asks {
 			line("waits", "cal approve %s", ask)
 		}

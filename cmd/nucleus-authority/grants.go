@@ -76,8 +76,9 @@ func (c *command) revoke() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use: "revoke ID", Short: "Take back what was granted: for an ask, by a grant, or to a pod", Args: args(cobra.ExactArgs(1)),
-		Long: "Take back what was granted: for an ask, by a grant, or all of a pod. When this returns no use of it begins any more and its\n" +
-			"passages are closed; a use that had begun before is listed, and goes on.",
+		Long: fmt.Sprintf("Take back what was granted: for an ask, by a grant, or all of a pod. When this returns no use of it begins any more and its\n"+
+			"passages are closed; a use that had begun before is listed, and goes on. A node that asks on and does not say that it knows is waited\n"+
+			"for no longer than %v: then this fails and says so, and what was taken back is taken back.", client.Lease+time.Second),
 		Example: "  nucleus-authority revoke a-2X... --reason 'enough'\n  nucleus-authority revoke p-pe3aetlioa",
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "why; the agent is told")
@@ -98,7 +99,7 @@ func (c *command) revoke() *cobra.Command {
 			printApproval(a)
 		}
 		if !now.Closed {
-			return fmt.Errorf("taken back, but not every node has said yet that its passages are closed; after %v they are", client.Lease)
+			return fmt.Errorf("taken back: no use of it begins any more. But a node that watches has not said in %d ms that it knows, so a passage that was open may be open still (cal vm stop POD ends its connections with the machine)", now.Millis)
 		}
 		fmt.Printf("taken back; nothing of it is open since %d ms\n", now.Millis)
 		return nil

@@ -140,6 +140,16 @@ func (c *Client) DeleteWorkspace(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodDelete, "/v1/workspaces/"+url.PathEscape(name), "", nil, nil)
 }
 
+// Approvers lists who can approve now, and whom of them the person has confirmed.
+func (c *Client) Approvers(ctx context.Context) (list []nucleus.KnownApprover, err error) {
+	return list, c.do(ctx, http.MethodGet, "/v1/approvers", "", nil, &list)
+}
+
+// ConfirmApprovers is the person's word that exactly these keys are the approvers' that they name.
+func (c *Client) ConfirmApprovers(ctx context.Context, list []nucleus.Approver) error {
+	return c.do(ctx, http.MethodPost, "/v1/approvers/confirmed", "", list, nil)
+}
+
 // Stop ends the node; its machines wait a minute for the next one.
 func (c *Client) Stop(ctx context.Context) error {
 	return c.do(ctx, http.MethodPost, "/v1/stop", "", nil, nil)
