@@ -80,17 +80,6 @@ func ReadApprovers(dir string) ([]Listed, error) {
 	return list, nil
 }
 
-// ReadIdentity returns what is known of an approver of a directory without its passphrase. An
-// empty name stands for the only one that there is.
-func ReadIdentity(dir, name string) (Identity, error) {
-	files, err := readKeys(dir)
-	if err != nil {
-		return Identity{}, err
-	}
-	f, err := choose(files, name)
-	return f.Identity, err
-}
-
 // choose finds who can approve by a name; an empty one stands for the only one that there is
 // with a passphrase.
 func choose(files []keyFile, name string) (keyFile, error) {
@@ -259,10 +248,14 @@ func adoptOldKey(dir string) error {
 }
 
 func checkNew(approver, phrase, passphrase string) error {
-	if err := approval.CheckName("approver", approver); err != nil {
+	if err := checkPassphrase(passphrase); err != nil {
 		return err
 	}
-	if err := checkPassphrase(passphrase); err != nil {
+	return checkNames(approver, phrase)
+}
+
+func checkNames(approver, phrase string) error {
+	if err := approval.CheckName("approver", approver); err != nil {
 		return err
 	}
 	if phrase == "" || len(phrase) > maxPhrase || !utf8.ValidString(phrase) {

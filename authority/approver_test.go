@@ -22,11 +22,33 @@ func passphraseOf(name string) string { return "secret of " + name }
 func (b *bench) add(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
-		made, err := b.client.AddApprover(t.Context(), client.NewApprover{Name: name, Phrase: "lamp of " + name, Passphrase: passphraseOf(name), By: "ann", ByPassphrase: passphrase})
+		made, err := b.addBy(t, newcomer{name, "lamp of " + name, passphraseOf(name), "ann", passphrase})
 		if err != nil || made.Name != name {
 			t.Fatalf("adding %s: %+v, %v", name, made, err)
 		}
 	}
+}
+
+// newcomer is what is typed to add an approver.
+type newcomer struct{ Name, Phrase, Passphrase, By, ByPassphrase string }
+
+// addBy does what the program at the terminal does.
+func (b *bench) addBy(t *testing.T, n newcomer) (nucleus.Approver, error) {
+	t.Helper()
+	key, err := ReadKey(b.cfg.Dir, n.By)
+	if err != nil {
+		return nucleus.Approver{}, err
+	}
+	signer, err := key.Open(n.ByPassphrase)
+	if err != nil {
+		return nucleus.Approver{}, err
+	}
+	defer signer.Close()
+	made, err := signer.NewApprover(n.Name, n.Phrase, n.Passphrase, lowWork)
+	if err != nil {
+		return nucleus.Approver{}, err
+	}
+	return b.client.AddApprover(t.Context(), made)
 }
 
 func (b *bench) grantBy(t *testing.T, ask, digest, name string) (client.Status, error) {
@@ -35,7 +57,7 @@ func (b *bench) grantBy(t *testing.T, ask, digest, name string) (client.Status, 
 	if name == "ann" {
 		secret = passphrase
 	}
-	return b.client.Decide(t.Context(), ask, client.Decision{Approve: true, Approver: name, AskDigest: digest, Reason: "by " + name, Passphrase: secret})
+	return b.decide(t, ask, typed{Approve: true, Approver: name, Reason: "by " + name, Passphrase: secret})
 }
 
 func names(list []nucleus.Approver) (names []string) {
@@ -48,20 +70,20 @@ func names(list []nucleus.Approver) (names []string) {
 // One who can approve adds another; a name is used once; the last one stays.
 func TestApprovers(t *testing.T) {
 	b := newBench(t, nil)
-	good := client.NewApprover{Name: "bob", Phrase: "red lamp", Passphrase: passphraseOf("bob"), By: "ann", ByPassphrase: passphrase}
+	good := newcomer{Name: "bob", Phrase: "red lamp", Passphrase: passphraseOf("bob"), By: "ann", ByPassphrase: passphrase}
 	for what, c := range map[string]struct {
-		change func(*client.NewApprover)
+		change func(*newcomer)
 		kind   nucleus.Kind
 		text   string
 	}{
-		"wrong passphrase":  {func(n *client.NewApprover) { n.ByPassphrase = "wrong horse" }, nucleus.KindForbidden, "wrong passphrase"},
-		"no passphrase":     {func(n *client.NewApprover) { n.ByPassphrase = "" }, nucleus.KindForbidden, "no passphrase"},
-		"by a stranger":     {func(n *client.NewApprover) { n.By = "eve" }, nucleus.KindNotFound, "there is no approver"},
-		"a known name":      {func(n *client.NewApprover) { n.Name = "ann" }, nucleus.KindConflict, "used once"},
-		"an odd name":       {func(n *client.NewApprover) { n.Name = "../ann" }, nucleus.KindInvalid, "letters"},
-		"short passphrase":  {func(n *client.NewApprover) { n.Passphrase = "short" }, nucleus.KindInvalid, "characters"},
-		"no phrase":         {func(n *client.NewApprover) { n.Phrase = "" }, nucleus.KindInvalid, "phrase"},
-		"phrase not UTF-8":  {func(n *client.NewApprover) { n.Phrase = "" + strings.Repeat("x", 300) }, nucleus.KindInvalid, "phrase"},
+		"wrong passphrase":  {func(n *newcomer) { n.ByPassphrase = "wrong horse" }, nucleus.KindForbidden, "wrong passphrase"},
+		"no passphrase":     {func(n *newcomer) { n.ByPassphrase = "" }, nucleus.KindForbidden, "no passphrase"},
+		"by a stranger":     {func(n *newcomer) { n.By = "eve" }, nucleus.KindNotFound, "there is no approver"},
+		"a known name":      {func(n *newcomer) { n.Name = "ann" }, nucleus.KindConflict, "used once"},
+		"an odd name":       {func(n *newcomer) { n.Name = "../ann" }, nucleus.KindInvalid, "letters"},
+		"short passphrase":  {func(n *newcomer) { n.Passphrase = "short" }, nucleus.KindInvalid, "characters"},
+		"no phrase":         {func(n *newcomer) { n.Phrase = "" }, nucleus.KindInvalid, "phrase"},
+		"phrase not UTF-8":  {func(n *newcomer) { n.Phrase = "" + strings.Repeat("x", 300) }, nucleus.KindInvalid, "phrase"},
 		"nobody is removed": {nil, nucleus.KindNotFound, "there is no approver"},
 		"the last one":      {nil, nucleus.KindConflict, "last approver"},
 	} {
@@ -74,8 +96,7 @@ func TestApprovers(t *testing.T) {
 			_, err = b.client.RemoveApprover(t.Context(), "ann")
 		default:
 			c.change(&n)
-			_, err = b.client.AddApprover(t.Context(), n)
-			b.c.advance(longWait)
+			_, err = b.addBy(t, n)
 		}
 		wantKind(t, what, err, c.kind, c.text)
 	}
@@ -87,7 +108,7 @@ func TestApprovers(t *testing.T) {
 	if gone, err := b.client.RemoveApprover(t.Context(), "bob"); err != nil || len(gone.Revoked) != 0 {
 		t.Fatalf("removed %+v, %v", gone, err)
 	}
-	_, err = b.client.AddApprover(t.Context(), good)
+	_, err = b.addBy(t, good)
 	wantKind(t, "the name of one who was removed", err, nucleus.KindConflict, "used once")
 	wantRecord(t, b.cfg.Dir, "key.new", "key.new", "key.remove")
 	b.stop()
@@ -213,13 +234,12 @@ func TestQuorum(t *testing.T) {
 	wantKind(t, "more than there are", err, nucleus.KindInvalid, "needs 2 different approvers, there are 1 (nucleus-authority approver add)")
 	b.add(t, "bob", "carol")
 	b.submit(t, ask)
-	_, err = b.client.Decide(t.Context(), "a-1", client.Decision{Approve: true, AskDigest: digest, Passphrase: passphrase})
+	_, err = b.decide(t, "a-1", typed{Approve: true, Passphrase: passphrase})
 	wantKind(t, "nobody named", err, nucleus.KindInvalid, "which approver? there are ann, bob, carol")
 	_, err = b.grantBy(t, "a-1", digest, "eve")
 	wantKind(t, "a stranger", err, nucleus.KindNotFound, "there is no approver")
-	_, err = b.client.Decide(t.Context(), "a-1", client.Decision{Approve: true, Approver: "bob", AskDigest: digest, Passphrase: passphrase})
+	_, err = b.decide(t, "a-1", typed{Approve: true, Approver: "bob", Passphrase: passphrase})
 	wantKind(t, "with another's passphrase", err, nucleus.KindForbidden, "wrong passphrase")
-	b.c.advance(longWait)
 
 	status, err := b.grantBy(t, "a-1", digest, "ann")
 	if err != nil || status.State != client.Pending || len(status.Grants) != 1 || status.Tokens() != nil || status.Need != 2 {
@@ -251,7 +271,7 @@ func TestQuorum(t *testing.T) {
 	if _, err := b.grantBy(t, "a-2", digest, "bob"); err != nil {
 		t.Fatal(err)
 	}
-	status, err = b.client.Decide(t.Context(), "a-2", client.Decision{Approver: "carol", AskDigest: digest, Reason: "no"})
+	status, err = b.client.Deny(t.Context(), "a-2", client.Denial{Approver: "carol", AskDigest: digest, Reason: "no"})
 	if err != nil || status.State != client.Denied || status.Tokens() != nil || status.Reason != "no" {
 		t.Errorf("denied by one: %+v, %v", status, err)
 	}

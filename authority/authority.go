@@ -1,12 +1,13 @@
-// Package authority is the approval daemon: it keeps the approvers' keys, shows
-// asks to persons, and is the only code that signs a grant.
+// Package authority is the approval daemon and the program at which persons decide:
+// it keeps the approvers' keys, shows asks, and is the only code that signs a grant.
 //
 // The threat is an asker on the same host that wants its own ask granted: it
-// lies about what was requested, decides in the person's place, guesses the
-// passphrase, replays, or kills the daemon at a chosen moment. So an ask is
-// taken only with the request that its requester signed; a grant takes the
-// digest of the bytes that were shown and the passphrase that seals the key; the
-// key never leaves the process and is in clear only while it signs; and a
+// lies about what was requested, decides in the person's place, takes the daemon's
+// place, replays, or kills the daemon at a chosen moment. So an ask is
+// taken only with the request that its requester signed; the program at the
+// terminal opens the key with its passphrase, signs a grant for exactly the bytes
+// that it has shown, and hands that alone to the daemon, which verifies it like anybody; the
+// key never leaves that process and is in clear only while it signs; and a
 // decision is recorded before anybody learns of it. What is granted is used by
 // word of the authority alone, use by use, so that what was taken back is not used.
 //
@@ -33,7 +34,6 @@ import (
 	"time"
 	"unicode/utf8"
 
-	paseto "aidanwoods.dev/go-paseto"
 	sqlite3 "modernc.org/sqlite/lib"
 
 	"cal/approval"
@@ -107,9 +107,6 @@ type Authority struct {
 
 	watchers map[string]watcher // see revoke.go
 	patience time.Duration      // revokePatience
-
-	trying   sync.Mutex // held while one passphrase is tried: each takes 256 MiB
-	attempts map[string]attempts
 }
 
 // Open opens the keys and the database in cfg.Dir and holds them alone; a second Open
@@ -139,7 +136,7 @@ func Open(cfg Config) (*Authority, error) {
 	if cfg.Recorder == nil {
 		cfg.Recorder = s
 	}
-	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), attempts: map[string]attempts{}, watchers: map[string]watcher{}, patience: revokePatience}
+	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), watchers: map[string]watcher{}, patience: revokePatience}
 	watched, err := s.watchers()
 	if err != nil {
 		return nil, errors.Join(err, a.Close())
@@ -147,7 +144,7 @@ func Open(cfg Config) (*Authority, error) {
 	for _, id := range watched { // who watched the daemon before this one may have passages open
 		a.watchers[id] = watcher{seen: time.Now()}
 	}
-	if err := a.openWitness(); err != nil {
+	if err := errors.Join(a.keepRemoved(), a.openWitness()); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
 	if err := a.recordLastUse(); err != nil {
@@ -419,33 +416,49 @@ func (a *Authority) requester(ask nucleus.AskRequest) (key ed25519.PublicKey, ap
 	return key, pod.Approvers, nil
 }
 
-// Decide answers the ask id with a person's decision. A decision stands: there
-// is no second one of the same approver, and one denial is the end of the ask.
-func (a *Authority) Decide(id string, d client.Decision) (client.Status, error) {
-	if err := checkReason(d.Reason); err != nil {
+// decision is what an approver decides on what has the digest.
+type decision struct {
+	grant    bool
+	approver string // empty: the only one there is with a passphrase
+	digest   string
+	reason   string
+	task     *nucleus.Task // nil: one use
+}
+
+// Grant grants the ask id with a token that an approver has signed for it elsewhere. A decision
+// stands: there is no second one of the same approver, and one denial is the end of the ask.
+func (a *Authority) Grant(id, token string) (client.Status, error) {
+	claims, err := approval.Claims(token)
+	if err != nil {
+		return client.Status{}, nucleus.Errorf(nucleus.KindInvalid, "%v", err)
+	}
+	d := decision{true, claims.Approver, claims.AskDigest, claims.Reason, claims.Task}
+	if err := checkReason(d.reason); err != nil {
 		return client.Status{}, err
 	}
-	if !d.Approve {
-		return a.deny(id, d)
-	}
 	a.mu.Lock()
-	approver, _, ask, err := a.undecided(id, d)
-	a.mu.Unlock()
+	defer a.mu.Unlock()
+	approver, row, ask, err := a.undecided(id, d)
 	if err != nil {
 		return client.Status{}, err
 	}
-	// Without mu: this takes a second, and nobody else need wait for it.
-	key, err := a.unseal(approver, d.Passphrase)
-	switch {
-	case err == nil:
-	case nucleus.AsError(err).Kind == nucleus.KindConflict: // nothing was tried
-		return client.Status{}, err
-	default:
-		data := map[string]any{"why": nucleus.AsError(err).Message}
-		return client.Status{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, d.AskDigest, data, by(approver)))
+	refuse := func(err *nucleus.Error) (client.Status, error) {
+		return client.Status{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, row.digest, map[string]any{"why": err.Message}, by(approver)))
 	}
-	defer clear(key)
-	return a.grant(id, d, key)
+	if approver.Kind != nucleus.ApproverEd25519 { // its answers are counted, and good for one challenge
+		return refuse(hasPasskey(approver))
+	}
+	grant, err := approval.Verify(token, ask, []nucleus.Approver{approver.public()}, a.millis())
+	if err != nil {
+		return refuse(nucleus.Errorf(nucleus.KindForbidden, "%v", err))
+	}
+	switch known, err := a.store.knowsGrant(grant.ID); {
+	case err != nil:
+		return client.Status{}, unavailable(err)
+	case known: // it was taken back, or is another ask's
+		return refuse(nucleus.Errorf(nucleus.KindForbidden, "grant %s was given before", grant.ID))
+	}
+	return a.granted(row, ask, approver, grant, token)
 }
 
 func checkReason(reason string) error {
@@ -460,10 +473,14 @@ func by(approver keyFile) func(*nucleus.Entry) {
 	return func(e *nucleus.Entry) { e.Actor = approver.Approver }
 }
 
-func (a *Authority) deny(id string, d client.Decision) (client.Status, error) {
+// Deny refuses the ask id, by the word of the daemon's own user.
+func (a *Authority) Deny(id string, d client.Denial) (client.Status, error) {
+	if err := checkReason(d.Reason); err != nil {
+		return client.Status{}, err
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	approver, row, ask, err := a.undecided(id, d)
+	approver, row, ask, err := a.undecided(id, decision{approver: d.Approver, digest: d.AskDigest})
 	if err != nil {
 		return client.Status{}, err
 	}
@@ -487,25 +504,11 @@ func (a *Authority) unkept(err error, ask nucleus.AskRequest, digest string, cha
 	return errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, map[string]any{"why": why}, change))
 }
 
-func (a *Authority) grant(id string, d client.Decision, key ed25519.PrivateKey) (client.Status, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	approver, row, ask, err := a.undecided(id, d)
-	if err != nil {
-		return client.Status{}, err
-	}
-	grant, token, err := sign(key, approver.public(), ask, d.Task, d.Reason)
-	if err != nil {
-		return client.Status{}, err
-	}
-	return a.granted(row, ask, approver, grant, token, d)
-}
-
 // granted records and keeps a grant that was verified. The caller holds mu.
-func (a *Authority) granted(row askRow, ask nucleus.AskRequest, approver keyFile, grant nucleus.Grant, token string, d client.Decision) (client.Status, error) {
-	data := map[string]any{"reason": d.Reason, "expires_ms": grant.Expires, "need": row.need}
-	if d.Task != nil {
-		data["task"] = d.Task
+func (a *Authority) granted(row askRow, ask nucleus.AskRequest, approver keyFile, grant nucleus.Grant, token string) (client.Status, error) {
+	data := map[string]any{"reason": grant.Reason, "expires_ms": grant.Expires, "need": row.need}
+	if grant.Task != nil {
+		data["task"] = grant.Task
 	}
 	err := a.record(nucleus.KindApprovalGrant, ask, row.digest, data, func(e *nucleus.Entry) {
 		e.Actor, e.Verdict, e.Grants = approver.Approver, nucleus.Allow, []string{grant.ID}
@@ -513,13 +516,13 @@ func (a *Authority) granted(row askRow, ask nucleus.AskRequest, approver keyFile
 	if err != nil {
 		return client.Status{}, err
 	}
-	err = a.store.addGrant(row, client.Given{Grant: grant.ID, Approver: approver.Approver, Reason: d.Reason, Given: a.millis(), Token: token})
+	err = a.store.addGrant(row, client.Given{Grant: grant.ID, Approver: approver.Approver, Reason: grant.Reason, Given: a.millis(), Token: token})
 	return a.concluded(row.id, a.unkept(err, ask, row.digest, func(e *nucleus.Entry) { e.Actor, e.Grants = approver.Approver, []string{grant.ID} }))
 }
 
 // undecided returns the ask id, and the approver that d names, if this approver can still decide
 // it and was shown what it says. The caller holds mu.
-func (a *Authority) undecided(id string, d client.Decision) (keyFile, askRow, nucleus.AskRequest, error) {
+func (a *Authority) undecided(id string, d decision) (keyFile, askRow, nucleus.AskRequest, error) {
 	fail := func(err error) (keyFile, askRow, nucleus.AskRequest, error) {
 		return keyFile{}, askRow{}, nucleus.AskRequest{}, err
 	}
@@ -530,7 +533,7 @@ func (a *Authority) undecided(id string, d client.Decision) (keyFile, askRow, nu
 	if state := row.stateAt(a.millis()); state != client.Pending {
 		return fail(nucleus.Errorf(nucleus.KindConflict, "ask %s is %s", id, state))
 	}
-	approver, err := choose(a.files, d.Approver)
+	approver, err := choose(a.files, d.approver)
 	if err != nil {
 		return fail(err)
 	}
@@ -538,13 +541,13 @@ func (a *Authority) undecided(id string, d client.Decision) (keyFile, askRow, nu
 		err := nucleus.Errorf(kind, format, args...)
 		return fail(errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, row.digest, map[string]any{"why": err.Message}, by(approver))))
 	}
-	if d.AskDigest != row.digest {
-		return refuse(nucleus.KindConflict, "what was shown has digest %q, ask %s has %s", d.AskDigest, id, row.digest)
+	if d.digest != row.digest {
+		return refuse(nucleus.KindConflict, "what was shown has digest %q, ask %s has %s", d.digest, id, row.digest)
 	}
-	if _, given := row.given(approver.Approver); given && d.Approve {
+	if _, given := row.given(approver.Approver); given && d.grant {
 		return fail(nucleus.Errorf(nucleus.KindConflict, "%s has granted ask %s; %d more of %d have to", approver.Approver, id, row.need-len(row.grants), row.need))
 	}
-	if d.Approve {
+	if d.grant {
 		requester, counts, err := a.requester(ask)
 		if err != nil {
 			return fail(err)
@@ -552,12 +555,12 @@ func (a *Authority) undecided(id string, d client.Decision) (keyFile, askRow, nu
 		if len(counts) > 0 && !slices.Contains(counts, approver.Approver) {
 			return fail(nucleus.Errorf(nucleus.KindConflict, "the machine of pod %s knows the approvers %s, not %s: it started before, or requires approvals of another kind", ask.Pod, strings.Join(counts, ", "), approver.Approver))
 		}
-		if d.Task != nil {
-			if err := approval.CheckTask(ask, *d.Task, a.millis()); err != nil {
+		if d.task != nil {
+			if err := approval.CheckTask(ask, *d.task, a.millis()); err != nil {
 				return fail(nucleus.Errorf(nucleus.KindInvalid, "%v", err))
 			}
 		}
-		if len(row.grants) > 0 && !approval.SameTask(row.task(), d.Task) {
+		if len(row.grants) > 0 && !approval.SameTask(row.task(), d.task) {
 			return fail(nucleus.Errorf(nucleus.KindConflict, "%s granted ask %s for other bounds; all who approve choose the same", row.grants[0].Approver, id))
 		}
 		if bytes.Equal(approver.PublicKey, requester) {
@@ -593,33 +596,6 @@ func (a *Authority) concluded(id string, err error) (client.Status, error) {
 	a.broadcast()
 	row, err := a.store.ask(id)
 	return row.status(a.millis()), unavailable(err)
-}
-
-// sign makes the token and looks at it as a verifier will.
-func sign(key ed25519.PrivateKey, approver nucleus.Approver, ask nucleus.AskRequest, task *nucleus.Task, reason string) (nucleus.Grant, string, error) {
-	binding, err := approval.Bind(ask)
-	if err != nil {
-		return nucleus.Grant{}, "", err
-	}
-	grant := binding.Grant(nucleus.NewID("g-"), approver.Name, reason)
-	grant.Task = task
-	claims, err := nucleus.Canonical(grant)
-	if err != nil {
-		return nucleus.Grant{}, "", err
-	}
-	token, err := paseto.NewTokenFromClaimsJSON(claims, approval.Footer(approver.Name))
-	if err != nil {
-		return nucleus.Grant{}, "", err
-	}
-	secret, err := paseto.NewV4AsymmetricSecretKeyFromEd25519(key)
-	if err != nil {
-		return nucleus.Grant{}, "", err
-	}
-	signed := token.V4Sign(secret, approval.Assertion(binding.AskDigest))
-	if _, err := binding.Verify(signed, []nucleus.Approver{approver}, ask.Created); err != nil {
-		return nucleus.Grant{}, "", fmt.Errorf("the new grant does not hold: %w", err)
-	}
-	return grant, signed, nil
 }
 
 // Use counts one use of what was granted for an ask. It is in the database before it is in the

@@ -161,6 +161,67 @@ func (b *bench) submit(t *testing.T, ask nucleus.AskRequest) client.Status {
 	return status
 }
 
+// typed is what a person decides at a terminal. To approve takes the passphrase.
+type typed struct {
+	Approve    bool
+	Approver   string
+	AskDigest  string // of a denial
+	Reason     string
+	Passphrase string
+	Task       *nucleus.Task
+}
+
+// decide does what the program at the terminal does.
+func (b *bench) decide(t testing.TB, id string, d typed) (client.Status, error) {
+	t.Helper()
+	if !d.Approve {
+		return b.client.Deny(t.Context(), id, client.Denial{Approver: d.Approver, AskDigest: d.AskDigest, Reason: d.Reason})
+	}
+	key, err := ReadKey(b.cfg.Dir, d.Approver)
+	if err != nil {
+		return client.Status{}, err
+	}
+	signer, err := key.Open(d.Passphrase)
+	if err != nil {
+		return client.Status{}, err
+	}
+	defer signer.Close()
+	ask, _, err := b.client.Get(t.Context(), id)
+	if err != nil {
+		return client.Status{}, err
+	}
+	token, err := signer.Grant(ask, d.Task, d.Reason)
+	if err != nil {
+		return client.Status{}, err
+	}
+	return b.client.Grant(t.Context(), id, token)
+}
+
+// signer is the key of an approver in clear.
+func (b *bench) signer(t testing.TB, approver, passphrase string) *Signer {
+	t.Helper()
+	key, err := ReadKey(b.cfg.Dir, approver)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := key.Open(passphrase)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(signer.Close)
+	return signer
+}
+
+// signed is a grant of ann's for an ask.
+func (b *bench) signed(t testing.TB, ask nucleus.AskRequest) string {
+	t.Helper()
+	token, err := b.signer(t, "ann", passphrase).Grant(ask, nil, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return token
+}
+
 func kindOf(err error) nucleus.Kind {
 	var e *nucleus.Error
 	if errors.As(err, &e) {
@@ -245,7 +306,7 @@ func TestAskAndDecide(t *testing.T) {
 	if err != nil || digest != status.AskDigest || got.Action.Push.Ref != "refs/heads/main" {
 		t.Fatalf("get %+v %s, %v", got, digest, err)
 	}
-	granted, err := b.client.Decide(t.Context(), "a-1", client.Decision{Approve: true, AskDigest: digest, Reason: "fine <&>", Passphrase: passphrase})
+	granted, err := b.decide(t, "a-1", typed{Approve: true, AskDigest: digest, Reason: "fine <&>", Passphrase: passphrase})
 	if err != nil || granted.State != client.Granted {
 		t.Fatalf("decide %+v, %v", granted, err)
 	}
@@ -260,15 +321,15 @@ func TestAskAndDecide(t *testing.T) {
 		t.Errorf("the token for the other ask: %v", err)
 	}
 
-	denied, err := b.client.Decide(t.Context(), "a-2", client.Decision{AskDigest: items[1].AskDigest, Reason: "not today"})
+	denied, err := b.client.Deny(t.Context(), "a-2", client.Denial{AskDigest: items[1].AskDigest, Reason: "not today"})
 	if err != nil || denied.State != client.Denied || len(denied.Grants) != 0 {
 		t.Errorf("deny %+v, %v", denied, err)
 	}
 	if s, err := b.client.Wait(t.Context(), "a-2"); err != nil || s.Reason != "not today" {
 		t.Errorf("wait %+v, %v", s, err)
 	}
-	for _, d := range []client.Decision{{Approve: true, AskDigest: items[1].AskDigest, Passphrase: passphrase}, {AskDigest: items[1].AskDigest}} {
-		_, err := b.client.Decide(t.Context(), "a-2", d)
+	for _, d := range []typed{{Approve: true, AskDigest: items[1].AskDigest, Passphrase: passphrase}, {AskDigest: items[1].AskDigest}} {
+		_, err := b.decide(t, "a-2", d)
 		wantKind(t, "a second decision", err, nucleus.KindConflict, "a-2 is denied")
 	}
 
@@ -376,61 +437,51 @@ func TestDecideRefuses(t *testing.T) {
 	ask := askAt(t, b.c, "a-1", nil)
 	digest := b.submit(t, ask).AskDigest
 	for name, c := range map[string]struct {
-		d    client.Decision
+		d    typed
 		kind nucleus.Kind
 		text string
 	}{
-		"no passphrase":       {client.Decision{Approve: true, AskDigest: digest}, nucleus.KindForbidden, "no passphrase"},
-		"wrong passphrase":    {client.Decision{Approve: true, AskDigest: digest, Passphrase: "correct horsf"}, nucleus.KindForbidden, "wrong passphrase"},
-		"other digest":        {client.Decision{Approve: true, AskDigest: hexOf("x"), Passphrase: passphrase}, nucleus.KindConflict, "what was shown"},
-		"no digest":           {client.Decision{Approve: true, Passphrase: passphrase}, nucleus.KindConflict, "what was shown"},
-		"denial of no digest": {client.Decision{}, nucleus.KindConflict, "what was shown"},
-		"long reason":         {client.Decision{AskDigest: digest, Reason: strings.Repeat("x", approval.MaxReason+1)}, nucleus.KindInvalid, "reason"},
+		"no passphrase":          {typed{Approve: true}, nucleus.KindForbidden, "no passphrase"},
+		"wrong passphrase":       {typed{Approve: true, Passphrase: "correct horsf"}, nucleus.KindForbidden, "wrong passphrase"},
+		"denial of other digest": {typed{AskDigest: hexOf("x")}, nucleus.KindConflict, "what was shown"},
+		"denial of no digest":    {typed{}, nucleus.KindConflict, "what was shown"},
+		"denial, long reason":    {typed{AskDigest: digest, Reason: strings.Repeat("x", approval.MaxReason+1)}, nucleus.KindInvalid, "reason"},
+		"grant, long reason":     {typed{Approve: true, Passphrase: passphrase, Reason: strings.Repeat("x", approval.MaxReason+1)}, nucleus.KindInvalid, "reason"},
 	} {
-		b.c.advance(time.Minute / 2) // past the wait after the last wrong one
-		_, err := b.client.Decide(t.Context(), "a-1", c.d)
+		_, err := b.decide(t, "a-1", c.d)
 		wantKind(t, name, err, c.kind, c.text)
 		if s, err := b.client.Status(t.Context(), "a-1"); err != nil || s.State != client.Pending || s.Tokens() != nil {
 			t.Fatalf("%s: now %+v, %v", name, s, err)
 		}
 	}
-	_, err := b.client.Decide(t.Context(), "a-none", client.Decision{AskDigest: digest})
+	_, err := b.client.Deny(t.Context(), "a-none", client.Denial{AskDigest: digest})
 	wantKind(t, "unknown ask", err, nucleus.KindNotFound, "a-none")
-	b.c.advance(time.Minute)
-	if s, err := b.client.Decide(t.Context(), "a-1", client.Decision{Approve: true, AskDigest: digest, Passphrase: passphrase}); err != nil || s.State != client.Granted {
+	if s, err := b.decide(t, "a-1", typed{Approve: true, AskDigest: digest, Passphrase: passphrase}); err != nil || s.State != client.Granted {
 		t.Errorf("positive control: %+v, %v", s, err)
 	}
 
 	digest = b.submit(t, askAt(t, b.c, "a-late", nil)).AskDigest
 	b.c.advance(5 * time.Minute)
-	_, err = b.client.Decide(t.Context(), "a-late", client.Decision{Approve: true, AskDigest: digest, Passphrase: passphrase})
+	_, err = b.decide(t, "a-late", typed{Approve: true, AskDigest: digest, Passphrase: passphrase})
 	wantKind(t, "expired", err, nucleus.KindConflict, "a-late is expired")
 	if s, err := b.client.Wait(t.Context(), "a-late"); err != nil || s.State != client.Expired {
 		t.Errorf("wait for the expired one: %+v, %v", s, err)
 	}
 }
 
-// Guessing costs time, and the time doubles.
-func TestGuessingIsSlow(t *testing.T) {
-	b := newBench(t, nil)
-	digest := b.submit(t, askAt(t, b.c, "a-1", nil)).AskDigest
-	try := func(p string) error {
-		_, err := b.client.Decide(t.Context(), "a-1", client.Decision{Approve: true, AskDigest: digest, Passphrase: p})
-		return err
+// Who can read the sealed key can guess, and each guess costs what scrypt takes.
+func TestGuessingIsDear(t *testing.T) {
+	cfg := Config{Dir: filepath.Join(t.TempDir(), "key")}
+	if _, err := Init(cfg, "ann", phrase, passphrase); err != nil {
+		t.Fatal(err)
 	}
-	wait := firstWait
-	for i := range 10 {
-		wantKind(t, fmt.Sprint("guess ", i), try("wrong wrong"), nucleus.KindForbidden, "wrong passphrase")
-		b.c.advance(wait - time.Millisecond)
-		wantKind(t, "right, too soon", try(passphrase), nucleus.KindForbidden, "none is tried for")
-		b.c.advance(time.Millisecond)
-		wait = min(2*wait, longWait)
+	key, err := ReadKey(cfg.Dir, "ann")
+	if err != nil {
+		t.Fatal(err)
 	}
-	if wait != longWait {
-		t.Errorf("after 10 guesses the wait is %v, want %v", wait, longWait)
+	if header, _, _ := strings.Cut(string(key.file.Sealed), "\n---"); !strings.HasPrefix(header, "age-encryption.org/v1\n-> scrypt ") || !strings.Contains(header, " 18\n") {
+		t.Errorf("sealed with %q, want scrypt with 2^18", header)
 	}
-	b.c.ms.Store(b.c.ms.Load() - 1000)
-	wantKind(t, "the clock was set back", try(passphrase), nucleus.KindForbidden, "none is tried for")
 }
 
 func TestWaitEndsAtExpiry(t *testing.T) {
@@ -478,8 +529,7 @@ func TestNoRecordNoDecision(t *testing.T) {
 			continue
 		}
 		digest, _, _ := approval.Digest(ask)
-		d := client.Decision{Approve: kind != nucleus.KindApprovalDeny, AskDigest: digest, Passphrase: passphrase}
-		status, err := b.client.Decide(t.Context(), "a-1", d)
+		status, err := b.decide(t, "a-1", typed{Approve: kind != nucleus.KindApprovalDeny, AskDigest: digest, Passphrase: passphrase})
 		if kind == nucleus.KindApprovalUse {
 			if err != nil {
 				t.Fatal(err)
@@ -499,8 +549,10 @@ func TestNoRecordNoDecision(t *testing.T) {
 func TestPeers(t *testing.T) {
 	const node, stranger = 4242, 4243
 	b := newBench(t, func(c *Config) { c.AskUIDs = []int{node} })
-	digest := b.submit(t, askAt(t, b.c, "a-1", nil)).AskDigest
-	decision, _ := json.Marshal(client.Decision{Approve: true, AskDigest: digest, Passphrase: passphrase})
+	ask := askAt(t, b.c, "a-1", nil)
+	digest := b.submit(t, ask).AskDigest
+	grant, _ := json.Marshal(client.SignedGrant{Token: b.signed(t, ask)})
+	denial, _ := json.Marshal(client.Denial{AskDigest: digest})
 	call := func(uid int, method, path string, body []byte) (int, string) {
 		r := httptest.NewRequest(method, path, bytes.NewReader(body))
 		if uid >= 0 {
@@ -533,21 +585,25 @@ func TestPeers(t *testing.T) {
 		t.Errorf("info for the node's user: %s", body)
 	}
 	for _, uid := range []int{-1, stranger, node} {
-		for _, route := range []string{"POST /v1/asks/a-1/decision", "POST /v1/revocations", "POST /v1/approvers", "DELETE /v1/approvers/ann"} {
+		for _, route := range []string{"POST /v1/asks/a-1/grant", "POST /v1/asks/a-1/denial", "POST /v1/revocations", "POST /v1/approvers", "DELETE /v1/approvers/ann"} {
 			method, path, _ := strings.Cut(route, " ")
-			if code, body := call(uid, method, path, decision); code != http.StatusForbidden && code != http.StatusUnauthorized {
+			body := grant
+			if strings.HasSuffix(path, "denial") {
+				body = denial
+			}
+			if code, body := call(uid, method, path, body); code != http.StatusForbidden && code != http.StatusUnauthorized {
 				t.Errorf("uid %d: %s: %d %s", uid, route, code, body)
 			}
 		}
 	}
 	big := bytes.Repeat([]byte("x"), maxBody+1)
-	if code, _ := call(os.Geteuid(), http.MethodPost, "/v1/asks/a-1/decision", big); code != http.StatusRequestEntityTooLarge {
+	if code, _ := call(os.Geteuid(), http.MethodPost, "/v1/asks/a-1/grant", big); code != http.StatusRequestEntityTooLarge {
 		t.Errorf("a long body: %d", code)
 	}
-	if code, _ := call(os.Geteuid(), http.MethodPost, "/v1/asks/a-1/decision", []byte(`{"approve":true,"always":true}`)); code != http.StatusBadRequest {
+	if code, _ := call(os.Geteuid(), http.MethodPost, "/v1/asks/a-1/denial", []byte(`{"ask_sha256":"x","passphrase":"y"}`)); code != http.StatusBadRequest {
 		t.Errorf("an unknown field: %d", code)
 	}
-	if code, body := call(os.Geteuid(), http.MethodPost, "/v1/asks/a-1/decision", decision); code != http.StatusOK {
+	if code, body := call(os.Geteuid(), http.MethodPost, "/v1/asks/a-1/grant", grant); code != http.StatusOK {
 		t.Errorf("positive control: %d %s", code, body)
 	}
 	info, err := os.Stat(b.socket)
@@ -689,7 +745,7 @@ func TestDamagedDatabase(t *testing.T) {
 	if _, err := b.store.db.Exec("UPDATE asks SET canonical = CAST(replace(CAST(canonical AS TEXT), 'refs/heads/main', 'refs/heads/work') AS BLOB)"); err != nil {
 		t.Fatal(err)
 	}
-	_, err := b.client.Decide(t.Context(), "a-1", client.Decision{Approve: true, AskDigest: digest, Passphrase: passphrase})
+	_, err := b.decide(t, "a-1", typed{Approve: true, AskDigest: digest, Passphrase: passphrase})
 	wantKind(t, "changed ask", err, nucleus.KindInternal, "damaged")
 	b.stop()
 	if err := os.WriteFile(filepath.Join(b.cfg.Dir, "authority.db"), bytes.Repeat([]byte("garbage "), 2000), 0o600); err != nil {
@@ -711,7 +767,7 @@ func TestDecisionNotStored(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, approve := range []bool{true, false} {
-		s, err := b.client.Decide(t.Context(), "a-1", client.Decision{Approve: approve, AskDigest: digest, Passphrase: passphrase})
+		s, err := b.decide(t, "a-1", typed{Approve: approve, AskDigest: digest, Passphrase: passphrase})
 		wantKind(t, fmt.Sprint("approve ", approve), err, nucleus.KindUnavailable, "disk is full")
 		if s.Tokens() != nil {
 			t.Errorf("a token came: %+v", s)
@@ -796,7 +852,7 @@ func child(dir, when string) error {
 	}
 	fmt.Println("ready")
 	server := http.Server{ConnContext: withPeer, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if when == "before answer" && strings.HasSuffix(r.URL.Path, "/decision") {
+		if when == "before answer" && strings.HasSuffix(r.URL.Path, "/grant") {
 			w = killer{ResponseWriter: w}
 		}
 		handler.ServeHTTP(w, r)
@@ -816,7 +872,7 @@ func TestKillAroundDecision(t *testing.T) {
 	} {
 		b := newBench(t, nil)
 		ask := askAt(t, b.c, "a-1", nil)
-		digest := b.submit(t, ask).AskDigest
+		b.submit(t, ask)
 		b.stop()
 
 		cmd := exec.Command(os.Args[0])
@@ -833,8 +889,8 @@ func TestKillAroundDecision(t *testing.T) {
 			t.Fatalf("child said %q, %v", line[:n], err)
 		}
 		api := client.New(filepath.Join(b.cfg.Dir, "run", "a.sock"))
-		approve := client.Decision{Approve: true, AskDigest: digest, Passphrase: passphrase}
-		_, err = api.Decide(t.Context(), "a-1", approve)
+		token := b.signed(t, ask)
+		_, err = api.Grant(t.Context(), "a-1", token)
 		wantKind(t, c.when, err, nucleus.KindUnavailable, "")
 		api.Close()
 		var exit *exec.ExitError
@@ -848,11 +904,11 @@ func TestKillAroundDecision(t *testing.T) {
 			t.Fatalf("%s: %+v, %v; want %s", c.when, status, err, c.state)
 		}
 		if c.state == client.Pending {
-			if status, err = b.client.Decide(t.Context(), "a-1", approve); err != nil {
+			if status, err = b.client.Grant(t.Context(), "a-1", token); err != nil {
 				t.Fatal(err)
 			}
 		} else {
-			_, err := b.client.Decide(t.Context(), "a-1", approve)
+			_, err := b.client.Grant(t.Context(), "a-1", token)
 			wantKind(t, "a second grant", err, nucleus.KindConflict, "a-1 is granted")
 		}
 		if _, err := approval.Verify(status.Grants[0].Token, ask, b.keys(), b.c.ms.Load()); err != nil {
@@ -870,7 +926,7 @@ func TestDecideConcurrently(t *testing.T) {
 	var decided atomic.Int32
 	for i := range 20 {
 		wg.Go(func() {
-			_, err := b.client.Decide(t.Context(), "a-1", client.Decision{Approve: i%2 == 0, AskDigest: digest, Passphrase: passphrase})
+			_, err := b.decide(t, "a-1", typed{Approve: i%2 == 0, AskDigest: digest, Passphrase: passphrase})
 			if err == nil {
 				decided.Add(1)
 			} else if kindOf(err) != nucleus.KindConflict {

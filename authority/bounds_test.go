@@ -94,7 +94,7 @@ func TestShed(t *testing.T) {
 		a.Expires = b.c.ms.Load() + 900_000
 	}
 	used := b.submit(t, b.asked(t, "p-1", "a-used", big))
-	if _, err := b.client.Decide(t.Context(), "a-used", client.Decision{Approve: true, AskDigest: used.AskDigest, Passphrase: passphrase}); err != nil {
+	if _, err := b.decide(t, "a-used", typed{Approve: true, Passphrase: passphrase}); err != nil {
 		t.Fatal(err)
 	}
 	granted, err := b.client.Status(t.Context(), "a-used")
@@ -165,17 +165,17 @@ func TestShedKeepsWhatLives(t *testing.T) {
 	b := newBench(t, nil)
 	first := b.asked(t, "p-1", "a-task", nil)
 	task := b.taskOf(t, first, 5)
-	st := b.submit(t, first)
-	if st, err := b.client.Decide(t.Context(), "a-task", client.Decision{Approve: true, AskDigest: st.AskDigest, Passphrase: passphrase, Task: task}); err != nil {
+	b.submit(t, first)
+	if st, err := b.decide(t, "a-task", typed{Approve: true, Passphrase: passphrase, Task: task}); err != nil {
 		t.Fatal(err)
 	} else if _, err := b.client.Use(t.Context(), "a-task", client.Use{Permit: "r-1", Grants: []string{st.Grants[0].Grant}}); err != nil {
 		t.Fatal(err)
 	}
 	b.c.ms.Add(400_000) // the task's ask has expired
 	for _, id := range []string{"a-pending", "a-granted"} {
-		st := b.submit(t, b.asked(t, "p-1", id, nil))
+		b.submit(t, b.asked(t, "p-1", id, nil))
 		if id == "a-granted" {
-			if _, err := b.client.Decide(t.Context(), id, client.Decision{Approve: true, AskDigest: st.AskDigest, Passphrase: passphrase}); err != nil {
+			if _, err := b.decide(t, id, typed{Approve: true, Passphrase: passphrase}); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -227,7 +227,7 @@ func TestFullDatabase(t *testing.T) {
 	t.Parallel()
 	var log memoryLog
 	b := newBench(t, func(c *Config) { c.Recorder = &log })
-	st := b.submit(t, b.asked(t, "p-1", "a-1", nil))
+	b.submit(t, b.asked(t, "p-1", "a-1", nil))
 	var pages int
 	if err := b.store.db.QueryRow("PRAGMA page_count").Scan(&pages); err != nil {
 		t.Fatal(err)
@@ -239,15 +239,14 @@ func TestFullDatabase(t *testing.T) {
 		}
 	}
 	full(pages)
-	decision := client.Decision{Approve: true, AskDigest: st.AskDigest, Passphrase: passphrase, Reason: strings.Repeat("r", 500)}
+	decision := typed{Approve: true, Passphrase: passphrase, Reason: strings.Repeat("r", 500)}
 	var err error
 	for i := range 20 { // until no page has room left
-		if _, err = b.client.Decide(t.Context(), fmt.Sprintf("a-%d", i+1), decision); err != nil {
+		if _, err = b.decide(t, fmt.Sprintf("a-%d", i+1), decision); err != nil {
 			break
 		}
 		full(1 << 30)
-		next := b.submit(t, b.asked(t, "p-1", fmt.Sprintf("a-%d", i+2), nil))
-		decision.AskDigest = next.AskDigest
+		b.submit(t, b.asked(t, "p-1", fmt.Sprintf("a-%d", i+2), nil))
 		if err := b.store.db.QueryRow("PRAGMA page_count").Scan(&pages); err != nil {
 			t.Fatal(err)
 		}
@@ -263,7 +262,7 @@ func TestFullDatabase(t *testing.T) {
 		t.Errorf("recorded: %+v, %+v", before, last)
 	}
 	full(1 << 30)
-	if now, err := b.client.Decide(t.Context(), last.Ask, decision); err != nil || now.State != client.Granted {
+	if now, err := b.decide(t, last.Ask, decision); err != nil || now.State != client.Granted {
 		t.Errorf("once there is room: %+v, %v", now, err)
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"time"
 	"unicode/utf8"
 
 	"filippo.io/age"
@@ -100,43 +99,6 @@ func seal(s secret, passphrase string, workFactor int) ([]byte, error) {
 		return nil, err
 	}
 	return sealed.Bytes(), nil
-}
-
-// attempts slows guessing of one approver's passphrase down: every wrong one doubles the wait.
-type attempts struct {
-	wrong int
-	until time.Time
-}
-
-const (
-	firstWait = 500 * time.Millisecond
-	longWait  = time.Minute
-)
-
-// unseal returns an approver's private key, which the caller clears after its use. A wrong
-// passphrase is a KindForbidden error, and so is one that comes too soon after
-// it, right or wrong.
-func (a *Authority) unseal(f keyFile, passphrase string) (ed25519.PrivateKey, error) {
-	if f.Kind != nucleus.ApproverEd25519 {
-		return nil, nucleus.Errorf(nucleus.KindInvalid, "%s has a passkey and no passphrase: it grants on the page (nucleus-authority page)", f.Approver)
-	}
-	if !a.trying.TryLock() {
-		return nil, nucleus.Errorf(nucleus.KindConflict, "another passphrase is being tried")
-	}
-	defer a.trying.Unlock()
-	tried := a.attempts[f.Approver]
-	now := a.cfg.Now()
-	if wait := tried.until.Sub(now); wait > 0 {
-		return nil, nucleus.Errorf(nucleus.KindForbidden, "after %d wrong passphrases none is tried for %v", tried.wrong, wait.Round(100*time.Millisecond))
-	}
-	key, err := open(f, passphrase)
-	if err != nil {
-		wait := min(firstWait<<min(tried.wrong, 20), longWait)
-		a.attempts[f.Approver] = attempts{tried.wrong + 1, a.cfg.Now().Add(wait)}
-		return nil, err
-	}
-	delete(a.attempts, f.Approver)
-	return key, nil
 }
 
 func open(f keyFile, passphrase string) (ed25519.PrivateKey, error) {

@@ -1,6 +1,8 @@
 package authority
 
 import (
+	"bytes"
+	"crypto/ed25519"
 	"slices"
 	"time"
 
@@ -9,51 +11,55 @@ import (
 	"cal/nucleus"
 )
 
-// AddApprover makes the key of one more approver, on the word of one who is there. It is
+// maxSealed is the size in bytes of a sealed key that is taken; they have some 500.
+const maxSealed = 8 << 10
+
+// AddApprover takes the key of one more approver, on the word of one who is there. It is
 // recorded before the key is. Machines that were started before do not know it.
 func (a *Authority) AddApprover(n client.NewApprover) (nucleus.Approver, error) {
 	fail := func(err error) (nucleus.Approver, error) { return nucleus.Approver{}, err }
-	if err := checkNew(n.Name, n.Phrase, n.Passphrase); err != nil {
+	if err := checkNames(n.Name, n.Phrase); err != nil {
 		return fail(nucleus.Errorf(nucleus.KindInvalid, "%v", err))
 	}
-	a.mu.Lock()
-	voucher, err := choose(a.files, n.By)
-	a.mu.Unlock()
-	if err != nil {
-		return fail(err)
+	if len(n.Key) != ed25519.PublicKeySize || len(n.Sealed) == 0 || len(n.Sealed) > maxSealed {
+		return fail(nucleus.Errorf(nucleus.KindInvalid, "a public key of %d bytes with a sealed one of %d, want %d and 1 to %d", len(n.Key), len(n.Sealed), ed25519.PublicKeySize, maxSealed))
 	}
-	key, err := a.unseal(voucher, n.ByPassphrase)
-	if err != nil {
-		return fail(err)
-	}
-	defer clear(key)
-	f, err := newKey(Identity{Approver: n.Name, Phrase: n.Phrase, AddedBy: voucher.Approver}, n.Passphrase, a.cfg.WorkFactor)
-	if err != nil {
-		return fail(err)
-	}
-	vouched, err := nucleus.Sign(key, nucleus.DomainVouch, f.Identity)
-	if err != nil {
-		return fail(err)
-	}
-	f.Vouched = &vouched
+	f := keyFile{Identity{Approver: n.Name, Kind: nucleus.ApproverEd25519, PublicKey: n.Key, Phrase: n.Phrase, AddedBy: n.By}, n.Sealed, &n.Vouched, 0}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if err := a.admitApprover(voucher, f); err != nil {
+	if err := a.admitApprover(f, func() error { return nil }); err != nil {
 		return fail(err)
 	}
 	return f.public(), nil
 }
 
-// admitApprover makes an approver of a key that voucher has vouched for. The caller holds mu.
-func (a *Authority) admitApprover(voucher, f keyFile) error {
-	if _, err := choose(a.files, voucher.Approver); err != nil {
+// admitApprover makes an approver of a key that one who can approve now, with a passphrase, has
+// vouched for. prepare is done before it is there. The caller holds mu.
+func (a *Authority) admitApprover(f keyFile, prepare func() error) error {
+	if f.AddedBy == "" {
+		return nucleus.Errorf(nucleus.KindInvalid, "nobody is named who vouches for %s", f.Approver)
+	}
+	voucher, err := choose(a.files, f.AddedBy)
+	if err != nil {
 		return err
+	}
+	if voucher.Kind != nucleus.ApproverEd25519 {
+		return hasPasskey(voucher)
 	}
 	if err := a.newName(f.Approver); err != nil {
 		return err
 	}
+	if slices.ContainsFunc(a.files, func(k keyFile) bool { return bytes.Equal(k.PublicKey, f.PublicKey) }) {
+		return nucleus.Errorf(nucleus.KindConflict, "the key of %s is, or was, another approver's", f.Approver)
+	}
+	if !vouches([]keyFile{voucher}, f) {
+		return nucleus.Errorf(nucleus.KindForbidden, "%s has not vouched for approver %s with this key", voucher.Approver, f.Approver)
+	}
 	if err := a.recordKey(nucleus.KindKeyNew, f.Identity, voucher.Approver); err != nil {
 		return err
+	}
+	if err := prepare(); err != nil {
+		return unavailable(err)
 	}
 	if err := writeNew(a.cfg.Dir, f); err != nil {
 		return err
@@ -107,17 +113,47 @@ func (a *Authority) RemoveApprover(name string) (client.Removed, error) {
 			gone.Revoked = append(gone.Revoked, row.id)
 		}
 	}
-	f.Sealed, f.Removed = nil, a.millis()
-	raw, err := nucleus.Canonical(f)
-	if err != nil {
-		return gone, err
+	at := a.millis()
+	if err := a.store.addRemoved(name, at); err != nil {
+		return gone, unavailable(err)
 	}
-	if err := durable.WriteFile(keyPath(a.cfg.Dir, name), raw, 0o600); err != nil {
-		return gone, err
-	}
-	a.files[slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == name })] = f
 	a.broadcast()
-	return gone, nil
+	return gone, a.takeKey(slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == name }), at)
+}
+
+// takeKey takes the secret of an approver who was removed out of the file, which stays for what it
+// vouched for.
+func (a *Authority) takeKey(i int, at int64) error {
+	f := &a.files[i]
+	f.Sealed, f.Removed = nil, at
+	raw, err := nucleus.Canonical(*f)
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(keyPath(a.cfg.Dir, f.Approver), raw, 0o600)
+}
+
+// keepRemoved makes sure that who was removed stays so. What counts is the database: a file of an
+// approver can be put back as it was by who has a copy, and what it says of the removal nobody signs.
+func (a *Authority) keepRemoved() error {
+	for i, f := range a.files {
+		if f.Removed != 0 { // also by a version that told the file alone
+			if err := a.store.addRemoved(f.Approver, f.Removed); err != nil {
+				return unavailable(err)
+			}
+			continue
+		}
+		at, err := a.store.removedAt(f.Approver)
+		if err != nil {
+			return unavailable(err)
+		}
+		if at != 0 {
+			if err := a.takeKey(i, at); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // voidGrantOf takes back what a removed approver granted for an ask: an ask that others have to

@@ -206,7 +206,7 @@ func (p *page) handler() http.Handler {
 		if err := read(r, maxBody, &d); err != nil {
 			return nil, err
 		}
-		challenge, credential, err := p.a.challenge(r.PathValue("id"), d.decision())
+		challenge, credential, err := p.a.challenge(r.PathValue("id"), decision{grant: true, approver: d.Approver, digest: d.AskDigest, reason: d.Reason})
 		return pageChallenge{Challenge: challenge, Credential: credential, Party: approval.RelyingParty}, err
 	})
 	see("POST /api/asks/{id}/grant", func(r *http.Request) (any, error) {
@@ -222,7 +222,7 @@ func (p *page) handler() http.Handler {
 		if err := read(r, maxBody, &d); err != nil {
 			return nil, err
 		}
-		status, err := p.a.Decide(r.PathValue("id"), d.decision())
+		status, err := p.a.Deny(r.PathValue("id"), client.Denial(d))
 		return withoutTokens(status), err
 	})
 	open("POST /api/enrolment", func(r *http.Request) (any, error) {
@@ -287,15 +287,7 @@ func (p *page) foreign(r *http.Request) error {
 }
 
 // pageDecision is what a person decides at the page about what has the digest.
-type pageDecision struct {
-	AskDigest string `json:"ask_sha256"`
-	Approver  string `json:"approver"`
-	Reason    string `json:"reason"`
-}
-
-func (d pageDecision) decision() client.Decision {
-	return client.Decision{Approver: d.Approver, AskDigest: d.AskDigest, Reason: d.Reason}
-}
+type pageDecision client.Denial
 
 type pageChallenge struct {
 	Challenge  []byte `json:"challenge"`

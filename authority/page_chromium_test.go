@@ -46,7 +46,7 @@ func (b *bench) enrolIn(t *testing.T, tab *chromium.Tab, name string, port int) 
 	if err != nil || made.Fingerprint != shown {
 		t.Fatalf("the page shows %q, the terminal %+v, %v", shown, made, err)
 	}
-	if _, err := b.client.Vouch(t.Context(), e.ID, client.Voucher{Fingerprint: shown, By: "ann", ByPassphrase: passphrase}); err != nil {
+	if _, err := b.vouch(t, e.ID, name, shown); err != nil {
 		t.Fatal(err)
 	}
 	origin, _, _ = strings.Cut(e.Link, "/#")

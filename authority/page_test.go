@@ -110,7 +110,7 @@ func (b *bench) withPasskey(t testing.TB, name string, port int) (visitor, *pass
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.client.Vouch(t.Context(), e.ID, client.Voucher{Fingerprint: made.Fingerprint, By: "ann", ByPassphrase: passphrase}); err != nil {
+	if _, err := b.vouch(t, e.ID, name, made.Fingerprint); err != nil {
 		t.Fatal(err)
 	}
 	link, err := b.client.Page(t.Context(), "")
@@ -119,6 +119,24 @@ func (b *bench) withPasskey(t testing.TB, name string, port int) (visitor, *pass
 	}
 	v.key = linkPart(t, link.Link, "key")
 	return v, a
+}
+
+// vouch has ann vouch for the passkey that the terminal is told of, if it has the fingerprint that the
+// page shows.
+func (b *bench) vouch(t testing.TB, enrolment, name, shown string) (nucleus.Approver, error) {
+	t.Helper()
+	made, err := b.client.Enrolled(t.Context(), enrolment)
+	if err != nil {
+		return nucleus.Approver{}, err
+	}
+	if got := fingerprint(made.Key); got != shown {
+		t.Fatalf("the terminal shows %s, the page %s", got, shown)
+	}
+	voucher, err := b.signer(t, "ann", passphrase).VouchPasskey(name, made)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.client.Vouch(t.Context(), enrolment, voucher)
 }
 
 func (v visitor) register(a *passkeytest.Authenticator, enrolment string) (made client.Made, err error) {
@@ -191,10 +209,32 @@ func TestPasskeyGrant(t *testing.T) {
 
 	// Nobody grants for it at the socket, and it vouches for nobody.
 	digest = b.submit(t, askAt(t, b.c, "a-2", nil)).AskDigest
-	_, err = b.client.Decide(t.Context(), "a-2", client.Decision{Approve: true, Approver: "touch", AskDigest: digest, Passphrase: passphrase})
+	_, err = b.decide(t, "a-2", typed{Approve: true, Approver: "touch", Passphrase: passphrase})
 	wantKind(t, "a passphrase for a passkey", err, nucleus.KindInvalid, "has a passkey")
-	_, err = b.client.AddApprover(t.Context(), client.NewApprover{Name: "bob", Phrase: "x", Passphrase: passphraseOf("bob"), By: "touch", ByPassphrase: passphrase})
+	_, err = b.addBy(t, newcomer{"bob", "x", passphraseOf("bob"), "touch", passphrase})
 	wantKind(t, "a passkey vouches", err, nucleus.KindInvalid, "has a passkey")
+	bob, err := b.signer(t, "ann", passphrase).NewApprover("bob", "x", passphraseOf("bob"), lowWork)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bob.By = "touch"
+	_, err = b.client.AddApprover(t.Context(), bob)
+	wantKind(t, "a passkey vouches, at the socket", err, nucleus.KindInvalid, "has a passkey")
+	asked, err := v.begin("a-2", digest, "touch")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.mu.Lock()
+	issued := b.passkeys.issued[base64.RawURLEncoding.EncodeToString(asked.Challenge)].grant
+	b.mu.Unlock()
+	before := a.Count
+	token, err := approval.PasskeyToken(issued, signature(t, a, asked.Challenge).Answer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Count = before
+	_, err = b.client.Grant(t.Context(), "a-2", token)
+	wantKind(t, "a passkey's token at the socket", err, nucleus.KindInvalid, "has a passkey")
 	_, err = v.begin("a-2", digest, "ann")
 	wantKind(t, "a challenge for a passphrase", err, nucleus.KindInvalid, "no passkey")
 	_, err = b.client.RemoveApprover(t.Context(), "ann")
@@ -351,7 +391,7 @@ func TestPasskeyGrantRefuses(t *testing.T) {
 	}
 }
 
-// A link makes one passkey, and none of it approves without the voucher's passphrase and the
+// A link makes one passkey, and none of it approves without the voucher's signature and the
 // fingerprint that the page has shown.
 func TestPasskeyEnrolment(t *testing.T) {
 	b := newBench(t, nil)
@@ -386,35 +426,42 @@ func TestPasskeyEnrolment(t *testing.T) {
 
 	e := enrol("touch")
 	origin, _, _ := strings.Cut(e.Link, "/#")
-	v, mine, eve := visitor{t: t, origin: origin}, passkeytest.New(t, origin), passkeytest.New(t, origin)
+	v, mine, eve, own := visitor{t: t, origin: origin}, passkeytest.New(t, origin), passkeytest.New(t, origin), passkeytest.New(t, origin)
 	_, err = v.register(mine, "e-guess")
 	wantKind(t, "without the link", err, nucleus.KindNotFound, "no passkey is being made")
 	eve.Flags = passkeytest.Present
 	_, err = v.register(eve, e.ID)
 	wantKind(t, "not verified", err, nucleus.KindInvalid, "did not verify")
-	vouch := func(e client.Enrolment, fingerprint, secret string) error {
-		_, err := b.client.Vouch(t.Context(), e.ID, client.Voucher{Fingerprint: fingerprint, By: "ann", ByPassphrase: secret})
+	ann := b.signer(t, "ann", passphrase)
+	vouch := func(e client.Enrolment, name string, key []byte, change func(*client.Voucher)) error {
+		v, err := ann.VouchPasskey(name, client.Made{Key: key, Credential: own.ID, Origin: origin})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if change != nil {
+			change(&v)
+		}
+		_, err = b.client.Vouch(t.Context(), e.ID, v)
 		return err
 	}
-	wantKind(t, "before it is made", vouch(e, "", passphrase), nucleus.KindConflict, "was made yet")
+	wantKind(t, "before it is made", vouch(e, "touch", own.Point(t), nil), nucleus.KindConflict, "was made yet")
 
 	// Somebody else was faster: the person sees another fingerprint, or none.
 	eve.Flags |= passkeytest.Verified
-	theirs, err := v.register(eve, e.ID)
-	if err != nil {
+	if _, err := v.register(eve, e.ID); err != nil {
 		t.Fatal(err)
 	}
 	_, err = v.register(mine, e.ID)
 	wantKind(t, "the second by one link", err, nucleus.KindConflict, "made by this link already")
-	own := passkeytest.New(t, origin)
-	wantKind(t, "the fingerprint of mine", vouch(e, fingerprint(mine.Point(t)), passphrase), nucleus.KindConflict, "the passkey that was made has fingerprint")
-	wantKind(t, "who made it cannot vouch", vouch(e, theirs.Fingerprint, "wrong horse battery"), nucleus.KindForbidden, "wrong passphrase")
-	b.c.advance(longWait)
+	wantKind(t, "the key of mine", vouch(e, "touch", mine.Point(t), nil), nucleus.KindConflict, "the passkey that was made has fingerprint")
+	wantKind(t, "who made it cannot vouch", vouch(e, "touch", eve.Point(t), func(v *client.Voucher) { v.Vouched.Sig[0] ^= 1 }), nucleus.KindForbidden, "has not vouched")
+	wantKind(t, "a word for another name", vouch(e, "other", eve.Point(t), nil), nucleus.KindForbidden, "has not vouched")
+	wantKind(t, "by nobody", vouch(e, "touch", eve.Point(t), func(v *client.Voucher) { v.By = "" }), nucleus.KindInvalid, "nobody is named")
 	if got := names(b.Approvers()); len(got) != 1 {
 		t.Fatalf("approvers %v", got)
 	}
 	next := enrol("touch")
-	wantKind(t, "of an enrolment before", vouch(e, theirs.Fingerprint, passphrase), nucleus.KindNotFound, "newest")
+	wantKind(t, "of an enrolment before", vouch(e, "touch", eve.Point(t), nil), nucleus.KindNotFound, "newest")
 	b.c.advance(enrolmentLife)
 	_, err = v.register(own, next.ID)
 	wantKind(t, "too late", err, nucleus.KindNotFound, "is over")
@@ -430,13 +477,13 @@ func TestPasskeyEnrolment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if told := <-waited; told != made || made.Fingerprint != fingerprint(own.Point(t)) {
+	if told := <-waited; !bytes.Equal(told.Key, own.Point(t)) || !bytes.Equal(told.Credential, own.ID) || told.Origin != origin || made.Fingerprint != fingerprint(own.Point(t)) {
 		t.Errorf("the terminal is told %+v, the page %+v", told, made)
 	}
-	if err := vouch(e, made.Fingerprint, passphrase); err != nil {
+	if err := vouch(e, "touch", own.Point(t), nil); err != nil {
 		t.Fatal(err)
 	}
-	wantKind(t, "twice", vouch(e, made.Fingerprint, passphrase), nucleus.KindNotFound, "")
+	wantKind(t, "twice", vouch(e, "touch", own.Point(t), nil), nucleus.KindNotFound, "")
 	e = enrol("other")
 	_, err = v.register(own, e.ID)
 	wantKind(t, "a passkey that is known", err, nucleus.KindConflict, "already")
@@ -585,7 +632,7 @@ func TestPageList(t *testing.T) {
 		t.Fatalf("%+v", list)
 	}
 	wait(list.State)
-	if _, err := b.client.Decide(t.Context(), "a-1", client.Decision{AskDigest: list.Asks[0].AskDigest}); err != nil {
+	if _, err := b.client.Deny(t.Context(), "a-1", client.Denial{AskDigest: list.Asks[0].AskDigest}); err != nil {
 		t.Fatal(err)
 	}
 	if list = <-next; len(list.Asks) != 0 {

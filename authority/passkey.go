@@ -52,7 +52,7 @@ type enrolment struct {
 // issuedGrant is a grant that waits for its signature.
 type issuedGrant struct {
 	ask      string
-	decision client.Decision
+	decision decision
 	grant    nucleus.Grant
 	until    time.Time
 }
@@ -149,43 +149,21 @@ func fingerprint(key []byte) string {
 func (a *Authority) Vouch(id string, v client.Voucher) (nucleus.Approver, error) {
 	fail := func(err error) (nucleus.Approver, error) { return nucleus.Approver{}, err }
 	a.mu.Lock()
-	e, err := a.enrolmentOf(id)
-	var voucher keyFile
-	if err == nil {
-		voucher, err = choose(a.files, v.By)
-	}
-	var made Identity
-	if err == nil && e.made != nil {
-		made = *e.made
-	}
-	a.mu.Unlock()
-	switch {
-	case err != nil:
-		return fail(err)
-	case made.PublicKey == nil:
-		return fail(nucleus.Errorf(nucleus.KindConflict, "no passkey of %s was made yet", e.name))
-	case v.Fingerprint != fingerprint(made.PublicKey):
-		return fail(nucleus.Errorf(nucleus.KindConflict, "the passkey that was made has fingerprint %s, not %q", fingerprint(made.PublicKey), v.Fingerprint))
-	}
-	key, err := a.unseal(voucher, v.ByPassphrase)
-	if err != nil {
-		return fail(err)
-	}
-	defer clear(key)
-	made.AddedBy = voucher.Approver
-	vouched, err := nucleus.Sign(key, nucleus.DomainVouch, made)
-	if err != nil {
-		return fail(err)
-	}
-	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.passkeys.enrolment != e {
-		return fail(nucleus.Errorf(nucleus.KindConflict, "another passkey is being made meanwhile"))
+	e, err := a.enrolmentOf(id)
+	if err != nil {
+		return fail(err)
 	}
-	if err := a.store.setCounter(made.Approver, e.counter); err != nil {
-		return fail(unavailable(err))
+	if e.made == nil {
+		return fail(nucleus.Errorf(nucleus.KindConflict, "no passkey of %s was made yet", e.name))
 	}
-	if err := a.admitApprover(voucher, keyFile{Identity: made, Vouched: &vouched}); err != nil {
+	made := *e.made
+	made.AddedBy = v.By
+	var said Identity
+	if err := nucleus.Strict(v.Vouched.Payload, &said); err == nil && !bytes.Equal(said.PublicKey, made.PublicKey) {
+		return fail(nucleus.Errorf(nucleus.KindConflict, "the passkey that was made has fingerprint %s, not %q", fingerprint(made.PublicKey), fingerprint(said.PublicKey)))
+	}
+	if err := a.admitApprover(keyFile{Identity: made, Vouched: &v.Vouched}, func() error { return a.store.setCounter(made.Approver, e.counter) }); err != nil {
 		return fail(err)
 	}
 	a.passkeys.enrolment = nil
@@ -194,12 +172,11 @@ func (a *Authority) Vouch(id string, v client.Voucher) (nucleus.Approver, error)
 
 // challenge makes the grant that d wants, and returns what the approver's passkey has to sign
 // for it, and that passkey's id.
-func (a *Authority) challenge(id string, d client.Decision) (challenge, credential []byte, err error) {
+func (a *Authority) challenge(id string, d decision) (challenge, credential []byte, err error) {
 	fail := func(err error) ([]byte, []byte, error) { return nil, nil, err }
-	if err := checkReason(d.Reason); err != nil {
+	if err := checkReason(d.reason); err != nil {
 		return fail(err)
 	}
-	d.Approve = true
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	approver, _, ask, err := a.undecided(id, d)
@@ -213,8 +190,8 @@ func (a *Authority) challenge(id string, d client.Decision) (challenge, credenti
 	if err != nil {
 		return fail(err)
 	}
-	grant := binding.Grant(nucleus.NewID("g-"), approver.Approver, d.Reason)
-	grant.Task = d.Task
+	grant := binding.Grant(nucleus.NewID("g-"), approver.Approver, d.reason)
+	grant.Task = d.task
 	if challenge, err = approval.PasskeyChallenge(grant); err != nil {
 		return fail(err)
 	}
@@ -263,7 +240,7 @@ func (a *Authority) grantByPasskey(id, challenge string, answer approval.Answer)
 	if err := a.count(approver.Approver, answer.Counter()); err != nil {
 		return refuse(err)
 	}
-	return a.granted(row, ask, approver, grant, token, issued.decision)
+	return a.granted(row, ask, approver, grant, token)
 }
 
 // count takes the counter of a verified answer. One that does not rise may come from a copy of
@@ -334,7 +311,7 @@ func (a *Authority) enrolled(r *http.Request) (client.Made, error) {
 	defer deadline.Stop()
 	select {
 	case <-e.done:
-		return client.Made{Fingerprint: fingerprint(e.made.PublicKey)}, nil
+		return client.Made{Fingerprint: fingerprint(e.made.PublicKey), Key: e.made.PublicKey, Credential: e.made.Credential, Origin: e.made.Origin}, nil
 	case <-deadline.C:
 	case <-r.Context().Done():
 	}

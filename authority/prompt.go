@@ -149,14 +149,15 @@ func (p *Prompt) newSecret() (phrase, passphrase string, err error) {
 
 // AddApprover lets one who can approve add another: first the one who vouches types the
 // passphrase, then the new one chooses phrase and passphrase.
-func (p *Prompt) AddApprover(ctx context.Context, c *client.Client, by Identity, name string) (nucleus.Approver, error) {
+func (p *Prompt) AddApprover(ctx context.Context, c *client.Client, by Key, name string) (nucleus.Approver, error) {
 	if err := p.print("%s adds approver %q, who can then grant alone what needs one approval.\nyour phrase: %s\n", by.Approver, name, approval.Visible(by.Phrase)); err != nil {
 		return nucleus.Approver{}, err
 	}
-	voucher, err := p.passphrase(fmt.Sprintf("passphrase of %s: ", by.Approver))
+	signer, err := p.open(by)
 	if err != nil {
 		return nucleus.Approver{}, err
 	}
+	defer signer.Close()
 	if err := p.print("Now %q, the new approver.\n", name); err != nil {
 		return nucleus.Approver{}, err
 	}
@@ -164,7 +165,11 @@ func (p *Prompt) AddApprover(ctx context.Context, c *client.Client, by Identity,
 	if err != nil {
 		return nucleus.Approver{}, err
 	}
-	made, err := c.AddApprover(ctx, client.NewApprover{Name: name, Phrase: phrase, Passphrase: passphrase, By: by.Approver, ByPassphrase: voucher})
+	n, err := signer.NewApprover(name, phrase, passphrase, 0)
+	if err != nil {
+		return nucleus.Approver{}, err
+	}
+	made, err := c.AddApprover(ctx, n)
 	if err != nil {
 		return nucleus.Approver{}, err
 	}
@@ -178,7 +183,7 @@ const passphraseTries = 3
 //
 // A choice makes it a grant for a task, nil one for one use. The bounds of a task are shown, and
 // asked for, after the ask.
-func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identity, id, reason string, choice *TaskChoice) (client.Status, error) {
+func (p *Prompt) Approve(ctx context.Context, c *client.Client, key Key, id, reason string, choice *TaskChoice) (client.Status, error) {
 	ask, digest, err := c.Get(ctx, id)
 	if err != nil {
 		return client.Status{}, err
@@ -188,11 +193,11 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identit
 	}
 	var task *nucleus.Task
 	if choice != nil {
-		if task, err = choice.Of(ask, time.Now().UnixMilli()); err != nil {
+		if task, err = p.chooseTask(ctx, c, ask, *choice); err != nil {
 			return client.Status{}, err
 		}
 	}
-	if err := p.consent(ask, digest, identity, reason); err != nil {
+	if err := p.consent(ask, digest, key.Identity, reason); err != nil {
 		return client.Status{}, err
 	}
 	if task != nil {
@@ -200,37 +205,60 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, identity Identit
 			return client.Status{}, err
 		}
 	}
-	for try := 1; ; try++ {
-		passphrase, err := p.passphrase(fmt.Sprintf("your phrase: %s\npassphrase of %s: ", approval.Visible(identity.Phrase), identity.Approver))
-		if err != nil {
-			return client.Status{}, err
-		}
-		status, err := c.Decide(ctx, id, client.Decision{Approve: true, Approver: identity.Approver, AskDigest: digest, Reason: reason, Passphrase: passphrase, Task: task})
-		var refusal *nucleus.Error
-		if errors.As(err, &refusal) && refusal.Kind == nucleus.KindForbidden {
-			if err := p.print("%s\n", approval.Visible(refusal.Message)); err != nil {
-				return client.Status{}, err
-			}
-			if try < passphraseTries {
-				continue
-			}
-			return client.Status{}, fmt.Errorf("%w: %s", ErrNotGranted, refusal.Message)
-		}
-		if err != nil {
-			return client.Status{}, err
-		}
-		until := time.UnixMilli(ask.Expires).UTC().Format("2006-01-02 15:04:05 MST")
-		if more := status.Need - len(status.Grants); more > 0 {
-			return status, p.print("granted by %s; nothing is done until %d more of %d approvers have granted it, by %s\n", identity.Approver, more, status.Need, until)
-		}
-		if task != nil {
-			return status, p.print("granted as a task of %d uses; the first has to come by %s\n", task.Uses, until)
-		}
-		if ask.Passage != nil {
-			return status, p.print("granted; it has to be used by %s, and stands from then on as shown\n", until)
-		}
-		return status, p.print("granted once, until %s\n", until)
+	signer, err := p.openFor(key)
+	if err != nil {
+		return client.Status{}, err
 	}
+	token, err := signer.Grant(ask, task, reason)
+	signer.Close()
+	if err != nil {
+		return client.Status{}, err
+	}
+	status, err := c.Grant(ctx, id, token)
+	if err != nil {
+		return client.Status{}, err
+	}
+	until := time.UnixMilli(ask.Expires).UTC().Format("2006-01-02 15:04:05 MST")
+	if more := status.Need - len(status.Grants); more > 0 {
+		return status, p.print("granted by %s; nothing is done until %d more of %d approvers have granted it, by %s\n", key.Approver, more, status.Need, until)
+	}
+	if task != nil {
+		return status, p.print("granted as a task of %d uses; the first has to come by %s\n", task.Uses, until)
+	}
+	if ask.Passage != nil {
+		return status, p.print("granted; it has to be used by %s, and stands from then on as shown\n", until)
+	}
+	return status, p.print("granted once, until %s\n", until)
+}
+
+// openFor opens the key for a grant. A wrong passphrase may be typed again; after the last try the
+// person did not grant.
+func (p *Prompt) openFor(key Key) (*Signer, error) {
+	for try := 1; ; try++ {
+		if err := p.print("your phrase: %s\n", approval.Visible(key.Phrase)); err != nil {
+			return nil, err
+		}
+		signer, err := p.open(key)
+		var wrong *nucleus.Error
+		if !errors.As(err, &wrong) || wrong.Kind != nucleus.KindForbidden {
+			return signer, err
+		}
+		if try == passphraseTries {
+			return nil, fmt.Errorf("%w: %s", ErrNotGranted, wrong.Message)
+		}
+		if err := p.print("%s\n", wrong.Message); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// open opens a key with the passphrase that the person types.
+func (p *Prompt) open(key Key) (*Signer, error) {
+	passphrase, err := p.passphrase(fmt.Sprintf("passphrase of %s: ", key.Approver))
+	if err != nil {
+		return nil, err
+	}
+	return key.Open(passphrase)
 }
 
 // consentTask shows what a task opens beyond the ask and returns nil if the person wants that.

@@ -13,7 +13,7 @@ import (
 // AddPasskey lets one who can approve add a passkey: it is made on the page, and the one who
 // vouches compares its fingerprint before the passphrase is typed. So whoever else opened the
 // link first has made a key that is not vouched for.
-func (p *Prompt) AddPasskey(ctx context.Context, c *client.Client, by Identity, n client.NewPasskey) (nucleus.Approver, error) {
+func (p *Prompt) AddPasskey(ctx context.Context, c *client.Client, by Key, n client.NewPasskey) (nucleus.Approver, error) {
 	fail := func(err error) (nucleus.Approver, error) { return nucleus.Approver{}, err }
 	begun, err := c.Enrol(ctx, n)
 	if err != nil {
@@ -32,14 +32,19 @@ func (p *Prompt) AddPasskey(ctx context.Context, c *client.Client, by Identity, 
 		return fail(err)
 	}
 	if err := p.print("It is made, with fingerprint\n\n  %s\n\nThe page shows one too. Only if both are the same, go on: %s adds approver %q,\nwho can then grant alone what needs one approval.\nyour phrase: %s\n",
-		approval.Visible(made.Fingerprint), by.Approver, n.Name, approval.Visible(by.Phrase)); err != nil {
+		fingerprint(made.Key), by.Approver, n.Name, approval.Visible(by.Phrase)); err != nil {
 		return fail(err)
 	}
-	passphrase, err := p.passphrase(fmt.Sprintf("passphrase of %s: ", by.Approver))
+	signer, err := p.open(by)
 	if err != nil {
 		return fail(err)
 	}
-	approver, err := c.Vouch(ctx, begun.ID, client.Voucher{Fingerprint: made.Fingerprint, By: by.Approver, ByPassphrase: passphrase})
+	voucher, err := signer.VouchPasskey(n.Name, made)
+	signer.Close()
+	if err != nil {
+		return fail(err)
+	}
+	approver, err := c.Vouch(ctx, begun.ID, voucher)
 	if err != nil {
 		return fail(err)
 	}

@@ -24,9 +24,9 @@ import (
 // Events change it in update alone, which does no I/O: what is to be done comes back as
 // effects. view draws it. Neither waits, and the clock is handed in.
 type queue struct {
-	asks     asks
-	identity Identity
-	reason   string // for grants; what a denial begins with
+	asks   asks
+	sealed Key
+	reason string // for grants; what a denial begins with
 
 	width, height int
 	now           time.Time
@@ -46,7 +46,8 @@ type queue struct {
 type asks interface {
 	List(ctx context.Context, state string) ([]client.Item, error)
 	Get(ctx context.Context, id string) (nucleus.AskRequest, string, error)
-	Decide(ctx context.Context, id string, d client.Decision) (client.Status, error)
+	Grant(ctx context.Context, id, token string) (client.Status, error)
+	Deny(ctx context.Context, id string, d client.Denial) (client.Status, error)
 }
 
 // opened is an ask on the screen.
@@ -65,7 +66,10 @@ type opened struct {
 }
 
 // twin is an ask that is equal to another one.
-type twin struct{ id, digest string }
+type twin struct {
+	ask    nucleus.AskRequest
+	digest string
+}
 
 // entry is a line that is being typed.
 type entry struct {
@@ -206,7 +210,7 @@ func (q *queue) read(id string) effect {
 		for _, other := range alike {
 			ask, digest, err := q.asks.Get(ctx, other)
 			if err == nil && approval.Check(ask) == nil && equalAsks(e.ask, ask) {
-				e.equal = append(e.equal, twin{other, digest})
+				e.equal = append(e.equal, twin{ask, digest})
 			}
 		}
 		return e
@@ -458,29 +462,17 @@ func (q *queue) typed(k string) effect {
 // decide hands the decision in. Of equal asks each gets one of its own.
 func (q *queue) decide() effect {
 	o, e := q.open, q.entry
-	these := []twin{{o.ask.ID, o.digest}}
+	these := []twin{{o.ask, o.digest}}
 	if e.all {
 		these = append(these, o.equal...)
 	}
-	d := client.Decision{Approve: e.grant, Approver: q.identity.Approver, Reason: q.reason}
-	if e.grant {
-		d.Passphrase = string(e.text)
-	} else {
-		d.Reason = strings.TrimSpace(string(e.text))
-	}
-	passage, until := o.ask.Passage != nil, time.UnixMilli(o.ask.Expires).UTC().Format("15:04:05 MST")
-	q.busy = "denying"
-	if e.grant {
-		q.busy = "opening the key"
-	}
+	typed := string(e.text)
 	clear(e.text)
 	e.text = e.text[:0]
-	return func(ctx context.Context) any {
-		var out decidedEvent
+	passage, until := o.ask.Passage != nil, time.UnixMilli(o.ask.Expires).UTC().Format("15:04:05 MST")
+	each := func(ctx context.Context, decide func(context.Context, twin) (client.Status, error)) (out decidedEvent) {
 		for _, this := range these {
-			d := d
-			d.AskDigest = this.digest
-			status, err := q.asks.Decide(ctx, this.id, d)
+			status, err := decide(ctx, this)
 			if err != nil {
 				out.err = err
 				return out
@@ -488,6 +480,29 @@ func (q *queue) decide() effect {
 			out.said = append(out.said, said(status, passage, until))
 		}
 		return out
+	}
+	if !e.grant {
+		q.busy = "denying"
+		return func(ctx context.Context) any {
+			return each(ctx, func(ctx context.Context, this twin) (client.Status, error) {
+				return q.asks.Deny(ctx, this.ask.ID, client.Denial{Approver: q.sealed.Approver, AskDigest: this.digest, Reason: strings.TrimSpace(typed)})
+			})
+		}
+	}
+	q.busy = "opening the key"
+	return func(ctx context.Context) any {
+		signer, err := q.sealed.Open(typed)
+		if err != nil {
+			return decidedEvent{err: err}
+		}
+		defer signer.Close()
+		return each(ctx, func(ctx context.Context, this twin) (client.Status, error) {
+			token, err := signer.Grant(this.ask, nil, q.reason)
+			if err != nil {
+				return client.Status{}, err
+			}
+			return q.asks.Grant(ctx, this.ask.ID, token)
+		})
 	}
 }
 

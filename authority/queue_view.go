@@ -51,7 +51,7 @@ func (q *queue) view() frame {
 }
 
 func (q *queue) viewList(f *frame, add func(string)) {
-	add(spread("approvals by "+q.identity.Approver, waiting(len(q.items)), q.width))
+	add(spread("approvals by "+q.sealed.Approver, waiting(len(q.items)), q.width))
 	at, room := q.position(), q.room()
 	top := max(min(at-room/2, len(q.items)-room), 0)
 	for i := top; i < min(top+room, len(q.items)); i++ {
@@ -114,7 +114,7 @@ func (q *queue) viewAsk(f *frame, add func(string)) {
 	}
 	title := fmt.Sprintf("%s, %s old", approval.Visible(o.ask.ID), minutes(q.now.Sub(time.UnixMilli(o.ask.Created))))
 	if at := q.position(); at >= 0 && q.width >= 70 {
-		title = fmt.Sprintf("approval by %s  %d of %d: %s", q.identity.Approver, at+1, len(q.items), title)
+		title = fmt.Sprintf("approval by %s  %d of %d: %s", q.sealed.Approver, at+1, len(q.items), title)
 	}
 	add(spread(title, left, q.width))
 	for i := range q.room() {
@@ -173,8 +173,8 @@ func (q *queue) viewEntry(f *frame, add func(string)) {
 			what = fmt.Sprintf("grants %d equal asks, each once: ", len(o.equal)+1)
 		}
 		add(what + approval.Summary(o.ask))
-		add("your phrase: " + approval.Visible(q.identity.Phrase))
-		prompt = "passphrase of " + q.identity.Approver + ": "
+		add("your phrase: " + approval.Visible(q.sealed.Phrase))
+		prompt = "passphrase of " + q.sealed.Approver + ": "
 		add(prompt)
 	}
 	f.row, f.col = len(f.lines)-1, min(len(prompt), q.width-1)

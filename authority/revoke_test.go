@@ -27,11 +27,12 @@ func (b *bench) taskOf(t *testing.T, ask nucleus.AskRequest, uses int) *nucleus.
 func (b *bench) granted(t *testing.T, id string, uses int) (ids []string) {
 	t.Helper()
 	ask := askAt(t, b.c, id, nil)
-	d := client.Decision{Approve: true, Approver: "ann", AskDigest: b.submit(t, ask).AskDigest, Passphrase: passphrase}
+	b.submit(t, ask)
+	d := typed{Approve: true, Approver: "ann", Passphrase: passphrase}
 	if uses > 0 {
 		d.Task = b.taskOf(t, ask, uses)
 	}
-	status, err := b.client.Decide(t.Context(), id, d)
+	status, err := b.decide(t, id, d)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +68,7 @@ func TestTask(t *testing.T) {
 	b := newBench(t, nil)
 	b.add(t, "bob")
 	ask := askAt(t, b.c, "a-bad", nil)
-	digest := b.submit(t, ask).AskDigest
+	b.submit(t, ask)
 	for what, change := range map[string]func(*nucleus.Task){
 		"uses": func(k *nucleus.Task) { k.Uses = 21 }, "time": func(k *nucleus.Task) { k.Until += 3_600_000 }, "exposure": func(k *nucleus.Task) { k.Exposure = 0 },
 		"another": func(k *nucleus.Task) {
@@ -76,7 +77,7 @@ func TestTask(t *testing.T) {
 	} {
 		task := b.taskOf(t, ask, 3)
 		change(task)
-		_, err := b.client.Decide(t.Context(), "a-bad", client.Decision{Approve: true, Approver: "ann", AskDigest: digest, Passphrase: passphrase, Task: task})
+		_, err := b.decide(t, "a-bad", typed{Approve: true, Approver: "ann", Passphrase: passphrase, Task: task})
 		wantKind(t, what, err, nucleus.KindInvalid, "task")
 	}
 
@@ -119,19 +120,56 @@ func TestTask(t *testing.T) {
 
 	// All who approve choose the same.
 	ask = askAt(t, b.c, "a-3", func(q *nucleus.AskRequest) { q.Approvals = 2 })
-	digest = b.submit(t, ask).AskDigest
+	digest := b.submit(t, ask).AskDigest
 	task := b.taskOf(t, ask, 2)
-	if _, err := b.client.Decide(t.Context(), "a-3", client.Decision{Approve: true, Approver: "ann", AskDigest: digest, Passphrase: passphrase, Task: task}); err != nil {
+	if _, err := b.decide(t, "a-3", typed{Approve: true, Approver: "ann", Passphrase: passphrase, Task: task}); err != nil {
 		t.Fatal(err)
 	}
 	_, err := b.grantBy(t, "a-3", digest, "bob")
 	wantKind(t, "once beside a task", err, nucleus.KindConflict, "other bounds")
-	status, err := b.client.Decide(t.Context(), "a-3", client.Decision{Approve: true, Approver: "bob", AskDigest: digest, Passphrase: passphraseOf("bob"), Task: task})
+	status, err := b.decide(t, "a-3", typed{Approve: true, Approver: "bob", Passphrase: passphraseOf("bob"), Task: task})
 	if err != nil || status.State != client.Granted {
 		t.Fatalf("%+v, %v", status, err)
 	}
 	if _, err := approval.Approved(status.Tokens(), ask, b.Approvers(), b.c.ms.Load()); err != nil {
 		t.Error(err)
+	}
+}
+
+// Who grants after another takes over the bounds of the first, to their end, where the own choice is
+// for the same and no shorter; else nothing is chosen.
+func TestTaskAfter(t *testing.T) {
+	b := newBench(t, nil)
+	now := b.c.ms.Load()
+	ask := askAt(t, b.c, "a-1", nil)
+	choice := TaskChoice{Uses: 3, Life: 30 * time.Minute}
+	first, err := choice.After(ask, nil, now)
+	if err != nil || first.Until != now+1_800_000 {
+		t.Fatalf("the first: %+v, %v", first, err)
+	}
+	later := now + 100_000
+	before := []client.Given{{Approver: "ann", Task: first}, {Approver: "bob", Task: first}}
+	if task, err := choice.After(ask, before, later); err != nil || !approval.SameTask(task, first) {
+		t.Errorf("%+v, %v; want %+v", task, err, first)
+	}
+	wide, exposed := *first, *first
+	wide.Match.Push = &nucleus.PushMatch{Repo: first.Match.Push.Repo, Remote: first.Match.Push.Remote, Ref: "refs/heads/**"}
+	exposed.Exposure = ^first.Exposure
+	for what, c := range map[string]struct {
+		choice TaskChoice
+		first  *nucleus.Task
+		text   string
+	}{
+		"fewer uses":         {TaskChoice{Uses: 2, Life: choice.Life}, first, "--uses 3"},
+		"less time":          {TaskChoice{Uses: 3, Life: 10 * time.Minute}, first, "longer than --for 10m"},
+		"a narrower pattern": {choice, &wide, "another pattern"},
+		"other exposure":     {choice, &exposed, "another pattern"},
+		"once":               {choice, nil, "leave --uses out"},
+	} {
+		task, err := c.choice.After(ask, []client.Given{{Approver: "ann", Task: c.first}}, later)
+		if err == nil || task != nil || !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%s: %+v, %v; want %q", what, task, err, c.text)
+		}
 	}
 }
 

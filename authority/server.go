@@ -208,12 +208,19 @@ func (a *Authority) handler() http.Handler {
 		}
 		return exact(row.canonical), unavailable(err)
 	})
-	route("POST /v1/asks/{id}/decision", decider, func(r *http.Request, _ int) (any, error) {
-		var d client.Decision
+	route("POST /v1/asks/{id}/grant", decider, func(r *http.Request, _ int) (any, error) {
+		var g client.SignedGrant
+		if err := read(r, maxBody, &g); err != nil {
+			return nil, err
+		}
+		return a.Grant(r.PathValue("id"), g.Token)
+	})
+	route("POST /v1/asks/{id}/denial", decider, func(r *http.Request, _ int) (any, error) {
+		var d client.Denial
 		if err := read(r, maxBody, &d); err != nil {
 			return nil, err
 		}
-		return a.Decide(r.PathValue("id"), d)
+		return a.Deny(r.PathValue("id"), d)
 	})
 	route("POST /v1/asks/{id}/uses", asker, func(r *http.Request, _ int) (any, error) {
 		var use client.Use

@@ -56,6 +56,9 @@ CREATE TABLE IF NOT EXISTS grants (
 	given_ms INTEGER NOT NULL,
 	UNIQUE (ask, approver)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS dropped (
+	jti TEXT PRIMARY KEY -- a grant that was taken back before all had granted
+) STRICT;
 CREATE TABLE IF NOT EXISTS uses (
 	ask TEXT NOT NULL,
 	n INTEGER NOT NULL,
@@ -63,6 +66,10 @@ CREATE TABLE IF NOT EXISTS uses (
 	used_ms INTEGER NOT NULL,
 	outcome TEXT NOT NULL DEFAULT '',
 	PRIMARY KEY (ask, n)
+) STRICT;
+CREATE TABLE IF NOT EXISTS removed (
+	approver TEXT PRIMARY KEY,
+	removed_ms INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS passkeys (
 	approver TEXT PRIMARY KEY,
@@ -215,6 +222,17 @@ func (s *store) lastUse() (ask string, use client.UseOf, err error) {
 	return ask, use, err
 }
 
+// addRemoved writes down that an approver was removed; the first word counts.
+func (s *store) addRemoved(approver string, at int64) error {
+	_, err := s.db.Exec("INSERT INTO removed VALUES (?, ?) ON CONFLICT DO NOTHING", approver, at)
+	return err
+}
+
+// removedAt is when an approver was removed; 0: it was not.
+func (s *store) removedAt(approver string) (at int64, err error) {
+	return at, s.db.QueryRow("SELECT COALESCE(MAX(removed_ms), 0) FROM removed WHERE approver = ?", approver).Scan(&at)
+}
+
 // addPod keeps what is said of a pod unless something is known, and returns what is.
 func (s *store) addPod(pod, said string) (string, error) {
 	if _, err := s.db.Exec("INSERT INTO pods VALUES (?, ?) ON CONFLICT DO NOTHING", pod, said); err != nil {
@@ -342,10 +360,26 @@ func (s *store) addGrant(r askRow, g client.Given) error {
 	return tx.Commit()
 }
 
-// dropGrant forgets a grant of an ask that is pending.
+// dropGrant takes a grant from an ask that is pending, for good.
 func (s *store) dropGrant(id string) error {
-	result, err := s.db.Exec("DELETE FROM grants WHERE jti = ? AND (SELECT state FROM asks WHERE id = ask) = 'pending'", id)
-	return exactlyOne(result, err)
+	tx, err := s.db.Begin()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+	result, err := tx.Exec("DELETE FROM grants WHERE jti = ? AND (SELECT state FROM asks WHERE id = ask) = 'pending'", id)
+	if err := exactlyOne(result, err); err != nil {
+		return err
+	}
+	if _, err := tx.Exec("INSERT INTO dropped VALUES (?)", id); err != nil {
+		return err
+	}
+	return tx.Commit()
+}
+
+// knowsGrant reports whether a grant was kept before.
+func (s *store) knowsGrant(id string) (known bool, err error) {
+	return known, s.db.QueryRow("SELECT EXISTS (SELECT 1 FROM grants WHERE jti = ?) OR EXISTS (SELECT 1 FROM dropped WHERE jti = ?)", id, id).Scan(&known)
 }
 
 // addUse counts use n of what was granted for an ask; two of one number are an error.

@@ -96,7 +96,7 @@ const (
 
 // Queue shows all that waits on a whole screen and lets the person decide, until they leave.
 // The terminal must know ECMA-48 (TERM is not dumb); plain draws without colours.
-func (p *Prompt) Queue(ctx context.Context, c asks, identity Identity, reason string, plain bool) (err error) {
+func (p *Prompt) Queue(ctx context.Context, c asks, key Key, reason string, plain bool) (err error) {
 	old, err := term.MakeRaw(int(p.tty.Fd()))
 	if err != nil {
 		return err
@@ -131,7 +131,7 @@ func (p *Prompt) Queue(ctx context.Context, c asks, identity Identity, reason st
 	tick := time.NewTicker(drawEvery)
 	defer tick.Stop()
 
-	q := &queue{asks: c, identity: identity, reason: reason}
+	q := &queue{asks: c, sealed: key, reason: reason}
 	defer q.forget()
 	q.update(time.Now(), p.size())
 	for shown := ""; !q.leave; {

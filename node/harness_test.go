@@ -70,6 +70,7 @@ type host struct {
 	watch    func(*wire.Stream)                              // nil: no agent runs
 	program  func(*inside, guest.AgentProgram, *wire.Stream) // in place of agent
 	joined   func(*inside, *wire.Stream)                     // who attaches to an agent
+	lost     func() bool                                     // a wire that is handed in and never taken
 	onAttach func(*inside)                                   // a later node has come
 }
 
@@ -504,10 +505,14 @@ func (m *inside) startWorker(ctx context.Context) (end func(), err error) {
 // takeWire is what guest.Proxy does with a later node: it wants a proof.
 func (m *inside) takeWire(ctx context.Context, a fake.Attach, wires *sync.WaitGroup) {
 	m.host.mu.Lock()
-	refuse, came := m.host.attach, m.host.onAttach
+	refuse, came, lost := m.host.attach, m.host.onAttach, m.host.lost
 	m.host.mu.Unlock()
 	if came != nil {
 		came(m)
+	}
+	if lost != nil && lost() {
+		wires.Go(func() { <-ctx.Done(); a.Answer(errNo) })
+		return
 	}
 	if refuse != nil {
 		a.Answer(refuse())

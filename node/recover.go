@@ -183,7 +183,7 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 		return nil, err
 	}
 	p.machine = adopted
-	if p.session, err = n.attach(ctx, p, p.machine.Wire()); err != nil {
+	if p.session, err = n.attachAgain(ctx, p); err != nil {
 		return nil, errors.Join(err, p.machine.Destroy(context.WithoutCancel(ctx)))
 	}
 	p.root.mu.Lock()
@@ -197,6 +197,30 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 		n.registerRequesters(ctx, p)
 	}
 	return p, err
+}
+
+// attachTry is how long the hand-over of one wire may take before another is handed in.
+const attachTry = 6 * time.Second
+
+// attachAgain attaches the machine's new wire; where nobody takes it, as when what hands it in
+// hangs, another one, until ctx ends.
+func (n *Node) attachAgain(ctx context.Context, p *Pod) (*wire.Session, error) {
+	conn := p.machine.Wire()
+	for {
+		trying, cancel := context.WithTimeout(ctx, attachTry)
+		session, err := n.attach(trying, p, conn)
+		late := trying.Err() != nil
+		cancel()
+		if err == nil || !late || ctx.Err() != nil {
+			return session, err
+		}
+		slog.Warn("the machine did not take its new wire; another is handed in", "pod", p.record.ID)
+		again, rewired := p.machine.Rewire(ctx)
+		if rewired != nil {
+			return nil, errors.Join(err, rewired)
+		}
+		conn = again
+	}
 }
 
 // attach proves to the machine that this node holds the key of its Boot.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -209,6 +210,25 @@ func TestRecoveryOfHostileMachines(t *testing.T) {
 		}
 		h.nothingLeft()
 	})
+}
+
+// What hands a machine its new wire may hang; another wire is handed in, and the session
+// goes on.
+func TestRecoveryHandsInAnotherWire(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	p := h.pod(specOf("w", policyOf(all)), map[string]string{"a": "text"})
+	h.kill()
+	var tries atomic.Int64
+	h.mu.Lock()
+	h.lost = func() bool { return tries.Add(1) == 1 }
+	h.mu.Unlock()
+	h.start()
+	adopted, err := h.node.pod(p.record.ID)
+	if err != nil || tries.Load() != 2 {
+		t.Fatalf("%d wires were handed in: %v", tries.Load(), err)
+	}
+	h.tool(adopted, nucleus.ReadFiles, map[string]string{"path": "a"}).want(t, "")
 }
 
 // One node at a time.

@@ -1,7 +1,7 @@
 // Package client speaks with an authority over its unix socket: for the node,
 // which asks and reads answers, and for the program at which a person decides.
 //
-// Nothing here can grant. What an answer is worth is found out by
+// Nothing here can sign a grant: it hands on what was signed. What an answer is worth is found out by
 // approval.Verify against a key that the caller knows from elsewhere.
 package client
 
@@ -113,17 +113,17 @@ type Item struct {
 	Shed      bool       `json:"shed,omitempty"` // it has ended, and what it said was removed since
 }
 
-// Decision is a person's answer to the ask with exactly this digest. To approve takes the
-// passphrase of the approver's key. Approver may be empty where there is only one.
-type Decision struct {
-	Approve    bool   `json:"approve"`
-	Approver   string `json:"approver,omitempty"`
-	AskDigest  string `json:"ask_sha256"`
-	Reason     string `json:"reason,omitempty"`
-	Passphrase string `json:"passphrase,omitempty"`
+// SignedGrant is a grant as its approver has signed it.
+type SignedGrant struct {
+	Token string `json:"token"` // see approval.Verify
+}
 
-	// Task makes it a grant for a task, see approval.CheckTask; all who approve choose the same.
-	Task *nucleus.Task `json:"task,omitempty"`
+// Denial is a person's refusal of the ask with exactly this digest. Approver may be empty where
+// there is only one.
+type Denial struct {
+	AskDigest string `json:"ask_sha256"`
+	Approver  string `json:"approver,omitempty"`
+	Reason    string `json:"reason,omitempty"`
 }
 
 // Use is one use of what was granted for an ask.
@@ -228,14 +228,14 @@ type Used struct {
 	Of int `json:"of"`
 }
 
-// NewApprover makes a key for one more approver, sealed with a passphrase of its own, on the
-// word of one who is there.
+// NewApprover is the key of one more approver, and the word of one who is there for it.
 type NewApprover struct {
-	Name         string `json:"name"`
-	Phrase       string `json:"phrase"` // see authority.Identity
-	Passphrase   string `json:"passphrase"`
-	By           string `json:"by"`
-	ByPassphrase string `json:"by_passphrase"`
+	Name    string         `json:"name"`
+	Phrase  string         `json:"phrase"`     // see authority.Identity
+	Key     []byte         `json:"public_key"` // Ed25519
+	Sealed  []byte         `json:"sealed"`     // the private key: age, by the new approver's passphrase
+	By      string         `json:"by"`
+	Vouched nucleus.Signed `json:"vouched"` // an authority.Identity, by the key of By
 }
 
 // Removed says what went with an approver: the asks whose grants, not used yet, are void.
@@ -434,7 +434,7 @@ func (c *Client) otherUser(conn net.Conn) error {
 	return nil
 }
 
-// AddApprover makes the key of one more approver.
+// AddApprover hands in the key of one more approver.
 func (c *Client) AddApprover(ctx context.Context, a NewApprover) (made nucleus.Approver, err error) {
 	return made, c.call(ctx, http.MethodPost, "/v1/approvers", a, &made)
 }
@@ -495,9 +495,14 @@ func (c *Client) Get(ctx context.Context, id string) (ask nucleus.AskRequest, di
 	return ask, digest, err
 }
 
-// Decide answers an ask.
-func (c *Client) Decide(ctx context.Context, id string, d Decision) (status Status, err error) {
-	return status, c.call(ctx, http.MethodPost, askPath(id)+"/decision", d, &status)
+// Grant hands in a grant of an ask that an approver has signed.
+func (c *Client) Grant(ctx context.Context, id, token string) (status Status, err error) {
+	return status, c.call(ctx, http.MethodPost, askPath(id)+"/grant", SignedGrant{token}, &status)
+}
+
+// Deny refuses an ask: for all approvers, for good.
+func (c *Client) Deny(ctx context.Context, id string, d Denial) (status Status, err error) {
+	return status, c.call(ctx, http.MethodPost, askPath(id)+"/denial", d, &status)
 }
 
 // Use claims one use of what was granted for an ask, before the effect. The authority counts
@@ -593,7 +598,7 @@ func (u unanswered) Unwrap() []error { return []error{u.said, u.why} }
 
 // Absent reports whether err says that nothing listens: whoever starts an authority mends it.
 func Absent(err error) bool {
-	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNRESET) // reset: it ended with the request in its queue
 }
 
 // Silent reports whether err says that an authority is there and does not answer.

@@ -28,16 +28,19 @@ type Enrolment struct {
 	Until int64  `json:"until_ms"`
 }
 
-// Made says that the passkey of an enrolment was made. The page shows the same fingerprint.
+// Made says that the passkey of an enrolment was made. The page is told its fingerprint alone; the
+// terminal makes that from the key.
 type Made struct {
 	Fingerprint string `json:"fingerprint"` // empty: not yet
+	Key         []byte `json:"public_key,omitempty"`
+	Credential  []byte `json:"credential,omitempty"`
+	Origin      string `json:"origin,omitempty"`
 }
 
 // Voucher is the word of one who can approve, and has a passphrase, for a passkey that was made.
 type Voucher struct {
-	Fingerprint  string `json:"fingerprint"`
-	By           string `json:"by,omitempty"`
-	ByPassphrase string `json:"by_passphrase"`
+	By      string         `json:"by"`
+	Vouched nucleus.Signed `json:"vouched"` // an authority.Identity, by the key of By
 }
 
 // Page is where the authority shows asks to a browser. Who has the link sees all asks and can

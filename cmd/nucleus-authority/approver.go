@@ -45,7 +45,7 @@ func (c *command) addApprover() *cobra.Command {
 		if err := authority.CheckSocketDir(c.socket); err != nil {
 			return err
 		}
-		voucher, err := authority.ReadIdentity(c.dir, by)
+		voucher, err := authority.ReadKey(c.dir, by)
 		if err != nil {
 			return err
 		}

@@ -21,7 +21,6 @@ import (
 	"cal/approval"
 	"cal/approval/client"
 	"cal/authority"
-	"cal/nucleus"
 )
 
 // The exit codes that differ from 1, failed.
@@ -195,7 +194,7 @@ func (c *command) approve() *cobra.Command {
 			return g.grant(ctx, ids)
 		case wholeScreen():
 			return atTerminal(ctx, func(p *authority.Prompt) error {
-				return p.Queue(ctx, g.api, g.identity, g.reason, os.Getenv("NO_COLOR") != "")
+				return p.Queue(ctx, g.api, g.key, g.reason, os.Getenv("NO_COLOR") != "")
 			})
 		}
 		pending, err := g.api.List(ctx, client.Pending)
@@ -225,10 +224,10 @@ func (c *command) grant() *cobra.Command {
 
 // granter is who grants, and where.
 type granter struct {
-	api      *client.Client
-	identity authority.Identity
-	reason   string
-	task     *authority.TaskChoice // nil: one use
+	api    *client.Client
+	key    authority.Key
+	reason string
+	task   *authority.TaskChoice // nil: one use
 }
 
 // granting gives a command the flags of who grants, and runs it.
@@ -249,16 +248,13 @@ func (c *command) granting(cmd *cobra.Command, run func(context.Context, granter
 		if err := authority.CheckSocketDir(c.socket); err != nil {
 			return err
 		}
-		identity, err := authority.ReadIdentity(c.dir, approver)
+		key, err := authority.ReadKey(c.dir, approver)
 		if err != nil {
 			return err
 		}
-		if identity.Kind == nucleus.ApproverPasskey {
-			return fmt.Errorf("%s has a passkey, which grants in a browser: nucleus-authority page", identity.Approver)
-		}
 		api := client.New(c.socket)
 		defer api.Close()
-		return run(cmd.Context(), granter{api, identity, reason, choice}, ids)
+		return run(cmd.Context(), granter{api, key, reason, choice}, ids)
 	}
 }
 
@@ -266,7 +262,7 @@ func (g granter) grant(ctx context.Context, ids []string) error {
 	return atTerminal(ctx, func(p *authority.Prompt) error {
 		var refused error
 		for _, id := range ids {
-			if _, err := p.Approve(ctx, g.api, g.identity, id, g.reason, g.task); errors.Is(err, authority.ErrNotGranted) {
+			if _, err := p.Approve(ctx, g.api, g.key, id, g.reason, g.task); errors.Is(err, authority.ErrNotGranted) {
 				refused = errors.Join(refused, err)
 			} else if err != nil {
 				return err
@@ -296,7 +292,7 @@ func (c *command) deny() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if _, err := api.Decide(cmd.Context(), ids[0], client.Decision{Approver: approver, AskDigest: digest, Reason: reason}); err != nil {
+		if _, err := api.Deny(cmd.Context(), ids[0], client.Denial{Approver: approver, AskDigest: digest, Reason: reason}); err != nil {
 			return err
 		}
 		fmt.Println("denied:", approval.Summary(ask))

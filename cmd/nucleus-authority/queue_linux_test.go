@@ -127,7 +127,6 @@ func TestQueueAtTerminal(t *testing.T) {
 	p.shows("wrong passphrase")
 	wantState(t, api, "a-1", client.Pending)
 
-	time.Sleep(600 * time.Millisecond) // none is tried for so long after a wrong one
 	p.text(passphrase)
 	p.press("Enter")
 	p.shows("a-1 is granted once, until", "1 ask waits")

@@ -23,7 +23,7 @@ import (
 func approveTimes(ctx context.Context, s *stage, rounds int) ([]string, error) {
 	lines := []string{
 		"## An approval: from Enter behind the passphrase", "",
-		"The call waits. Until granted: the passphrase opens the key, the grant is signed and durable, and the authority answers. Until done: the node and the machine have verified it, its use and the intent are durable, a file is written, and the caller has the answer.", "",
+		"The call waits. Until granted: the program at the terminal opens the key and signs the grant, the authority has verified it, it is durable, and the authority answers. Until done: the node and the machine have verified it, its use and the intent are durable, a file is written, and the caller has the answer.", "",
 		"| the key | until granted, ms | until done, ms | between the two, ms |", "|---|---|---|---|",
 	}
 	for _, key := range []struct {
@@ -100,8 +100,12 @@ func (s *stage) grants(ctx context.Context, home string, workFactor, rounds int)
 			return fail(ctx.Err())
 		}
 		ms := func(since time.Time) float64 { return float64(time.Since(since).Microseconds()) / 1000 }
+		ask, _, err := api.Get(ctx, pending[0].ID)
+		if err != nil {
+			return fail(err)
+		}
 		typed := time.Now()
-		if _, err := api.Decide(ctx, pending[0].ID, approvals.Decision{Approve: true, AskDigest: pending[0].AskDigest, Passphrase: benchPassphrase}); err != nil {
+		if err := grant(ctx, api, filepath.Join(home, "authority"), ask); err != nil {
 			return fail(err)
 		}
 		open, answered := ms(typed), time.Now()
@@ -113,6 +117,25 @@ func (s *stage) grants(ctx context.Context, home string, workFactor, rounds int)
 		}
 	}
 	return granted, done, between, nil
+}
+
+// grant does what the program at the terminal does once the passphrase is typed.
+func grant(ctx context.Context, api *approvals.Client, dir string, ask nucleus.AskRequest) error {
+	key, err := authority.ReadKey(dir, "")
+	if err != nil {
+		return err
+	}
+	signer, err := key.Open(benchPassphrase)
+	if err != nil {
+		return err
+	}
+	defer signer.Close()
+	token, err := signer.Grant(ask, nil, "")
+	if err != nil {
+		return err
+	}
+	_, err = api.Grant(ctx, ask.ID, token)
+	return err
 }
 
 // fullQueue lists 1,000 asks that wait.

@@ -13,6 +13,7 @@ import (
 
 	"cal/approval"
 	approvals "cal/approval/client"
+	"cal/authority"
 	"cal/internal/testenv"
 	"cal/node/client"
 	"cal/nucleus"
@@ -64,22 +65,41 @@ func (s *grantStory) asks(e *nucleus.Error) string {
 	return e.Ask
 }
 
-// grant decides by the authority's API, as its own program does.
+// grant does what the program at the terminal does.
 func (s *grantStory) grant(ask, by, passphrase string, task func(nucleus.AskRequest) *nucleus.Task) approvals.Status {
 	s.t.Helper()
-	shown, digest, err := s.authority.Get(s.e.Context(), ask)
+	shown, _, err := s.authority.Get(s.e.Context(), ask)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	d := approvals.Decision{Approve: true, Approver: by, AskDigest: digest, Passphrase: passphrase}
+	var chosen *nucleus.Task
 	if task != nil {
-		d.Task = task(shown)
+		chosen = task(shown)
 	}
-	status, err := s.authority.Decide(s.e.Context(), ask, d)
+	token, err := signer(s.t, s.e, by, passphrase).Grant(shown, chosen, "")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	status, err := s.authority.Grant(s.e.Context(), ask, token)
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	return status
+}
+
+// signer is an approver's key in clear.
+func signer(t *testing.T, e *testenv.Env, name, passphrase string) *authority.Signer {
+	t.Helper()
+	key, err := authority.ReadKey(filepath.Join(e.CAL, "authority"), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := key.Open(passphrase)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(signer.Close)
+	return signer
 }
 
 // TestGrants lets two persons approve what needs two, and one choose a task and take it back: with
@@ -106,7 +126,11 @@ func TestGrants(t *testing.T) {
 		t.Fatalf("two approvals of one person: %+v", e)
 	}
 	// A second person; the machine that runs does not know it, one that starts then does.
-	if _, err := s.authority.AddApprover(e.Context(), approvals.NewApprover{Name: "bob", Phrase: "red lamp", Passphrase: bobsSecret, By: first, ByPassphrase: testenv.Passphrase}); err != nil {
+	bob, err := signer(t, e, first, testenv.Passphrase).NewApprover("bob", "red lamp", bobsSecret, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.authority.AddApprover(e.Context(), bob); err != nil {
 		t.Fatal(err)
 	}
 	if e := run(); e == nil || e.Ask != "" {
@@ -175,6 +199,64 @@ func TestAuthorityThatCannotStart(t *testing.T) {
 	if e := s.write("a"); e == nil || e.Kind != nucleus.KindApproval || !strings.Contains(e.Message, "nobody could approve when this machine started") {
 		t.Errorf("got %+v", e)
 	}
+}
+
+// TestQuorumTask has two persons grant one task, each by the same command at a terminal of their own:
+// the second is shown, and signs, the bounds of the first.
+func TestQuorumTask(t *testing.T) {
+	e := testenv.New(t)
+	e.Approver()
+	const policy = `{"operations":{"write_files":"ask","read_files":"always"},"obligations":{"write_files":{"approvals":2}}}`
+	s := newGrantStory(t, e, `{"operations":{"read_files":"always"}}`)
+	info, err := s.authority.Info(e.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := info.Approvers[0].Name
+	bob, err := signer(t, e, first, testenv.Passphrase).NewApprover("bob", "red lamp", bobsSecret, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.authority.AddApprover(e.Context(), bob); err != nil {
+		t.Fatal(err)
+	}
+	s.start(policy)
+	ask := s.asks(s.write("src/a"))
+	at := func(who string, flags ...string) *testenv.Terminal {
+		return e.Terminal(e.Command("cal", append([]string{"approve", "grant", ask, "--approver", who, "--match", "src"}, flags...)...))
+	}
+	grant := func(who, passphrase, says string) {
+		t.Helper()
+		terminal := at(who, "--uses", "3", "--for", "30m")
+		terminal.Until("[y/N]")
+		if told := strings.Contains(terminal.Screen.String(), "has granted this ask as a task"); told != (says != "") {
+			t.Errorf("%s is told of bounds before: %v\n%s", who, told, terminal.Screen)
+		}
+		terminal.Type("y\n")
+		terminal.Until("grant all of this?")
+		terminal.Type("y\n")
+		terminal.Until("passphrase of " + who)
+		terminal.Type(passphrase + "\n")
+		if code := terminal.Wait(); code != 0 || !strings.Contains(terminal.Screen.String(), says) {
+			t.Fatalf("%s: exit code %d, want %q\n%s", who, code, says, terminal.Screen)
+		}
+	}
+	grant(first, testenv.Passphrase, "")
+	other := at("bob", "--uses", "2")
+	if code := other.Wait(); code == 0 || !strings.Contains(other.Screen.String(), "--uses 3") {
+		t.Errorf("other bounds: exit code %d\n%s", code, other.Screen)
+	}
+	if e := s.write("src/a"); s.asks(e) != ask {
+		t.Fatalf("with one grant: %+v", e)
+	}
+	grant("bob", bobsSecret, "granted as a task of 3 uses")
+	for _, path := range []string{"src/a", "src/b", "src/c"} {
+		if e := s.write(path); e != nil {
+			t.Fatalf("%s: %+v", path, e)
+		}
+	}
+	s.asks(s.write("src/d"))
+	e.Cal("audit", "verify").Want(t, 0)
 }
 
 func authorityPID(t *testing.T, e *testenv.Env) int {

@@ -103,7 +103,15 @@ func TestPasskey(t *testing.T) {
 		t.Errorf("without the passkey: %d %s", code, reply)
 	}
 	waits("without the passkey")
-	_, err = authority.Decide(e.Context(), ask, approvals.Decision{Approve: true, AskDigest: status.AskDigest, Passphrase: testenv.Passphrase})
+	shown, _, err := authority.Get(e.Context(), ask)
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := signer(t, e, "", testenv.Passphrase).Grant(shown, nil, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = authority.Grant(e.Context(), ask, token)
 	if err == nil || !strings.Contains(err.Error(), "knows the approvers touch") {
 		t.Errorf("by the passphrase, where a passkey is required: %v", err)
 	}

@@ -27,7 +27,7 @@ var logMutants = []mutant{
 	{"log: what is not kept is not cosigned", "audit/witness/witness.go", "if err := w.Store.Keep(origin, cosigned); err != nil {", "if err := w.Store.Keep(origin, cosigned); false {", "TestNotKept"},
 	{"log: an answer is the witness's", "audit/witness/client.go", "if _, err := audit.AddCosignature(signed, line, c.Key); err == nil {", "if true {", "TestClient"},
 	{"log: a witness that is ahead", "audit/witness/client.go", "if int64(stale) > cp.Size {", "if false {", "TestClient"},
-	{"log: the authority sees the log before an ask", "node/approve.go", "if _, _, err := n.witness.show(asking, askingPatience); err != nil {", "if err := error(nil); err != nil {", "TestAskIsWitnessed"},
+	{"log: the authority sees the log before an ask", "node/approve.go", "if _, _, err := n.witness.show(asking, askingPatience); err != nil {", "if err := asking.Err(); err != nil {", "TestAskIsWitnessed"},
 	{"log: no effect without a required witness", "node/record.go", "if err := n.witness.allow(); err != nil {", "if err := error(nil); err != nil {", "TestRequiredWitness"},
 	{"log: no patience with a witness that contradicts", "node/witness.go", "		w.last = time.Time{} // it contradicts: no patience", "", "TestRequiredWitness"},
 	// hostile files

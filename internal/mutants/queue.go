@@ -21,7 +21,7 @@ var queueMutants = []mutant{
 	{"queue: an ask that has changed is read anew", "authority/queue.go", "case q.items[i].AskDigest != q.open.digest:", "case false:", "TestQueueChanges"},
 	{"queue: one that has expired is closed", "authority/queue.go", "\t\tq.close(\"it has expired\")", "", "TestQueueChanges"},
 	{"queue: what is drawn is what was fetched", "authority/queue.go", "if err == nil && screen.Digest != o.digest {", "if false {", "TestQueueLies"},
-	{"queue: each ask has a digest of its own", "authority/queue.go", "d.AskDigest = this.digest", "d.AskDigest = o.digest", "TestQueueEqual"},
+	{"queue: each ask has a grant of its own", "authority/queue.go", "signer.Grant(this.ask, nil, q.reason)", "signer.Grant(o.ask, nil, q.reason)", "TestQueueEqual"},
 	{"queue: equal asks have the same reason", "authority/queue.go", "ask.Created, ask.Expires, ask.Context.UnixMilli = 0, 0, 0", "ask.Created, ask.Expires, ask.Context.UnixMilli, ask.Why = 0, 0, 0, \"\"", "TestQueueEqual"},
 	{"queue: no passphrase on the screen", "authority/queue_view.go", "\t\tadd(prompt)\n", "\t\tadd(prompt + string(e.text))\n", "TestQueue"},
 	{"told: names alone", "authority/notify/notify.go", "\tif err := note.check(); err != nil {\n\t\tn.failed(err)", "\tif err := note.check(); err != nil && false {\n\t\tn.failed(err)", "TestCommand"},
