@@ -82,13 +82,13 @@ var grantMutants = []mutant{
 	// how much can be asked, and what is kept of it
 	{"asks: a session has few open", "node/approve.go", "if n := len(s.asks); n >= maxOpenAsks {", "if n := len(s.asks); n >= 1000 {", "TestOpenAsksOfEveryKindAreLimited"},
 	{"asks: a session's bytes are bounded", "node/approve.go", "if others+bytes > maxOpenAskBytes {", "if false {", "TestOpenAskBytesAreLimited"},
-	{"asks: what a session asks is weighed", "node/approve.go", "if err := p.root.weigh(id, len(canonical)); err != nil {", "if err := p.root.weigh(id, 0); err != nil {", "TestOpenAsksOfEveryKindAreLimited"},
+	{"asks: what a session asks is weighed", "node/approve.go", "if err := p.root.weigh(id, len(canonical)); err != nil {", "if err := p.root.weigh(id, 0*len(canonical)); err != nil {", "TestOpenAsksOfEveryKindAreLimited"},
 	{"asks: no pod takes the queue", "authority/authority.go", "maxPodPending, maxPodPendingBytes},", "maxPending, maxPodPendingBytes},", "TestPodCannotTakeTheQueue"},
 	{"asks: a pod's bytes are bounded", "authority/authority.go", "maxPodPending, maxPodPendingBytes},", "maxPodPending, maxPendingBytes},", "TestPodCannotTakeTheQueue"},
 	{"asks: what lives is kept", "authority/shed.go", "case a.living(row):", "case false:", "TestShedKeepsWhatLives"},
 	{"asks: what has ended long ago goes", "authority/shed.go", "kept <= bytes:", "true:", "TestShed"},
 	{"asks: the room is given back", "authority/store.go", "\"PRAGMA incremental_vacuum\", ", "", "TestShed"},
-	{"asks: a decision that is not kept is taken back in the record", "authority/authority.go", "return errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, map[string]any{\"why\": why}, change))", "return err", "TestFullDatabase"},
+	{"asks: a decision that is not kept is taken back in the record", "authority/authority.go", "return errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, digest, map[string]any{\"why\": why}, change))", "_ = why\n\treturn err", "TestFullDatabase"},
 	{"asks: the list is bounded", "authority/revoke.go", "if len(list) == most || !of.All && !a.living(row) {", "if !of.All && !a.living(row) {", "TestApprovalsAreBounded"},
 
 	// what both logs tell
