@@ -12,6 +12,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -261,9 +262,17 @@ func (h Home) startAuthority(ctx context.Context) error {
 		return nil
 	}
 	// One that listens and does not answer is none that could be started; who needs it finds out.
-	if conn, err := net.DialTimeout("unix", h.AuthoritySocket(), time.Second); err == nil {
-		return conn.Close()
-	} else if !approvals.Absent(err) {
+	// One that was killed just now may still listen, until it breaks off.
+	asking, enough := context.WithTimeout(ctx, time.Second)
+	_, err := approvals.New(h.AuthoritySocket()).Info(asking)
+	late := asking.Err() != nil
+	enough()
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err == nil || late:
+		return nil
+	case !approvals.Absent(err) && !errors.Is(err, io.EOF):
 		return err
 	}
 	program, err := Program("nucleus-authority")
