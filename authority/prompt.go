@@ -191,6 +191,11 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, key Key, id, rea
 	if err := approval.Check(ask); err != nil {
 		return client.Status{}, err
 	}
+	if status, err := c.Status(ctx, id); err != nil {
+		return client.Status{}, err
+	} else if status.State != client.Pending { // nothing is asked of the person for nothing
+		return client.Status{}, nucleus.Errorf(nucleus.KindConflict, "ask %s is %s; nothing waits for a grant", id, status.State)
+	}
 	var task *nucleus.Task
 	if choice != nil {
 		if task, err = p.chooseTask(ctx, c, ask, *choice); err != nil {

@@ -407,6 +407,11 @@ func TestApprove(t *testing.T) {
 	if status := wantState(t, api, "a-2", client.Denied); status.Reason != "keep x" {
 		t.Errorf("status %+v", status)
 	}
+	// One that is over takes nobody's passphrase.
+	p = atPty(t, home, "", "approve", "a-2")
+	if code, out := p.end(); code != 1 || !strings.Contains(out, "ask a-2 is denied; nothing waits for a grant") || strings.Contains(out, "passphrase") {
+		t.Errorf("approve of what was denied: %d %s", code, out)
+	}
 
 	kill()
 	api, _ = daemon(t, home, nil)
