@@ -29,7 +29,7 @@ func TestNarrowest(t *testing.T) {
 		"shell":          {run(nucleus.Command{Argv: []string{"sh", "-c", "true"}, Dir: ".", Binary: "/bin/sh"}), "arbitrary code"},
 		"interpreter":    {run(nucleus.Command{Argv: []string{"python3", "x.py"}, Dir: ".", Binary: "/usr/bin/python3"}), "arbitrary code"},
 		"behind another": {run(nucleus.Command{Argv: []string{"env", "sh", "-c", "x"}, Dir: ".", Binary: "/usr/bin/env"}), "arbitrary code"},
-		"unknown":        {run(nucleus.Command{Argv: []string{"./tool"}, Dir: ".", Binary: "/work/tool"}), "arbitrary code"},
+		"unknown":        {run(nucleus.Command{Argv: []string{"./tool"}, Dir: ".", Binary: "/srv/tool"}), "arbitrary code"},
 		"with an input":  {run(nucleus.Command{Argv: []string{"git", "status"}, Dir: ".", Binary: "/usr/bin/git", Stdin: hexOf("x")}), "an input"},
 		"at a terminal":  {run(nucleus.Command{Argv: []string{"git", "status"}, Dir: ".", Binary: "/usr/bin/git", TTY: true}), "a terminal"},
 		"command":        {run(nucleus.Command{Argv: []string{"git", "status"}, Dir: ".", Binary: "/usr/bin/git"}), ""},

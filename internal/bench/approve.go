@@ -151,11 +151,15 @@ func (s *stage) fullQueue(ctx context.Context, rounds int) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := api.RegisterPod(ctx, "p-bench", map[string][]byte{"agent": public}); err != nil {
-		return nil, err
-	}
+	const each = 20 // a pod has few asks open
 	for i := range asks {
-		ask, err := benchAsk(private, i)
+		pod := fmt.Sprint("p-bench-", i/each)
+		if i%each == 0 {
+			if err := api.RegisterPod(ctx, pod, map[string][]byte{"agent": public}); err != nil {
+				return nil, err
+			}
+		}
+		ask, err := benchAsk(private, pod, i)
 		if err != nil {
 			return nil, err
 		}
@@ -185,7 +189,7 @@ func (s *stage) fullQueue(ctx context.Context, rounds int) ([]string, error) {
 }
 
 // benchAsk is the ask for a command that its requester signed.
-func benchAsk(key ed25519.PrivateKey, i int) (nucleus.AskRequest, error) {
+func benchAsk(key ed25519.PrivateKey, pod string, i int) (nucleus.AskRequest, error) {
 	fail := func(err error) (nucleus.AskRequest, error) { return nucleus.AskRequest{}, err }
 	argv := []string{"make", "test", fmt.Sprint("N=", i)}
 	args, err := nucleus.Canonical(map[string]any{"argv": argv})
@@ -193,7 +197,7 @@ func benchAsk(key ed25519.PrivateKey, i int) (nucleus.AskRequest, error) {
 		return fail(err)
 	}
 	signer := wire.Signer{KeyID: "agent", Ed25519: key}
-	r, err := signer.NewSignedRequest(http.MethodPost, "http://nucleus/v1/pods/p-bench/tools/run_bash", "p-bench", args)
+	r, err := signer.NewSignedRequest(http.MethodPost, "http://nucleus/v1/pods/"+pod+"/tools/run_bash", pod, args)
 	if err != nil {
 		return fail(err)
 	}
@@ -210,7 +214,7 @@ func benchAsk(key ed25519.PrivateKey, i int) (nucleus.AskRequest, error) {
 	}
 	salt, now := nucleus.NewSalt(), time.Now().UnixMilli()
 	ask := nucleus.AskRequest{
-		ID: fmt.Sprint("a-", i), Pod: "p-bench", Workspace: "bench", Session: "s-1", Boot: "b-1", Requester: "agent",
+		ID: fmt.Sprint("a-", i), Pod: pod, Workspace: "bench", Session: "s-1", Boot: "b-1", Requester: "agent",
 		Action: nucleus.Action{Op: nucleus.RunBash, Args: nucleus.SHA256(args), Command: &nucleus.Command{Argv: argv, Dir: ".", Binary: "/usr/bin/make"}},
 		Salt:   salt[:], Policy: nucleus.SHA256([]byte("policy")), Rule: "operations.run_bash", Why: "each time", Tier: "kernel", Mode: "mediated", Approvals: 1,
 		Context: nucleus.Context{UnixMilli: now}, Created: now, Expires: now + 600_000, Nonce: fmt.Sprint("n-", i),
