@@ -118,13 +118,6 @@ func (b *askBook) clear() {
 	}
 }
 
-func (b *askBook) get(id string) (pendingAsk, bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	p, ok := b.asks[id]
-	return p, ok
-}
-
 // same finds a living ask for the same action, or for the place that the action leads to,
 // so that an agent that repeats itself does not fill the person's queue; the caller holds
 // what it keeps. An ask for a place that told the person less than the session has taken

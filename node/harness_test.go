@@ -1536,3 +1536,11 @@ func (h *host) memoryLog() *memoryFS {
 	}
 	return disk
 }
+
+// get is an ask that is held.
+func (b *askBook) get(id string) (pendingAsk, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	p, ok := b.asks[id]
+	return p, ok
+}

@@ -478,3 +478,46 @@ func TestAnEndThatDoesNotStopIsReset(t *testing.T) {
 		})
 	}
 }
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+// TestHalfCloseIsBounded: the other end may go on for the linger, and a cut is no
+// orderly end.
+func TestHalfCloseIsBounded(t *testing.T) {
+	p, q := socketPair(t)
+	l := defaultLimits
+	l.linger = 50 * time.Millisecond
+	host, err := newSession(p, yamuxClient, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	guest, err := Guest(q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer guest.Close()
+	a, b := streams(t, host, guest)
+	if err := a.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := b.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("the other end reads %d, %v; want EOF", n, err)
+	}
+	if _, err := a.Write([]byte("x")); err == nil {
+		t.Error("wrote after the end")
+	}
+	b.Write([]byte("more"))
+	a.SetReadDeadline(time.Now().Add(patience))
+	if got, err := io.ReadAll(a); string(got) != "more" || !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("got %q, %v; want the cut to be an error", got, err)
+	}
+	pipe, other := net.Pipe()
+	defer pipe.Close()
+	defer other.Close()
+	if err := NewStream(pipe).CloseWrite(); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("on a connection without halves: %v", err)
+	}
+}

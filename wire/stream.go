@@ -146,3 +146,10 @@ func (s *Stream) RecvJSON(want Frame, limit int, v any) error {
 	}
 	return json.Unmarshal(payload, v)
 }
+
+// endWriting reports whether it could tell the other end of conn, and nobody
+// else, that no more will come.
+func endWriting(conn net.Conn) bool {
+	half, ok := conn.(interface{ CloseWrite() error })
+	return ok && half.CloseWrite() == nil
+}
