@@ -87,7 +87,7 @@ func (d *Driver) start(ctx context.Context, place place, rec record, held io.Clo
 		host.Close()
 		return nil, err
 	}
-	if err := rec.checkCgroup(d.config.Cgroups, m.sandbox.PID); err != nil {
+	if err := rec.group().Check(d.config.Cgroups, m.sandbox.PID, rec.wanted); err != nil {
 		host.Close()
 		m.letGo()
 		return nil, err
@@ -202,7 +202,7 @@ func (m *Machine) awaitDeath() {
 	}
 	if m.reason == "" {
 		m.reason = "the sandbox ended"
-		if m.rec.outOfMemory(m.driver.config.Cgroups) {
+		if m.rec.group().OutOfMemory(m.driver.config.Cgroups) {
 			m.reason = fmt.Sprintf("the kernel killed the sandbox: it exceeded its memory limit of %d MB", m.rec.Memory>>20)
 		}
 	}
