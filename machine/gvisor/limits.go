@@ -3,7 +3,6 @@ package gvisor
 import (
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"strconv"
 	"strings"
@@ -91,26 +90,6 @@ const (
 	ownThreads = 1024      // of sentry and gofers
 	diskRate   = 512 << 20 // bytes a second; a machine must not take the whole disk
 )
-
-// someProcessors returns n of the processors that this thread may use, other
-// ones each time, or all where there are no more than n.
-func someProcessors(n int) (set unix.CPUSet, err error) {
-	var allowed unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
-		return set, err
-	}
-	var list []int
-	for cpu := range len(allowed) * 64 {
-		if allowed.IsSet(cpu) {
-			list = append(list, cpu)
-		}
-	}
-	rand.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] }) //nolint:gosec // spreads load, hides nothing
-	for _, cpu := range list[:min(n, len(list))] {
-		set.Set(cpu)
-	}
-	return set, nil
-}
 
 // gauge measures the bytes that a sandbox holds: the guest's memory and files in
 // memory, all of which lie in memfds that it makes at its start, and the sentry's own.

@@ -3,7 +3,6 @@ package gvisor
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
@@ -156,18 +155,4 @@ func stateOf(t *testing.T, pid int) string {
 		}
 	}
 	return ""
-}
-
-func TestProcessors(t *testing.T) {
-	cmd := exec.Command("/usr/bin/grep", "Cpus_allowed_list", "/proc/self/status")
-	output, err := cmd.StdoutPipe()
-	must(t, err)
-	must(t, startOn(cmd.Start, 1))
-	line := make([]byte, 100)
-	n, err := output.Read(line)
-	must(t, err)
-	must(t, cmd.Wait())
-	if strings.ContainsAny(string(line[:n]), "-,") {
-		t.Errorf("child runs on %s", line[:n])
-	}
 }

@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -112,7 +111,7 @@ func (d *Driver) run(ctx context.Context, place place, rec record, guest *os.Fil
 	args := append(d.flags(place, rec), "run", "--detach", "--bundle="+string(place), "--pid-file="+place.pid(), "--pass-fd=3:3", container)
 	cmd := command(ctx, d.config.Runsc, args, guest)
 	cmd.Stdout, cmd.Stderr = console, console
-	if err := startOn(rec.starter(cmd, place), rec.processors()); err != nil {
+	if err := process.StartOn(rec.starter(cmd, place), rec.processors()); err != nil {
 		return fmt.Errorf("runsc: %w", err)
 	}
 	if err := cmd.Wait(); err != nil {
@@ -142,29 +141,6 @@ func (r record) processors() int {
 		return 0
 	}
 	return r.CPU
-}
-
-// startOn starts a program on n processors. Affinity passes to a child from the
-// thread that starts it, so the thread takes it on for that moment.
-func startOn(start func() error, n int) error {
-	if n == 0 {
-		return start()
-	}
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	var before unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &before); err != nil {
-		return err
-	}
-	few, err := someProcessors(n)
-	if err != nil {
-		return err
-	}
-	if err := unix.SchedSetaffinity(0, &few); err != nil {
-		return err
-	}
-	started := start()
-	return errors.Join(started, unix.SchedSetaffinity(0, &before))
 }
 
 // hold finds the running sandbox of a place and begins to watch it.
