@@ -469,7 +469,7 @@ func (d *drawing) sub(s *nucleus.Sub) {
 		}
 	}
 	if r := s.Resources; r != nil {
-		d.field("resources", fmt.Sprintf("cpu %d, memory_mb %d, pids %d (0: the default)", r.CPU, r.MemoryMB, r.Pids))
+		d.field("resources", fmt.Sprintf("cpu %d, memory_mb %d, pids %d, disk_mb %d (0: the default)", r.CPU, r.MemoryMB, r.Pids, r.DiskMB))
 	}
 	for _, name := range s.Env {
 		d.field("env", quote(name))

@@ -205,7 +205,7 @@ func actionIn(t testing.TB, text string, op nucleus.Op) nucleus.Action {
 		s := &nucleus.Sub{Do: nucleus.SubDo(r.one("do")), Pod: r.one("pod"), Task: r.one("task"), Agent: r.one("agent"), Driver: r.one("driver"), Tier: nucleus.Tier(r.one("tier")),
 			Mode: nucleus.Mode(r.one("mode")), Repo: r.one("repository"), Branch: r.one("branch"), Commit: r.one("commit"), Env: r.all("env"), Keep: r.notes("the pod stays when its agent has ended")}
 		var c nucleus.Resources
-		if _, err := fmt.Sscanf(r.one("resources"), "cpu %d, memory_mb %d, pids %d", &c.CPU, &c.MemoryMB, &c.Pids); err != nil {
+		if _, err := fmt.Sscanf(r.one("resources"), "cpu %d, memory_mb %d, pids %d, disk_mb %d", &c.CPU, &c.MemoryMB, &c.Pids, &c.DiskMB); err != nil {
 			t.Fatal(err)
 		}
 		s.Resources = &c

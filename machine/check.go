@@ -14,8 +14,11 @@ import (
 
 var validID = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
 
-// The resources that a Spec can limit.
-var resources = []string{"cpu", "memory", "pids"}
+// Resources are what a Spec can limit, in the order in which Limits states them.
+var Resources = []string{"cpu", "memory", "pids", "disk"}
+
+// watchable are those whose limit a driver may watch.
+var watchable = []string{"cpu", "memory", "pids"}
 
 // Check refuses what no driver may accept: names that are paths, a directory
 // that others can enter, layers over places of the machine's own or over one
@@ -127,14 +130,15 @@ func (s Spec) checkResources() error {
 		{"cpu", s.Resources.CPU, 1, 32},
 		{"memory_mb", s.Resources.MemoryMB, 256, 65536},
 		{"pids", s.Resources.Pids, 64, 1 << 20},
+		{"disk_mb", s.Resources.DiskMB, 64, 512000},
 	} {
 		if limit.value != 0 && (limit.value < limit.least || limit.value > limit.most) {
 			return Refuse("%s %d is outside %d-%d", limit.name, limit.value, limit.least, limit.most)
 		}
 	}
 	for _, name := range s.Watched {
-		if !slices.Contains(resources, name) {
-			return Refuse("unknown resource %q may not be watched (cpu, memory, pids)", name)
+		if !slices.Contains(watchable, name) {
+			return Refuse("resource %q may not be watched (%s)", name, strings.Join(watchable, ", "))
 		}
 	}
 	return nil
@@ -174,7 +178,7 @@ func within(path, dir string) bool {
 // States says how a limit is kept; a Spec's limit that is only watched must be
 // allowed by name.
 func (s Spec) States(limits []nucleus.Limit) error {
-	stated := map[string]int{"cpu": s.Resources.CPU, "memory": s.Resources.MemoryMB, "pids": s.Resources.Pids}
+	stated := map[string]int{"cpu": s.Resources.CPU, "memory": s.Resources.MemoryMB, "pids": s.Resources.Pids, "disk": s.Resources.DiskMB}
 	for _, limit := range limits {
 		if stated[limit.Resource] == 0 || limit.How == Enforced {
 			continue
@@ -182,8 +186,11 @@ func (s Spec) States(limits []nucleus.Limit) error {
 		if limit.How == Watched && slices.Contains(s.Watched, limit.Resource) {
 			continue
 		}
-		return Refuse("%s limit of %s would be %s here, not enforced; allow it by name (allow_watched: [%s]) or leave the limit out",
-			limit.Resource, limit.Value, limit.How, limit.Resource)
+		if limit.How == Watched {
+			return Refuse("%s limit of %s would be %s here, not enforced; allow it by name (allow_watched: [%s]) or leave the limit out",
+				limit.Resource, limit.Value, limit.How, limit.Resource)
+		}
+		return Refuse("%s is not limited here, and a limit of %d is asked for; leave it out, or take another driver", limit.Resource, stated[limit.Resource])
 	}
 	return nil
 }

@@ -39,9 +39,11 @@ type Spec struct {
 	// descriptor 3; a new wire is handed in by `nucleus.MachineProxy attach`, the same way.
 	Proxy string
 
-	// Workspace is shown at nucleus.MachineWorkspace, the only directory of the host that the machine can
-	// write. Nobody else changes it while the machine lives; who reads it there
-	// sees at once what the machine wrote.
+	// Workspace is a directory of the host for what outlives the machine. Nobody else changes
+	// it while the machine lives. Either it is itself shown at nucleus.MachineWorkspace, as the only
+	// directory of the host that the machine can write, and who reads it there sees at once what
+	// the machine wrote; or it holds a disk that is mounted there (Facts.Sync). A driver
+	// refuses a workspace that is of the other kind.
 	Workspace string
 
 	Image     nucleus.Image   // "host" or "directory"
@@ -66,6 +68,11 @@ type Facts struct {
 
 	// Env is what the image gives to the tools, PATH at least.
 	Env map[string]string `json:"env,omitempty"`
+
+	// Sync says that the workspace is a disk of the machine's own, which its kernel writes
+	// later. The proxy must then write it out (syncfs) after each call that may have
+	// changed it, before it signs what came of the call.
+	Sync bool `json:"sync,omitempty"`
 }
 
 // Driver makes machines of one kind. All methods may be called at once.
@@ -112,7 +119,7 @@ type Machine interface {
 
 	Facts() Facts
 
-	// Limits says for cpu, memory and pids what holds and how. Memory and pids are
+	// Limits says for each of Resources, in their order, what holds and how. Memory and pids are
 	// limited by a driver whose tier is not none where the Spec says nothing, too: what
 	// runs away in a machine must not take the host with it. Such a limit may be watched.
 	Limits() []nucleus.Limit

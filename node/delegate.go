@@ -462,7 +462,7 @@ func narrowResources(from, want nucleus.Resources) (nucleus.Resources, error) {
 		name  string
 		from  int
 		asked *int
-	}{{"cpu", from.CPU, &want.CPU}, {"memory_mb", from.MemoryMB, &want.MemoryMB}, {"pids", from.Pids, &want.Pids}} {
+	}{{"cpu", from.CPU, &want.CPU}, {"memory_mb", from.MemoryMB, &want.MemoryMB}, {"pids", from.Pids, &want.Pids}, {"disk_mb", from.DiskMB, &want.DiskMB}} {
 		switch {
 		case *r.asked == 0:
 			*r.asked = r.from

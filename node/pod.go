@@ -282,7 +282,7 @@ func checkResources(r nucleus.Resources) error {
 	for _, limit := range []struct {
 		name             string
 		value, low, high int
-	}{{"cpu", r.CPU, 1, 32}, {"memory_mb", r.MemoryMB, 256, 65536}, {"pids", r.Pids, 16, 1 << 20}} {
+	}{{"cpu", r.CPU, 1, 32}, {"memory_mb", r.MemoryMB, 256, 65536}, {"pids", r.Pids, 16, 1 << 20}, {"disk_mb", r.DiskMB, 64, 512000}} {
 		if limit.value != 0 && (limit.value < limit.low || limit.value > limit.high) {
 			return nucleus.Errorf(nucleus.KindInvalid, "resources.%s is %d, want %d to %d", limit.name, limit.value, limit.low, limit.high)
 		}

@@ -110,6 +110,7 @@ type Resources struct {
 	CPU      int `json:"cpu,omitempty"`       // cores
 	MemoryMB int `json:"memory_mb,omitempty"` // MiB
 	Pids     int `json:"pids,omitempty"`
+	DiskMB   int `json:"disk_mb,omitempty"` // MiB, of scratch and of a new workspace, each, where the machine has disks of its own
 }
 
 // Agent is the program of a session.

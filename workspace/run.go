@@ -33,6 +33,7 @@ type RunOptions struct {
 	EnvFile, Root       string
 	Trust, NoTTY        bool
 	CPU, MemoryMB, Pids int
+	DiskMB              int
 	AllowWatched        []string
 	Command             []string
 }
@@ -68,7 +69,7 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 		p.Spec.Mode = nucleus.Mode(o.Mode)
 	}
 	p.Spec.Driver, p.Spec.Require, p.Spec.Approvals = o.Driver, nucleus.Tier(o.Require), o.Approvals
-	p.Spec.Resources = nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB, Pids: o.Pids}
+	p.Spec.Resources = nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB, Pids: o.Pids, DiskMB: o.DiskMB}
 	p.Spec.Watched = o.AllowWatched
 	var err error
 	if p.Spec.Policy, err = h.policyOf(o.Policy); err != nil {

@@ -63,6 +63,7 @@ func runCommand() *cobra.Command {
 	f.IntVar(&o.CPU, "cpu", 0, "limit in cores")
 	f.IntVar(&o.MemoryMB, "memory", 0, "limit in MiB (none stated: half of the host's, watched)")
 	f.IntVar(&o.Pids, "pids", 0, "limit in processes and threads (none stated: 2048)")
+	f.IntVar(&o.DiskMB, "disk", 0, "size in MiB of a microVM's scratch disk, and of a new workspace")
 	f.StringSliceVar(&o.AllowWatched, "allow-watched", nil, "resources whose limit may be watched where it cannot be enforced")
 	f.BoolVarP(&yes, "yes", "y", false, "answer the launch confirmation (never an approval)")
 	return cmd

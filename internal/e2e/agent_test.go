@@ -22,6 +22,9 @@ var providers = map[string]provider{
 	"claude-code": {"claude-code", script.Anthropic, func(url, key string) map[string]string {
 		return map[string]string{"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": key}
 	}},
+	"opencode": {"opencode", script.Anthropic, func(url, key string) map[string]string {
+		return map[string]string{"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": key}
+	}},
 	"codex": {"codex", script.OpenAI, func(url, key string) map[string]string {
 		return map[string]string{"OPENAI_BASE_URL": url + "/v1", "OPENAI_API_KEY": key}
 	}},
@@ -47,6 +50,7 @@ func (p provider) start(t *testing.T, e *testenv.Env, key string, m script.Model
 func TestAgent(t *testing.T) {
 	t.Run("claude-code", func(t *testing.T) { agentStory(t, providers["claude-code"], true) })
 	t.Run("codex", func(t *testing.T) { agentStory(t, providers["codex"], false) })
+	t.Run("opencode", func(t *testing.T) { agentStory(t, providers["opencode"], false) })
 }
 
 func agentStory(t *testing.T, p provider, trusted bool) {

@@ -22,7 +22,7 @@ import (
 // and no workspace to write; in contained mode there is both.
 func TestBuiltinTools(t *testing.T) {
 	for _, mode := range []nucleus.Mode{nucleus.Mediated, nucleus.Contained} {
-		for _, agent := range []string{"claude-code", "codex"} {
+		for _, agent := range []string{"claude-code", "codex", "opencode"} {
 			t.Run(string(mode)+" "+agent, func(t *testing.T) { builtinStory(t, providers[agent], mode) })
 		}
 	}
@@ -38,6 +38,11 @@ var builtinSteps = map[string][]script.Step{
 	"claude-code": {
 		{Tool: "Bash", Args: map[string]any{"command": builtinShell, "description": "compute"}},
 		{Tool: "Write", Args: map[string]any{"file_path": builtinFile, "content": "by-tool"}},
+		{Text: "ENDED"},
+	},
+	"opencode": {
+		{Tool: "bash", Args: map[string]any{"command": builtinShell, "description": "compute"}},
+		{Tool: "write", Args: map[string]any{"filePath": builtinFile, "content": "by-tool"}},
 		{Text: "ENDED"},
 	},
 	"codex": {

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 )
 
@@ -13,10 +14,14 @@ func Anthropic(m Model) *Server { return newServer(m, anthropic{}) }
 
 type anthropic struct{}
 
+// titleOf is how opencode asks for a title of the session.
+const titleOf = "You are a title generator"
+
 type anthropicBody struct {
 	Model     string
 	Stream    bool
 	MaxTokens int `json:"max_tokens"`
+	System    blocks
 	Messages  []struct {
 		Role    string
 		Content blocks
@@ -74,7 +79,7 @@ func (anthropic) read(r *Request) (asked, error) {
 		r.Tools = append(r.Tools, tool.Name)
 	}
 	// A request for a JSON value is a title or a summary; one token is a probe.
-	if a.schema != nil || body.MaxTokens == 1 {
+	if a.schema != nil || body.MaxTokens == 1 || strings.Contains(body.System.text(), titleOf) {
 		return a, nil
 	}
 	r.Side = false
@@ -131,7 +136,7 @@ func (anthropic) events(r *Request, a asked) ([]event, any, error) {
 	if r.Step.Tool != "" {
 		reason = "tool_use"
 		use := func(input any) map[string]any {
-			return map[string]any{"type": "tool_use", "id": "toolu_script" + id, "name": qualified(r.Step), "input": input}
+			return map[string]any{"type": "tool_use", "id": "toolu_script" + id, "name": qualified(r.Step, r.Tools), "input": input}
 		}
 		add(use(map[string]any{}), use(args), map[string]any{"type": "input_json_delta", "partial_json": string(args)})
 	}
@@ -153,10 +158,14 @@ func (anthropic) events(r *Request, a asked) ([]event, any, error) {
 	return events, whole, nil
 }
 
-// qualified is a tool's name where MCP tools carry their server in the name.
-func qualified(s Step) string {
+// qualified is the name of a step's tool where those of an MCP server carry the server in
+// front: as most clients write it, or as the client does that offers it so.
+func qualified(s Step, offered []string) string {
 	if s.Server == "" {
 		return s.Tool
+	}
+	if name := s.Server + "_" + s.Tool; slices.Contains(offered, name) {
+		return name
 	}
 	return "mcp__" + s.Server + "__" + s.Tool
 }

@@ -184,7 +184,7 @@ func (openai) events(r *Request, a asked) ([]event, any, error) {
 		output = append(output, done)
 	}
 	if r.Step.Tool != "" {
-		call := toolCall(r.Step, args, id, a.code && !slices.Contains(r.Tools, qualified(r.Step)))
+		call := toolCall(r.Step, args, id, a.code && !slices.Contains(r.Tools, qualified(r.Step, r.Tools)))
 		index := len(output)
 		started := map[string]any{"status": "in_progress"}
 		for k, v := range call {
@@ -218,7 +218,7 @@ func toolCall(s Step, args json.RawMessage, id string, byProgram bool) map[strin
 	call := map[string]any{"call_id": "call_script" + id}
 	if byProgram {
 		call["id"], call["type"], call["name"] = "ctc_script"+id, "custom_tool_call", "exec"
-		call["input"] = fmt.Sprintf("const result = await tools.%s(%s);\ntext(result);\n", qualified(s), args)
+		call["input"] = fmt.Sprintf("const result = await tools.%s(%s);\ntext(result);\n", qualified(s, nil), args)
 		return call
 	}
 	call["id"], call["type"], call["name"], call["arguments"] = "fc_script"+id, "function_call", s.Tool, string(args)

@@ -127,6 +127,7 @@ func (d *Driver) limits(want nucleus.Resources) []nucleus.Limit {
 		{"cpu", "cores", machine.Enforced, want.CPU},
 		{"memory", "MB", d.config.Memory, want.MemoryMB},
 		{"pids", "tasks a user", machine.Enforced, want.Pids},
+		{"disk", "MB", machine.Enforced, want.DiskMB},
 	} {
 		if resource.value == 0 {
 			limits = append(limits, machine.NoLimit(resource.name))

@@ -19,16 +19,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
 
 	"cal/image"
-	"cal/internal/durable"
 	"cal/internal/idmap"
+	"cal/internal/process"
 	"cal/machine"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -107,25 +107,18 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 	if err := place.check(); err != nil {
 		return nil, err
 	}
-	if place.used() {
-		return nil, errUsed(place)
-	}
-	held, err := lockPlace(ctx, place)
+	held, err := site.Claim(ctx, spec.Dir, recordFile)
 	if err != nil {
 		return nil, err
-	}
-	if place.used() { // meanwhile
-		held.Close()
-		return nil, errUsed(place)
 	}
 	defer func() {
 		if err == nil {
 			return
 		}
 		// What ended the start must not end the cleaning up.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
 		defer cancel()
-		err = errors.Join(err, d.clear(ctx, place), place.unlock(held))
+		err = errors.Join(err, d.clear(ctx, place), site.Unlock(spec.Dir, held))
 	}()
 	rec, err := d.begin(ctx, spec)
 	if err != nil {
@@ -197,7 +190,7 @@ func (d *Driver) Adopt(ctx context.Context, dir string) (_ machine.Machine, err 
 	if err != nil {
 		return nil, err
 	}
-	held, err := lockPlace(ctx, place)
+	held, err := site.Lock(ctx, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -220,7 +213,7 @@ func (d *Driver) Remove(ctx context.Context, dir string) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	held, err := lockPlace(ctx, place(dir))
+	held, err := site.Lock(ctx, dir)
 	if err != nil {
 		return err
 	}
@@ -228,30 +221,7 @@ func (d *Driver) Remove(ctx context.Context, dir string) error {
 		held.Close()
 		return err
 	}
-	return place(dir).discard(held)
-}
-
-// lockTimeout outlasts the moment in which a child of a killed node still has the
-// node's lock, between fork and exec, on a busy host.
-const lockTimeout = 2 * time.Second
-
-func lockPlace(ctx context.Context, place place) (io.Closer, error) {
-	dir, err := durable.OpenDir(string(place))
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
-	defer cancel()
-	for {
-		held, err := dir.Lock(lockFile)
-		if err == nil {
-			return held, nil
-		}
-		if !errors.Is(err, durable.ErrLocked) || pause(ctx, 5*time.Millisecond) != nil {
-			return nil, fmt.Errorf("machine directory %s: %w", place, err)
-		}
-	}
+	return site.Discard(dir, held)
 }
 
 // clear ends every process of a machine and deletes what was made for it, the
@@ -259,13 +229,13 @@ func lockPlace(ctx context.Context, place place) (io.Closer, error) {
 // between fork and exec shows up late.
 func (d *Driver) clear(ctx context.Context, place place) error {
 	for {
-		if err := endProcesses(ctx, place.runscRoot()); err != nil {
+		if err := process.End(ctx, place.argument()); err != nil {
 			return err
 		}
 		if err := d.delete(ctx, place); err != nil {
 			return err
 		}
-		left, err := processes(place.runscRoot())
+		left, err := process.Find(place.argument())
 		if err != nil || len(left) == 0 {
 			return err
 		}
@@ -277,21 +247,13 @@ func (d *Driver) delete(ctx context.Context, place place) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := errors.Join(deleteTree(string(place), made...), d.deleteRoot(rec)); err != nil {
+	if err := errors.Join(site.Delete(string(place), made...), d.deleteRoot(rec)); err != nil {
 		return err
 	}
 	if err := removeCgroup(ctx, d.config.Cgroups, rec.Cgroup); err != nil {
 		return err
 	}
-	if err := deleteTree(string(place), recordFile); err != nil {
-		return err
-	}
-	dir, err := durable.OpenDir(string(place))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Clean() // of a record that was being written
+	return site.DeleteRecord(string(place), recordFile)
 }
 
 // deleteRoot removes a skeleton outside the place. A record that names anything
@@ -303,19 +265,5 @@ func (d *Driver) deleteRoot(rec record) error {
 	if filepath.Dir(rec.Root) != filepath.Clean(d.config.Roots) {
 		return fmt.Errorf("record names the root %s, which is not in %s", rec.Root, d.config.Roots)
 	}
-	return deleteTree(filepath.Dir(rec.Root), filepath.Base(rec.Root))
-}
-
-// deleteTree removes names of a directory and never goes through a mount.
-func deleteTree(dir string, names ...string) error {
-	for _, name := range names {
-		path := filepath.Join(dir, name)
-		if err := unmountBelow(path); err != nil {
-			return err
-		}
-		if err := os.RemoveAll(path); err != nil {
-			return err
-		}
-	}
-	return nil
+	return site.Delete(filepath.Dir(rec.Root), filepath.Base(rec.Root))
 }

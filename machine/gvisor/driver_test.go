@@ -13,8 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/machinetest/script"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -89,28 +91,28 @@ func TestNoRootOfTheHost(t *testing.T) {
 	h.Create(t, spec)
 	own, err := os.Readlink("/proc/self/ns/user")
 	must(t, err)
-	running, err := processes(place(spec.Dir).runscRoot())
+	running, err := process.Find(place(spec.Dir).argument())
 	must(t, err)
 	if len(running) < 2 {
 		t.Fatalf("found %d processes, want sandbox and gofer", len(running))
 	}
 	for _, p := range running {
-		defer p.file.Close()
+		defer p.Close()
 		var stat syscall.Stat_t
-		must(t, syscall.Stat(fmt.Sprintf("/proc/%d", p.pid), &stat))
+		must(t, syscall.Stat(fmt.Sprintf("/proc/%d", p.PID), &stat))
 		if stat.Uid == 0 || os.Geteuid() == 0 && stat.Uid < lowestID {
-			t.Errorf("%s runs as uid %d", p.name, stat.Uid)
+			t.Errorf("%s runs as uid %d", p.Name, stat.Uid)
 		}
-		if space, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/user", p.pid)); err != nil || space == own {
-			t.Errorf("%s is in the host's user namespace: %q %v", p.name, space, err)
+		if space, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/user", p.PID)); err != nil || space == own {
+			t.Errorf("%s is in the host's user namespace: %q %v", p.Name, space, err)
 		}
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
 		must(t, err)
 		if groups := strings.TrimSpace(statusValue(string(status), "Groups")); os.Geteuid() == 0 && groups != "" {
-			t.Errorf("%s has supplementary groups %q", p.name, groups)
+			t.Errorf("%s has supplementary groups %q", p.Name, groups)
 		}
-		if session := sessionOf(t, p.pid); session == sessionOf(t, os.Getpid()) {
-			t.Errorf("%s is in this session", p.name)
+		if session := sessionOf(t, p.PID); session == sessionOf(t, os.Getpid()) {
+			t.Errorf("%s is in this session", p.Name)
 		}
 	}
 }
@@ -158,16 +160,16 @@ func TestConsoleIsBounded(t *testing.T) {
 	for deadline := time.Now().Add(10 * time.Second); ; {
 		info, err := os.Stat(name)
 		must(t, err)
-		if info.Size() <= consoleMost {
+		if info.Size() <= site.ConsoleMost {
 			break
 		}
 		if time.Now().After(deadline) {
 			t.Fatalf("the console has %d bytes", info.Size())
 		}
-		must(t, pause(t.Context(), 50*time.Millisecond))
+		must(t, site.Pause(t.Context(), 50*time.Millisecond))
 	}
 	guest.Must(script.Action{Do: "stdout", Data: "and one more\n", UID: -1})
-	if shown := m.Console(); len(shown) > consoleTail || !strings.HasSuffix(shown, "the last line\nand one more\n") {
+	if shown := m.Console(); len(shown) > site.ConsoleTail || !strings.HasSuffix(shown, "the last line\nand one more\n") {
 		t.Errorf("console ends with %q", shown[max(0, len(shown)-60):])
 	}
 }

@@ -15,9 +15,11 @@ import (
 
 	"cal/image"
 	"cal/internal/idmap"
+	"cal/internal/process"
 	"cal/internal/testenv/subids"
 	"cal/machine"
 	"cal/machine/machinetest"
+	"cal/machine/site"
 )
 
 // The tests run three times where they are started as root: as root, and as an
@@ -133,27 +135,27 @@ func copyWorkspace(t *testing.T, workspace string) string {
 	return to
 }
 
-func sandboxOf(t *testing.T, dir string) process {
+func sandboxOf(t *testing.T, dir string) process.Process {
 	t.Helper()
-	running, err := processes(place(dir).runscRoot())
+	running, err := process.Find(place(dir).argument())
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range running {
-		t.Cleanup(func() { p.file.Close() })
+		t.Cleanup(func() { p.Close() })
 	}
 	for _, p := range running {
-		if p.name == "runsc-sandbox" {
+		if p.Name == "runsc-sandbox" {
 			return p
 		}
 	}
 	t.Fatalf("no sandbox runs for %s", dir)
-	return process{}
+	return process.Process{}
 }
 
 func killSandbox(t *testing.T, dir string) {
 	t.Helper()
-	if err := sandboxOf(t, dir).signal(syscall.SIGKILL); err != nil {
+	if err := sandboxOf(t, dir).Signal(syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -161,13 +163,13 @@ func killSandbox(t *testing.T, dir string) {
 // left lists what a machine must not leave.
 func left(t *testing.T, dir string) (found []string) {
 	t.Helper()
-	running, err := processes(place(dir).runscRoot())
+	running, err := process.Find(place(dir).argument())
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range running {
-		found = append(found, fmt.Sprintf("process %d %s", p.pid, p.name))
-		p.file.Close()
+		found = append(found, fmt.Sprintf("process %d %s", p.PID, p.Name))
+		p.Close()
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -184,7 +186,7 @@ func left(t *testing.T, dir string) (found []string) {
 		}
 		found = append(found, names...)
 	}
-	for _, name := range append(made, recordFile, lockFile) {
+	for _, name := range append(made, recordFile, site.LockFile) {
 		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
 			found = append(found, name)
 		}

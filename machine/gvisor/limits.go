@@ -15,7 +15,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cal/internal/process"
 	"cal/machine"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -26,6 +28,7 @@ import (
 //   - memory: by cgroup, else watched; watched too where the Spec states none,
 //     because a cgroup costs time at each start.
 //   - pids: by the sentry, for each user of the machine; the proxy is exempt.
+//   - disk: the workspace is a directory of the host, and not limited.
 func (r *record) limit(want, usual nucleus.Resources) {
 	if want.Pids == 0 {
 		want.Pids = usual.Pids
@@ -52,7 +55,7 @@ func (r *record) limit(want, usual nucleus.Resources) {
 		limits["pids"] = nucleus.Limit{Resource: "pids", Value: machine.Value(want.Pids, "tasks a user"), How: machine.Enforced}
 	}
 	r.Limits = nil
-	for _, name := range []string{"cpu", "memory", "pids"} {
+	for _, name := range machine.Resources {
 		limit, ok := limits[name]
 		if !ok {
 			limit = machine.NoLimit(name)
@@ -171,7 +174,7 @@ func removeCgroup(ctx context.Context, mount, name string) error {
 			if !errors.Is(err, syscall.EBUSY) {
 				return err
 			}
-			if err := pause(ctx, 2*time.Millisecond); err != nil {
+			if err := site.Pause(ctx, 2*time.Millisecond); err != nil {
 				return fmt.Errorf("cgroup %s is still busy: %w", place, err)
 			}
 		}
@@ -270,20 +273,16 @@ const lastDescriptor = 256
 // open takes copies of the memfds. /proc/PID/fd would show them to a process of the same
 // user only; this asks for the right to trace, which the owner of the sandbox's
 // user namespace has.
-func (g *gauge) open(sandbox process) error {
-	conn, err := sandbox.file.SyscallConn()
-	if err != nil {
-		return err
-	}
+func (g *gauge) open(sandbox process.Process) error {
 	found := false
-	control := conn.Control(func(pidfd uintptr) {
+	err := sandbox.Control(func(pidfd int) error {
 		for number := range lastDescriptor {
-			fd, failed := unix.PidfdGetfd(int(pidfd), number, 0)
-			if errors.Is(failed, unix.EBADF) {
+			fd, err := unix.PidfdGetfd(pidfd, number, 0)
+			if errors.Is(err, unix.EBADF) {
 				continue
 			}
-			if err = failed; err != nil {
-				return
+			if err != nil {
+				return err
 			}
 			file := os.NewFile(uintptr(fd), "memory of a sandbox")
 			target, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
@@ -294,25 +293,26 @@ func (g *gauge) open(sandbox process) error {
 			found = found || strings.HasPrefix(target, "/memfd:runsc-memory")
 			g.files = append(g.files, file)
 		}
+		return nil
 	})
-	if err := errors.Join(control, err); err != nil {
+	if err != nil {
 		g.close()
-		return fmt.Errorf("descriptors of sandbox %d: %w", sandbox.pid, err)
+		return fmt.Errorf("descriptors of sandbox %d: %w", sandbox.PID, err)
 	}
 	if !found {
 		g.close()
-		return fmt.Errorf("sandbox %d shows no memory of a guest", sandbox.pid)
+		return fmt.Errorf("sandbox %d shows no memory of a guest", sandbox.PID)
 	}
 	return nil
 }
 
-func (g *gauge) used(sandbox process) (int64, error) {
+func (g *gauge) used(sandbox process.Process) (int64, error) {
 	if g.files == nil {
 		if err := g.open(sandbox); err != nil {
 			return 0, err
 		}
 	}
-	total, err := privateMemory(sandbox.pid)
+	total, err := privateMemory(sandbox.PID)
 	for _, file := range g.files {
 		var stat unix.Stat_t
 		if err := unix.Fstat(int(file.Fd()), &stat); err != nil {
@@ -342,16 +342,4 @@ func privateMemory(pid int) (int64, error) {
 		}
 	}
 	return 0, fmt.Errorf("/proc/%d/status has no RssAnon", pid)
-}
-
-// pause waits, or returns early with the context's error.
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
-	}
 }

@@ -19,6 +19,7 @@ import (
 	"cal/machine"
 	"cal/machine/machinetest"
 	"cal/machine/machinetest/script"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -37,7 +38,7 @@ func TestLimitsHold(t *testing.T) {
 		t.Errorf("pids: %+v", reply)
 	}
 	guest.Must(script.Action{Do: "fork", N: 2, UID: tools}) // control: those that ended count no more
-	if allowed, err := strconv.Atoi(processorsOf(t, sandboxOf(t, spec.Dir).pid)); os.Geteuid() != 0 && (err != nil || allowed != 1) {
+	if allowed, err := strconv.Atoi(processorsOf(t, sandboxOf(t, spec.Dir).PID)); os.Geteuid() != 0 && (err != nil || allowed != 1) {
 		t.Errorf("the sandbox may run on %d processors: %v", allowed, err)
 	}
 
@@ -75,12 +76,12 @@ func watched(t *testing.T, m machine.Machine, guest *machinetest.Guest) {
 	case <-time.After(30 * time.Second):
 		t.Fatal("the machine was not paused")
 	}
-	pid := sandboxOf(t, string(m.(*Machine).place)).pid
+	pid := sandboxOf(t, string(m.(*Machine).place)).PID
 	for deadline := time.Now().Add(10 * time.Second); stateOf(t, pid) != "T"; {
 		if time.Now().After(deadline) {
 			t.Fatalf("paused sandbox is in state %q", stateOf(t, pid))
 		}
-		must(t, pause(t.Context(), 10*time.Millisecond))
+		must(t, site.Pause(t.Context(), 10*time.Millisecond))
 	}
 	released, resumed := make(chan struct{}), make(chan struct{})
 	go func() {

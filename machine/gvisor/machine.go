@@ -16,7 +16,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cal/internal/process"
 	"cal/machine"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -26,8 +28,7 @@ const (
 	watchEvery    = 250 * time.Millisecond // a guest takes no more than some hundred MB in that time
 	shortenEvery  = 4                      // rounds of watching
 	resumeGrace   = 2 * time.Second        // for the holder to make the guest smaller
-	consoleMost   = 1 << 20                // bytes on disk
-	consoleTail   = 16 << 10               // bytes shown
+
 )
 
 // Machine is a sandbox that this process holds.
@@ -35,7 +36,7 @@ type Machine struct {
 	driver  *Driver
 	place   place
 	rec     record
-	sandbox process
+	sandbox process.Process
 	memory  gauge     // of the goroutine that watches
 	held    io.Closer // the lock of the place
 
@@ -86,7 +87,7 @@ func (d *Driver) start(ctx context.Context, place place, rec record, held io.Clo
 		host.Close()
 		return nil, err
 	}
-	if err := rec.checkCgroup(d.config.Cgroups, m.sandbox.pid); err != nil {
+	if err := rec.checkCgroup(d.config.Cgroups, m.sandbox.PID); err != nil {
 		host.Close()
 		m.letGo()
 		return nil, err
@@ -118,7 +119,7 @@ func (d *Driver) run(ctx context.Context, place place, rec record, guest *os.Fil
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return fmt.Errorf("runsc run: %w: %s", err, lastLine(tail(place.console())))
+		return fmt.Errorf("runsc run: %w: %s", err, site.LastLine(site.Tail(place.console())))
 	}
 	return nil
 }
@@ -168,18 +169,18 @@ func startOn(start func() error, n int) error {
 
 // hold finds the running sandbox of a place and begins to watch it.
 func (d *Driver) hold(place place, rec record, held io.Closer) (*Machine, error) {
-	running, err := processes(place.runscRoot())
+	running, err := process.Find(place.argument())
 	if err != nil {
 		return nil, err
 	}
-	at := slices.IndexFunc(running, func(p process) bool { return p.name == "runsc-sandbox" })
+	at := slices.IndexFunc(running, func(p process.Process) bool { return p.Name == "runsc-sandbox" })
 	for i, p := range running {
 		if i != at {
-			p.file.Close()
+			p.Close()
 		}
 	}
 	if at < 0 {
-		return nil, fmt.Errorf("%s: %w: %s", place, machine.ErrGone, lastLine(tail(place.console())))
+		return nil, fmt.Errorf("%s: %w: %s", place, machine.ErrGone, site.LastLine(site.Tail(place.console())))
 	}
 	m := &Machine{
 		driver: d, place: place, rec: rec, sandbox: running[at], held: held,
@@ -193,7 +194,7 @@ func (d *Driver) hold(place place, rec record, held io.Closer) (*Machine, error)
 
 // awaitDeath believes the process, not `runsc list`, which calls zombies running.
 func (m *Machine) awaitDeath() {
-	err := m.sandbox.ended()
+	err := m.sandbox.Ended()
 	m.mu.Lock()
 	if m.released || errors.Is(err, os.ErrClosed) {
 		m.mu.Unlock() // the file was closed, which says nothing of the process
@@ -222,7 +223,7 @@ func (m *Machine) watch() {
 			return
 		case now := <-tick.C:
 			if round%shortenEvery == 0 {
-				shorten(m.place.console())
+				site.Shorten(m.place.console())
 			}
 			m.watchMemory(now)
 		}
@@ -249,7 +250,7 @@ func (m *Machine) watchMemory(now time.Time) {
 
 // halt stops the sentry: without it the guest gets no memory, file or wire.
 func (m *Machine) halt(reason string) {
-	if m.sandbox.signal(unix.SIGSTOP) != nil {
+	if m.sandbox.Signal(unix.SIGSTOP) != nil {
 		return // it has ended, or ends
 	}
 	m.stopped = true
@@ -266,7 +267,7 @@ func (m *Machine) Resume(context.Context) error {
 	if !m.stopped {
 		return nil
 	}
-	if err := m.sandbox.signal(unix.SIGCONT); err != nil {
+	if err := m.sandbox.Signal(unix.SIGCONT); err != nil {
 		return fmt.Errorf("resuming %s: %w", m.rec.ID, err)
 	}
 	m.stopped, m.grace = false, time.Now().Add(resumeGrace)
@@ -302,7 +303,7 @@ func (m *Machine) Reason() string {
 }
 
 // Console implements machine.Machine.
-func (m *Machine) Console() string { return tail(m.place.console()) }
+func (m *Machine) Console() string { return site.Tail(m.place.console()) }
 
 // Rewire implements machine.Machine.
 func (m *Machine) Rewire(context.Context) (net.Conn, error) {
@@ -326,7 +327,7 @@ func (m *Machine) Rewire(context.Context) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(m.ctx, attachTimeout)
 	args := append(m.driver.flags(m.place, m.rec), "exec", "--pass-fd=3:3", container, nucleus.MachineProxy, "attach")
 	cmd := command(ctx, m.driver.config.Runsc, args, guest)
-	said := &bounded{}
+	said := &site.Bounded{}
 	cmd.Stdout, cmd.Stderr = said, said
 	if err := cmd.Start(); err != nil {
 		cancel()
@@ -338,7 +339,7 @@ func (m *Machine) Rewire(context.Context) (net.Conn, error) {
 		defer cancel()
 		defer close(handed.answered)
 		if err := cmd.Wait(); err != nil {
-			handed.refusal = fmt.Errorf("the proxy did not take the new wire: %w: %s", err, lastLine(said.String()))
+			handed.refusal = fmt.Errorf("the proxy did not take the new wire: %w: %s", err, site.LastLine(said.String()))
 		}
 	})
 	return handed, nil
@@ -367,7 +368,7 @@ func (m *Machine) Destroy(ctx context.Context) error {
 		return nil
 	}
 	m.letGo()
-	return m.place.discard(m.held)
+	return site.Discard(string(m.place), m.held)
 }
 
 // Release implements machine.Machine.
@@ -386,7 +387,7 @@ func (m *Machine) Release() {
 // letGo ends this process's part and waits for it.
 func (m *Machine) letGo() {
 	m.cancel()
-	m.sandbox.file.Close()
+	m.sandbox.Close()
 	if conn := m.Wire(); conn != nil {
 		conn.Close()
 	}

@@ -14,7 +14,9 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"cal/image"
+	"cal/internal/process"
 	"cal/machine"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -40,7 +42,7 @@ func (d *Driver) Probe(ctx context.Context) error {
 		return &machine.ProbeError{Cause: "no directory for a probe can be made", Mend: "set TMPDIR to a directory that you can write", Err: err}
 	}
 	output, err := d.probeGuest(ctx, place(dir))
-	end, stop := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	end, stop := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
 	defer stop()
 	if cleared := errors.Join(d.clear(end, place(dir)), os.RemoveAll(dir)); cleared != nil {
 		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named runsc-sandbox", Err: cleared}
@@ -66,7 +68,7 @@ func (d *Driver) probeRunsc(ctx context.Context) error {
 	case ctx.Err() != nil:
 		return d.hang("runsc --version")
 	case err != nil:
-		return &machine.ProbeError{Cause: fmt.Sprintf("%s --version failed: %s", d.config.Runsc, lastLine(string(output))), Mend: mend, Err: err}
+		return &machine.ProbeError{Cause: fmt.Sprintf("%s --version failed: %s", d.config.Runsc, site.LastLine(string(output))), Mend: mend, Err: err}
 	}
 	first, _, _ := strings.Cut(string(output), "\n")
 	if got := strings.TrimPrefix(first, "runsc version "); got != d.config.Version {
@@ -127,7 +129,7 @@ func (d *Driver) probeGuest(ctx context.Context, place place) (string, error) {
 	if err := writeConfig(place, config); err != nil {
 		return "", err
 	}
-	var output bounded
+	var output site.Bounded
 	cmd := command(ctx, d.config.Runsc, append(d.flags(place, rec), "run", "--bundle="+string(place), container), nil)
 	cmd.Stdout, cmd.Stderr = &output, &output
 	if err := rec.starter(cmd, place)(); err != nil {
@@ -150,7 +152,7 @@ func (d *Driver) diagnose(proc, output string, err error, late bool) error {
 	if err == nil {
 		err = errors.New("no answer of gVisor's kernel")
 	}
-	seen := fmt.Errorf("%w: %s", err, lastLine(output))
+	seen := fmt.Errorf("%w: %s", err, site.LastLine(output))
 	read := func(name string) string {
 		data, err := os.ReadFile(filepath.Join(proc, name))
 		if err != nil {

@@ -1,10 +1,7 @@
 package gvisor
 
 import (
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -20,15 +17,18 @@ import (
 type place string
 
 func (p place) runscRoot() string { return filepath.Join(string(p), "r") }
-func (p place) empty() string     { return filepath.Join(string(p), "empty") }
-func (p place) config() string    { return filepath.Join(string(p), "config.json") }
-func (p place) console() string   { return filepath.Join(string(p), "console") }
-func (p place) pid() string       { return filepath.Join(string(p), "pid") }
-func (p place) record() string    { return filepath.Join(string(p), recordFile) }
+
+// argument is one that every process of runsc for the place has.
+func (p place) argument() string { return "--root=" + p.runscRoot() }
+
+func (p place) empty() string   { return filepath.Join(string(p), "empty") }
+func (p place) config() string  { return filepath.Join(string(p), "config.json") }
+func (p place) console() string { return filepath.Join(string(p), "console") }
+func (p place) pid() string     { return filepath.Join(string(p), "pid") }
+func (p place) record() string  { return filepath.Join(string(p), recordFile) }
 
 const (
 	recordFile = "machine.json"
-	lockFile   = "lock"
 	container  = "m" // runsc's name for the only container of its root
 )
 
@@ -44,38 +44,6 @@ func (p place) check() error {
 		return machine.Refuse("machine directory %s is too long: its control socket's path has %d bytes, at most %d are possible", p, len(socket), most)
 	}
 	return nil
-}
-
-// used says whether there is a record of a machine.
-func (p place) used() bool {
-	_, err := os.Lstat(p.record())
-	return err == nil
-}
-
-func errUsed(p place) error {
-	return machine.Refuse("machine directory %s is in use; Adopt or Remove it", p)
-}
-
-// unlock gives the place back as it was before Create.
-func (p place) unlock(held io.Closer) error {
-	err := os.Remove(filepath.Join(string(p), lockFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	return errors.Join(err, held.Close())
-}
-
-// discard removes the emptied directory. One that holds anything else is its
-// owner's and stays.
-func (p place) discard(held io.Closer) error {
-	if err := p.unlock(held); err != nil {
-		return err
-	}
-	err := os.Remove(string(p))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTEMPTY) {
-		return nil
-	}
-	return err
 }
 
 // record is what another process needs to adopt or remove the machine. It is

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"cal/internal/idmap"
+	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/machinetest/script"
 	"cal/nucleus"
@@ -44,26 +45,26 @@ func TestOwnIDs(t *testing.T) {
 	if facts := m.Facts(); facts.OneID || facts.ToolsUID != machine.ToolsID {
 		t.Fatalf("%+v", facts)
 	}
-	running, err := processes(place(spec.Dir).runscRoot())
+	running, err := process.Find(place(spec.Dir).argument())
 	must(t, err)
 	if len(running) < 2 {
 		t.Fatalf("found %d processes, want sandbox and gofer", len(running))
 	}
 	for _, p := range running {
-		defer p.file.Close()
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
+		defer p.Close()
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
 		must(t, err)
 		for kind, first := range map[string]uint32{"Uid": ids.UID, "Gid": ids.GID} {
 			for _, field := range strings.Fields(statusValue(string(status), kind)) {
 				var id uint32
 				fmt.Sscan(field, &id)
 				if id < first || id >= first+ids.Count {
-					t.Errorf("%s has %s %d, want one of %d-%d", p.name, kind, id, first, first+ids.Count-1)
+					t.Errorf("%s has %s %d, want one of %d-%d", p.Name, kind, id, first, first+ids.Count-1)
 				}
 			}
 		}
 		if groups := strings.TrimSpace(statusValue(string(status), "Groups")); groups != "" {
-			t.Errorf("%s is in the groups %q", p.name, groups)
+			t.Errorf("%s is in the groups %q", p.Name, groups)
 		}
 	}
 	guest.Must(script.Action{Do: "write", Path: nucleus.MachineWorkspace + "/file", Data: "1", UID: machine.ToolsID})

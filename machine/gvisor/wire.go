@@ -6,8 +6,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -47,65 +45,4 @@ func (w *handedWire) Read(p []byte) (int, error) {
 		}
 	}
 	return n, err
-}
-
-// bounded keeps the first few kilobytes of what is written.
-type bounded struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (b *bounded) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if room := consoleTail - b.text.Len(); room > 0 {
-		b.text.Write(p[:min(room, len(p))])
-	}
-	return len(p), nil
-}
-
-func (b *bounded) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.text.String()
-}
-
-// tail returns the end of a file, "" where there is none.
-func tail(name string) string {
-	file, err := os.Open(name)
-	if err != nil {
-		return ""
-	}
-	defer file.Close()
-	info, err := file.Stat()
-	if err != nil {
-		return ""
-	}
-	from := max(0, info.Size()-consoleTail)
-	data, err := io.ReadAll(io.NewSectionReader(file, from, consoleTail))
-	if err != nil {
-		return ""
-	}
-	return string(data)
-}
-
-// shorten empties a console that has grown large, but for its end. The guest
-// writes at the end of whatever is there.
-func shorten(name string) {
-	info, err := os.Stat(name)
-	if err != nil || info.Size() <= consoleMost {
-		return
-	}
-	end := tail(name)
-	file, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND|os.O_TRUNC, 0)
-	if err != nil {
-		return
-	}
-	defer file.Close()
-	_, _ = io.WriteString(file, end) // lost on a full disk; the console is a help, not a record
-}
-
-func lastLine(text string) string {
-	lines := strings.Split(strings.TrimSpace(text), "\n")
-	return lines[len(lines)-1]
 }

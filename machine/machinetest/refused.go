@@ -66,7 +66,10 @@ func testRefused(t *testing.T, host Host) {
 		"negative processors":   func(s *machine.Spec) { s.Resources.CPU = -1 },
 		"too little memory":     func(s *machine.Spec) { s.Resources.MemoryMB = 1 },
 		"too few processes":     func(s *machine.Spec) { s.Resources.Pids = 1 },
-		"unknown thing watched": func(s *machine.Spec) { s.Watched = []string{"disk"} },
+		"too little disk":       func(s *machine.Spec) { s.Resources.DiskMB = 63 },
+		"too much disk":         func(s *machine.Spec) { s.Resources.DiskMB = 512001 },
+		"disk watched":          func(s *machine.Spec) { s.Watched = []string{"disk"} },
+		"unknown thing watched": func(s *machine.Spec) { s.Watched = []string{"luck"} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := host.Spec(t)
@@ -99,20 +102,28 @@ func testLimits(t *testing.T, host Host) {
 	t.Run("none stated", func(t *testing.T) {
 		m, _ := host.Create(t, host.Spec(t))
 		for _, limit := range m.Limits() {
-			free := limit.Resource == "cpu" || host.Driver().Tier() == nucleus.TierNone
-			if free != (limit.How == machine.Unlimited) {
+			bounded := limit.Resource == "memory" || limit.Resource == "pids"
+			if bounded && host.Driver().Tier() != nucleus.TierNone && limit.How == machine.Unlimited {
 				t.Errorf("without a limit in the Spec: %+v", limit)
 			}
 		}
 	})
 	spec := host.Spec(t)
-	spec.Resources = nucleus.Resources{CPU: 1, MemoryMB: 512, Pids: 128}
+	spec.Resources = nucleus.Resources{CPU: 1, MemoryMB: 512, Pids: 128, DiskMB: 100}
+	stated := []string{"cpu", "memory", "pids", "disk"}
 	m, err := host.Driver().Create(Context(t), spec)
-	if errors.Is(err, machine.ErrRefused) {
-		if !strings.Contains(err.Error(), "memory") || !strings.Contains(err.Error(), "watched") {
+	for range 2 { // what can only be watched, and what is not limited, is refused by name
+		if !errors.Is(err, machine.ErrRefused) {
+			break
+		}
+		switch {
+		case strings.Contains(err.Error(), "memory") && strings.Contains(err.Error(), "watched"):
+			spec.Watched = []string{"memory"}
+		case strings.Contains(err.Error(), "disk is not limited here"):
+			spec.Resources.DiskMB, stated = 0, stated[:3]
+		default:
 			t.Errorf("refusal does not say what can only be watched: %v", err)
 		}
-		spec.Watched = []string{"memory"}
 		m, err = host.Driver().Create(Context(t), spec)
 	}
 	if err != nil {
@@ -124,7 +135,7 @@ func testLimits(t *testing.T, host Host) {
 		how[limit.Resource] = limit.How
 	}
 	t.Logf("limits: %v", m.Limits())
-	for _, resource := range []string{"cpu", "memory", "pids"} {
+	for _, resource := range stated {
 		if how[resource] != machine.Enforced && (how[resource] != machine.Watched || len(spec.Watched) == 0) {
 			t.Errorf("%s: %q", resource, how[resource])
 		}

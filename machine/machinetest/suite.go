@@ -326,7 +326,7 @@ func testAdopt(t *testing.T, host Host) {
 	if got := again.Must(script.Action{Do: "get", UID: -1}); got != "lives on" {
 		t.Errorf("after adoption: %q", got)
 	}
-	if adopted.Facts().ToolsUID != m.Facts().ToolsUID || len(adopted.Limits()) != 3 {
+	if adopted.Facts().ToolsUID != m.Facts().ToolsUID || len(adopted.Limits()) != len(machine.Resources) {
 		t.Errorf("adopted facts %+v, limits %v", adopted.Facts(), adopted.Limits())
 	}
 	host.Kill(t, spec.Dir)

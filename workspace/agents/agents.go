@@ -53,7 +53,7 @@ type Definition struct {
 	recipe   func(Definition, Launch) (start, error)
 }
 
-var definitions = []Definition{claudeCode, codex}
+var definitions = []Definition{claudeCode, codex, opencode}
 
 // Find returns the definition of a name.
 func Find(name string) (Definition, error) {

@@ -275,13 +275,13 @@ func TestCallTimeout(t *testing.T) {
 			t.Errorf("%q: %d s, %v; want %d", text, agent.CallS, err, want)
 		}
 	}
-	for name, told := range map[string]string{"claude-code": "7200000", "codex": "tool_timeout_sec = 7200\n"} {
+	for name, told := range map[string]string{"claude-code": "7200000", "codex": "tool_timeout_sec = 7200\n", "opencode": `"timeout":7200000`} {
 		d, err := Find(name)
 		if err != nil {
 			t.Fatal(err)
 		}
 		agent, err := d.Agent(fake(t), launch(nucleus.Mediated, ""))
-		if err != nil || agent.CallS != 7200 || agent.Env["MCP_TOOL_TIMEOUT"] != told && !strings.Contains(string(agent.Home[".codex/config.toml"]), told) {
+		if err != nil || agent.CallS != 7200 || agent.Env["MCP_TOOL_TIMEOUT"] != told && !strings.Contains(string(agent.Home[".codex/config.toml"])+agent.Env["OPENCODE_CONFIG_CONTENT"], told) {
 			t.Errorf("%s: %d s, told %q", name, agent.CallS, agent.Env["MCP_TOOL_TIMEOUT"])
 		}
 	}

@@ -232,7 +232,7 @@ func TestLocateEndsWithContext(t *testing.T) {
 
 // TestVersionOfRealAgents: what the package says is what the program says.
 func TestVersionOfRealAgents(t *testing.T) {
-	for _, name := range both {
+	for _, name := range all {
 		t.Run(name, func(t *testing.T) {
 			d, in := installed(t, name)
 			asked, err := d.askVersion(context.Background(), in.Binary)

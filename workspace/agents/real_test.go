@@ -67,13 +67,14 @@ func startWorld(t *testing.T, name string, l Launch, m script.Model) (*world, *s
 	return newWorld(t, model, agent, l.Dir), model
 }
 
-var both = []string{"claude-code", "codex"}
+var all = []string{"claude-code", "codex", "opencode"}
 
 // directModel is a model that Codex does not know, to which it offers each tool
 // directly; to those it knows it offers a runner of small programs.
 var directModel = []string{"-m", "scripted"}
 
 func TestMediatedCallsTools(t *testing.T) {
+	const prompt = "--write \"it\",  then\nstop"
 	for _, c := range []struct {
 		name, agent string
 		args        []string
@@ -83,10 +84,11 @@ func TestMediatedCallsTools(t *testing.T) {
 		{"claude-code with a token", "claude-code", nil, true},
 		{"codex", "codex", nil, false},
 		{"codex, tools offered directly", "codex", directModel, false},
+		{"opencode", "opencode", nil, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			l := launch(nucleus.Mediated, "--write it")
+			l := launch(nucleus.Mediated, prompt)
 			l.Args, l.Bearer = c.args, c.bearer
 			l.Instructions = map[string][]byte{"app/CLAUDE.md": []byte("INSTRUCTION-A"), "app/AGENTS.md": []byte("INSTRUCTION-B")}
 			w, model := startWorld(t, c.agent, l, script.Steps(
@@ -107,10 +109,10 @@ func TestMediatedCallsTools(t *testing.T) {
 			if got := turns[1].Turn.Results; len(got) != 1 || !strings.Contains(got[0].Text, "wrote app/x") {
 				t.Errorf("the model saw the results %+v", got)
 			}
-			if got := turns[0].Turn.Prompt; got != "--write it" {
+			if got := turns[0].Turn.Prompt; got != prompt {
 				t.Errorf("the model saw the prompt %q", got)
 			}
-			want := map[string]string{"claude-code": "INSTRUCTION-A", "codex": "INSTRUCTION-B"}[c.agent]
+			want := map[string]string{"claude-code": "INSTRUCTION-A", "codex": "INSTRUCTION-B", "opencode": "INSTRUCTION-B"}[c.agent]
 			for _, s := range []string{want, "Their paths are relative to the workspace"} {
 				if !strings.Contains(string(turns[0].Body), s) {
 					t.Errorf("the model did not see %q", s)
@@ -129,6 +131,7 @@ func TestMediatedCallsTools(t *testing.T) {
 			}
 			offered := map[string][]string{
 				"claude-code": {"mcp__cal__write_files"},
+				"opencode":    {"cal_write_files"},
 				// exec runs programs that call the other tools; it has no files, network or processes.
 				"codex": {"mcp__cal__write_files", "exec", "wait", "request_user_input", "request_user_input_async", "sleep",
 					"list_mcp_resources", "list_mcp_resource_templates", "read_mcp_resource", "get_goal", "create_goal", "update_goal"},
@@ -154,11 +157,12 @@ func shell(agent string) script.Step {
 	if agent == "codex" {
 		return script.Step{Tool: "exec_command", Args: map[string]any{"cmd": command}}
 	}
-	return script.Step{Tool: "Bash", Args: map[string]any{"command": command, "description": "compute"}}
+	tool := map[string]string{"claude-code": "Bash", "opencode": "bash"}[agent]
+	return script.Step{Tool: tool, Args: map[string]any{"command": command, "description": "compute"}}
 }
 
 func TestBuiltinTools(t *testing.T) {
-	for _, agent := range both {
+	for _, agent := range all {
 		for _, c := range []struct {
 			name  string
 			mode  nucleus.Mode
@@ -203,6 +207,11 @@ func TestBuiltinWrite(t *testing.T) {
 		"claude-code": {
 			{Tool: "Read", Args: map[string]any{"file_path": canary}},
 			{Tool: "Write", Args: map[string]any{"file_path": canary, "content": "overwritten"}},
+			{Text: "ENDED"},
+		},
+		"opencode": {
+			{Tool: "read", Args: map[string]any{"filePath": canary}},
+			{Tool: "write", Args: map[string]any{"filePath": canary, "content": "overwritten"}},
 			{Text: "ENDED"},
 		},
 		"codex": {

@@ -77,7 +77,7 @@ func (s *screen) wait(texts ...string) {
 // ever happens in its HOME, and wants the work done: a question of a first run
 // that was not answered beforehand would take the keys.
 func TestScreen(t *testing.T) {
-	ready := map[string]string{"claude-code": "❯", "codex": "›"}
+	ready := map[string]string{"claude-code": "❯", "codex": "›", "opencode": "Ask anything"}
 	for _, c := range []struct {
 		agent  string
 		mode   nucleus.Mode
@@ -88,6 +88,8 @@ func TestScreen(t *testing.T) {
 		{"claude-code", nucleus.Contained, false},
 		{"codex", nucleus.Mediated, false},
 		{"codex", nucleus.Contained, false},
+		{"opencode", nucleus.Mediated, false},
+		{"opencode", nucleus.Contained, false},
 	} {
 		t.Run(fmt.Sprintf("%s %s bearer=%v", c.agent, c.mode, c.bearer), func(t *testing.T) {
 			t.Parallel()

@@ -1,0 +1,81 @@
+package kvm
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"cal/machine"
+)
+
+func TestMain(m *testing.M) {
+	Main()
+	os.Exit(m.Run())
+}
+
+// TestProbe wants one of two clear answers within the deadline, whatever this host is.
+func TestProbe(t *testing.T) {
+	var host Host
+	began := time.Now()
+	err := host.Probe(t.Context())
+	t.Logf("%s after %s: %v", Device, time.Since(began), err)
+	var failed *machine.ProbeError
+	if err != nil && (!errors.As(err, &failed) || failed.Cause == "" || failed.Mend == "") {
+		t.Errorf("%#v is no ProbeError with cause and mend", err)
+	}
+	if took := time.Since(began); took > patience+2*time.Second {
+		t.Errorf("the probe took %s", took)
+	}
+	if errors.Is(err, errHangs) {
+		began = time.Now()
+		if again := host.Probe(t.Context()); again != err || time.Since(began) > patience/2 {
+			t.Errorf("a guest that hung was started again: %v after %s", again, time.Since(began))
+		}
+	}
+}
+
+// TestAnswers gives the probe hosts that lie, hang, or have nothing.
+func TestAnswers(t *testing.T) {
+	dir := t.TempDir()
+	device := filepath.Join(dir, "kvm")
+	if err := os.WriteFile(device, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	program := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	closed := filepath.Join(dir, "closed")
+	if err := os.WriteFile(closed, nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name, self, device, want string
+	}{
+		{"a guest that ran", program("ok", "echo "+ran), device, ""},
+		{"another program", program("other", "echo hello"), device, `said "hello"`},
+		{"says it ran, and fails", program("liar", "echo "+ran+"; exit 1"), device, "runs no guest"},
+		{"no guest", program("none", "echo its first instructions ended; exit 1"), device, "runs no guest: its first instructions ended"},
+		{"a guest that hangs", program("hang", "while :; do :; done"), device, "did not end within"},
+		{"no device", program("unused", "echo "+ran), filepath.Join(dir, "absent"), "there is no"},
+		{"a file for a device", "/proc/self/exe", device, "runs no guest"},
+		{"no right", program("unused2", "echo "+ran), closed, "may not be opened"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if c.device == closed && os.Geteuid() == 0 {
+				t.Skip("root may open everything")
+			}
+			err := probe(context.Background(), c.self, c.device, 300*time.Millisecond)
+			if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("got %v, want %q", err, c.want)
+			}
+		})
+	}
+}
