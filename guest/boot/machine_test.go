@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 		mutate()
 		Main()
 	case len(os.Args) > 1 && os.Args[1] == "init":
-		code := 0
+		var code int
 		if asked := hear(); asked == "test" {
 			os.Args = []string{os.Args[0], "-test.run=^TestInside$", "-test.v"}
 			code = m.Run()
@@ -68,11 +68,11 @@ func hear() string {
 
 // hold writes a file that nobody syncs and waits for the machine's end.
 func hold() int {
-	if err := os.WriteFile(nucleus.MachineWorkspace+"/written", []byte("by the guest"), 0o644); err != nil { //nolint:gosec // any file
+	if err := os.WriteFile(nucleus.MachineWorkspace+"/written", []byte("by the guest"), 0o644); err != nil {
 		fmt.Println(err)
 		return 1
 	}
-	unix.Write(3, []byte("held\n")) //nolint:errcheck // the host waits for it
+	unix.Write(3, []byte("held\n"))
 	select {}
 }
 
@@ -92,7 +92,7 @@ var mutants = map[string]struct {
 }
 
 func mutate() {
-	unix.Mkdir("/proc", 0o755) //nolint:errcheck // it may be there
+	unix.Mkdir("/proc", 0o755)
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		panic(err)
 	}
@@ -100,7 +100,7 @@ func mutate() {
 	if err != nil {
 		panic(err)
 	}
-	unix.Unmount("/proc", 0) //nolint:errcheck // it will be covered
+	unix.Unmount("/proc", 0)
 	for _, word := range strings.Fields(string(line)) {
 		if name, ok := strings.CutPrefix(word, "cal.mutant="); ok {
 			mutants[strings.ReplaceAll(name, "_", " ")].change()
@@ -321,7 +321,7 @@ func insideFiles(t *testing.T) {
 	most := map[string]uint64{"/tmp": 41, "/dev/shm": 21, "/run": 11}
 	for place, percent := range most {
 		var fs unix.Statfs_t
-		if err := unix.Statfs(place, &fs); err != nil || fs.Blocks*uint64(fs.Bsize) > uint64(memory.Totalram)*percent/100 {
+		if err := unix.Statfs(place, &fs); err != nil || fs.Blocks*uint64(fs.Bsize) > memory.Totalram*percent/100 {
 			t.Errorf("%s holds %d of %d bytes of memory, %v", place, fs.Blocks*uint64(fs.Bsize), memory.Totalram, err)
 		}
 	}
@@ -346,7 +346,7 @@ func insideDisks(t *testing.T) {
 	if err := unix.Mount("tmpfs", "/var", "tmpfs", 0, ""); err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Unmount("/var", 0) //nolint:errcheck // the machine ends soon
+	defer unix.Unmount("/var", 0)
 	for role, want := range map[string]bool{diskRoot: false, diskScratch: true} {
 		name := diskOf(t, role)
 		numbers, err := os.ReadFile("/sys/block/" + name + "/dev")
@@ -400,7 +400,7 @@ func runCopy(dir string) error {
 	defer os.Remove(name)
 	program, err := os.ReadFile(nucleus.MachineProxy)
 	if err == nil {
-		err = os.WriteFile(name, program, 0o700) //nolint:gosec // it is run
+		err = os.WriteFile(name, program, 0o700)
 	}
 	if err != nil {
 		return err
