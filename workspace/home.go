@@ -87,18 +87,21 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 		// What needs no approval goes on.
 		fmt.Fprintln(os.Stderr, "cal: nobody can approve:", err)
 	}
+	config, err := h.Config()
+	if err != nil {
+		return nil, err
+	}
 	c, err := h.runningNode(ctx)
 	if err == nil {
+		if err := requiresToo(ctx, c, config); err != nil {
+			return nil, err
+		}
 		return c, nil
 	}
 	if !errors.Is(err, ErrNoNode) {
 		return nil, err
 	}
 	program, err := Program("nucleus-node")
-	if err != nil {
-		return nil, err
-	}
-	config, err := h.Config()
 	if err != nil {
 		return nil, err
 	}
@@ -113,6 +116,15 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 		return nil, err
 	}
 	return h.awaitNode(ctx)
+}
+
+// requiresToo refuses a node that was started before what is set for all was set.
+func requiresToo(ctx context.Context, c *client.Client, config Config) error {
+	health, err := c.Health(ctx)
+	if err == nil && health.RequireApprovals != config.Approvals.Require {
+		err = fmt.Errorf("the running node was started with approvals.require %q, config.yaml says %q (cal node restart; what runs goes on)", health.RequireApprovals, config.Approvals.Require)
+	}
+	return err
 }
 
 // RestartNode replaces the running node. Machines of its version go on; those of another end.

@@ -94,3 +94,22 @@ func TestSilentAuthority(t *testing.T) {
 		t.Errorf("%v, want the deadline", err)
 	}
 }
+
+// What names no user, or root, requires nothing that could be met, and is refused.
+func TestRequirements(t *testing.T) {
+	for _, bad := range []string{"anybody", "other-user:", "other-user:ann", "other-user:0", "other-user:-1", "other-user:07", "other-user:7:8", "passkey:7", "Other-user"} {
+		if err := CheckRequirement(bad); err == nil || nucleus.AsError(err).Kind != nucleus.KindInvalid {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+	for _, good := range []struct {
+		require  string
+		uid      int
+		required bool
+	}{{"", AnyUser, false}, {"passkey", AnyUser, false}, {"other-user", AnyUser, true}, {"other-user:990", 990, true}} {
+		uid, required, err := OtherUserOf(good.require)
+		if err != nil || uid != good.uid || required != good.required || CheckRequirement(good.require) != nil {
+			t.Errorf("%q: %d, %v, %v", good.require, uid, required, err)
+		}
+	}
+}

@@ -114,6 +114,9 @@ func (c *command) removeApprover() *cobra.Command {
 			return err
 		}
 		fmt.Printf("approver %s is removed; %d grants of it were not used and are void\n", approval.Visible(gone.Name), len(gone.Revoked))
+		if gone.Unrecorded {
+			fmt.Fprintln(os.Stderr, unrecorded)
+		}
 		for _, ask := range gone.Revoked {
 			fmt.Println("  ask", approval.Visible(ask))
 		}

@@ -304,13 +304,18 @@ func (c *command) deny() *cobra.Command {
 func (c *command) list() *cobra.Command {
 	var asJSON bool
 	var state string
+	var most int
 	cmd := &cobra.Command{Use: "list", Short: "List asks, oldest first", Example: "  nucleus-authority list --state denied\n  nucleus-authority list --json", Args: args(cobra.NoArgs)}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	cmd.Flags().StringVar(&state, "state", client.Pending, "pending, granted, denied, expired, withdrawn, revoked, or empty for all")
+	cmd.Flags().IntVar(&most, "limit", client.MaxListed, fmt.Sprintf("how many at most, the newest; up to %d", client.MaxListed))
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if most < 1 || most > client.MaxListed {
+			return usageError{fmt.Errorf("--limit %d: want 1 to %d", most, client.MaxListed)}
+		}
 		api := client.New(c.socket)
 		defer api.Close()
-		items, err := api.List(cmd.Context(), state)
+		items, err := api.Newest(cmd.Context(), state, most)
 		if err != nil {
 			return err
 		}
