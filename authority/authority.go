@@ -78,6 +78,9 @@ type Config struct {
 	// Recorder is where asks, decisions and refusals are recorded; nil is a table
 	// of the authority's own database.
 	Recorder Recorder
+	// LogDir is the directory of the Recorder's log, and LogKey the key that verifies it: both are
+	// handed out to who may ask. Empty: nobody gets them.
+	LogDir, LogKey string
 	// Announce is told of each ask that was taken, and must not wait; nil: nobody is.
 	Announce func(client.Item)
 	// Now is the clock; nil is the system's.
@@ -547,6 +550,9 @@ func (a *Authority) granted(row askRow, ask nucleus.AskRequest, approver keyFile
 	data := map[string]any{"reason": grant.Reason, "expires_ms": grant.Expires, "need": row.need}
 	if grant.Task != nil {
 		data["task"] = grant.Task
+	}
+	if q := row.about.Passage; q != nil {
+		data["passage_ms"] = q.Millis
 	}
 	err := a.record(nucleus.KindApprovalGrant, ask, row.digest, data, func(e *nucleus.Entry) {
 		e.Actor, e.Verdict, e.Grants = approver.Approver, nucleus.Allow, []string{grant.ID}

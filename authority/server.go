@@ -285,6 +285,7 @@ func (a *Authority) handler() http.Handler {
 	route("DELETE /v1/approvers/{name}", decider, func(r *http.Request, _ int) (any, error) {
 		return a.RemoveApprover(r.PathValue("name"))
 	})
+	mux.HandleFunc("GET /v1/log", a.serveLog)
 	a.passkeyRoutes(route)
 	a.witnessRoutes(mux, route)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
@@ -294,7 +295,7 @@ func (a *Authority) handler() http.Handler {
 }
 
 func (a *Authority) info(uid int) client.Info {
-	info := client.Info{Approvers: a.Approvers(), Approvals: client.OtherUser, Witness: a.witness.PublicKey()}
+	info := client.Info{Approvers: a.Approvers(), Approvals: client.OtherUser, Witness: a.witness.PublicKey(), Log: a.cfg.LogKey}
 	if uid == os.Geteuid() || uid == 0 { // root can be any user
 		info.Approvals = client.SameUser
 	}

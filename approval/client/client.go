@@ -52,6 +52,7 @@ type Info struct {
 	Approvers []nucleus.Approver `json:"approvers"`
 	Approvals string             `json:"approvals"` // SameUser or OtherUser
 	Witness   string             `json:"witness"`   // audit.WitnessKey of its cosignatures
+	Log       string             `json:"log"`       // audit.VerifierKey of its own log; empty: it hands none out
 }
 
 // By says how strong approvals by list are: as strong as its weakest. Another user's authority

@@ -166,7 +166,7 @@ func (c *command) serve() *cobra.Command {
 			return err
 		}
 		defer func() { err = errors.Join(err, log.Close()) }()
-		cfg.Recorder = log
+		cfg.Recorder, cfg.LogDir, cfg.LogKey = log, log.dir, log.key
 		a, err := authority.Open(cfg)
 		if err != nil {
 			return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/ed25519"
 	"errors"
 	"path/filepath"
 	"slices"
@@ -17,6 +18,7 @@ import (
 type recorder struct {
 	*audit.Log
 	dir    string
+	key    string      // that verifies it
 	failed atomic.Bool // since it was read last
 }
 
@@ -33,7 +35,7 @@ func openLog(dir string) (*recorder, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &recorder{Log: log, dir: place}, nil
+	return &recorder{Log: log, dir: place, key: audit.VerifierKey(nucleus.AuthorityLogOrigin, key.Public().(ed25519.PublicKey))}, nil
 }
 
 // Record implements authority.Recorder. A log that failed is read anew from the disk: where there
