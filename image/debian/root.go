@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"cal/image/unpack"
 )
@@ -221,7 +222,7 @@ func finish(dir string, choices alternatives) error {
 	for _, name := range []string{"passwd", "group"} {
 		data, err := root.ReadFile("usr/share/base-passwd/" + name + ".master")
 		if err == nil {
-			err = root.WriteFile("etc/"+name, data, 0o644)
+			err = write(root, "etc/"+name, data)
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -270,10 +271,18 @@ func certificates(root *os.Root) error {
 	if err := root.MkdirAll(path.Dir(bundle), 0o755); err != nil {
 		return err
 	}
-	if err := root.WriteFile(bundle, all.Bytes(), 0o644); err != nil {
+	if err := write(root, bundle, all.Bytes()); err != nil {
 		return err
 	}
 	return linkIfMissing(root, "usr/lib/ssl/cert.pem", "/"+bundle)
+}
+
+// write makes a file that has no time: the same packages give the same root.
+func write(root *os.Root, name string, data []byte) error {
+	if err := root.WriteFile(name, data, 0o644); err != nil {
+		return err
+	}
+	return root.Chtimes(name, time.Unix(0, 0), time.Unix(0, 0))
 }
 
 func linkIfMissing(root *os.Root, name, target string) error {

@@ -150,16 +150,20 @@ func (a *addition) mark(place string) {
 	}
 }
 
-// Bounds of a name, as Linux has them.
+// Bounds of a name: those of Linux, and a depth beyond which looking up names takes long.
 const (
 	longestName    = 4095
 	longestElement = 255
+	deepest        = 128
 )
 
 // clean makes a name relative. An absolute one is meant from the archive's root.
 func clean(name string) (string, error) {
 	if len(name) > longestName || strings.ContainsRune(name, 0) {
 		return "", errors.New("no name of a file")
+	}
+	if strings.Count(path.Clean(name), "/") > deepest {
+		return "", fmt.Errorf("deeper than %d directories", deepest)
 	}
 	for element := range strings.SplitSeq(name, "/") {
 		if element == ".." {
@@ -194,6 +198,9 @@ func (a *addition) parent(name string) (string, error) {
 			continue
 		}
 		next := path.Join(at, element)
+		if strings.Count(next, "/") > deepest {
+			return "", fmt.Errorf("deeper than %d directories", deepest)
+		}
 		info, err := a.root.Lstat(next)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
