@@ -81,7 +81,7 @@ func (s *Store) kernel(ctx context.Context, path string, made maker, progress Pr
 			return Kernel{}, fmt.Errorf("kernel: %w", err)
 		}
 		key = keyOf("kernel", path, fmt.Sprint(id))
-		build = func(dir string) (Object, error) { return takeKernel(path, "/lib/modules", dir, progress) }
+		build = func(dir string) (Object, error) { return takeKernel(path, s.modules, dir, progress) }
 	}
 	o, err := made(ctx, key, build)
 	if err != nil {

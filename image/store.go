@@ -32,7 +32,8 @@ import (
 // it has not, using it is an error. What is made again of unchanged input is found
 // again by the input's fingerprint, without reading it.
 type Store struct {
-	dir string
+	dir     string
+	modules string // where those of kernels that are given by path lie: /lib/modules
 
 	mu     sync.Mutex
 	sights map[string]time.Time // of trees
@@ -80,7 +81,7 @@ func Open(dir string) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{dir: dir}
+	s := &Store{dir: dir, modules: "/lib/modules"}
 	for _, part := range []string{s.objects(), s.inputs(), s.unfinished(), s.locks(), s.holds()} {
 		if err := durable.MkdirAll(part, 0o700); err != nil {
 			return nil, fmt.Errorf("image store: %w", err)
