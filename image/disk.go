@@ -1,0 +1,169 @@
+package image
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"cal/image/tree"
+	"cal/nucleus"
+)
+
+// mountPoints are the directories that every root of a microVM has, because nothing
+// can be made in it; usual ones an image may have as links.
+var (
+	mountPoints = []string{"/proc", "/sys", "/dev", "/tmp", "/run", nucleus.MachineAgent, nucleus.MachineHome, nucleus.MachineWorkspace}
+	usual       = []string{"/root", "/var", "/opt"}
+)
+
+// Root returns an EROFS image of an image's root file system, without its layers.
+func (s *Store) Root(ctx context.Context, image nucleus.Image, host string, progress Progress) (Disk, error) {
+	return s.disk(ctx, "root", func() (*tree.Tree, Object, error) {
+		root, err := Resolve(withoutLayers(image), host)
+		if err != nil {
+			return nil, Object{}, err
+		}
+		t, err := root.tree(ctx)
+		return t, Object{What: describe(image), Env: root.Env}, err
+	}, progress)
+}
+
+// Layers returns an EROFS image of layers: their files and directories by number, and
+// layers.json, a list of LayerAt.
+func (s *Store) Layers(ctx context.Context, layers []nucleus.Layer, progress Progress) (Disk, error) {
+	return s.disk(ctx, "layers", func() (*tree.Tree, Object, error) {
+		t := tree.New()
+		sources, at, err := placed(layers)
+		if err != nil {
+			return nil, Object{}, err
+		}
+		for i, source := range sources {
+			if err := t.Copy(ctx, source, fmt.Sprint(i)); err != nil {
+				return nil, Object{}, err
+			}
+		}
+		index, err := json.Marshal(at)
+		if err == nil {
+			err = t.File(layersFile, index, false)
+		}
+		return t, Object{What: fmt.Sprintf("%d layers", len(layers))}, err
+	}, progress)
+}
+
+func describe(image nucleus.Image) string {
+	if image.Path != "" {
+		return image.Kind + " " + image.Path
+	}
+	return image.Kind
+}
+
+// tree is the root as one file system.
+func (r Root) tree(ctx context.Context) (*tree.Tree, error) {
+	t := tree.New()
+	for name, target := range r.Links {
+		if err := t.Link(name, target); err != nil {
+			return nil, err
+		}
+	}
+	for name, data := range r.Files {
+		if err := t.File(name, data, false); err != nil {
+			return nil, err
+		}
+	}
+	for _, bind := range r.Binds { // an outer one comes first
+		if err := t.Copy(ctx, bind.Host, bind.Guest); err != nil {
+			return nil, err
+		}
+	}
+	for _, name := range mountPoints {
+		if err := t.Dir(name); err != nil {
+			return nil, fmt.Errorf("the machine needs a directory: %w", err)
+		}
+	}
+	for _, name := range usual {
+		if !t.Has(name) {
+			if err := t.Dir(name); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return t, t.File(nucleus.MachineProxy, nil, true) // a place for the program
+}
+
+// attempts to copy files of which one changes meanwhile, as in an upgrade of the host.
+const attempts = 3
+
+// disk returns the EROFS image of a tree, made at need.
+func (s *Store) disk(ctx context.Context, kind string, look func() (*tree.Tree, Object, error), progress Progress) (Disk, error) {
+	var made Object
+	var err error
+	for range attempts {
+		var t *tree.Tree
+		if t, made, err = look(); err != nil {
+			return Disk{}, fmt.Errorf("%s image: %w", kind, err)
+		}
+		made, err = s.made(ctx, keyOf(kind, t.Fingerprint(), made.What, fmt.Sprint(made.Env)), func(dir string) (Object, error) {
+			progress.say("building the %s image of %s: %d MiB in %d files", kind, made.What, t.Size()>>20, t.Entries())
+			made.Kind, made.Files = kind, []File{{Name: diskFile}}
+			return made, s.writeDisk(ctx, t, filepath.Join(dir, diskFile))
+		})
+		if !errors.Is(err, tree.ErrChanged) {
+			break
+		}
+	}
+	if err != nil {
+		return Disk{}, fmt.Errorf("%s image: %w", kind, err)
+	}
+	return s.asDisk(made), nil
+}
+
+const diskFile = "disk.erofs"
+
+func (s *Store) asDisk(o Object) Disk {
+	return Disk{Path: filepath.Join(s.object(o.Digest), o.Files[0].Name), Digest: o.Digest, Size: o.Files[0].Size, Env: o.Env}
+}
+
+func (s *Store) writeDisk(ctx context.Context, t *tree.Tree, name string) error {
+	if err := s.room(t.Size()); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := t.WriteEROFS(interruptible{f, ctx}); err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// room refuses at once what will not fit.
+func (s *Store) room(size int64) error {
+	var stat unix.Statfs_t
+	if err := unix.Statfs(s.dir, &stat); err != nil {
+		return err
+	}
+	if free := int64(stat.Bavail) * stat.Bsize; size > free {
+		return fmt.Errorf("%d MiB are wanted: %w", size>>20, unix.ENOSPC)
+	}
+	return nil
+}
+
+// interruptible ends a long copy with its context.
+type interruptible struct {
+	*os.File
+	ctx context.Context
+}
+
+func (i interruptible) Write(p []byte) (int, error) {
+	if err := i.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return i.File.Write(p)
+}

@@ -1,0 +1,144 @@
+// Package linux reads what a kernel is delivered in: the compressed ELF in a bzImage,
+// and the modules beside it with what each needs; and it writes the archive that a
+// kernel starts from.
+//
+// The files come from a package that was verified, or are a person's own. They are
+// parsed all the same as if a stranger had made them: every length is checked against
+// what there is, and what is unpacked has a bound.
+package linux
+
+import (
+	"bytes"
+	"compress/gzip"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// largest bounds an unpacked kernel: Debian's has 60 MB.
+const largest = 512 << 20
+
+// The setup header of a bzImage (Documentation/x86/boot.rst of the kernel).
+const (
+	setupSects    = 0x1f1
+	bootFlag      = 0x1fe // 0x55 0xaa
+	setupMagic    = 0x202 // "HdrS"
+	setupVersion  = 0x206
+	kernelVersion = 0x20e // offset of a text, less 0x200
+	payloadOffset = 0x248
+	payloadLength = 0x24c
+	setupEnd      = 0x250
+	sector        = 512
+)
+
+// ErrNoKernel is wrapped where a file is no kernel that a machine can start.
+var ErrNoKernel = errors.New("no x86-64 Linux kernel")
+
+// Kernel is a kernel in both its forms. BzImage is nil for one that was given as an ELF.
+type Kernel struct {
+	BzImage []byte
+	ELF     []byte
+	Version string // as uname -r says it; "" where the file does not
+}
+
+// Parse reads a bzImage or an uncompressed ELF.
+func Parse(data []byte) (Kernel, error) {
+	if bytes.HasPrefix(data, []byte(elf.ELFMAG)) {
+		return Kernel{ELF: data, Version: banner(data)}, checkELF(data)
+	}
+	if len(data) < setupEnd || data[bootFlag] != 0x55 || data[bootFlag+1] != 0xaa || string(data[setupMagic:setupMagic+4]) != "HdrS" {
+		return Kernel{}, fmt.Errorf("%w: neither a bzImage nor an ELF", ErrNoKernel)
+	}
+	if version := binary.LittleEndian.Uint16(data[setupVersion:]); version < 0x208 {
+		return Kernel{}, fmt.Errorf("%w: boot protocol %d.%02d, want 2.08 or later", ErrNoKernel, version>>8, version&0xff)
+	}
+	raw, err := payload(data)
+	if err != nil {
+		return Kernel{}, fmt.Errorf("%w: %v", ErrNoKernel, err)
+	}
+	k := Kernel{BzImage: data, ELF: raw, Version: version(data)}
+	return k, checkELF(k.ELF)
+}
+
+// payload unpacks the ELF in a bzImage.
+func payload(data []byte) ([]byte, error) {
+	sects := int64(data[setupSects])
+	if sects == 0 {
+		sects = 4
+	}
+	start := (sects+1)*sector + int64(binary.LittleEndian.Uint32(data[payloadOffset:]))
+	end := start + int64(binary.LittleEndian.Uint32(data[payloadLength:]))
+	if start >= end || end > int64(len(data)) {
+		return nil, fmt.Errorf("a payload from byte %d to %d of %d", start, end, len(data))
+	}
+	packed := data[start:end]
+	switch {
+	case bytes.HasPrefix(packed, []byte(elf.ELFMAG)):
+		return packed, nil
+	case bytes.HasPrefix(packed, legacyLZ4):
+		return unpackLZ4(packed, largest)
+	case bytes.HasPrefix(packed, []byte{0x1f, 0x8b}):
+		return unpackGzip(packed)
+	}
+	return nil, fmt.Errorf("a payload that begins with % x; LZ4, gzip and none are known", packed[:min(6, len(packed))])
+}
+
+func unpackGzip(packed []byte) ([]byte, error) {
+	r, err := gzip.NewReader(bytes.NewReader(packed))
+	if err != nil {
+		return nil, err
+	}
+	r.Multistream(false) // the size follows
+	out, err := io.ReadAll(io.LimitReader(r, largest+1))
+	if err == nil && len(out) > largest {
+		err = fmt.Errorf("more than %d MiB", largest>>20)
+	}
+	return out, err
+}
+
+func version(data []byte) string {
+	at := int64(binary.LittleEndian.Uint16(data[kernelVersion:])) + 0x200
+	if at == 0x200 || at >= int64(len(data)) {
+		return ""
+	}
+	return firstWord(data[at:])
+}
+
+// banner finds the text that the kernel prints first.
+func banner(data []byte) string {
+	_, after, ok := bytes.Cut(data, []byte("Linux version "))
+	if !ok {
+		return ""
+	}
+	return firstWord(after)
+}
+
+// firstWord is what stands before a space, if it may be the name of a directory.
+func firstWord(data []byte) string {
+	word, _, ok := bytes.Cut(data[:min(len(data), 128)], []byte(" "))
+	if !ok || len(word) == 0 || word[0] == '.' || strings.ContainsFunc(string(word), func(r rune) bool {
+		return r != '.' && r != '-' && r != '_' && r != '+' && r != '~' && (r < '0' || r > '9') && (r < 'a' || r > 'z') && (r < 'A' || r > 'Z')
+	}) {
+		return ""
+	}
+	return string(word)
+}
+
+func checkELF(data []byte) error {
+	f, err := elf.NewFile(bytes.NewReader(data))
+	if err != nil {
+		return fmt.Errorf("%w: %v", ErrNoKernel, err)
+	}
+	if f.Machine != elf.EM_X86_64 || f.Type != elf.ET_EXEC {
+		return fmt.Errorf("%w: an ELF of type %v for %v", ErrNoKernel, f.Type, f.Machine)
+	}
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_LOAD && p.Off+p.Filesz > uint64(len(data)) {
+			return fmt.Errorf("%w: a segment ends at byte %d of %d", ErrNoKernel, p.Off+p.Filesz, len(data))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,211 @@
+package linux
+
+import (
+	"bytes"
+	"compress/gzip"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// testELF is a small ELF with one section beside the table of names.
+func testELF(kind elf.Type, machine elf.Machine, section string, data []byte) []byte {
+	var out bytes.Buffer
+	names := "\x00" + section + "\x00.shstrtab\x00"
+	header := elf.Header64{
+		Ident: [16]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), 1}, Type: uint16(kind), Machine: uint16(machine),
+		Version: 1, Ehsize: 64, Shentsize: 64, Shnum: 3, Shstrndx: 2, Shoff: uint64(64 + len(data) + len(names)),
+	}
+	sections := []elf.Section64{
+		{}, {Name: 1, Type: uint32(elf.SHT_PROGBITS), Off: 64, Size: uint64(len(data))},
+		{Name: uint32(2 + len(section)), Type: uint32(elf.SHT_STRTAB), Off: uint64(64 + len(data)), Size: uint64(len(names))},
+	}
+	binary.Write(&out, binary.LittleEndian, header)
+	out.Write(data)
+	out.WriteString(names)
+	binary.Write(&out, binary.LittleEndian, sections)
+	return out.Bytes()
+}
+
+func testKernel() []byte {
+	return testELF(elf.ET_EXEC, elf.EM_X86_64, ".rodata", []byte("Linux version 6.1.0-test-amd64 (somebody) #1"))
+}
+
+// bzImage puts a payload where the boot protocol has it.
+func bzImage(payload []byte) []byte {
+	image := make([]byte, 5*sector+16)
+	image[setupSects], image[bootFlag], image[bootFlag+1] = 4, 0x55, 0xaa
+	copy(image[setupMagic:], "HdrS")
+	binary.LittleEndian.PutUint16(image[setupVersion:], 0x20f)
+	binary.LittleEndian.PutUint16(image[kernelVersion:], 0x100)
+	copy(image[0x300:], "6.1.0-test-amd64 (somebody) #1\x00")
+	binary.LittleEndian.PutUint32(image[payloadOffset:], 16)
+	binary.LittleEndian.PutUint32(image[payloadLength:], uint32(len(payload)))
+	return append(image, payload...)
+}
+
+// stored is an LZ4 frame of literals only.
+func stored(data []byte) []byte {
+	block := []byte{0xf0}
+	n := len(data) - 15
+	for ; n >= 255; n -= 255 {
+		block = append(block, 255)
+	}
+	block = append(append(block, byte(n)), data...)
+	frame := binary.LittleEndian.AppendUint32(slices.Clone(legacyLZ4), uint32(len(block)))
+	return binary.LittleEndian.AppendUint32(append(frame, block...), uint32(len(data)))
+}
+
+func zipped(data []byte) []byte {
+	var out bytes.Buffer
+	w := gzip.NewWriter(&out)
+	w.Write(data)
+	w.Close()
+	return binary.LittleEndian.AppendUint32(out.Bytes(), uint32(len(data)))
+}
+
+func TestParse(t *testing.T) {
+	kernel := testKernel()
+	for name, data := range map[string][]byte{"ELF": kernel, "LZ4": bzImage(stored(kernel)), "gzip": bzImage(zipped(kernel)), "plain": bzImage(kernel)} {
+		k, err := Parse(data)
+		if err != nil || !bytes.Equal(k.ELF, kernel) || k.Version != "6.1.0-test-amd64" || (k.BzImage == nil) != (name == "ELF") {
+			t.Errorf("%s: version %q, %d bytes, %v", name, k.Version, len(k.ELF), err)
+		}
+	}
+}
+
+func TestParseRefuses(t *testing.T) {
+	kernel := testKernel()
+	good := bzImage(stored(kernel))
+	changed := func(at int, value ...byte) []byte {
+		data := slices.Clone(good)
+		copy(data[at:], value)
+		return data
+	}
+	for name, data := range map[string][]byte{
+		"nothing": nil, "text": []byte(strings.Repeat("no kernel ", 100)), "a header alone": good[:setupEnd], "cut off": good[:len(good)-1],
+		"an old protocol": changed(setupVersion, 7, 2), "a payload behind the end": changed(payloadOffset, 0xff, 0xff, 0xff, 0xff),
+		"a long payload": changed(payloadLength, 0xff, 0xff, 0xff, 0xff), "no payload": changed(payloadLength, 0, 0, 0, 0), "an unknown packing": bzImage([]byte("\xfd7zXZ\x00 and so on")),
+		"a payload that is no ELF": bzImage(stored([]byte(strings.Repeat("x", 100)))), "a false size": bzImage(append(stored(kernel)[:len(stored(kernel))-4], 1, 0, 0, 0)),
+		"another machine": testELF(elf.ET_EXEC, elf.EM_AARCH64, ".x", nil), "a library": testELF(elf.ET_DYN, elf.EM_X86_64, ".x", nil), "half an ELF": kernel[:40],
+		"bad gzip": bzImage([]byte{0x1f, 0x8b, 8, 0, 1, 2, 3}),
+	} {
+		if k, err := Parse(data); !errors.Is(err, ErrNoKernel) {
+			t.Errorf("%s: version %q, %v", name, k.Version, err)
+		}
+	}
+	data := changed(0x300, []byte("../../etc (x)")...)
+	if k, err := Parse(data); err != nil || k.Version != "" {
+		t.Errorf("a version that is no name of a directory: %q, %v", k.Version, err)
+	}
+}
+
+// Blocks as the format's description has them: a match that overlaps what it makes, and
+// one that reaches before the block.
+func TestUnpackBlock(t *testing.T) {
+	for name, c := range map[string]struct {
+		in   string
+		want string
+		bad  bool
+	}{
+		"literals":              {in: "\x30abc", want: "abc"},
+		"a match that overlaps": {in: "\x36abc\x03\x00\x10x", want: "abcabcabcabca" + "x"},
+		"one byte, many times":  {in: "\x1fa\x01\x00\x05\x10b", want: strings.Repeat("a", 1+4+15+5) + "b"},
+		"before the block":      {in: "\x30abc\x04\x00\x10x", bad: true},
+		"an offset of zero":     {in: "\x30abc\x00\x00\x10x", bad: true},
+		"half an offset":        {in: "\x30abc\x01", bad: true},
+		"too few literals":      {in: "\x40abc", bad: true},
+		"an endless length":     {in: "\xf0\xff\xff", bad: true},
+		"no end":                {in: "\x30abc\x03\x00", bad: true},
+		"too much":              {in: "\x1fa\x01\x00" + strings.Repeat("\xff", 5) + "\x00\x10b", bad: true},
+	} {
+		got, err := unpackBlock(nil, []byte(c.in), 1000)
+		if c.bad != (err != nil) || !c.bad && string(got) != c.want {
+			t.Errorf("%s: %q, %v; want %q", name, got, err, c.want)
+		}
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add(bzImage(stored(testKernel())))
+	f.Add(testKernel())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		k, err := Parse(data)
+		if err == nil && len(k.ELF) == 0 {
+			t.Error("a kernel without an ELF")
+		}
+	})
+}
+
+// shelve writes modules that say what they need.
+func shelve(t *testing.T, needs map[string]string) string {
+	dir := t.TempDir()
+	for file, need := range needs {
+		name := filepath.Join(dir, "kernel", file)
+		must(t, os.MkdirAll(filepath.Dir(name), 0o755))
+		info := []byte("license=GPL\x00depends=" + need + "\x00name=x\x00")
+		must(t, os.WriteFile(name, testELF(elf.ET_REL, elf.EM_X86_64, ".modinfo", info), 0o644))
+	}
+	must(t, os.WriteFile(dir+"/modules.builtin", []byte("kernel/fs/ext4/ext4.ko\nkernel/lib/built-in.ko\n"), 0o644))
+	return dir
+}
+
+func TestModules(t *testing.T) {
+	dir := shelve(t, map[string]string{
+		"net/top.ko": "middle,other-one", "net/middle.ko": "base", "lib/base.ko": "", "lib/other_one.ko": "base,built_in", "x/packed.ko.xz": "", "x/a.ko": "b", "x/b.ko": "a", "x/lost.ko": "gone",
+	})
+	got, err := Modules(dir, []string{"ext4", "top", "base"})
+	if want := []string{"kernel/lib/base.ko", "kernel/net/middle.ko", "kernel/lib/other_one.ko", "kernel/net/top.ko"}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%v, %v; want %v", got, err, want)
+	}
+	for _, name := range []string{"missing", "packed", "a", "lost"} {
+		if got, err := Modules(dir, []string{name}); err == nil {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+	must(t, os.WriteFile(dir+"/kernel/lib/base.ko", []byte("no ELF"), 0o644))
+	if got, err := Modules(dir, []string{"base"}); err == nil {
+		t.Errorf("no ELF: %v", got)
+	}
+	if got, err := Modules(dir+"/none", nil); err == nil {
+		t.Errorf("no directory: %v", got)
+	}
+}
+
+func TestArchive(t *testing.T) {
+	make := func() []byte {
+		var out bytes.Buffer
+		a := NewArchive(&out)
+		a.Dir("dev")
+		a.Device("dev/console", 0o600, 5, 1)
+		a.File("init", 0o755, 5, strings.NewReader("hello, and more"))
+		must(t, a.Close())
+		return out.Bytes()
+	}
+	want := "070701" + "00000001" + "000041ed" + "00000000" + "00000000" + "00000002" + "00000000" + "00000000" + "00000000" + "00000000" + "00000000" + "00000000" + "00000004" + "00000000" + "dev\x00" + "\x00\x00" +
+		"070701" + "00000002" + "00002180" + "00000000" + "00000000" + "00000001" + "00000000" + "00000000" + "00000000" + "00000000" + "00000005" + "00000001" + "0000000c" + "00000000" + "dev/console\x00" + "\x00\x00" +
+		"070701" + "00000003" + "000081ed" + "00000000" + "00000000" + "00000001" + "00000000" + "00000005" + "00000000" + "00000000" + "00000000" + "00000000" + "00000005" + "00000000" + "init\x00" + "\x00" + "hello" + "\x00\x00\x00" +
+		"070701" + "00000000" + "00000000" + "00000000" + "00000000" + "00000001" + "00000000" + "00000000" + "00000000" + "00000000" + "00000000" + "00000000" + "0000000b" + "00000000" + "TRAILER!!!\x00" + "\x00\x00\x00"
+	if got := make(); string(got) != want || !bytes.Equal(got, make()) {
+		t.Errorf("got\n%q\nwant\n%q", got, want)
+	}
+	var out bytes.Buffer
+	a := NewArchive(&out)
+	a.File("short", 0o644, 9, strings.NewReader("short"))
+	a.File("next", 0o644, 1, strings.NewReader("x"))
+	if err := a.Close(); err == nil {
+		t.Error("a file that is shorter than said")
+	}
+}

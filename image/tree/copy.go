@@ -1,0 +1,257 @@
+package tree
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// identity tells a file that was looked at from what lies there later. A write
+// changes its ctime, which no ordinary call sets.
+type identity struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime int64 // Unix time in nanoseconds
+}
+
+func identityOf(stat *unix.Stat_t) identity {
+	//nolint:unconvert // not everywhere of these types
+	return identity{uint64(stat.Dev), uint64(stat.Ino), stat.Size, unix.TimespecToNsec(stat.Mtim), unix.TimespecToNsec(stat.Ctim)}
+}
+
+// Copy puts a file or directory of the host at name, in place of what is there. host
+// is an absolute path and no link. What is not for everybody to read is left out; that
+// host itself is not is an error.
+func (t *Tree) Copy(ctx context.Context, host, name string) error {
+	var stat unix.Stat_t
+	if err := unix.Lstat(host, &stat); err != nil {
+		return &fs.PathError{Op: "lstat", Path: host, Err: err}
+	}
+	switch {
+	case !forAll(stat.Mode):
+		return fmt.Errorf("%s is not for everybody to read (mode %04o)", host, stat.Mode&0o7777)
+	case stat.Mode&unix.S_IFMT == unix.S_IFLNK:
+		return fmt.Errorf("%s is a link", host)
+	}
+	parent, err := t.dir(path.Dir(inside(name)))
+	if err != nil {
+		return err
+	}
+	made := t.copied(host, &stat)
+	if made == nil {
+		return fmt.Errorf("%s is neither a file nor a directory", host)
+	}
+	made.name = path.Base(inside(name))
+	if inside(name) == "" {
+		if made.children == nil {
+			return fmt.Errorf("%s is no directory", host)
+		}
+		t.entries, t.size = 0, 0
+		t.root = made
+	} else {
+		t.forget(parent.children[made.name])
+		if err := t.add(parent, made); err != nil {
+			return err
+		}
+	}
+	if made.children == nil {
+		return nil
+	}
+	dir, err := unix.Open(host, walkFlags, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: host, Err: err}
+	}
+	walk := walk{ctx: ctx, tree: t, buffer: make([]byte, 64<<10)}
+	return walk.into(dir, host, made)
+}
+
+// forget takes a subtree out of the counts.
+func (t *Tree) forget(n *node) {
+	if n == nil {
+		return
+	}
+	t.entries--
+	t.size -= n.size
+	for _, child := range n.children {
+		t.forget(child)
+	}
+}
+
+// copied is the node of what lies on the host; nil: it is no part of an image.
+func (t *Tree) copied(host string, stat *unix.Stat_t) *node {
+	switch stat.Mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		return &node{mode: fs.ModeDir | 0o755, children: map[string]*node{}}
+	case unix.S_IFREG:
+		return &node{
+			mode: permissions(stat.Mode&0o001 != 0), mtime: max(0, stat.Mtim.Sec), size: stat.Size, source: host, seen: identityOf(stat),
+		}
+	}
+	return nil
+}
+
+const walkFlags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+
+// forAll says whether everybody may read what has this mode. Links have no
+// permission of their own.
+func forAll(mode uint32) bool {
+	switch mode & unix.S_IFMT {
+	case unix.S_IFLNK:
+		return true
+	case unix.S_IFDIR:
+		return mode&0o005 == 0o005
+	}
+	return mode&0o004 != 0
+}
+
+// walk reads a tree of the host by descriptors: no element of a path is looked up
+// twice, so none can be exchanged for a link on the way.
+type walk struct {
+	ctx    context.Context
+	tree   *Tree
+	buffer []byte
+}
+
+// into reads an open directory and closes it.
+func (w *walk) into(dir int, host string, at *node) error {
+	defer unix.Close(dir)
+	if err := w.ctx.Err(); err != nil {
+		return err
+	}
+	var names []string
+	for {
+		n, err := unix.ReadDirent(dir, w.buffer)
+		if err != nil {
+			return &fs.PathError{Op: "readdir", Path: host, Err: err}
+		}
+		if n <= 0 {
+			break
+		}
+		_, _, names = unix.ParseDirent(w.buffer[:n], -1, names)
+	}
+	for _, name := range names {
+		if err := w.entry(dir, filepath.Join(host, name), name, at); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *walk) entry(dir int, host, name string, at *node) error {
+	var stat unix.Stat_t
+	if err := unix.Fstatat(dir, name, &stat, unix.AT_SYMLINK_NOFOLLOW); errors.Is(err, unix.ENOENT) {
+		return nil
+	} else if err != nil {
+		return &fs.PathError{Op: "lstat", Path: host, Err: err}
+	}
+	if !forAll(stat.Mode) {
+		return nil
+	}
+	made := w.tree.copied(host, &stat)
+	if stat.Mode&unix.S_IFMT == unix.S_IFLNK {
+		target, err := readlink(dir, name)
+		if err != nil {
+			return &fs.PathError{Op: "readlink", Path: host, Err: err}
+		}
+		made = &node{mode: fs.ModeSymlink | 0o777, target: target}
+	}
+	if made == nil {
+		return nil
+	}
+	made.name = strings.Clone(name)
+	if made.children == nil {
+		return w.tree.add(at, made)
+	}
+	inner, err := unix.Openat(dir, name, walkFlags, 0)
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EACCES):
+		return nil // gone, or not this user's to enter in spite of its mode
+	case err != nil:
+		return &fs.PathError{Op: "open", Path: host, Err: err}
+	}
+	if err := w.tree.add(at, made); err != nil {
+		unix.Close(inner)
+		return err
+	}
+	return w.into(inner, host, made)
+}
+
+func readlink(dir int, name string) (string, error) {
+	var target [longestTarget + 1]byte
+	n, err := unix.Readlinkat(dir, name, target[:])
+	if err != nil {
+		return "", err
+	}
+	if n > longestTarget {
+		return "", unix.ENAMETOOLONG
+	}
+	return string(target[:n]), nil
+}
+
+// content reads a copied file, opened when the first byte is wanted: an image may
+// have more files than a process may open.
+type content struct {
+	n    *node
+	file *os.File
+	left int64
+}
+
+func (c *content) Read(p []byte) (int, error) {
+	if c.file == nil {
+		if err := c.open(); err != nil {
+			return 0, err
+		}
+	}
+	if c.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := c.file.Read(p[:min(int64(len(p)), c.left)])
+	if c.left -= int64(n); err == io.EOF && c.left > 0 {
+		return n, fmt.Errorf("%s: %w: it is shorter", c.n.source, ErrChanged)
+	}
+	if c.left == 0 {
+		// What was read is one state of the file, or it is none.
+		if err := c.unchanged(); err != nil {
+			return n, err
+		}
+	}
+	return n, err
+}
+
+func (c *content) open() error {
+	fd, err := unix.Open(c.n.source, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOTDIR) {
+		return fmt.Errorf("%s: %w: %w", c.n.source, ErrChanged, err)
+	}
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: c.n.source, Err: err}
+	}
+	c.file, c.left = os.NewFile(uintptr(fd), c.n.source), c.n.size
+	return c.unchanged()
+}
+
+func (c *content) unchanged() error {
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(c.file.Fd()), &stat); err != nil {
+		return &fs.PathError{Op: "stat", Path: c.n.source, Err: err}
+	}
+	if identityOf(&stat) != c.n.seen {
+		return fmt.Errorf("%s: %w", c.n.source, ErrChanged)
+	}
+	return nil
+}
+
+func (c *content) Close() error {
+	if c.file == nil {
+		return nil
+	}
+	return c.file.Close()
+}
