@@ -73,6 +73,10 @@ type Facts struct {
 	// later. The proxy must then write it out (syncfs) after each call that may have
 	// changed it, before it signs what came of the call.
 	Sync bool `json:"sync,omitempty"`
+
+	// Digests are of what the machine was made of, "sha256:...", as far as it was made of
+	// images: "kernel", "initramfs", "root", "layers".
+	Digests map[string]string `json:"digests,omitempty"`
 }
 
 // Driver makes machines of one kind. All methods may be called at once.

@@ -448,7 +448,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 		Exposure: p.root.legs().Names(),
 		Data: data(map[string]any{
 			"boot": p.record.Boot, "outcome_key": reply.OutcomeKey, "proxy": reply.Version, "limits": p.machine.Limits(), "one_id": p.machine.Facts().OneID,
-			"proxy_sha256": n.proxyDigest(), "policy_sha256": p.digest, "approvers": p.approvers, "approvals": p.record.Approvals, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
+			"proxy_sha256": n.proxyDigest(), "policy_sha256": p.digest, "image": spec.Image.Kind, "image_digests": p.machine.Facts().Digests, "approvers": p.approvers, "approvals": p.record.Approvals, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
 		}),
 	}); err != nil {
 		return logFailure(err)
