@@ -35,7 +35,7 @@ type plan struct {
 // hostPrograms are of this host: what the driver needs on its own, and what the tests
 // run in a machine of the image "host".
 var hostPrograms = []string{
-	"/usr/sbin/mkfs.ext4", "/usr/sbin/debugfs", "/bin/sh", "/usr/bin/cat", "/usr/bin/head", "/usr/bin/ls", "/usr/bin/true", "/usr/bin/sleep",
+	"/usr/sbin/mkfs.ext4", "/usr/sbin/debugfs", "/usr/sbin/e2fsck", "/bin/sh", "/usr/bin/cat", "/usr/bin/head", "/usr/bin/ls", "/usr/bin/true", "/usr/bin/sleep",
 	"/usr/bin/dd", "/usr/bin/sync", "/usr/bin/stat", "/usr/bin/id", "/usr/bin/env", "/usr/bin/uname",
 }
 

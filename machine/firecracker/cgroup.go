@@ -52,7 +52,7 @@ func cgroupSettings(version, cpus int, memory int64, tasks int) []string {
 	}
 }
 
-// cgroupDirs are the directories of the jail's cgroup, one for each setting.
+// cgroupDir is the directory of the jail's cgroup in which a file is.
 func (j jail) cgroupDir(mount, file string) string {
 	if j.CgroupVersion == 1 {
 		controller, _, _ := strings.Cut(file, ".")
@@ -103,8 +103,27 @@ func (j jail) outOfMemory(mount string) bool {
 	return false
 }
 
-// removeCgroup removes the cgroup in every hierarchy. A cgroup stays busy until the
-// kernel has let go of its last process.
+// members are the processes of the host in the jail's cgroup.
+func (j jail) members(mount string) ([]int, error) {
+	if len(j.Cgroup) == 0 {
+		return nil, nil
+	}
+	data, err := os.ReadFile(filepath.Join(j.cgroupDir(mount, j.Cgroup[0]), "cgroup.procs"))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENODEV) { // being removed
+		return nil, nil
+	}
+	var pids []int
+	for _, text := range strings.Fields(string(data)) {
+		if pid, err := strconv.Atoi(text); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, err
+}
+
+// removeCgroup kills who is still in the cgroup, a process that was between fork and
+// exec, and removes it in every hierarchy. It stays busy until the kernel has let go of
+// its last process.
 func (j jail) removeCgroup(ctx context.Context, mount string) error {
 	for _, setting := range j.Cgroup {
 		dir := j.cgroupDir(mount, setting)
@@ -115,6 +134,13 @@ func (j jail) removeCgroup(ctx context.Context, mount string) error {
 			}
 			if !errors.Is(err, syscall.EBUSY) {
 				return err
+			}
+			pids, err := j.members(mount)
+			if err != nil {
+				return err
+			}
+			for _, pid := range pids {
+				_ = syscall.Kill(pid, syscall.SIGKILL) // one that has ended is as good
 			}
 			if err := site.Pause(ctx, 2*time.Millisecond); err != nil {
 				return fmt.Errorf("cgroup %s is still busy: %w", dir, err)

@@ -18,10 +18,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"cal/image"
@@ -45,6 +47,10 @@ type Config struct {
 	Jailer      string       // path of its jailer, of the same version
 	Images      *image.Store // of kernels, initramfs and disks
 
+	// Snapshots is a directory for guests that have booted, from which machines start, on
+	// the file system of the machines' directories; empty: each machine boots.
+	Snapshots string
+
 	Kernel   string        // path of a kernel; empty: Debian's cloud kernel
 	Host     string        // where the host's root is seen; empty: /
 	Cgroups  string        // where cgroups are mounted; empty: /sys/fs/cgroup
@@ -63,6 +69,8 @@ type Driver struct {
 
 	mu     sync.Mutex
 	proved string // digest of the program whose filter was proved
+
+	warm atomic.Bool // machines start from snapshots
 }
 
 // New returns a driver that has not been probed.
@@ -82,7 +90,9 @@ func New(config Config) *Driver {
 	if config.KVM == nil {
 		config.KVM = new(kvm.Host)
 	}
-	return &Driver{config: config, usual: nucleus.Resources{CPU: min(runtime.NumCPU(), 32), MemoryMB: 2048, Pids: 2048, DiskMB: 10 << 10}}
+	d := &Driver{config: config, usual: nucleus.Resources{CPU: min(runtime.NumCPU(), 32), MemoryMB: 2048, Pids: 2048, DiskMB: 10 << 10}}
+	d.warm.Store(config.Snapshots != "")
+	return d
 }
 
 // Name implements machine.Driver.
@@ -118,11 +128,14 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 		defer cancel()
 		err = errors.Join(err, d.clear(ctx, spec.Dir), site.Unlock(spec.Dir, held))
 	}()
-	rec, err := d.begin(spec)
-	if err != nil {
-		return nil, err
+	m, err := d.make(ctx, spec, digest, held, d.warm.Load())
+	if errors.Is(err, errSnapshot) {
+		slog.Warn("a machine could not start from its snapshot; it is booted", "machine", spec.ID, "error", err)
+		if err := d.clear(ctx, spec.Dir); err != nil {
+			return nil, err
+		}
+		m, err = d.make(ctx, spec, digest, held, false)
 	}
-	m, err := d.start(ctx, spec, rec, digest, held)
 	if err != nil {
 		return nil, err // no machine, rather than an interface that holds none
 	}
@@ -150,6 +163,11 @@ func (d *Driver) begin(spec machine.Spec) (record, error) {
 		return record{}, machine.Refuse("no cgroups with %s at %s", controllers, d.config.Cgroups)
 	}
 	rec.Jail.Cgroup = cgroupSettings(rec.Jail.CgroupVersion, rec.CPUs, int64(rec.MemoryMB+overheadMB)<<20, rec.CPUs+vmmTasks)
+	rec.Template = rec.Jail
+	rec.Template.ID = newInstance()
+	if rec.Template.UID, err = newUID(); err != nil {
+		return record{}, err
+	}
 	return rec, rec.save()
 }
 
@@ -195,7 +213,7 @@ func (d *Driver) Adopt(ctx context.Context, dir string) (machine.Machine, error)
 	if err != nil {
 		return nil, err
 	}
-	v, err := rec.Jail.hold()
+	v, err := rec.Jail.hold(d.config.Cgroups)
 	if err != nil {
 		held.Close()
 		return nil, fmt.Errorf("%s: %w", dir, err)
@@ -234,8 +252,10 @@ func (d *Driver) clear(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := rec.Jail.remove(ctx, d.config.Cgroups); err != nil {
-		return err
+	for _, j := range []jail{rec.Jail, rec.Template} {
+		if err := j.remove(ctx, d.config.Cgroups); err != nil {
+			return err
+		}
 	}
 	return site.DeleteRecord(dir, recordFile)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -140,7 +141,7 @@ func (j jail) find() (process.Process, error) {
 }
 
 // await waits until the jail's Firecracker answers.
-func (j jail) await(ctx context.Context, a *api) (process.Process, error) {
+func (j jail) await(ctx context.Context, a *api, mount string) (process.Process, error) {
 	for {
 		_, err := a.info(ctx)
 		if err == nil {
@@ -150,7 +151,7 @@ func (j jail) await(ctx context.Context, a *api) (process.Process, error) {
 		if errors.As(err, &refused) {
 			return process.Process{}, err
 		}
-		if j.ended() {
+		if j.ended(mount) {
 			return process.Process{}, fmt.Errorf("%w: firecracker ended before it listened", machine.ErrGone)
 		}
 		if site.Pause(ctx, time.Millisecond) != nil {
@@ -159,31 +160,38 @@ func (j jail) await(ctx context.Context, a *api) (process.Process, error) {
 	}
 }
 
-// ended says whether nothing runs for the jail.
-func (j jail) ended() bool {
+// ended says whether nothing runs for the jail. A process that is just being made has
+// no arguments, but is in the cgroup; one that is not yet in the cgroup has arguments.
+func (j jail) ended(mount string) bool {
 	running, err := process.Find(j.ID)
 	for _, p := range running {
 		p.Close()
 	}
-	return err == nil && len(running) == 0
+	members, errMembers := j.members(mount)
+	return errors.Join(err, errMembers) == nil && len(running)+len(members) == 0
 }
 
 // checkFS refuses a directory on which a jail cannot be.
 func checkFS(dir string) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err != nil {
+	var stat unix.Statfs_t
+	if err := unix.Statfs(dir, &stat); err != nil {
 		return err
 	}
-	var flags []string
-	for flag, name := range map[int64]string{unix.ST_NODEV: "nodev", unix.ST_NOEXEC: "noexec"} {
-		if fs.Flags&flag != 0 {
-			flags = append(flags, name)
-		}
-	}
-	if len(flags) > 0 {
+	if flags := hindering(stat.Flags); len(flags) > 0 {
 		return machine.Refuse("%s lies on a file system mounted %s, where a jail has neither its program nor /dev/kvm; set CAL_HOME to a directory on another", dir, strings.Join(flags, " and "))
 	}
 	return nil
+}
+
+// hindering are the flags of a mount that keep a jail from being there.
+func hindering(flags int64) (names []string) {
+	if flags&unix.ST_NODEV != 0 {
+		names = append(names, "nodev")
+	}
+	if flags&unix.ST_NOEXEC != 0 {
+		names = append(names, "noexec")
+	}
+	return names
 }
 
 // remove ends all that runs for the jail and deletes it. It starts again while
@@ -193,13 +201,16 @@ func (j jail) remove(ctx context.Context, mount string) error {
 		if err := process.End(ctx, j.ID); err != nil {
 			return err
 		}
-		if err := site.Delete(j.Dir, j.Exec); err != nil {
-			return err
-		}
 		if err := j.removeCgroup(ctx, mount); err != nil {
 			return err
 		}
-		if j.ended() {
+		if err := site.Delete(j.base(), j.ID); err != nil {
+			return err
+		}
+		if err := os.Remove(j.base()); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+			return err
+		}
+		if j.ended(mount) {
 			return nil
 		}
 	}

@@ -5,8 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -21,7 +21,10 @@ const (
 	guestCID     = 3    // of every guest: nobody else is on its vsock
 	wirePort     = 1024 // where the guest's first process takes wires
 	greetTimeout = 10 * time.Second
-	againAfter   = 100 * time.Millisecond
+
+	// A guest is asked again whether it takes wires, the longer it takes the less often.
+	firstAgain = time.Millisecond
+	lastAgain  = 50 * time.Millisecond
 )
 
 // Machine is a Firecracker that this process holds.
@@ -42,8 +45,15 @@ type Machine struct {
 	gone     bool // Destroy has removed everything
 }
 
-// start makes the machine of a record and waits for its first word.
-func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record, digest string, held io.Closer) (_ *Machine, err error) {
+// make makes a machine and waits for its first word. digest is that of the program.
+func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, held io.Closer, warm bool) (*Machine, error) {
+	rec, err := d.begin(spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := spec.States(rec.Limits); err != nil {
+		return nil, err
+	}
 	if err := rec.Jail.make(); err != nil {
 		return nil, err
 	}
@@ -52,17 +62,19 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record, diges
 		return nil, err
 	}
 	rec.Facts.Env, rec.Jail.FileSize = made.env, made.longest()
-	if err := spec.States(rec.Limits); err != nil {
-		return nil, err
-	}
+	rec.Template.FileSize = max(made.longest(), int64(rec.MemoryMB)<<20)
 	if err := rec.save(); err != nil {
 		return nil, err
+	}
+	snapshot := ""
+	if warm {
+		snapshot = d.snapshotOrNone(ctx, rec, made, digest)
 	}
 	v, err := d.launch(ctx, rec.Jail, digest)
 	if err != nil {
 		return nil, err
 	}
-	conn, err := d.boot(ctx, v, made, rec)
+	conn, err := d.bring(ctx, v, rec, made, snapshot)
 	if err != nil {
 		err = v.explain(err)
 		v.letGo()
@@ -73,21 +85,54 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record, diges
 	return m, nil
 }
 
-// boot starts the guest and greets it.
-func (d *Driver) boot(ctx context.Context, v *vmm, made parts, rec record) (net.Conn, error) {
+// snapshotOrNone is the snapshot to start from. Where none can be made machines boot from
+// now on: that is slower, and no weaker.
+func (d *Driver) snapshotOrNone(ctx context.Context, rec record, made parts, digest string) string {
+	dir, err := d.snapshot(ctx, rec, made, digest)
+	if err != nil {
+		d.warm.Store(false)
+		slog.Warn("no snapshots of machines can be made; each machine boots", "error", err)
+		return ""
+	}
+	return dir
+}
+
+// bring starts the guest and greets it.
+func (d *Driver) bring(ctx context.Context, v *vmm, rec record, made parts, snapshot string) (net.Conn, error) {
+	if snapshot == "" {
+		if err := v.bootUp(ctx, made, rec); err != nil {
+			return nil, err
+		}
+		return v.greet(ctx)
+	}
 	if err := v.serial(ctx); err != nil {
 		return nil, err
 	}
-	if err := v.configure(ctx, made, rec); err != nil {
-		return nil, err
-	}
-	if err := v.api.start(ctx); err != nil {
+	if err := v.restore(ctx, snapshot); err != nil {
+		d.forget(snapshot)
 		return nil, err
 	}
 	if err := filtered(v.process.PID); err != nil {
 		return nil, err
 	}
+	if err := v.api.resume(ctx); err != nil {
+		return nil, err
+	}
 	return v.greet(ctx)
+}
+
+// bootUp starts a guest from its kernel.
+func (v *vmm) bootUp(ctx context.Context, made parts, rec record) error {
+	if err := v.serial(ctx); err != nil {
+		return err
+	}
+	if err := v.configure(ctx, made, rec); err != nil {
+		return err
+	}
+	if err := v.api.start(ctx); err != nil {
+		return err
+	}
+	return filtered(v.process.PID)
 }
 
 // configure says all that Firecracker must know before it starts the guest. There is
@@ -107,17 +152,32 @@ func (v *vmm) configure(ctx context.Context, made parts, rec record) error {
 	return v.api.setVsock(ctx, vsockDevice{guestCID, "/" + vsockSocket})
 }
 
-// greet connects to the guest's first process as soon as it takes wires.
+// greet gives the guest's first process a wire as soon as it takes one.
 func (v *vmm) greet(ctx context.Context) (net.Conn, error) {
-	for {
+	conn, err := v.await(ctx)
+	if err != nil {
+		return nil, err
+	}
+	greeted, err := wire.Greet(conn, deadlineOf(ctx))
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return greeted, nil
+}
+
+// await connects to the guest's first process when it takes wires. It has said nothing then,
+// and heard nothing.
+func (v *vmm) await(ctx context.Context) (net.Conn, error) {
+	for again := firstAgain; ; again = min(again*3/2, lastAgain) {
 		conn, err := v.reach(ctx)
 		if err == nil {
-			return wire.Greet(conn, deadlineOf(ctx))
+			return conn, nil
 		}
-		if v.jail.ended() {
+		if v.ended() {
 			return nil, fmt.Errorf("%w: the guest did not come up: %w", machine.ErrGone, v.endedBy())
 		}
-		if site.Pause(ctx, againAfter) != nil {
+		if site.Pause(ctx, again) != nil {
 			return nil, fmt.Errorf("the guest did not come up: %w", errors.Join(context.Cause(ctx), err))
 		}
 	}
@@ -153,14 +213,14 @@ func (d *Driver) hold(rec record, v *vmm, held io.Closer) *Machine {
 }
 
 func (m *Machine) awaitDeath() {
-	err := m.vmm.process.Ended()
+	<-m.vmm.done
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.released || errors.Is(err, os.ErrClosed) {
+	if m.released || !m.vmm.ended() {
 		return // the process was let go, which says nothing of it
 	}
 	if m.reason == "" {
-		m.reason = m.vmm.died(m.driver.config.Cgroups)
+		m.reason = m.vmm.died()
 	}
 	close(m.done)
 }

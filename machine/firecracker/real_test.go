@@ -6,16 +6,22 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"cal/image"
 	"cal/internal/kvm"
 	"cal/machine"
 )
 
 func TestMain(m *testing.M) {
 	kvm.Main()
-	os.Exit(m.Run())
+	code := m.Run()
+	if storeMade != "" {
+		os.RemoveAll(storeMade)
+	}
+	os.Exit(code)
 }
 
 // programs are the real ones, as make test-firecracker or the PATH names them.
@@ -55,6 +61,38 @@ func TestProof(t *testing.T) {
 	}
 }
 
+// realFirecracker is a jailed one that has not been configured.
+func realFirecracker(t *testing.T) *vmm {
+	t.Helper()
+	firecracker, jailer := programs(t)
+	d := New(Config{Firecracker: firecracker, Jailer: jailer})
+	dir := jailDir(t)
+	rec, err := d.begin(machine.Spec{ID: "test", Dir: dir})
+	must(t, err)
+	must(t, rec.Jail.make())
+	t.Cleanup(func() { must(t, d.clear(context.Background(), dir)) })
+	for name, data := range map[string][]byte{"kernel": tinyKernel(), "initramfs": []byte("x"), "root.erofs": make([]byte, 4096), "scratch.ext4": make([]byte, 4096)} {
+		must(t, os.WriteFile(rec.Jail.path(name), data, 0o600))
+		must(t, rec.Jail.own(name))
+	}
+	digest, err := fileDigest(firecracker)
+	must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	v, err := d.launch(ctx, rec.Jail, digest)
+	must(t, err)
+	t.Cleanup(v.letGo)
+	return v
+}
+
+// TestRealRefuses: the real API refuses all that the fake one refuses, in the same words.
+func TestRealRefuses(t *testing.T) {
+	programs(t)
+	for name, r := range refusals() {
+		t.Run(name, func(t *testing.T) { r.try(t, realFirecracker(t).api) })
+	}
+}
+
 // TestProofOfNone: a Firecracker for another libc has a filter that stops nothing.
 func TestProofOfNone(t *testing.T) {
 	_, jailer := programs(t)
@@ -74,6 +112,42 @@ func TestProofOfNone(t *testing.T) {
 		t.Error("taken for proved")
 	}
 }
+
+// working is a driver on a host where it works, or the test is skipped.
+func working(t testing.TB) *Driver {
+	t.Helper()
+	firecracker, jailer := programs(t)
+	if err := kvmHost.Probe(t.Context()); err != nil {
+		t.Skipf("KVM runs no guest here: %v; make test-firecracker emulates a host that has it", err)
+	}
+	return New(Config{Firecracker: firecracker, Jailer: jailer, Images: imageStore(t), KVM: &kvmHost})
+}
+
+var kvmHost kvm.Host
+
+// imageStore keeps images for all tests of this process, or for longer where one is named.
+func imageStore(t testing.TB) *image.Store {
+	t.Helper()
+	storeOnce.Do(func() {
+		dir := os.Getenv("CAL_TEST_IMAGES")
+		if dir == "" {
+			if dir, storeErr = os.MkdirTemp("/var/tmp", "cal-test-images-"); storeErr != nil {
+				return
+			}
+			storeMade = dir
+		}
+		store, storeErr = image.Open(dir)
+	})
+	must(t, storeErr)
+	return store
+}
+
+var (
+	storeOnce sync.Once
+	store     *image.Store
+	storeErr  error
+	storeMade string // to be removed
+)
 
 // jailDir is a directory of this test's in which jails can be.
 func jailDir(t testing.TB) string {

@@ -3,6 +3,7 @@ package firecracker
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"math/big"
 	"path/filepath"
@@ -22,6 +23,9 @@ type record struct {
 	Created string `json:"created"`
 	Jail    jail   `json:"jail"`
 
+	// Template is the jail in which a guest of the machine's shape boots for a snapshot.
+	Template jail `json:"template"`
+
 	CPUs     int             `json:"cpus"`
 	MemoryMB int             `json:"memory_mb"`
 	DiskMB   int             `json:"disk_mb"` // of scratch, and of a workspace that is new
@@ -39,8 +43,8 @@ func loadRecord(dir string) (record, error) {
 	if rec.Driver != name {
 		return record{}, fmt.Errorf("%s is a machine of driver %q", dir, rec.Driver)
 	}
-	rec.Jail.Dir = dir
-	return rec, rec.Jail.check()
+	rec.Jail.Dir, rec.Template.Dir = dir, dir
+	return rec, errors.Join(rec.Jail.check(), rec.Template.check())
 }
 
 // check refuses the names of a damaged record: what they name is deleted.

@@ -1,6 +1,7 @@
 package firecracker
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -59,8 +60,12 @@ func proveThreads(pid int) error {
 			return fmt.Errorf("firecracker has no thread %q", want)
 		}
 	}
+	at, err := callInstruction(pid)
+	if err != nil {
+		return err
+	}
 	for _, t := range threads {
-		if err := t.prove(); err != nil {
+		if err := t.prove(at); err != nil {
 			return fmt.Errorf("thread %s of firecracker: %w", t.name, err)
 		}
 	}
@@ -120,8 +125,7 @@ func isWorker(stat string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	_, rest, _ := strings.Cut(string(data), ") ") // behind the name
-	fields := strings.Fields(rest)
+	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:])) // behind the name
 	flags, err := strconv.ParseUint(fields[min(6, len(fields)-1)], 10, 64)
 	return flags&userWorker != 0, err
 }
@@ -132,7 +136,7 @@ var errTrying = errors.New("its calls cannot be tried")
 // errAllowed says that a call was not stopped.
 var errAllowed = errors.New("no seccomp filter stops it")
 
-func (t thread) prove() error {
+func (t thread) prove(at uint64) error {
 	if err := unix.PtraceSeize(t.id); err != nil {
 		return fmt.Errorf("ptrace: %w", err)
 	}
@@ -146,12 +150,12 @@ func (t thread) prove() error {
 	if err := unix.PtraceGetRegs(t.id, &before); err != nil {
 		return fmt.Errorf("ptrace: %w", err)
 	}
-	got, err := t.try(before, unix.SYS_GETTID)
+	got, err := t.try(before, at, unix.SYS_GETTID)
 	if err != nil || got != t.inner {
 		return fmt.Errorf("gettid, which is allowed, returns %d, want %d: %w", int64(got), t.inner, errors.Join(err, errTrying))
 	}
 	for _, call := range forbidden {
-		got, err := t.try(before, call.number)
+		got, err := t.try(before, at, call.number)
 		if err == nil {
 			err = errAllowed
 		}
@@ -168,23 +172,47 @@ func (t thread) prove() error {
 // errTrapped says that the filter stopped a call.
 var errTrapped = errors.New("trapped by seccomp")
 
-// try makes the stopped thread do one call, all of whose arguments are 0. The thread
-// stands behind the instruction that does a call, as it waits in one.
-func (t thread) try(regs unix.PtraceRegs, call uint64) (uint64, error) {
-	regs.Rip -= 2
-	code := make([]byte, 2)
-	if _, err := unix.PtracePeekText(t.id, uintptr(regs.Rip), code); err != nil {
-		return 0, fmt.Errorf("ptrace: %w", err)
+// callInstruction is the address of an instruction in a process's program that does a
+// call.
+func callInstruction(pid int) (uint64, error) {
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil {
+		return 0, err
 	}
-	if code[0] != 0x0f || code[1] != 0x05 {
-		return 0, fmt.Errorf("it does not wait in a call: %x", code)
+	memory, err := os.Open(fmt.Sprintf("/proc/%d/mem", pid))
+	if err != nil {
+		return 0, err
 	}
+	defer memory.Close()
+	for line := range strings.Lines(string(maps)) {
+		var start, end uint64
+		var rights string
+		if _, err := fmt.Sscanf(line, "%x-%x %s", &start, &end, &rights); err != nil || rights != "r-xp" || end-start > largestText {
+			continue
+		}
+		text := make([]byte, end-start)
+		if _, err := memory.ReadAt(text, int64(start)); err != nil { //nolint:gosec // a user's address
+			continue
+		}
+		if i := bytes.Index(text, []byte{0x0f, 0x05}); i >= 0 {
+			return start + uint64(i), nil //nolint:gosec // an index
+		}
+	}
+	return 0, fmt.Errorf("%w: process %d has no instruction for one", errTrying, pid)
+}
+
+const largestText = 64 << 20 // bytes of a program; Firecracker's has 2 MB
+
+// try makes the stopped thread do one call, all of whose arguments are 0, by the
+// instruction at an address.
+func (t thread) try(regs unix.PtraceRegs, at, call uint64) (uint64, error) {
+	regs.Rip = at
 	regs.Rax, regs.Orig_rax = call, ^uint64(0)
 	regs.Rdi, regs.Rsi, regs.Rdx, regs.R10, regs.R8, regs.R9 = 0, 0, 0, 0, 0, 0
 	if err := unix.PtraceSetRegs(t.id, &regs); err != nil {
 		return 0, fmt.Errorf("ptrace: %w", err)
 	}
-	for before := regs.Rip; ; {
+	for {
 		signal, err := t.step(&regs)
 		switch {
 		case err != nil:
@@ -193,7 +221,7 @@ func (t thread) try(regs unix.PtraceRegs, call uint64) (uint64, error) {
 			return regs.Rax, errTrapped
 		case signal != unix.SIGTRAP:
 			return regs.Rax, fmt.Errorf("stopped by %v", signal)
-		case regs.Rip != before:
+		case regs.Rip != at:
 			return regs.Rax, nil
 		}
 		// The step before was trapped, and this is its own end, which comes later.

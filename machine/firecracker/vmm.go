@@ -21,16 +21,20 @@ import (
 // vmm is one Firecracker in its jail, held by this process.
 type vmm struct {
 	jail         jail
+	cgroups      string // where they are mounted
 	api          *api
 	process      process.Process
 	console, log tape
-	recording    sync.WaitGroup
+	work         sync.WaitGroup
+	done         chan struct{} // closed when the process has ended, or was let go
+	failed       error         // that it was let go; to be read when done is closed
 }
 
 // launch starts a Firecracker, of this digest, in a jail that was made, and believes
 // nothing of it before it has looked. No guest runs yet.
 func (d *Driver) launch(ctx context.Context, j jail, digest string) (_ *vmm, err error) {
-	v := &vmm{jail: j, api: newAPI(func(ctx context.Context) (net.Conn, error) { return j.dialSocket(ctx, apiSocket) })}
+	cgroups := d.config.Cgroups
+	v := &vmm{jail: j, cgroups: cgroups, api: newAPI(func(ctx context.Context) (net.Conn, error) { return j.dialSocket(ctx, apiSocket) })}
 	defer func() {
 		if err != nil {
 			v.letGo()
@@ -45,15 +49,16 @@ func (d *Driver) launch(ctx context.Context, j jail, digest string) (_ *vmm, err
 	if err := j.run(ctx, d.config.Jailer, d.config.Firecracker); err != nil {
 		return nil, err
 	}
-	if v.process, err = j.await(ctx, v.api); err != nil {
+	if v.process, err = j.await(ctx, v.api, d.config.Cgroups); err != nil {
 		return nil, v.explain(err)
 	}
+	v.watch()
 	return v, d.confined(v, digest)
 }
 
 // hold takes over the Firecracker that runs in a jail.
-func (j jail) hold() (_ *vmm, err error) {
-	v := &vmm{jail: j, api: newAPI(func(ctx context.Context) (net.Conn, error) { return j.dialSocket(ctx, apiSocket) })}
+func (j jail) hold(cgroups string) (_ *vmm, err error) {
+	v := &vmm{jail: j, cgroups: cgroups, api: newAPI(func(ctx context.Context) (net.Conn, error) { return j.dialSocket(ctx, apiSocket) })}
 	if v.process, err = j.find(); err != nil {
 		return nil, err
 	}
@@ -61,7 +66,27 @@ func (j jail) hold() (_ *vmm, err error) {
 		v.letGo()
 		return nil, err
 	}
+	v.watch()
 	return v, nil
+}
+
+// watch tells of the end of the process.
+func (v *vmm) watch() {
+	v.done = make(chan struct{})
+	v.work.Go(func() {
+		v.failed = v.process.Ended()
+		close(v.done)
+	})
+}
+
+// ended says whether the process has.
+func (v *vmm) ended() bool {
+	select {
+	case <-v.done:
+		return v.failed == nil
+	default:
+		return false
+	}
 }
 
 // noCores lets neither this process nor what it starts write a core: keys and the
@@ -95,11 +120,11 @@ func (v *vmm) listen() (err error) {
 	if v.console.pipe, err = v.jail.openPipe(consolePipe); err != nil {
 		return err
 	}
-	v.recording.Go(v.console.record)
+	v.work.Go(v.console.record)
 	if v.log.pipe, err = v.jail.openPipe(logPipe); err != nil {
 		return err
 	}
-	v.recording.Go(v.log.record)
+	v.work.Go(v.log.record)
 	return nil
 }
 
@@ -108,7 +133,7 @@ func (v *vmm) letGo() {
 	v.process.Close()
 	v.console.pipe.Close()
 	v.log.pipe.Close()
-	v.recording.Wait()
+	v.work.Wait()
 }
 
 // explain adds to an error what Firecracker logged last.
@@ -201,17 +226,10 @@ func fileDigest(path string) (string, error) {
 	return hex.EncodeToString(sum.Sum(nil)), nil
 }
 
-// end kills the Firecracker and waits until the jail is gone.
-func (v *vmm) end(ctx context.Context, mount string) error {
-	err := v.jail.remove(ctx, mount)
-	v.letGo()
-	return err
-}
-
 // died is what to say of a Firecracker that has ended by itself.
-func (v *vmm) died(mount string) string {
+func (v *vmm) died() string {
 	switch {
-	case v.jail.outOfMemory(mount):
+	case v.jail.outOfMemory(v.cgroups):
 		return "the kernel killed firecracker: it exceeded its memory limit"
 	case v.lastWords() != "":
 		return "firecracker ended: " + v.lastWords()

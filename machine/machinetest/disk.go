@@ -1,0 +1,107 @@
+package machinetest
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// ReadDisk is Host.Read where the workspace is a disk, as microVMs have it.
+func ReadDisk(path string) ([]byte, error) {
+	workspace, file := filepath.Split(path)
+	disk, remove, err := settledDisk(workspace)
+	if err != nil {
+		return nil, err
+	}
+	defer remove()
+	output, err := exec.Command("debugfs", "-R", "cat /"+file, disk).Output()
+	if err == nil && len(output) == 0 {
+		listing, _ := exec.Command("debugfs", "-R", "ls -l /", disk).Output()
+		if !strings.Contains(string(listing), file) {
+			return nil, fmt.Errorf("%s: %w", path, os.ErrNotExist)
+		}
+	}
+	return output, err
+}
+
+// CopyDisk is Host.Copy where the workspace is a disk.
+func CopyDisk(t *testing.T, workspace string) string {
+	t.Helper()
+	disk, remove, err := settledDisk(workspace)
+	must(t, err)
+	defer remove()
+	dir := t.TempDir()
+	output, err := exec.Command("debugfs", "-R", "rdump / "+dir, disk).CombinedOutput()
+	if err != nil {
+		t.Fatalf("debugfs: %v: %s", err, output)
+	}
+	return dir
+}
+
+// settledDisk is a copy of a workspace's disk whose journal was replayed, as a kernel does
+// when it mounts it.
+func settledDisk(workspace string) (disk string, remove func(), err error) {
+	dir, err := os.MkdirTemp("/var/tmp", "cal-test-disk-")
+	if err != nil {
+		return "", nil, err
+	}
+	disk, remove = filepath.Join(dir, "disk"), func() { os.RemoveAll(dir) }
+	if err := copySparse(filepath.Join(workspace, "workspace.ext4"), disk); err != nil {
+		remove()
+		return "", nil, err
+	}
+	output, err := exec.Command("e2fsck", "-p", disk).CombinedOutput()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() <= 1 { // 1: it mended something, the journal
+		err = nil
+	}
+	if err != nil {
+		remove()
+		return "", nil, fmt.Errorf("e2fsck: %w: %s", err, output)
+	}
+	return disk, remove, nil
+}
+
+func copySparse(source, target string) error {
+	from, err := os.Open(source)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := os.Create(target)
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	info, err := from.Stat()
+	if err != nil {
+		return err
+	}
+	if err := to.Truncate(info.Size()); err != nil {
+		return err
+	}
+	for at := int64(0); ; {
+		start, err := from.Seek(at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		end, err := from.Seek(start, unix.SEEK_HOLE)
+		if err != nil {
+			return err
+		}
+		if _, err := io.Copy(io.NewOffsetWriter(to, start), io.NewSectionReader(from, start, end-start)); err != nil {
+			return err
+		}
+		at = end
+	}
+}
