@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"cal/image"
+	"cal/internal/cgroup"
 	"cal/internal/idmap"
 	"cal/internal/process"
 	"cal/machine"
@@ -71,7 +72,7 @@ func New(config Config) *Driver {
 		config.Host = "/"
 	}
 	if config.Cgroups == "" {
-		config.Cgroups = "/sys/fs/cgroup"
+		config.Cgroups = cgroup.Mount
 	}
 	if config.Roots == "" {
 		config.Roots = "/run/cal"
@@ -156,20 +157,22 @@ func (d *Driver) begin(ctx context.Context, spec machine.Spec) (record, error) {
 	if err := rec.save(place(spec.Dir)); err != nil {
 		return record{}, err
 	}
-	group, err := makeCgroup(d.config.Cgroups, rec.Cgroup)
-	if err != nil {
-		return record{}, err
-	}
-	if group == "" {
-		rec.Cgroup = ""
-	}
 	rec.limit(spec.Resources, d.config.Usual)
+	if rec.Cgroup != "" {
+		rec.wanted = rec.groupLimits(spec)
+		group, err := cgroup.Make(d.config.Cgroups, rec.Cgroup, rec.wanted)
+		if err != nil {
+			return record{}, err
+		}
+		rec.Cgroup, rec.Kept = group.Name, group.Kept
+		rec.limit(spec.Resources, d.config.Usual)
+	}
 	rec.Facts = rec.facts()
 	rec.Facts.Tasks = rec.Pids
 	if err := spec.States(rec.Limits); err != nil {
 		return record{}, err
 	}
-	return rec, rec.setCgroup(d.config.Cgroups)
+	return rec, nil
 }
 
 func (r record) facts() machine.Facts {
@@ -250,7 +253,7 @@ func (d *Driver) delete(ctx context.Context, place place) error {
 	if err := errors.Join(site.Delete(string(place), made...), d.deleteRoot(rec)); err != nil {
 		return err
 	}
-	if err := removeCgroup(ctx, d.config.Cgroups, rec.Cgroup); err != nil {
+	if err := cgroup.Remove(ctx, d.config.Cgroups, rec.Cgroup); err != nil {
 		return err
 	}
 	return site.DeleteRecord(string(place), recordFile)

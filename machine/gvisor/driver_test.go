@@ -108,6 +108,9 @@ func TestNoRootOfTheHost(t *testing.T) {
 		}
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
 		must(t, err)
+		if !strings.Contains(string(status), "NoNewPrivs:\t1\n") {
+			t.Errorf("%s may gain rights", p.Name)
+		}
 		if groups := strings.TrimSpace(statusValue(string(status), "Groups")); os.Geteuid() == 0 && groups != "" {
 			t.Errorf("%s has supplementary groups %q", p.Name, groups)
 		}

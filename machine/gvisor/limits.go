@@ -1,23 +1,17 @@
 package gvisor
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
+	"cal/internal/cgroup"
 	"cal/internal/process"
 	"cal/machine"
-	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -82,185 +76,20 @@ func usual(meminfo string) nucleus.Resources {
 // leastMemory, in MB, is where a host does not say how much it has.
 const leastMemory = 1024
 
-const quotaPeriod = 100000 // microseconds, the kernel's own default
-
-// The files that hold the memory limit and quota, in a cgroup of version 2 or 1.
-type hierarchy struct {
-	memory, cpu string // directories, below the mount point
-	limit       string // file in memory
-	quota       string // file in cpu
-	period      string // what follows the quota in its file; version 1 keeps it elsewhere
+// groupLimits is what the cgroup is to keep. The sentry runs a thread of the host, or two, for
+// each task of the guest; whoever broke out of it finds an end there.
+func (r record) groupLimits(spec machine.Spec) cgroup.Limits {
+	limits := cgroup.Limits{Memory: int64(spec.Resources.MemoryMB) << 20, CPU: spec.Resources.CPU, Pids: 4*r.Pids + ownThreads, IO: diskRate}
+	if disk := cgroup.Disk(spec.Workspace); disk != "" {
+		limits.Disks = []string{disk}
+	}
+	return limits
 }
 
-var (
-	unified  = hierarchy{".", ".", "memory.max", "cpu.max", " 100000"}
-	separate = hierarchy{"memory", "cpu", "memory.limit_in_bytes", "cpu.cfs_quota_us", ""}
+const (
+	ownThreads = 1024      // of sentry and gofers
+	diskRate   = 512 << 20 // bytes a second; a machine must not take the whole disk
 )
-
-func hierarchyAt(mount string) hierarchy {
-	if _, err := os.Stat(filepath.Join(mount, "cgroup.controllers")); err == nil {
-		return unified
-	}
-	return separate
-}
-
-// makeCgroup makes the cgroup name and returns it, or "" where this process may
-// not, or memory and processors cannot be limited in it.
-func makeCgroup(mount, name string) (string, error) {
-	if name == "" {
-		return "", nil
-	}
-	kind := hierarchyAt(mount)
-	for _, dir := range []string{kind.memory, kind.cpu} {
-		err := os.Mkdir(filepath.Join(mount, dir, name), 0o755)
-		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return "", removeCgroup(context.Background(), mount, name)
-		}
-	}
-	for _, file := range []string{filepath.Join(kind.memory, name, kind.limit), filepath.Join(kind.cpu, name, kind.quota)} {
-		if unix.Access(filepath.Join(mount, file), unix.W_OK) != nil {
-			return "", removeCgroup(context.Background(), mount, name)
-		}
-	}
-	return name, nil
-}
-
-// setCgroup sets the limits. runsc finds a cgroup that is there, puts the sandbox
-// into it before it starts it and tells the guest what it may use, but leaves the
-// limits as they are.
-func (r record) setCgroup(mount string) error {
-	kind := hierarchyAt(mount)
-	if r.Cgroup == "" {
-		return nil
-	}
-	if r.Memory > 0 {
-		if err := set(filepath.Join(mount, kind.memory, r.Cgroup, kind.limit), fmt.Sprint(r.Memory)); err != nil {
-			return err
-		}
-	}
-	if r.CPU > 0 {
-		return set(filepath.Join(mount, kind.cpu, r.Cgroup, kind.quota), strconv.Itoa(r.CPU*quotaPeriod)+kind.period)
-	}
-	return nil
-}
-
-// set writes to a file of the kernel's, which must be there.
-func set(file, value string) error {
-	f, err := os.OpenFile(file, os.O_WRONLY, 0)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteString(value)
-	return errors.Join(err, f.Close())
-}
-
-// removeCgroup removes the cgroup in every hierarchy. A cgroup stays busy until the kernel
-// has let go of its last process.
-func removeCgroup(ctx context.Context, mount, name string) error {
-	if name == "" {
-		return nil
-	}
-	places, err := filepath.Glob(filepath.Join(mount, "*", name))
-	if err != nil {
-		return err
-	}
-	places = append(places, filepath.Join(mount, name))
-	for _, place := range places {
-		for {
-			err := os.Remove(place)
-			if err == nil || errors.Is(err, fs.ErrNotExist) {
-				break
-			}
-			if !errors.Is(err, syscall.EBUSY) {
-				return err
-			}
-			if err := site.Pause(ctx, 2*time.Millisecond); err != nil {
-				return fmt.Errorf("cgroup %s is still busy: %w", place, err)
-			}
-		}
-	}
-	return nil
-}
-
-// checkCgroup reads back what holds for a process: a limit is called enforced
-// only when the kernel says so.
-func (r record) checkCgroup(mount string, pid int) error {
-	if r.Cgroup == "" {
-		return nil
-	}
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		return err
-	}
-	kind, want := hierarchyAt(mount), []string{"0::/" + r.Cgroup}
-	if kind == separate {
-		want = []string{":memory:/" + r.Cgroup, ":cpu:/" + r.Cgroup}
-	}
-	for _, line := range want {
-		if !strings.Contains(strings.ReplaceAll(string(data), ":cpu,cpuacct:", ":cpu:"), line+"\n") {
-			return fmt.Errorf("sandbox is not in cgroup %s: %q", r.Cgroup, data)
-		}
-	}
-	if r.Memory > 0 {
-		if err := holds(filepath.Join(mount, kind.memory, r.Cgroup, kind.limit), r.Memory); err != nil {
-			return err
-		}
-	}
-	if r.CPU > 0 {
-		return holds(filepath.Join(mount, kind.cpu, r.Cgroup, kind.quota), int64(r.CPU)*quotaPeriod)
-	}
-	return nil
-}
-
-func holds(file string, want int64) error {
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return err
-	}
-	if fields := strings.Fields(string(data)); len(fields) == 0 || fields[0] != strconv.FormatInt(want, 10) {
-		return fmt.Errorf("%s is %q, want %d", file, data, want)
-	}
-	return nil
-}
-
-// outOfMemory says whether the kernel has killed in the machine's cgroup.
-func (r record) outOfMemory(mount string) bool {
-	for _, file := range []string{
-		filepath.Join(mount, "memory", r.Cgroup, "memory.oom_control"),
-		filepath.Join(mount, r.Cgroup, "memory.events"),
-	} {
-		data, err := os.ReadFile(file)
-		if err != nil || r.Cgroup == "" {
-			continue
-		}
-		for line := range strings.Lines(string(data)) {
-			if fields := strings.Fields(line); len(fields) == 2 && fields[0] == "oom_kill" && fields[1] != "0" {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-// someProcessors returns n of the processors that this thread may use, other
-// ones each time, or all where there are no more than n.
-func someProcessors(n int) (set unix.CPUSet, err error) {
-	var allowed unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &allowed); err != nil {
-		return set, err
-	}
-	var list []int
-	for cpu := range len(allowed) * 64 {
-		if allowed.IsSet(cpu) {
-			list = append(list, cpu)
-		}
-	}
-	rand.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] }) //nolint:gosec // spreads load, hides nothing
-	for _, cpu := range list[:min(n, len(list))] {
-		set.Set(cpu)
-	}
-	return set, nil
-}
 
 // gauge measures the bytes that a sandbox holds: the guest's memory and files in
 // memory, all of which lie in memfds that it makes at its start, and the sentry's own.

@@ -1,20 +1,12 @@
 package gvisor
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
-	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"cal/machine"
 	"cal/machine/machinetest"
@@ -163,122 +155,4 @@ func stateOf(t *testing.T, pid int) string {
 		}
 	}
 	return ""
-}
-
-// cgroupTree is a pretended mount of version 2.
-func cgroupTree(t *testing.T, files ...string) string {
-	dir := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(dir, "cgroup.controllers"), []byte("cpu memory\n"), 0o644))
-	for _, name := range files {
-		must(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755))
-		must(t, os.WriteFile(filepath.Join(dir, name), nil, 0o644))
-	}
-	return dir
-}
-
-func TestCgroupVersion2(t *testing.T) {
-	mount := cgroupTree(t, "cal-x/memory.max", "cal-x/cpu.max")
-	name, err := makeCgroup(mount, "cal-x")
-	if err != nil || name != "cal-x" {
-		t.Fatalf("%q, %v", name, err)
-	}
-	rec := record{Cgroup: name}
-	rec.limit(nucleus.Resources{CPU: 2, MemoryMB: 512}, nucleus.Resources{})
-	must(t, rec.setCgroup(mount))
-	for file, want := range map[string]string{"memory.max": "536870912", "cpu.max": "200000 100000"} {
-		if data, err := os.ReadFile(filepath.Join(mount, name, file)); err != nil || string(data) != want {
-			t.Errorf("%s: %q, %v", file, data, err)
-		}
-	}
-	for _, limit := range rec.Limits[:2] {
-		if limit.How != machine.Enforced {
-			t.Errorf("%+v", limit)
-		}
-	}
-}
-
-// TestCgroupWithoutControllers: a directory can be made, but limits nothing.
-func TestCgroupWithoutControllers(t *testing.T) {
-	mount := cgroupTree(t)
-	name, err := makeCgroup(mount, "cal-x")
-	if err != nil || name != "" {
-		t.Errorf("%q, %v", name, err)
-	}
-	if _, err := os.Lstat(filepath.Join(mount, "cal-x")); !os.IsNotExist(err) {
-		t.Errorf("the cgroup is left: %v", err)
-	}
-	rec := record{}
-	rec.limit(nucleus.Resources{MemoryMB: 512}, nucleus.Resources{})
-	if rec.Limits[1].How != machine.Watched || rec.MaxWatch != 512<<20 {
-		t.Errorf("%+v", rec)
-	}
-}
-
-// TestCgroupIsReadBack: what the kernel does not confirm is not called enforced.
-func TestCgroupIsReadBack(t *testing.T) {
-	rec := record{Cgroup: "cal-none", Memory: 1 << 30}
-	if err := rec.checkCgroup("/sys/fs/cgroup", os.Getpid()); err == nil {
-		t.Error("this process is said to be in a cgroup that does not exist")
-	}
-}
-
-func TestProcessors(t *testing.T) {
-	cmd := exec.Command("/usr/bin/grep", "Cpus_allowed_list", "/proc/self/status")
-	output, err := cmd.StdoutPipe()
-	must(t, err)
-	must(t, startOn(cmd.Start, 1))
-	line := make([]byte, 100)
-	n, err := output.Read(line)
-	must(t, err)
-	must(t, cmd.Wait())
-	if strings.ContainsAny(string(line[:n]), "-,") {
-		t.Errorf("child runs on %s", line[:n])
-	}
-}
-
-// TestCgroupVersion2Real takes a tree of the kernel's own. Where version 1 holds the
-// controllers, as a hybrid host has it, nothing may be promised and nothing be left.
-func TestCgroupVersion2Real(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root mounts a cgroup tree")
-	}
-	mount, ended := t.TempDir(), make(chan struct{})
-	go func() {
-		defer close(ended)
-		runtime.LockOSThread() // for ever: the thread's mount namespace dies with it
-		if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
-			t.Errorf("mount namespace: %v", err)
-			return
-		}
-		if err := unix.Mount("cgroup2", mount, "cgroup2", 0, ""); err != nil {
-			t.Logf("no cgroup2 on this host: %v", err)
-			return
-		}
-		name := nucleus.NewID("cal-test-")
-		controllers, err := os.ReadFile(filepath.Join(mount, "cgroup.subtree_control"))
-		has := strings.Fields(string(controllers))
-		able := slices.Contains(has, "memory") && slices.Contains(has, "cpu")
-		made, failed := makeCgroup(mount, name)
-		t.Logf("the tree's root hands down %q; made %q", has, made)
-		if err != nil || failed != nil || able != (made == name) {
-			t.Errorf("controllers %q, %v: made %q, %v", controllers, err, made, failed)
-		}
-		rec := record{Cgroup: made}
-		rec.limit(nucleus.Resources{CPU: 1, MemoryMB: 300}, nucleus.Resources{})
-		if want := map[bool]string{true: machine.Enforced, false: machine.Watched}[able]; rec.Limits[1].How != want {
-			t.Errorf("memory: %+v, want %s", rec.Limits[1], want)
-		}
-		if able {
-			if err := errors.Join(rec.setCgroup(mount), holds(filepath.Join(mount, made, "memory.max"), 300<<20)); err != nil {
-				t.Error(err)
-			}
-		}
-		if err := removeCgroup(context.Background(), mount, made); err != nil {
-			t.Error(err)
-		}
-		if _, err := os.Lstat(filepath.Join(mount, name)); !os.IsNotExist(err) {
-			t.Errorf("left: %v", err)
-		}
-	}()
-	<-ended
 }

@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -87,7 +86,7 @@ func (d *Driver) start(ctx context.Context, place place, rec record, held io.Clo
 		host.Close()
 		return nil, err
 	}
-	if err := rec.checkCgroup(d.config.Cgroups, m.sandbox.PID); err != nil {
+	if err := rec.group().Check(d.config.Cgroups, m.sandbox.PID, rec.wanted); err != nil {
 		host.Close()
 		m.letGo()
 		return nil, err
@@ -112,7 +111,7 @@ func (d *Driver) run(ctx context.Context, place place, rec record, guest *os.Fil
 	args := append(d.flags(place, rec), "run", "--detach", "--bundle="+string(place), "--pid-file="+place.pid(), "--pass-fd=3:3", container)
 	cmd := command(ctx, d.config.Runsc, args, guest)
 	cmd.Stdout, cmd.Stderr = console, console
-	if err := startOn(rec.starter(cmd, place), rec.processors()); err != nil {
+	if err := process.StartOn(rec.starter(cmd, place), rec.processors()); err != nil {
 		return fmt.Errorf("runsc: %w", err)
 	}
 	if err := cmd.Wait(); err != nil {
@@ -142,29 +141,6 @@ func (r record) processors() int {
 		return 0
 	}
 	return r.CPU
-}
-
-// startOn starts a program on n processors. Affinity passes to a child from the
-// thread that starts it, so the thread takes it on for that moment.
-func startOn(start func() error, n int) error {
-	if n == 0 {
-		return start()
-	}
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	var before unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &before); err != nil {
-		return err
-	}
-	few, err := someProcessors(n)
-	if err != nil {
-		return err
-	}
-	if err := unix.SchedSetaffinity(0, &few); err != nil {
-		return err
-	}
-	started := start()
-	return errors.Join(started, unix.SchedSetaffinity(0, &before))
 }
 
 // hold finds the running sandbox of a place and begins to watch it.
@@ -202,7 +178,7 @@ func (m *Machine) awaitDeath() {
 	}
 	if m.reason == "" {
 		m.reason = "the sandbox ended"
-		if m.rec.outOfMemory(m.driver.config.Cgroups) {
+		if m.rec.group().OutOfMemory(m.driver.config.Cgroups) {
 			m.reason = fmt.Sprintf("the kernel killed the sandbox: it exceeded its memory limit of %d MB", m.rec.Memory>>20)
 		}
 	}

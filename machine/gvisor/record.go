@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"cal/internal/cgroup"
 	"cal/internal/durable"
 	"cal/internal/idmap"
 	"cal/machine"
@@ -49,11 +50,12 @@ func (p place) check() error {
 // record is what another process needs to adopt or remove the machine. It is
 // on the disk before what it names is made.
 type record struct {
-	Driver  string `json:"driver"`
-	ID      string `json:"id"`
-	Created string `json:"created"`
-	IDBase  uint32 `json:"id_base,omitempty"` // id of the machine's root, where runsc runs; 0: the user who started it
-	Cgroup  string `json:"cgroup,omitempty"`
+	Driver  string   `json:"driver"`
+	ID      string   `json:"id"`
+	Created string   `json:"created"`
+	IDBase  uint32   `json:"id_base,omitempty"` // id of the machine's root, where runsc runs; 0: the user who started it
+	Cgroup  string   `json:"cgroup,omitempty"`
+	Kept    []string `json:"kept,omitempty"` // by the cgroup, see cgroup.Group
 
 	// Map is the person's namespace in which runsc ran, where the person has
 	// subordinate ids. Without it IDBase is an id of the host.
@@ -73,7 +75,12 @@ type record struct {
 	MaxWatch int64           `json:"max_watch,omitempty"` // bytes, where it is watched
 	CPU      int             `json:"cpu,omitempty"`
 	Pids     int             `json:"pids,omitempty"`
+
+	wanted cgroup.Limits // of the cgroup, in the process that makes the machine
 }
+
+// group is the machine's cgroup.
+func (r record) group() cgroup.Group { return cgroup.Group{Name: r.Cgroup, Kept: r.Kept} }
 
 // rootfs is where the skeleton of the machine's root lies.
 func (r record) rootfs(place place) string {
