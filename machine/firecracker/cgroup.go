@@ -13,15 +13,28 @@ import (
 	"syscall"
 	"time"
 
+	"cal/internal/cgroup"
 	"cal/machine/site"
 )
 
+// The jailer makes a machine's control group, below one for all, sets its limits and
+// joins it before there is a Firecracker. What holds is then read back.
+
 const quotaPeriod = 100000 // microseconds, the kernel's own default
 
-// controllers that a machine's cgroup needs.
+// controllers that a machine's group needs.
 var controllers = []string{"memory", "cpu", "pids"}
 
-// cgroupVersion says which kind of cgroups can limit a machine; 0: none.
+// limits of a machine's group.
+type limits struct {
+	Version int   `json:"version"` // of control groups
+	Memory  int64 `json:"memory"`  // bytes
+	NoSwap  bool  `json:"no_swap"` // where the kernel can
+	CPUs    int   `json:"cpus"`
+	Tasks   int   `json:"tasks"` // of the host: threads of Firecracker
+}
+
+// cgroupVersion says which kind of control groups can limit a machine; 0: none.
 func cgroupVersion(mount string) int {
 	if data, err := os.ReadFile(filepath.Join(mount, "cgroup.controllers")); err == nil {
 		has := strings.Fields(string(data))
@@ -38,114 +51,82 @@ func cgroupVersion(mount string) int {
 	return 1
 }
 
-// cgroupSettings are the files of a machine's cgroup and what the jailer writes into
-// them before Firecracker is there; memory in bytes, tasks of the host.
-func cgroupSettings(version, cpus int, memory int64, tasks int) []string {
-	limit, quota, period := "memory.max", "cpu.max", " "+strconv.Itoa(quotaPeriod)
+// canForbidSwap makes the group above all machines' and says whether those below it can
+// be kept from swap.
+func canForbidSwap(mount string, version int) bool {
 	if version == 1 {
-		limit, quota, period = "memory.limit_in_bytes", "cpu.cfs_quota_us", ""
+		_, err := os.Stat(filepath.Join(mount, "memory", "memory.memsw.limit_in_bytes"))
+		return err == nil
 	}
-	return []string{
-		limit + "=" + strconv.FormatInt(memory, 10),
-		quota + "=" + strconv.Itoa(cpus*quotaPeriod) + period,
-		"pids.max=" + strconv.Itoa(tasks),
+	for _, controller := range controllers { // what is refused shows in what is missing below
+		_ = os.WriteFile(filepath.Join(mount, "cgroup.subtree_control"), []byte("+"+controller), 0)
 	}
-}
-
-// cgroupDir is the directory of the jail's cgroup in which a file is.
-func (j jail) cgroupDir(mount, file string) string {
-	if j.CgroupVersion == 1 {
-		controller, _, _ := strings.Cut(file, ".")
-		mount = filepath.Join(mount, controller)
-	}
-	return filepath.Join(mount, parentCgroup, j.ID)
-}
-
-// checkCgroup reads back that a process is in the jail's cgroup and what limits it: a
-// limit is called enforced only when the kernel says so.
-func (j jail) checkCgroup(mount string, pid int) error {
-	for _, setting := range j.Cgroup {
-		file, want, _ := strings.Cut(setting, "=")
-		dir := j.cgroupDir(mount, file)
-		got, err := os.ReadFile(filepath.Join(dir, file))
-		if err != nil {
-			return err
-		}
-		if strings.TrimSpace(string(got)) != want {
-			return fmt.Errorf("%s is %q, want %q", filepath.Join(dir, file), got, want)
-		}
-		procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
-		if err != nil {
-			return err
-		}
-		if !slices.Contains(strings.Fields(string(procs)), strconv.Itoa(pid)) {
-			return fmt.Errorf("firecracker is not in cgroup %s", dir)
-		}
-	}
-	return nil
-}
-
-// outOfMemory says whether the kernel has killed in the jail's cgroup.
-func (j jail) outOfMemory(mount string) bool {
-	dir, file := j.cgroupDir(mount, "memory."), "memory.events"
-	if j.CgroupVersion == 1 {
-		file = "memory.oom_control"
-	}
-	data, err := os.ReadFile(filepath.Join(dir, file))
-	if err != nil {
+	if err := os.Mkdir(filepath.Join(mount, parentCgroup), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return false
 	}
-	for line := range strings.Lines(string(data)) {
-		if fields := strings.Fields(line); len(fields) == 2 && fields[0] == "oom_kill" && fields[1] != "0" {
-			return true
-		}
-	}
-	return false
+	_, err := os.Stat(filepath.Join(mount, parentCgroup, "memory.swap.max"))
+	return err == nil
 }
 
-// members are the processes of the host in the jail's cgroup.
-func (j jail) members(mount string) ([]int, error) {
-	if len(j.Cgroup) == 0 {
-		return nil, nil
+// settings are the files of the group and what the jailer writes into them.
+func (l limits) settings() []string {
+	memory, cpus := strconv.FormatInt(l.Memory, 10), strconv.Itoa(l.CPUs*quotaPeriod)
+	settings := []string{"memory.max=" + memory}
+	swap, quota := "memory.swap.max=0", "cpu.max="+cpus+" "+strconv.Itoa(quotaPeriod)
+	if l.Version == 1 {
+		settings = []string{"memory.limit_in_bytes=" + memory}
+		swap, quota = "memory.memsw.limit_in_bytes="+memory, "cpu.cfs_quota_us="+cpus
 	}
-	data, err := os.ReadFile(filepath.Join(j.cgroupDir(mount, j.Cgroup[0]), "cgroup.procs"))
+	if l.NoSwap {
+		settings = append(settings, swap)
+	}
+	return append(settings, quota, "pids.max="+strconv.Itoa(l.Tasks))
+}
+
+func (j jail) group() cgroup.Group {
+	return cgroup.Group{Name: parentCgroup + "/" + j.ID, Kept: []string{cgroup.Pids}}
+}
+
+// checkGroup reads back that a process is in the jail's group and what limits it: a limit
+// is called enforced only when the kernel says so.
+func (j jail) checkGroup(mount string, pid int) error {
+	return j.group().Check(mount, pid, cgroup.Limits{Memory: j.Limits.Memory, CPU: j.Limits.CPUs, Pids: j.Limits.Tasks})
+}
+
+// members are the processes in the jail's group.
+func (j jail) members(mount string) ([]int, error) {
+	if j.Limits.Version == 1 {
+		mount = filepath.Join(mount, "memory")
+	}
+	data, err := os.ReadFile(filepath.Join(mount, parentCgroup, j.ID, "cgroup.procs"))
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENODEV) { // being removed
 		return nil, nil
 	}
 	var pids []int
 	for _, text := range strings.Fields(string(data)) {
-		if pid, err := strconv.Atoi(text); err == nil {
+		if pid, err := strconv.Atoi(text); err == nil && pid > 0 {
 			pids = append(pids, pid)
 		}
 	}
 	return pids, err
 }
 
-// removeCgroup kills who is still in the cgroup, a process that was between fork and
-// exec, and removes it in every hierarchy. It stays busy until the kernel has let go of
-// its last process.
-func (j jail) removeCgroup(ctx context.Context, mount string) error {
-	for _, setting := range j.Cgroup {
-		dir := j.cgroupDir(mount, setting)
-		for {
-			err := os.Remove(dir)
-			if err == nil || errors.Is(err, fs.ErrNotExist) {
-				break
-			}
-			if !errors.Is(err, syscall.EBUSY) {
-				return err
-			}
-			pids, err := j.members(mount)
-			if err != nil {
-				return err
-			}
-			for _, pid := range pids {
-				_ = syscall.Kill(pid, syscall.SIGKILL) // one that has ended is as good
-			}
-			if err := site.Pause(ctx, 2*time.Millisecond); err != nil {
-				return fmt.Errorf("cgroup %s is still busy: %w", dir, err)
-			}
+// removeGroup kills who is still in the group, a process that was between fork and exec,
+// and removes it.
+func (j jail) removeGroup(ctx context.Context, mount string) error {
+	for {
+		pids, err := j.members(mount)
+		if err != nil {
+			return err
+		}
+		if len(pids) == 0 {
+			return cgroup.Remove(ctx, mount, j.group().Name)
+		}
+		for _, pid := range pids {
+			_ = syscall.Kill(pid, syscall.SIGKILL) // one that has ended is as good
+		}
+		if err := site.Pause(ctx, time.Millisecond); err != nil {
+			return fmt.Errorf("processes %v of machine %s do not end: %w", pids, j.ID, err)
 		}
 	}
-	return nil
 }

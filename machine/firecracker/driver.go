@@ -22,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -158,11 +159,14 @@ func (d *Driver) begin(spec machine.Spec) (record, error) {
 		Jail: jail{Dir: spec.Dir, ID: newInstance(), Exec: filepath.Base(exec), UID: uid},
 	}
 	rec.limit(spec.Resources, d.usual)
-	rec.Jail.CgroupVersion = cgroupVersion(d.config.Cgroups)
-	if rec.Jail.CgroupVersion == 0 {
-		return record{}, machine.Refuse("no cgroups with %s at %s", controllers, d.config.Cgroups)
+	version := cgroupVersion(d.config.Cgroups)
+	if version == 0 {
+		return record{}, machine.Refuse("no cgroups with the controllers %s are at %s", strings.Join(controllers, ", "), d.config.Cgroups)
 	}
-	rec.Jail.Cgroup = cgroupSettings(rec.Jail.CgroupVersion, rec.CPUs, int64(rec.MemoryMB+overheadMB)<<20, rec.CPUs+vmmTasks)
+	rec.Jail.Limits = limits{
+		Version: version, Memory: int64(rec.MemoryMB+overheadMB) << 20, NoSwap: canForbidSwap(d.config.Cgroups, version),
+		CPUs: rec.CPUs, Tasks: rec.CPUs + vmmTasks,
+	}
 	rec.Template = rec.Jail
 	rec.Template.ID = newInstance()
 	if rec.Template.UID, err = newUID(); err != nil {

@@ -33,7 +33,7 @@ const (
 )
 
 const (
-	parentCgroup    = "cal-firecracker" // of all machines' cgroups
+	parentCgroup    = "cal-firecracker" // above all machines' groups
 	mostDescriptors = 1024
 	vmmTasks        = 32 // threads of Firecracker beside one for each processor
 )
@@ -46,9 +46,8 @@ type jail struct {
 	Exec string `json:"exec"` // file name of the program
 	UID  uint32 `json:"uid"`  // and gid
 
-	CgroupVersion int      `json:"cgroup_version,omitempty"` // 0: none
-	Cgroup        []string `json:"cgroup,omitempty"`         // file=value
-	FileSize      int64    `json:"file_size,omitempty"`      // bytes, the longest file that it may write
+	Limits   limits `json:"limits"`
+	FileSize int64  `json:"file_size,omitempty"` // bytes, the longest file that it may write
 }
 
 func (j jail) base() string { return filepath.Join(j.Dir, j.Exec) }
@@ -66,11 +65,9 @@ func (j jail) args(firecracker string) []string {
 	if j.FileSize > 0 {
 		args = append(args, "--resource-limit", "fsize="+strconv.FormatInt(j.FileSize, 10))
 	}
-	if j.CgroupVersion != 0 {
-		args = append(args, "--cgroup-version", strconv.Itoa(j.CgroupVersion), "--parent-cgroup", parentCgroup)
-		for _, setting := range j.Cgroup {
-			args = append(args, "--cgroup", setting)
-		}
+	args = append(args, "--cgroup-version", strconv.Itoa(j.Limits.Version), "--parent-cgroup", parentCgroup)
+	for _, setting := range j.Limits.settings() {
+		args = append(args, "--cgroup", setting)
 	}
 	return append(args, "--new-pid-ns", "--daemonize", "--", "--log-path", "/"+logPipe, "--level", "Info", "--show-level")
 }
@@ -201,7 +198,7 @@ func (j jail) remove(ctx context.Context, mount string) error {
 		if err := process.End(ctx, j.ID); err != nil {
 			return err
 		}
-		if err := j.removeCgroup(ctx, mount); err != nil {
+		if err := j.removeGroup(ctx, mount); err != nil {
 			return err
 		}
 		if err := site.Delete(j.base(), j.ID); err != nil {

@@ -177,17 +177,17 @@ func (d *Driver) takeSnapshot(ctx context.Context, rec record, made parts, firec
 	if err := v.api.pause(ctx); err != nil {
 		return err
 	}
-	if err := v.api.saveSnapshot(ctx, snapshotCreate{snapshotKind(), "/" + stateFile, "/" + memoryFile}); err != nil {
+	if err := v.api.saveSnapshot(ctx, snapshotCreate{j.snapshotKind(), "/" + stateFile, "/" + memoryFile}); err != nil {
 		return err
 	}
 	return j.keep(dir, manifest{Version: Version, Shape: shape, Recorded: time.Now().UTC().Format(time.RFC3339)})
 }
 
-// snapshotKind is what is saved. A difference to nothing is all the memory that is in use,
-// in a file with holes; but Firecracker does not find what was swapped out.
-func snapshotKind() string {
+// snapshotKind is what is saved. A difference to nothing is all the memory that is in
+// use, in a file with holes; but Firecracker does not find what was swapped out.
+func (j jail) snapshotKind() string {
 	swaps, err := os.ReadFile("/proc/swaps")
-	if err == nil && strings.Count(strings.TrimSpace(string(swaps)), "\n") == 0 {
+	if j.Limits.NoSwap || err == nil && strings.Count(strings.TrimSpace(string(swaps)), "\n") == 0 {
 		return "Diff"
 	}
 	return "Full"

@@ -189,7 +189,7 @@ func (d *Driver) confined(v *vmm, digest string) error {
 			return fmt.Errorf("firecracker shares the host's %s namespace", kind)
 		}
 	}
-	return v.jail.checkCgroup(d.config.Cgroups, pid)
+	return v.jail.checkGroup(d.config.Cgroups, pid)
 }
 
 // checkUser reads back who a process of the jail is.
@@ -229,7 +229,7 @@ func fileDigest(path string) (string, error) {
 // died is what to say of a Firecracker that has ended by itself.
 func (v *vmm) died() string {
 	switch {
-	case v.jail.outOfMemory(v.cgroups):
+	case v.jail.group().OutOfMemory(v.cgroups):
 		return "the kernel killed firecracker: it exceeded its memory limit"
 	case v.lastWords() != "":
 		return "firecracker ended: " + v.lastWords()
