@@ -22,7 +22,7 @@ import (
 
 // The users of a machine where it has ids of its own.
 const (
-	ToolsID = 1000
+	ToolsID = nucleus.MachineToolsID
 	AgentID = 1001
 )
 

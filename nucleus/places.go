@@ -8,3 +8,6 @@ const (
 	MachineHome      = "/home/agent"                  // of the tools' user: scratch
 	MachineWorkspace = "/home/agent/workspace"        // the only directory of the host that the machine can write
 )
+
+// MachineToolsID is the tools' user and group in a machine that has ids of its own.
+const MachineToolsID = 1000

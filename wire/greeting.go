@@ -19,7 +19,11 @@ import (
 //
 //	host   cal-wire 1 NONCE ENTROPY UNIXNANO
 //	guest  cal-wire 1 NONCE ok           or   cal-wire 1 NONCE error TEXT
-//	host   cal-wire 1 NONCE go
+//	host   cal-wire 1 NONCE go UNIXNANO
+//
+// or, where the machine is to end with its disks flushed,
+//
+//	host   cal-wire 1 stop
 //
 // What stands on a serial port from an earlier connection, a greeting of which nobody
 // heard the answer included, is passed over by both: the nonce is new each time, and
@@ -63,6 +67,17 @@ func parseGreeting(line string) (Greeting, bool) {
 	return g, strings.Trim(g.line(), "\n") == line
 }
 
+// isGo takes the line that confirms a greeting.
+func (g *Greeting) isGo(line string) bool {
+	text, ok := strings.CutPrefix(line, greetingWord+g.Nonce+" go ")
+	nano, err := strconv.ParseInt(text, 10, 64)
+	if !ok || err != nil || strconv.FormatInt(nano, 10) != text {
+		return false
+	}
+	g.Time = time.Unix(0, nano)
+	return true
+}
+
 func isNonce(s string) bool {
 	raw, err := hex.DecodeString(s)
 	return err == nil && len(raw) == 16
@@ -94,31 +109,49 @@ func Greet(conn net.Conn, deadline time.Time) (net.Conn, error) {
 	if text, refused := strings.CutPrefix(answer, mine+"error "); refused {
 		return nil, fmt.Errorf("the guest refuses to serve: %s", printable(text))
 	}
-	if _, err := io.WriteString(conn, "\n"+mine+"go\n"); err != nil {
+	// The greeting may have waited for the guest's boot: the time is said again.
+	if _, err := fmt.Fprintf(conn, "\n%sgo %d\n", mine, time.Now().UnixNano()); err != nil {
 		return nil, fmt.Errorf("greeting the guest: %w", err)
 	}
 	return &greeted{Conn: conn, refusal: []byte("\n" + mine + "error ")}, conn.SetDeadline(time.Time{})
 }
 
+// ErrStop is what AnswerGreeting returns where the host asks the machine to end.
+var ErrStop = errors.New("the host asked the machine to end")
+
+// AskStop is said instead of a greeting: the machine ends, with its disks flushed. Who
+// asks waits for that as long as he likes, and then ends it by force.
+func AskStop(conn net.Conn, deadline time.Time) error {
+	if err := conn.SetWriteDeadline(deadline); err != nil {
+		return err
+	}
+	_, err := io.WriteString(conn, "\n"+greetingWord+"stop\n")
+	return err
+}
+
 // AnswerGreeting is the guest's part: it reads until the host has greeted and has heard
 // the answer. welcome is called for each greeting and must do what the guest owes
 // before it says ok, that is, take the entropy and the time; its error refuses the host, and is
-// returned. The wire's first byte comes next.
+// returned. The greeting that it returns has the time of its end. The wire's first byte comes next.
 func AnswerGreeting(conn io.ReadWriter, welcome func(Greeting) error) (Greeting, error) {
 	var g Greeting // the newest that was answered
 	for {
-		heard := false
+		heard, stop := false, false
 		_, err := findLine(conn, 0, maxGreeting, func(line string) bool {
-			if g.Nonce != "" && line == greetingWord+g.Nonce+" go" {
-				heard = true
-				return true
-			}
 			next, ok := parseGreeting(line)
-			if ok {
+			switch {
+			case ok:
 				g = next
+			case line == greetingWord+"stop":
+				stop = true
+			case g.Nonce != "":
+				heard = g.isGo(line)
 			}
-			return ok
+			return ok || heard || stop
 		})
+		if stop && err == nil {
+			err = ErrStop
+		}
 		if heard || err != nil {
 			return g, err
 		}

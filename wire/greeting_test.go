@@ -93,10 +93,10 @@ func TestGreetingAfterStaleBytes(t *testing.T) {
 		"half a frame":        {"\x00\x00\x00\x01half a fr", "\x00\x01"},
 		"a line's beginning":  {greetingWord, greetingWord + "0123"},
 		"an old greeting":     {old.line(), "\n" + greetingWord + old.Nonce + " ok\n"},
-		"two and an old go":   {old.line() + old.line() + "\n" + greetingWord + strings.Repeat("0", 32) + " go\n", ""},
+		"two and an old go":   {old.line() + old.line() + "\n" + greetingWord + strings.Repeat("0", 32) + " go 5\n", ""},
 		"an old refusal":      {"", "\n" + greetingWord + old.Nonce + " error old\n"},
 		"long lines":          {strings.Repeat("x", 1<<20) + "\n", strings.Repeat("y", 1<<16)},
-		"a go without answer": {"\n" + greetingWord + old.Nonce + " go\n", ""},
+		"a go without answer": {"\n" + greetingWord + old.Nonce + " go 5\n", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			host, guest := wirePair(t)
@@ -132,6 +132,20 @@ func TestGreetingIsHeard(t *testing.T) {
 	}
 	if got := <-done; got.err != nil || got.greeting.Nonce == lost.Nonce || times != 2 {
 		t.Errorf("greeting %s after %d: %v", got.greeting.Nonce, times, got.err)
+	}
+}
+
+// TestAskStop: the host can ask for the end where the guest waits for a greeting, and nobody
+// takes the wire's own bytes for that.
+func TestAskStop(t *testing.T) {
+	host, guest := wirePair(t)
+	done := answering(guest, welcome)
+	io.WriteString(host, "stale "+greetingWord+"stop")
+	if err := AskStop(host, soon()); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-done; !errors.Is(got.err, ErrStop) {
+		t.Errorf("asked to stop: %v", got.err)
 	}
 }
 
@@ -244,9 +258,10 @@ func FuzzGreeted(f *testing.F) {
 // is lost.
 func FuzzAnswerGreeting(f *testing.F) {
 	g := Greeting{Nonce: strings.Repeat("ab", 16), Time: time.Unix(1, 2)}
-	f.Add([]byte("x" + g.line() + "\n" + greetingWord + g.Nonce + " go\nrest"))
+	f.Add([]byte("x" + g.line() + "\n" + greetingWord + g.Nonce + " go 17\nrest"))
 	f.Add([]byte(g.line()))
-	f.Add([]byte("\n" + greetingWord + " go\n"))
+	f.Add([]byte("\n" + greetingWord + " go 1\n"))
+	f.Add([]byte("\n" + greetingWord + "stop\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		in := bytes.NewReader(data)
 		var answers bytes.Buffer
@@ -258,8 +273,8 @@ func FuzzAnswerGreeting(f *testing.F) {
 			return
 		}
 		read := data[:len(data)-in.Len()]
-		end := "\n" + greetingWord + got.Nonce + " go\n"
-		if !bytes.Contains(read, []byte(strings.TrimPrefix(got.line(), "\n"))) || !bytes.HasSuffix(append([]byte("\n"), read...), []byte(end)) {
+		end := fmt.Sprintf("\n%s%s go %d\n", greetingWord, got.Nonce, got.Time.UnixNano())
+		if !bytes.Contains(read, fmt.Appendf(nil, "%s%s %x ", greetingWord, got.Nonce, got.Entropy)) || !bytes.HasSuffix(append([]byte("\n"), read...), []byte(end)) {
 			t.Errorf("%q opened the wire of %s", read, got.Nonce)
 		}
 		if !strings.HasSuffix(answers.String(), got.Nonce+" ok\n") {

@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 
 	"cal/guest"
+	"cal/guest/boot"
 )
 
 const usage = `nucleus-tool-proxy runs inside a machine and is started by its driver.
@@ -22,6 +23,9 @@ const usage = `nucleus-tool-proxy runs inside a machine and is started by its dr
 `
 
 func main() {
+	if boot.IsInit() { // the first process of a machine with a kernel of its own
+		boot.Main()
+	}
 	code, err := run(os.Args[1:])
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "nucleus-tool-proxy:", err)

@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cal/guest/boot"
 	"cal/machine/machinetest/script"
 	"cal/nucleus"
 )
@@ -32,6 +33,9 @@ import (
 const attachName = "@testguest-attach"
 
 func main() {
+	if boot.IsInit() {
+		boot.Main()
+	}
 	if len(os.Args) < 2 || os.Args[1] == "act" && len(os.Args) < 3 {
 		fail(fmt.Errorf("usage: testguest init|attach|probe|act"))
 	}
