@@ -11,10 +11,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cal/internal/durable"
 	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/machinetest"
 	"cal/machine/machinetest/script"
+	"cal/nucleus"
 )
 
 // TestConformance runs the suite with the real programs.
@@ -22,9 +24,8 @@ func TestConformance(t *testing.T) {
 	d := working(t)
 	dir := jailDir(t)
 	machinetest.Run(t, suiteHost(t, dir, func() machine.Driver {
-		fresh := New(d.config)
-		fresh.proved = provedOnce(t, d)
-		return reporting{fresh}
+		provedOnce(t, d)
+		return reporting{d.again()}
 	}))
 }
 
@@ -53,6 +54,9 @@ func (r reporting) Create(ctx context.Context, spec machine.Spec) (machine.Machi
 func (r reporting) Adopt(ctx context.Context, dir string) (machine.Machine, error) {
 	return report(r.Driver.Adopt(ctx, dir))
 }
+
+// dir of the machine.
+func (m *Machine) dir() string { return m.rec.Jail.Dir }
 
 func report(m machine.Machine, err error) (machine.Machine, error) {
 	if err == nil {
@@ -89,7 +93,7 @@ func left(t *testing.T, dir string) (found []string) {
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	must(t, err)
-	if strings.Contains(string(mounts), dir) {
+	if strings.Contains(string(mounts), " "+dir+"/") {
 		found = append(found, "a mount")
 	}
 	if entries, err := os.ReadDir(dir); err == nil {
@@ -134,5 +138,85 @@ func TestStart(t *testing.T) {
 		guest.Must(script.Action{Do: "echo", UID: -1})
 		t.Logf("created in %v, first answer after %v", created, time.Since(started))
 		must(t, m.Destroy(machinetest.Context(t)))
+	}
+}
+
+// TestSnapshot: two machines start from one snapshot, and nothing that must be new is
+// the same in both.
+func TestSnapshot(t *testing.T) {
+	d := working(t)
+	dir := jailDir(t)
+	d.config.Snapshots = filepath.Join(dir, "snapshots")
+	d.warm.Store(true)
+	host := suiteHost(t, dir, func() machine.Driver { return reporting{d} })
+	provedOnce(t, d)
+	var machines []machine.Machine
+	var guests []*machinetest.Guest
+	for range 2 {
+		started := time.Now()
+		m, guest := host.Create(t, host.Spec(t))
+		guest.Must(script.Action{Do: "echo", UID: -1})
+		t.Logf("first answer after %v", time.Since(started))
+		machines, guests = append(machines, m), append(guests, guest)
+	}
+	if !d.warm.Load() {
+		t.Fatal("no snapshot was made")
+	}
+	checkSnapshots(t, d.config.Snapshots, 1)
+	for _, fact := range []script.Action{
+		{Do: "random", UID: -1},
+		{Do: "read", Path: "/proc/sys/kernel/random/uuid", UID: -1},
+		{Do: "read", Path: "/proc/sys/kernel/random/boot_id", UID: -1},
+		{Do: "hash", UID: -1},
+	} {
+		one, other := guests[0].Must(fact), guests[1].Must(fact)
+		t.Logf("%s %s: %q, %q", fact.Do, fact.Path, one, other)
+		if one == other || one == "" {
+			t.Errorf("%s %s: both say %q", fact.Do, fact.Path, one)
+		}
+	}
+	for i, guest := range guests { // each has its own disks, which the other does not see
+		mine := nucleus.MachineWorkspace + "/mine"
+		guest.MustFail(script.Action{Do: "read", Path: mine, UID: -1})
+		guest.Must(script.Action{Do: "write", Path: mine, Data: fmt.Sprint(i), UID: machines[i].Facts().ToolsUID})
+		clock := guest.Must(script.Action{Do: "clock", UID: -1})
+		if at, err := time.Parse(time.RFC3339Nano, clock); err != nil || time.Since(at).Abs() > time.Minute {
+			t.Errorf("the clock of a restored machine says %s (%v)", clock, err)
+		}
+	}
+	killVMM(t, machines[0].(interface{ dir() string }).dir())
+	<-machines[0].Done()
+	guests[1].Must(script.Action{Do: "echo", UID: -1})
+
+	// A snapshot that was changed is thrown away, and machines boot.
+	memory, err := filepath.Glob(filepath.Join(d.config.Snapshots, "*", memoryFile))
+	must(t, err)
+	now := time.Now()
+	must(t, os.Chtimes(memory[0], now, now))
+	_, guest := host.Create(t, host.Spec(t))
+	guest.Must(script.Action{Do: "echo", UID: -1})
+	checkSnapshots(t, d.config.Snapshots, 0)
+}
+
+// checkSnapshots counts what is kept and sees that it is root's alone.
+func checkSnapshots(t *testing.T, dir string, want int) {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(dir, "*", manifestFile))
+	must(t, err)
+	if len(found) != want {
+		t.Fatalf("snapshots: %v, want %d", found, want)
+	}
+	for _, name := range found {
+		var m manifest
+		must(t, durable.Load(name, &m))
+		must(t, m.check(filepath.Dir(name)))
+		info, err := os.Stat(filepath.Dir(name))
+		must(t, err)
+		if info.Mode().Perm() != 0o700 {
+			t.Errorf("%s: %v", filepath.Dir(name), info.Mode())
+		}
+		var stat unix.Stat_t
+		must(t, unix.Stat(filepath.Join(filepath.Dir(name), memoryFile), &stat))
+		t.Logf("memory of %d MB takes up %d MB", stat.Size>>20, stat.Blocks>>11)
 	}
 }

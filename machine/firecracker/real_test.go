@@ -17,9 +17,12 @@ import (
 
 func TestMain(m *testing.M) {
 	kvm.Main()
+	beFake()
 	code := m.Run()
-	if storeMade != "" {
-		os.RemoveAll(storeMade)
+	for _, dir := range []string{storeMade, built.dir} {
+		if dir != "" {
+			os.RemoveAll(dir)
+		}
 	}
 	os.Exit(code)
 }

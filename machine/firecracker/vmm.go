@@ -53,7 +53,10 @@ func (d *Driver) launch(ctx context.Context, j jail, digest string) (_ *vmm, err
 		return nil, v.explain(err)
 	}
 	v.watch()
-	return v, d.confined(v, digest)
+	if err := d.confined(v, digest); err != nil {
+		return nil, err
+	}
+	return v, nil
 }
 
 // hold takes over the Firecracker that runs in a jail.
@@ -144,9 +147,8 @@ func (v *vmm) explain(err error) error {
 	return err
 }
 
-// reasons are what Firecracker logs when it ends by something else than the guest's
-// wish.
-var reasons = []string{"bad syscall", "KVM_EXIT", "FaultyKvmExit", "panicked", "error:", "Error:"}
+// reasons mark the lines of Firecracker's log that say why something failed.
+var reasons = []string{":ERROR]", "bad syscall", "panicked"}
 
 // lastWords is the last line of the log that says why something failed, or "".
 func (v *vmm) lastWords() string {

@@ -4,11 +4,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -42,7 +46,40 @@ func CopyDisk(t *testing.T, workspace string) string {
 	if err != nil {
 		t.Fatalf("debugfs: %v: %s", err, output)
 	}
+	if err := copyTimes(disk, dir); err != nil {
+		t.Fatal(err)
+	}
 	return dir
+}
+
+var modified = regexp.MustCompile(`(?m)^ *mtime: 0x([0-9a-f]+):([0-9a-f]+)`)
+
+// copyTimes gives the files of dir the times that they have on the disk, of which rdump
+// knows the seconds alone.
+func copyTimes(disk, dir string) error {
+	return filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return err
+		}
+		output, err := exec.Command("debugfs", "-R", "stat "+strings.TrimPrefix(path, dir), disk).Output()
+		if err != nil {
+			return err
+		}
+		found := modified.FindSubmatch(output)
+		if found == nil {
+			return fmt.Errorf("debugfs says no time of %s: %s", path, output)
+		}
+		seconds, err := strconv.ParseInt(string(found[1]), 16, 64)
+		if err != nil {
+			return err
+		}
+		fraction, err := strconv.ParseInt(string(found[2]), 16, 64)
+		if err != nil {
+			return err
+		}
+		at := time.Unix(seconds, fraction>>2) // the low bits are more of the seconds
+		return os.Chtimes(path, at, at)
+	})
 }
 
 // settledDisk is a copy of a workspace's disk whose journal was replayed, as a kernel does
