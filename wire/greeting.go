@@ -23,7 +23,7 @@ import (
 //
 // or, where the machine is to end with its disks flushed,
 //
-//	host   cal-wire 1 stop
+//	host   cal-wire 1 end
 //
 // What stands on a serial port from an earlier connection, a greeting of which nobody
 // heard the answer included, is passed over by both: the nonce is new each time, and
@@ -116,16 +116,16 @@ func Greet(conn net.Conn, deadline time.Time) (net.Conn, error) {
 	return &greeted{Conn: conn, refusal: []byte("\n" + mine + "error ")}, conn.SetDeadline(time.Time{})
 }
 
-// ErrStop is what AnswerGreeting returns where the host asks the machine to end.
-var ErrStop = errors.New("the host asked the machine to end")
+// ErrEnd is what AnswerGreeting returns where the host asks the machine to end.
+var ErrEnd = errors.New("the host asked the machine to end")
 
-// AskStop is said instead of a greeting: the machine ends, with its disks flushed. Who
+// SayEnd is said instead of a greeting: the machine ends, with its disks flushed. Who
 // asks waits for that as long as he likes, and then ends it by force.
-func AskStop(conn net.Conn, deadline time.Time) error {
+func SayEnd(conn net.Conn, deadline time.Time) error {
 	if err := conn.SetWriteDeadline(deadline); err != nil {
 		return err
 	}
-	_, err := io.WriteString(conn, "\n"+greetingWord+"stop\n")
+	_, err := io.WriteString(conn, "\n"+greetingWord+"end\n")
 	return err
 }
 
@@ -136,21 +136,21 @@ func AskStop(conn net.Conn, deadline time.Time) error {
 func AnswerGreeting(conn io.ReadWriter, welcome func(Greeting) error) (Greeting, error) {
 	var g Greeting // the newest that was answered
 	for {
-		heard, stop := false, false
+		heard, ends := false, false
 		_, err := findLine(conn, 0, maxGreeting, func(line string) bool {
 			next, ok := parseGreeting(line)
 			switch {
 			case ok:
 				g = next
-			case line == greetingWord+"stop":
-				stop = true
+			case line == greetingWord+"end":
+				ends = true
 			case g.Nonce != "":
 				heard = g.isGo(line)
 			}
-			return ok || heard || stop
+			return ok || heard || ends
 		})
-		if stop && err == nil {
-			err = ErrStop
+		if ends && err == nil {
+			err = ErrEnd
 		}
 		if heard || err != nil {
 			return g, err

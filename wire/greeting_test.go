@@ -135,16 +135,16 @@ func TestGreetingIsHeard(t *testing.T) {
 	}
 }
 
-// TestAskStop: the host can ask for the end where the guest waits for a greeting, and nobody
+// TestSayEnd: the host can ask for the end where the guest waits for a greeting, and nobody
 // takes the wire's own bytes for that.
-func TestAskStop(t *testing.T) {
+func TestSayEnd(t *testing.T) {
 	host, guest := wirePair(t)
 	done := answering(guest, welcome)
-	io.WriteString(host, "stale "+greetingWord+"stop")
-	if err := AskStop(host, soon()); err != nil {
+	io.WriteString(host, "stale "+greetingWord+"end")
+	if err := SayEnd(host, soon()); err != nil {
 		t.Fatal(err)
 	}
-	if got := <-done; !errors.Is(got.err, ErrStop) {
+	if got := <-done; !errors.Is(got.err, ErrEnd) {
 		t.Errorf("asked to stop: %v", got.err)
 	}
 }
@@ -261,7 +261,7 @@ func FuzzAnswerGreeting(f *testing.F) {
 	f.Add([]byte("x" + g.line() + "\n" + greetingWord + g.Nonce + " go 17\nrest"))
 	f.Add([]byte(g.line()))
 	f.Add([]byte("\n" + greetingWord + " go 1\n"))
-	f.Add([]byte("\n" + greetingWord + "stop\n"))
+	f.Add([]byte("\n" + greetingWord + "end\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		in := bytes.NewReader(data)
 		var answers bytes.Buffer

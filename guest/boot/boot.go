@@ -93,7 +93,7 @@ func (f *first) answer(conn io.ReadWriter) (wire.Greeting, error) {
 	case errors.As(err, &refused):
 		time.Sleep(lastWords)
 		f.stop <- err
-	case errors.Is(err, wire.ErrStop):
+	case errors.Is(err, wire.ErrEnd):
 		f.stop <- err
 	}
 	return g, err
@@ -136,7 +136,7 @@ func (f *first) prepare() error {
 	if err := enterRoot(disks); err != nil {
 		return err
 	}
-	if err := shutDoors(); err != nil {
+	if err := shutDoors(f.line.tasks); err != nil {
 		return err
 	}
 	return checkPromises(disks)

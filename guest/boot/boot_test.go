@@ -6,14 +6,15 @@ import (
 )
 
 func TestCommandLine(t *testing.T) {
-	got, err := parseCommandLine("console=ttyS0 quiet cal.disks=root,workspace,scratch panic=-1 cal.wire=serial\n")
-	if err != nil || strings.Join(got.disks, " ") != "root workspace scratch" || got.wire != wireSerial {
+	got, err := parseCommandLine("console=ttyS0 quiet cal.disks=root,workspace,scratch panic=-1 cal.wire=serial cal.tasks=200\n")
+	if err != nil || strings.Join(got.disks, " ") != "root workspace scratch" || got.wire != wireSerial || got.tasks != 200 {
 		t.Errorf("%+v, %v", got, err)
 	}
 	for _, text := range []string{
 		"", "cal.wire=serial", "cal.disks=root,workspace,scratch", "cal.disks=root,workspace,scratch cal.wire=tcp",
 		"cal.disks=root,scratch cal.wire=serial", "cal.disks=root,root,workspace,scratch cal.wire=serial",
 		"cal.disks=root,workspace,scratch,home cal.wire=vsock", "cal.disks=,root,workspace,scratch cal.wire=vsock",
+		"cal.disks=root,workspace,scratch cal.wire=vsock cal.tasks=0", "cal.disks=root,workspace,scratch cal.wire=vsock cal.tasks=-1",
 	} {
 		if got, err := parseCommandLine(text); err == nil {
 			t.Errorf("%q gives %+v", text, got)

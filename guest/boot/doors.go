@@ -42,7 +42,7 @@ var settings = []setting{
 }
 
 // shutDoors sets what a machine needs no longer once it has started.
-func shutDoors() error {
+func shutDoors(tasks uint64) error {
 	for _, s := range settings {
 		err := os.WriteFile("/proc/sys/"+s.name, []byte(s.value+"\n"), 0)
 		if err != nil && (s.must || !errors.Is(err, fs.ErrNotExist)) {
@@ -55,6 +55,11 @@ func shutDoors() error {
 	}
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 65536, Max: 1 << 20}); err != nil {
 		return fmt.Errorf("open files: %w", err)
+	}
+	if tasks > 0 {
+		if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: tasks, Max: tasks}); err != nil {
+			return fmt.Errorf("tasks: %w", err)
+		}
 	}
 	if err := unix.Sethostname([]byte("cal")); err != nil {
 		return fmt.Errorf("host name: %w", err)

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 	"unsafe"
@@ -19,6 +20,7 @@ import (
 type commandLine struct {
 	disks []string // roles, in the order of the devices
 	wire  string   // "serial" or "vsock"
+	tasks uint64   // that each user may have; 0: as the kernel has it
 }
 
 const (
@@ -42,6 +44,12 @@ func parseCommandLine(text string) (commandLine, error) {
 			line.disks = strings.Split(value, ",")
 		case "cal.wire":
 			line.wire = value
+		case "cal.tasks":
+			tasks, err := strconv.ParseUint(value, 10, 32)
+			if err != nil || tasks == 0 {
+				return line, fmt.Errorf("cal.tasks=%q on the kernel's command line is no number of tasks", value)
+			}
+			line.tasks = tasks
 		}
 	}
 	if line.wire != wireSerial && line.wire != wireVsock {
