@@ -118,7 +118,7 @@ func mountAll() error {
 		}
 	}
 	for _, dir := range []string{"/tmp", "/var/tmp"} {
-		if err := os.Chmod(dir, 0o1777); err != nil { //nolint:gosec // as everywhere
+		if err := os.Chmod(dir, 0o1777); err != nil {
 			return err
 		}
 	}

@@ -52,7 +52,7 @@ func run(args []string) error {
 	}
 	if *firecracker == "" || *jailer == "" || flags.NArg() > 0 {
 		flags.Usage()
-		return errors.New("--firecracker and --jailer are required: make test-firecracker FIRECRACKER=... JAILER=...")
+		return errors.New("no --firecracker or no --jailer: they are named by make test-firecracker FIRECRACKER=PATH JAILER=PATH")
 	}
 	wanted, err := regexp.Compile(*pattern)
 	if err != nil {

@@ -54,7 +54,7 @@ var described = sync.OnceValue(func() description {
 func (d description) checkRequest(method, path string, body []byte) error {
 	operation, ok := d.Paths[d.template(path)][strings.ToLower(method)]
 	if !ok {
-		return fmt.Errorf("Invalid request method and/or path: %s %s.", method, strings.TrimPrefix(path, "/")) //nolint:staticcheck // Firecracker's words
+		return faultf("Invalid request method and/or path: %s %s.", method, strings.TrimPrefix(path, "/"))
 	}
 	for _, parameter := range operation.Parameters {
 		if parameter.In == "body" {
@@ -62,7 +62,7 @@ func (d description) checkRequest(method, path string, body []byte) error {
 		}
 	}
 	if len(body) > 0 {
-		return fmt.Errorf("%s request cannot have a body.", method) //nolint:staticcheck // Firecracker's words
+		return faultf("%s request cannot have a body.", method)
 	}
 	return nil
 }
@@ -96,10 +96,10 @@ func (d description) template(path string) string {
 func (d description) checkJSON(s schema, data []byte) error {
 	var value any
 	if err := json.Unmarshal(data, &value); err != nil {
-		return fmt.Errorf("An error occurred when deserializing the json body of a request: %w.", err) //nolint:staticcheck // Firecracker's words
+		return faultf("An error occurred when deserializing the json body of a request: %w.", err)
 	}
 	if err := d.check(s, value, "body"); err != nil {
-		return fmt.Errorf("An error occurred when deserializing the json body of a request: %w.", err) //nolint:staticcheck // Firecracker's words
+		return faultf("An error occurred when deserializing the json body of a request: %w.", err)
 	}
 	return nil
 }

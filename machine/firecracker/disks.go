@@ -3,6 +3,7 @@ package firecracker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -28,6 +29,7 @@ const workspaceFile = "workspace.ext4"
 // parts are what a machine is made of, in its jail.
 type parts struct {
 	kernel, initramfs string // digests
+	tasks             int    // of a user
 	disks             []part
 	env               map[string]string
 }
@@ -48,7 +50,7 @@ func (p parts) cmdline() string {
 		roles[i] = d.role
 	}
 	return "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd random.trust_cpu=on" +
-		" cal.disks=" + strings.Join(roles, ",") + " cal.wire=vsock"
+		fmt.Sprintf(" cal.disks=%s cal.wire=vsock cal.tasks=%d", strings.Join(roles, ","), p.tasks)
 }
 
 // assemble puts the machine's parts into the jail.
@@ -65,7 +67,7 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec record) (p
 	if err != nil {
 		return parts{}, machine.Refuse("%v", err)
 	}
-	p := parts{kernel: kernel.Digest, initramfs: initramfs.Digest, env: root.Env}
+	p := parts{kernel: kernel.Digest, initramfs: initramfs.Digest, env: root.Env, tasks: rec.Facts.Tasks}
 	p.disks = append(p.disks, part{role: rootDisk, digest: root.Digest, readOnly: true, size: root.Size})
 	files := map[string]string{kernelFile: kernel.ELF, initramfsFile: initramfs.Path, rootDisk: root.Path}
 	if layers := slices.Concat(spec.Image.Layers, spec.Agent); len(layers) > 0 {
@@ -166,6 +168,17 @@ func limit(cpus int) *rateLimiter {
 		Bandwidth: &tokenBucket{Size: n * 20 << 20, Burst: 1 << 30, Refill: refill},
 		Ops:       &tokenBucket{Size: n * 1000, Burst: 50_000, Refill: refill},
 	}
+}
+
+// digests of what is never written.
+func (p parts) digests() map[string]string {
+	digests := map[string]string{kernelFile: p.kernel, initramfsFile: p.initramfs}
+	for _, d := range p.disks {
+		if d.readOnly {
+			digests[d.role] = d.digest
+		}
+	}
+	return digests
 }
 
 // longest is the size of the longest file that may be written.

@@ -110,8 +110,11 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 	if err := checkFS(spec.Dir); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
-	defer cancel()
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, startTimeout)
+		defer cancel()
+	}
 	digest, err := d.prove(ctx)
 	if err != nil {
 		return nil, err

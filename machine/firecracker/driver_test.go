@@ -45,7 +45,7 @@ func faked(t testing.TB, spoil ...func(*Config)) *Driver {
 // again is the driver as another process would have it.
 func (d *Driver) again() *Driver {
 	fresh := New(d.config)
-	fresh.proved = d.proved
+	fresh.proved, fresh.usual = d.proved, d.usual
 	return fresh
 }
 
@@ -54,7 +54,7 @@ func fakeHost(t testing.TB, d *Driver) machinetest.Host {
 	t.Helper()
 	dir := jailDir(t)
 	proxy := filepath.Join(dir, "proxy")
-	must(t, os.WriteFile(proxy, []byte("#!"), 0o755)) //nolint:gosec // a program
+	must(t, os.WriteFile(proxy, []byte("#!"), 0o755))
 	return machinetest.Host{Driver: func() machine.Driver { return d.again() }, Proxy: proxy, Scratch: dir, Kill: killVMM, Left: left}
 }
 
@@ -175,7 +175,6 @@ func TestWorkspace(t *testing.T) {
 func TestSnapshotOverFake(t *testing.T) {
 	d := faked(t, func(c *Config) { c.Snapshots = filepath.Join(jailDir(t), "snapshots") })
 	host := fakeHost(t, d)
-	ctx := machinetest.Context(t)
 	count := func() int {
 		found, err := filepath.Glob(filepath.Join(d.config.Snapshots, "*", manifestFile))
 		must(t, err)
@@ -187,11 +186,11 @@ func TestSnapshotOverFake(t *testing.T) {
 		for _, change := range change {
 			change(&spec)
 		}
-		m, err := d.Create(ctx, spec)
+		m, err := d.Create(machinetest.Context(t), spec)
 		must(t, err)
 		guest := machinetest.Talk(t, m.Wire())
 		guest.Must(script.Action{Do: "set", Data: "mine", UID: -1})
-		must(t, m.Destroy(ctx))
+		must(t, m.Destroy(machinetest.Context(t)))
 		if found := left(t, spec.Dir); len(found) > 0 {
 			t.Errorf("left: %v", found)
 		}
@@ -211,28 +210,30 @@ func TestSnapshotOverFake(t *testing.T) {
 	}
 	checkSnapshots(t, d.config.Snapshots, mostSnapshots)
 
-	for name, spoil := range map[string]func(file string) error{
-		"content": func(file string) error { return os.WriteFile(file, []byte("another"), 0o600) },
-		"mode":    func(file string) error { return os.Chmod(file, 0o644) },
-		"owner":   func(file string) error { return os.Chown(file, 1, 1) },
-		"a name":  func(file string) error { return os.Link(file, file+"-2") },
-		"loss":    os.Remove,
+	for name, c := range map[string]struct {
+		file  string
+		spoil func(file string) error
+	}{
+		"content": {stateFile, func(file string) error { return os.WriteFile(file, []byte("another"), 0o600) }},
+		"memory":  {memoryFile, func(file string) error { return os.WriteFile(file, []byte("MEMORY"), 0o600) }},
+		"mode":    {memoryFile, func(file string) error { return os.Chmod(file, 0o644) }},
+		"owner":   {memoryFile, func(file string) error { return os.Chown(file, 1, 1) }},
+		"a name":  {memoryFile, func(file string) error { return os.Link(file, file+"-2") }},
+		"loss":    {stateFile, os.Remove},
 	} {
-		for _, file := range []string{stateFile, memoryFile} {
-			t.Run(name+" of "+file, func(t *testing.T) {
-				create() // makes it where it is missing
-				found, err := filepath.Glob(filepath.Join(d.config.Snapshots, "*", file))
-				must(t, err)
-				for _, name := range found {
-					must(t, spoil(name))
-				}
-				before := count()
-				create() // it boots
-				if got := count(); got != before-1 {
-					t.Errorf("%d snapshots are kept, want %d: the changed one is thrown away", got, before-1)
-				}
-			})
-		}
+		t.Run(name, func(t *testing.T) {
+			create() // makes it where it is missing
+			found, err := filepath.Glob(filepath.Join(d.config.Snapshots, "*", c.file))
+			must(t, err)
+			for _, name := range found {
+				must(t, c.spoil(name))
+			}
+			before := count()
+			create() // it boots
+			if got := count(); got != before-1 {
+				t.Errorf("%d snapshots are kept, want %d: the changed one is thrown away", got, before-1)
+			}
+		})
 	}
 }
 
@@ -241,7 +242,7 @@ func TestProbeRefuses(t *testing.T) {
 	dir := jailDir(t)
 	program := func(name, says string) string {
 		path := filepath.Join(dir, name)
-		must(t, os.WriteFile(path, []byte("#!/bin/sh\n"+says+"\n"), 0o755)) //nolint:gosec // a program
+		must(t, os.WriteFile(path, []byte("#!/bin/sh\n"+says+"\n"), 0o755))
 		return path
 	}
 	good, jailer := program("firecracker", "echo Firecracker v"+Version), program("jailer", "echo Jailer v"+Version)

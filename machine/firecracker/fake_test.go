@@ -118,14 +118,14 @@ func fakeJailer(args []string) error {
 	flags.Var(&resources, "resource-limit", "")
 	daemonize, pidNS, says := flags.Bool("daemonize", false, ""), flags.Bool("new-pid-ns", false, ""), flags.Bool("version", false, "")
 	if err := flags.Parse(args); err != nil {
-		return fmt.Errorf("Error: %w", err) //nolint:staticcheck // the jailer's words
+		return faultf("Error: %w", err)
 	}
 	if *says {
 		fmt.Printf("Jailer v%s\n\n", Version)
 		return nil
 	}
 	if *id == "" || len(*id) > 64 || strings.Trim(*id, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") != "" {
-		return fmt.Errorf("Invalid instance ID: %q", *id) //nolint:staticcheck
+		return faultf("Invalid instance ID: %q", *id)
 	}
 	if !*daemonize || !*pidNS {
 		return errors.New("this fake is only run as a daemon in a pid namespace")
@@ -145,7 +145,7 @@ func joinFakeGroups(version int, parent, id string, settings []string) error {
 	for _, setting := range settings {
 		file, value, ok := strings.Cut(setting, "=")
 		if !ok || value == "" || strings.Contains(value, "=") {
-			return fmt.Errorf("Invalid format for cgroups: %s", setting) //nolint:staticcheck
+			return faultf("Invalid format for cgroups: %s", setting)
 		}
 		controller, _, _ := strings.Cut(file, ".")
 		dir := filepath.Join("/sys/fs/cgroup", parent, id)
@@ -159,7 +159,7 @@ func joinFakeGroups(version int, parent, id string, settings []string) error {
 			_ = os.WriteFile(filepath.Join("/sys/fs/cgroup", parent, "cgroup.subtree_control"), []byte("+"+controller), 0)
 		}
 		if err := os.WriteFile(filepath.Join(dir, file), []byte(value), 0); err != nil {
-			return fmt.Errorf("Failed to write to %s: %w", filepath.Join(dir, file), err) //nolint:staticcheck
+			return faultf("Failed to write to %s: %w", filepath.Join(dir, file), err)
 		}
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0); err != nil {
 			return err
@@ -188,7 +188,7 @@ func startFake(root, program, id string, uid, gid int, args []string) error {
 	cmd := &exec.Cmd{
 		Path: "/" + name, Args: append([]string{"/" + name, "--id", id, "--start-time-us", "1", "--start-time-cpu-us", "1", "--parent-cpu-time-us", "1"}, args...),
 		Env: []string{"GOCOVERDIR="}, Dir: "/",
-		SysProcAttr: &syscall.SysProcAttr{Chroot: root, Setsid: true, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS, Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}, //nolint:gosec // ids
+		SysProcAttr: &syscall.SysProcAttr{Chroot: root, Setsid: true, Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS, Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}},
 	}
 	if err := cmd.Start(); err != nil {
 		return err
@@ -230,7 +230,7 @@ func fakeFirecracker(args []string) error {
 	if err != nil {
 		return err
 	}
-	return http.Serve(listener, api) //nolint:gosec // as the real one
+	return http.Serve(listener, api)
 }
 
 // named starts a thread of that name, for ever.
@@ -297,6 +297,9 @@ func (g *fakeGuest) serve(conn net.Conn) {
 		later, g.used = g.used, true
 		return nil
 	})
+	if errors.Is(err, wire.ErrEnd) {
+		os.Exit(0) // as Firecracker when its guest has reset the machine
+	}
 	if err != nil {
 		return
 	}

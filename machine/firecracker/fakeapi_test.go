@@ -31,9 +31,12 @@ type fakeAPI struct {
 // fakeConfig is what was configured, by path.
 type fakeConfig map[string]json.RawMessage
 
+// faultf is an error in Firecracker's own words.
+func faultf(format string, args ...any) error { return fmt.Errorf(format, args...) }
+
 var (
-	errPreBoot  = errors.New("The requested operation is not supported before starting the microVM.") //nolint:staticcheck // Firecracker's words, here and below
-	errPostBoot = errors.New("The requested operation is not supported after starting the microVM.")  //nolint:staticcheck
+	errPreBoot  = faultf("The requested operation is not supported before starting the microVM.")
+	errPostBoot = faultf("The requested operation is not supported after starting the microVM.")
 )
 
 func newFakeAPI(root, id string) *fakeAPI {
@@ -84,7 +87,7 @@ func (f *fakeAPI) do(method, path string, body []byte) error {
 		}
 	case strings.HasPrefix(path, "/drives/"):
 		if f.state != "Not started" {
-			return errors.New("PCI is not enabled") //nolint:staticcheck
+			return faultf("PCI is not enabled")
 		}
 	case f.state != "Not started":
 		return errPostBoot
@@ -123,7 +126,7 @@ func (f *fakeAPI) setMachine(body []byte) error {
 		return err
 	}
 	if m.Mem <= 0 {
-		return errors.New("Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured page size.") //nolint:staticcheck
+		return faultf("Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured page size.")
 	}
 	return nil
 }
@@ -136,11 +139,11 @@ func (f *fakeAPI) setBoot(body []byte) error {
 	}
 	for what, path := range map[string]string{"kernel": b.Kernel, "initrd": b.Initrd} {
 		if err := f.opens(path, os.O_RDONLY); err != nil && path+what != "initrd" {
-			return fmt.Errorf("Boot source error: The %s file cannot be opened: %w", what, err) //nolint:staticcheck
+			return faultf("Boot source error: The %s file cannot be opened: %w", what, err)
 		}
 	}
 	if len(b.Cmdline) >= 2048 {
-		return errors.New("Boot source error: The kernel command line is invalid: TooLarge") //nolint:staticcheck
+		return faultf("Boot source error: The kernel command line is invalid: TooLarge")
 	}
 	return nil
 }
@@ -152,10 +155,10 @@ func (f *fakeAPI) addDrive(path string, body []byte) error {
 	}
 	id := strings.TrimPrefix(path, "/drives/")
 	if strings.Trim(id, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_") != "" {
-		return errors.New("API Resource IDs can only contain alphanumeric characters and underscores.") //nolint:staticcheck
+		return faultf("API Resource IDs can only contain alphanumeric characters and underscores.")
 	}
 	if id != d.ID {
-		return errors.New("The id from the path does not match the id from the body!") //nolint:staticcheck
+		return faultf("The id from the path does not match the id from the body!")
 	}
 	f.bootPath = true
 	mode := os.O_RDWR
@@ -163,7 +166,7 @@ func (f *fakeAPI) addDrive(path string, body []byte) error {
 		mode = os.O_RDONLY
 	}
 	if err := f.opens(d.Path, mode); err != nil {
-		return fmt.Errorf("Drive config error: Unable to create the virtio block device: Virtio backend error: Error manipulating the backing file: %w %s", err, d.Path) //nolint:staticcheck
+		return faultf("Drive config error: Unable to create the virtio block device: Virtio backend error: Error manipulating the backing file: %w %s", err, d.Path)
 	}
 	return nil
 }
@@ -175,7 +178,7 @@ func (f *fakeAPI) setVsock(body []byte) error {
 		return err
 	}
 	if _, err := os.Lstat(filepath.Join(f.root, v.Path)); err == nil {
-		return errors.New("Vsock config error: Cannot create backend for vsock device: Error binding to the host-side Unix socket: Address in use (os error 98)") //nolint:staticcheck
+		return faultf("Vsock config error: Cannot create backend for vsock device: Error binding to the host-side Unix socket: Address in use (os error 98)")
 	}
 	return nil
 }
@@ -185,7 +188,7 @@ func (f *fakeAPI) act(body []byte) error {
 		return errPreBoot
 	}
 	if f.config["/boot-source"] == nil {
-		return errors.New("Start microvm error: Cannot start microvm without kernel configuration.") //nolint:staticcheck
+		return faultf("Start microvm error: Cannot start microvm without kernel configuration.")
 	}
 	if err := f.onStart(f.config); err != nil {
 		return err
@@ -205,7 +208,7 @@ func (f *fakeAPI) setState(body []byte) error {
 
 func (f *fakeAPI) saveSnapshot(body []byte) error {
 	if f.state != "Paused" {
-		return errors.New("Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore unavailable while running") //nolint:staticcheck
+		return faultf("Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore unavailable while running")
 	}
 	var s snapshotCreate
 	if err := json.Unmarshal(body, &s); err != nil {
@@ -220,31 +223,31 @@ func (f *fakeAPI) saveSnapshot(body []byte) error {
 
 func (f *fakeAPI) loadSnapshot(body []byte) error {
 	if f.bootPath {
-		return errors.New("Load snapshot error: Loading a microVM snapshot not allowed after configuring boot-specific resources.") //nolint:staticcheck
+		return faultf("Load snapshot error: Loading a microVM snapshot not allowed after configuring boot-specific resources.")
 	}
 	var s snapshotLoad
 	if err := json.Unmarshal(body, &s); err != nil {
 		return err
 	}
 	if s.Backend.Path == "" {
-		return errors.New("An error occurred when deserializing the json body of a request: missing field: either `mem_backend` or `mem_file_path` is required.") //nolint:staticcheck
+		return faultf("An error occurred when deserializing the json body of a request: missing field: either `mem_backend` or `mem_file_path` is required.")
 	}
 	if err := f.opens(s.Backend.Path, os.O_RDONLY); err != nil {
-		return fmt.Errorf("Load snapshot error: Failed to restore from snapshot: Failed to load guest memory: %w", err) //nolint:staticcheck
+		return faultf("Load snapshot error: Failed to restore from snapshot: Failed to load guest memory: %w", err)
 	}
 	saved, err := os.ReadFile(filepath.Join(f.root, s.State))
 	if err != nil {
-		return fmt.Errorf("Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file: %w", err) //nolint:staticcheck
+		return faultf("Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file: %w", err)
 	}
 	config := fakeConfig{}
 	if err := json.Unmarshal(saved, &config); err != nil {
-		return fmt.Errorf("Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file: %w", err) //nolint:staticcheck
+		return faultf("Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file: %w", err)
 	}
 	for path, body := range config {
 		var d drive
 		if strings.HasPrefix(path, "/drives/") && json.Unmarshal(body, &d) == nil {
 			if err := f.opens(d.Path, os.O_RDONLY); err != nil {
-				return fmt.Errorf("Load snapshot error: Failed to restore from snapshot: %w", err) //nolint:staticcheck
+				return faultf("Load snapshot error: Failed to restore from snapshot: %w", err)
 			}
 		}
 	}

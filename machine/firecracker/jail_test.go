@@ -69,7 +69,7 @@ func jailAt(t *testing.T) jail {
 	dir, err := os.MkdirTemp("", "j") // short: sockets are bound in it by their paths
 	must(t, err)
 	t.Cleanup(func() { must(t, os.RemoveAll(dir)) })
-	j := jail{Dir: dir, ID: newInstance(), Exec: "firecracker", UID: uint32(os.Getuid())} //nolint:gosec // fits
+	j := jail{Dir: dir, ID: newInstance(), Exec: "firecracker", UID: uint32(os.Getuid())}
 	must(t, j.make())
 	return j
 }
@@ -134,7 +134,7 @@ func TestHostileJail(t *testing.T) {
 
 // TestLongPath: the path of a jail's socket may be longer than an address can be.
 func TestLongPath(t *testing.T) {
-	j := jail{Dir: filepath.Join(t.TempDir(), strings.Repeat("long/", 60)), ID: newInstance(), Exec: "firecracker", UID: uint32(os.Getuid())} //nolint:gosec // fits
+	j := jail{Dir: filepath.Join(t.TempDir(), strings.Repeat("long/", 60)), ID: newInstance(), Exec: "firecracker", UID: uint32(os.Getuid())}
 	must(t, j.make())
 	must(t, os.Chdir(j.root()))
 	t.Cleanup(func() { must(t, os.Chdir("/")) })

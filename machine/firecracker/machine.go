@@ -21,6 +21,7 @@ const (
 	guestCID     = 3    // of every guest: nobody else is on its vsock
 	wirePort     = 1024 // where the guest's first process takes wires
 	greetTimeout = 10 * time.Second
+	endPatience  = 2 * time.Second // with a guest that was asked to end
 
 	// A guest is asked again whether it takes wires, the longer it takes the less often.
 	firstAgain = time.Millisecond
@@ -61,7 +62,8 @@ func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, hel
 	if err != nil {
 		return nil, err
 	}
-	rec.Facts.Env, rec.Jail.FileSize = made.env, made.longest()
+	rec.Facts.Env, rec.Facts.Digests = made.env, made.digests()
+	rec.Jail.FileSize = made.longest()
 	rec.Template.FileSize = max(made.longest(), int64(rec.MemoryMB)<<20)
 	if err := rec.save(); err != nil {
 		return nil, err
@@ -178,7 +180,7 @@ func (v *vmm) await(ctx context.Context) (net.Conn, error) {
 			return nil, fmt.Errorf("%w: the guest did not come up: %w", machine.ErrGone, v.endedBy())
 		}
 		if site.Pause(ctx, again) != nil {
-			return nil, fmt.Errorf("the guest did not come up: %w", errors.Join(context.Cause(ctx), err))
+			return nil, fmt.Errorf("the guest did not come up: %w: %w", context.Cause(ctx), v.endedBy())
 		}
 	}
 }
@@ -293,6 +295,7 @@ func (m *Machine) Destroy(ctx context.Context) error {
 		m.reason = "destroyed"
 	}
 	m.mu.Unlock()
+	m.askToEnd(ctx)
 	if err := m.driver.clear(ctx, m.rec.Jail.Dir); err != nil {
 		return err
 	}
@@ -306,6 +309,25 @@ func (m *Machine) Destroy(ctx context.Context) error {
 	}
 	m.letGo()
 	return site.Discard(m.rec.Jail.Dir, m.held)
+}
+
+// askToEnd has the guest flush what programs in the background wrote and end by itself. It
+// may refuse, and is killed then.
+func (m *Machine) askToEnd(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, endPatience)
+	defer cancel()
+	conn, err := m.vmm.jail.dialPort(ctx, wirePort)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	if wire.SayEnd(conn, deadlineOf(ctx)) != nil {
+		return
+	}
+	select {
+	case <-m.done:
+	case <-ctx.Done():
+	}
 }
 
 // Release implements machine.Machine.

@@ -49,6 +49,35 @@ func programs(t testing.TB) (firecracker, jailer string) {
 	return firecracker, jailer
 }
 
+// TestProbe: what the node asks before it starts a machine.
+func TestProbe(t *testing.T) {
+	d := working(t)
+	d.config.Patience = emulated(d.config.Patience, time.Minute)
+	started := time.Now()
+	must(t, d.Probe(t.Context()))
+	t.Logf("took %v", time.Since(started))
+	if d.proved == "" {
+		t.Error("the filter was not proved")
+	}
+}
+
+// TestProbeWithoutKVM: where KVM is there and runs no guest, the probe says so in time.
+func TestProbeWithoutKVM(t *testing.T) {
+	firecracker, jailer := programs(t)
+	if err := kvmHost.Probe(t.Context()); err == nil {
+		t.Skip("KVM runs guests here")
+	}
+	started := time.Now()
+	err := New(Config{Firecracker: firecracker, Jailer: jailer}).Probe(t.Context())
+	var failed *machine.ProbeError
+	if !errors.As(err, &failed) || !strings.Contains(err.Error(), "kvm") || failed.Mend == "" {
+		t.Errorf("got %v", err)
+	}
+	if took := time.Since(started); took > 5*time.Second {
+		t.Errorf("took %v", took)
+	}
+}
+
 // TestProof: the filter of the real Firecracker is proved, and nothing of the try is left.
 func TestProof(t *testing.T) {
 	firecracker, jailer := programs(t)
@@ -121,12 +150,30 @@ func working(t testing.TB) *Driver {
 	t.Helper()
 	firecracker, jailer := programs(t)
 	if err := kvmHost.Probe(t.Context()); err != nil {
+		if emulated(false, true) {
+			t.Fatal(err)
+		}
 		t.Skipf("KVM runs no guest here: %v; make test-firecracker emulates a host that has it", err)
 	}
-	return New(Config{Firecracker: firecracker, Jailer: jailer, Images: imageStore(t), KVM: &kvmHost})
+	return small(New(Config{Firecracker: firecracker, Jailer: jailer, Images: imageStore(t), KVM: &kvmHost}))
 }
 
-var kvmHost kvm.Host
+// small has machines that do not say otherwise take little of a host that is emulated.
+func small(d *Driver) *Driver {
+	d.usual.CPU, d.usual.MemoryMB = 1, 512
+	return d
+}
+
+// kvmHost has all the time of a test where it is emulated.
+var kvmHost = kvm.Host{Patience: emulated(0, time.Minute)}
+
+// emulated is the second value in the host that make test-firecracker emulates.
+func emulated[T any](usual, there T) T {
+	if os.Getenv("CAL_TEST_PATIENCE") != "" {
+		return there
+	}
+	return usual
+}
 
 // imageStore keeps images for all tests of this process, or for longer where one is named.
 func imageStore(t testing.TB) *image.Store {

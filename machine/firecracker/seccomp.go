@@ -191,11 +191,11 @@ func callInstruction(pid int) (uint64, error) {
 			continue
 		}
 		text := make([]byte, end-start)
-		if _, err := memory.ReadAt(text, int64(start)); err != nil { //nolint:gosec // a user's address
+		if _, err := memory.ReadAt(text, int64(start)); err != nil {
 			continue
 		}
 		if i := bytes.Index(text, []byte{0x0f, 0x05}); i >= 0 {
-			return start + uint64(i), nil //nolint:gosec // an index
+			return start + uint64(i), nil
 		}
 	}
 	return 0, fmt.Errorf("%w: process %d has no instruction for one", errTrying, pid)
