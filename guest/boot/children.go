@@ -106,7 +106,7 @@ func (c *children) run(wire *os.File, program string, args ...string) error {
 }
 
 // kept are the capabilities of the proxy: it makes roots, namespaces and users for the
-// others. It can neither load code into the kernel nor end it, nor reach its devices, clocks and logs.
+// others. It can neither load code into the kernel nor end it, nor set its clock.
 var kept = []uintptr{
 	unix.CAP_CHOWN, unix.CAP_DAC_OVERRIDE, unix.CAP_FOWNER, unix.CAP_KILL, unix.CAP_MKNOD, unix.CAP_NET_ADMIN, unix.CAP_NET_BIND_SERVICE,
 	unix.CAP_SETGID, unix.CAP_SETPCAP, unix.CAP_SETUID, unix.CAP_SYS_ADMIN, unix.CAP_SYS_CHROOT, unix.CAP_SYS_PTRACE, unix.CAP_SYS_RESOURCE,

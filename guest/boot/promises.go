@@ -23,7 +23,16 @@ func checkPromises(disks map[string]disk) error {
 	if err := checkMounts(string(mounts)); err != nil {
 		return err
 	}
-	interfaces, err := os.ReadDir("/sys/class/net")
+	for _, s := range settings {
+		if err := s.check(); err != nil {
+			return err
+		}
+	}
+	return errors.Join(checkInterfaces("/sys/class/net"), checkDevices("/sys/bus/virtio/devices"), checkModules(), checkDisks(disks), checkWrites())
+}
+
+func checkInterfaces(dir string) error {
+	interfaces, err := os.ReadDir(dir)
 	if err != nil {
 		return err
 	}
@@ -32,12 +41,31 @@ func checkPromises(disks map[string]disk) error {
 			return fmt.Errorf("the machine has a network interface, %s", i.Name())
 		}
 	}
-	for _, s := range settings {
-		if err := s.check(); err != nil {
+	return nil
+}
+
+// devices of a machine, by their number in the virtio specification, section 5.
+var devices = map[string]string{
+	"0x0002": "disk", "0x0003": "serial ports", "0x0004": "random numbers", "0x0005": "memory balloon", "0x0013": "vsock",
+}
+
+// checkDevices: not even a device without a driver is there that a machine should not have, a
+// network interface first of all.
+func checkDevices(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		id, err := os.ReadFile(filepath.Join(dir, entry.Name(), "device"))
+		if err != nil {
 			return err
 		}
+		if number := strings.TrimSpace(string(id)); devices[number] == "" {
+			return fmt.Errorf("the machine has a device that it should not have: virtio number %s (0x0001 is a network interface)", number)
+		}
 	}
-	return errors.Join(checkModules(), checkDisks(disks), checkWrites())
+	return nil
 }
 
 // checkModules tries to load one. The kernel refuses the right before it looks at what is loaded.

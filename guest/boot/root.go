@@ -8,7 +8,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -152,8 +151,8 @@ func layRoot(layers []shownLayer) error {
 		return err
 	}
 	for _, l := range layers {
-		if isBelow(l.Guest, nucleus.MachineHome) || slices.ContainsFunc(layers, func(outer shownLayer) bool { return outer.Guest != l.Guest && isBelow(l.Guest, outer.Guest) }) {
-			continue
+		if isBelow(l.Guest, nucleus.MachineHome) {
+			continue // a place on the scratch disk
 		}
 		info, err := os.Stat(filepath.Join(layersPlace, l.Source))
 		if err == nil {
@@ -224,20 +223,24 @@ func copyPlaces(image *os.Root, parent string) error {
 
 func isBelow(name, dir string) bool { return name == dir || strings.HasPrefix(name, dir+"/") }
 
-// mountKernel mounts what is made of memory and what the kernel shows.
+// kernelMounts are what is made of memory and what the kernel shows.
+var kernelMounts = []struct {
+	place, fstype string
+	flags         uintptr
+	data          string
+}{
+	{"/proc", "proc", noPrograms, "hidepid=invisible"},
+	{"/sys", "sysfs", noPrograms | unix.MS_RDONLY, ""},
+	{"/dev", "tmpfs", noSetuid | unix.MS_NOEXEC, devOptions},
+	// Files there are memory: together they leave a good part of it to programs.
+	{"/tmp", "tmpfs", noDevices, "mode=1777,size=40%"},
+	{"/run", "tmpfs", noPrograms, "mode=755,size=10%"},
+}
+
+const devOptions = "mode=755,size=64k,nr_inodes=64"
+
 func mountKernel() error {
-	for _, m := range []struct {
-		place, fstype string
-		flags         uintptr
-		data          string
-	}{
-		{"/proc", "proc", noPrograms, "hidepid=invisible"},
-		{"/sys", "sysfs", noPrograms | unix.MS_RDONLY, ""},
-		{"/dev", "tmpfs", noSetuid | unix.MS_NOEXEC, "mode=755,size=64k,nr_inodes=64"},
-		// Files there are memory: together they leave a good part of it to programs.
-		{"/tmp", "tmpfs", noDevices, "mode=1777,size=40%"},
-		{"/run", "tmpfs", noPrograms, "mode=755,size=10%"},
-	} {
+	for _, m := range kernelMounts {
 		if err := mount(m.fstype, newRoot+m.place, m.fstype, m.flags, m.data); err != nil {
 			return err
 		}
@@ -278,7 +281,7 @@ func makeDevices(dev string) error {
 	if err := mount("tmpfs", dev+"/shm", "tmpfs", noPrograms, "mode=1777,size=20%"); err != nil {
 		return err
 	}
-	return mount("", dev, "", unix.MS_REMOUNT|unix.MS_RDONLY|noSetuid|unix.MS_NOEXEC, "mode=755,size=64k,nr_inodes=64")
+	return mount("", dev, "", unix.MS_REMOUNT|unix.MS_RDONLY|noSetuid|unix.MS_NOEXEC, devOptions)
 }
 
 // giveToTools makes a disk's root the tools' user's, as it is in every machine. What mkfs leaves
