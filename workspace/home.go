@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -418,7 +419,7 @@ func tail(path string) string {
 	if err != nil {
 		return err.Error()
 	}
-	lines := strings.Split(strings.TrimSpace(string(raw)), "\n")
+	lines := slices.Compact(strings.Split(strings.TrimSpace(string(raw)), "\n")) // one that is started again says the same
 	return strings.Join(lines[max(0, len(lines)-5):], "\n")
 }
 

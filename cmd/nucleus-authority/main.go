@@ -62,9 +62,9 @@ func run() int {
 	case errors.Is(err, authority.ErrNotGranted):
 		return exitNotGranted
 	case errors.Is(err, authority.ErrNoKey):
-		fmt.Fprintln(os.Stderr, "hint: cal approve init makes one")
+		fmt.Fprintln(os.Stderr, "hint: cal approve init makes one; where the authority is another user's, that user has them (doc/approvals.md)")
 	case client.Absent(err):
-		fmt.Fprintln(os.Stderr, "hint: cal node start starts it, once cal approve init has made its key")
+		fmt.Fprintln(os.Stderr, "hint: cal node start starts it, once cal approve init has made its key, and says why one that was started has ended")
 	}
 	return 1
 }

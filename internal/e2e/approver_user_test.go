@@ -128,6 +128,7 @@ func TestApprovalsOfAnotherUser(t *testing.T) {
 	if e := s.write("a"); e != nil {
 		t.Errorf("after the other user's grant: %+v", e)
 	}
+	e.Cal("approve", "approver", "list").Want(t, 0, "ada")
 	// Her log is held against theirs, which she cannot read on the disk.
 	e.Cal("audit", "verify").Want(t, 0, "the authority's log, from", "each grant that was used is in the authority's log")
 
