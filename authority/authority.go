@@ -682,12 +682,14 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 		}
 	}
 	now := a.millis()
+	state := row.stateAt(now)
+	if a.isVoid(row) {
+		state = client.Revoked
+	}
 	gone, removed := a.removed(row)
 	switch {
-	case a.isVoid(row):
-		return refuse("ask %s is %s", id, client.Revoked)
-	case row.state != client.Granted:
-		return refuse("ask %s is %s", id, row.stateAt(now))
+	case state != client.Granted:
+		return refuse("ask %s is %s", id, state)
 	case removed:
 		return refuse("ask %s was granted by %s, who is no approver any more", id, gone)
 	case !slices.Equal(u.Grants, given):

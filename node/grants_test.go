@@ -317,6 +317,9 @@ func TestPassagesOfAnotherUser(t *testing.T) {
 	h.authority.grant(id, nil)
 	h.get(p, site).want(t, "")
 	p.record.Spec.Approvals = approvals.RequireOtherUser
+	if told, err := h.node.link(p.record.Spec).client.Watch(h.context(), "w-1", approvals.Watched{}); err == nil {
+		t.Errorf("the same user's authority is heard: %+v", told)
+	}
 	hits := site.hits.Load()
 	h.get(p, site).want(t, nucleus.KindUnavailable)
 	if site.hits.Load() != hits {

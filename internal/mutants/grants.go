@@ -55,7 +55,7 @@ var grantMutants = []mutant{
 	{"tasks: the machine matches", "guest/call.go", "if err := approval.Matches(o.task.Match, action); err != nil {", "if err := approval.Matches(o.task.Match, action); err != nil && o.uses == 0 {", "TestTask"},
 	{"tasks: each use is counted by the authority", "node/approve.go", "counted, err := n.countUse(ctx, p, task.used, permit)", "counted, err := approvals.Used{N: task.uses + 1, Of: task.task.Uses}, error(nil)", "TestRevokedTask"},
 	{"tasks: more exposure ends one", "node/passage.go", "return now.UnixMilli() < p.until && !s.beyond(p.exposure)", "return now.UnixMilli() < p.until", "TestTaskEnds"},
-	{"revoked: it is not used", "authority/authority.go", "case row.state != client.Granted:", "case row.state == client.Pending:", "TestRevoke"},
+	{"revoked: it is not used", "authority/authority.go", "	case state != client.Granted:", "	case state == client.Pending:", "TestRevoke"},
 	{"revoked: who takes back waits for who watches", "authority/revoke.go", "case w.knows < seq:", "case false:", "TestRevokeWaitsForWatchers"},
 	{"revoked: nobody holds it up for ever", "authority/revoke.go", "over = true // one last look", "over = false", "TestRevokeIsNotHeldUp"},
 	{"revoked: what may be open is not said to be closed", "authority/revoke.go", "return left <= 0\n", "return true\n", "TestRevokeIsNotHeldUp"},
