@@ -68,8 +68,15 @@ func (b build) make(ctx context.Context, wanted *regexp.Regexp) (image, error) {
 	if err != nil {
 		return image{}, err
 	}
-	if p.Modules, err = linux.Modules(b.modules(), hostModules); err != nil {
+	modules, err := linux.Modules(ctx, b.unpacked(), hostModules)
+	if err != nil {
 		return image{}, err
+	}
+	for i, module := range modules {
+		p.Modules = append(p.Modules, fmt.Sprintf("modules/%d.ko", i))
+		if err := os.WriteFile(b.path(fmt.Sprintf("module-%d", i)), module.Data, 0o600); err != nil {
+			return image{}, err
+		}
 	}
 	p.Env = []string{"FIRECRACKER=/" + work + "/firecracker", "JAILER=/" + work + "/jailer", "CAL_TESTGUEST=/" + work + "/testguest",
 		"CAL_TEST_IMAGES=/" + work + "/images", "CAL_TEST_PATIENCE=240s", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -80,7 +87,8 @@ func (b build) make(ctx context.Context, wanted *regexp.Regexp) (image, error) {
 	return made, b.archive(made.initrd, p)
 }
 
-func (b build) modules() string {
+// unpacked is where the kernel package's modules lie.
+func (b build) unpacked() string {
 	found, _ := filepath.Glob(b.path("kernel/lib/modules/*"))
 	return strings.Join(found, "")
 }
@@ -96,7 +104,7 @@ func (b build) kernel(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if b.modules() == "" {
+	if b.unpacked() == "" {
 		apt := b.path("apt")
 		if err := os.MkdirAll(apt, 0o755); err != nil {
 			return "", err
@@ -125,8 +133,8 @@ func (b build) archive(name string, p plan) error {
 	for name, path := range b.programs {
 		files[work+"/"+name] = path
 	}
-	for _, module := range p.Modules {
-		files["modules/"+module] = filepath.Join(b.modules(), module)
+	for i, module := range p.Modules {
+		files[module] = b.path(fmt.Sprintf("module-%d", i))
 	}
 	for _, program := range hostPrograms {
 		if err := closure(files, program); err != nil {
