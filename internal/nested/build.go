@@ -68,15 +68,19 @@ func (b build) make(ctx context.Context, wanted *regexp.Regexp) (image, error) {
 	if err != nil {
 		return image{}, err
 	}
-	modules, err := linux.Modules(ctx, b.unpacked(), hostModules)
+	modules, err := linux.Modules(ctx, b.modules(), hostModules)
 	if err != nil {
 		return image{}, err
 	}
-	for i, module := range modules {
-		p.Modules = append(p.Modules, fmt.Sprintf("modules/%d.ko", i))
-		if err := os.WriteFile(b.path(fmt.Sprintf("module-%d", i)), module.Data, 0o600); err != nil {
+	for _, m := range modules { // they may lie compressed
+		plain := b.path(filepath.Join("plain", m.Path))
+		if err := os.MkdirAll(filepath.Dir(plain), 0o755); err != nil {
 			return image{}, err
 		}
+		if err := os.WriteFile(plain, m.Data, 0o644); err != nil {
+			return image{}, err
+		}
+		p.Modules = append(p.Modules, m.Path)
 	}
 	p.Env = []string{"FIRECRACKER=/" + work + "/firecracker", "JAILER=/" + work + "/jailer", "CAL_TESTGUEST=/" + work + "/testguest",
 		"CAL_TEST_IMAGES=/" + work + "/images", "CAL_TEST_PATIENCE=240s", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -87,8 +91,7 @@ func (b build) make(ctx context.Context, wanted *regexp.Regexp) (image, error) {
 	return made, b.archive(made.initrd, p)
 }
 
-// unpacked is where the kernel package's modules lie.
-func (b build) unpacked() string {
+func (b build) modules() string {
 	found, _ := filepath.Glob(b.path("kernel/lib/modules/*"))
 	return strings.Join(found, "")
 }
@@ -104,7 +107,7 @@ func (b build) kernel(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if b.unpacked() == "" {
+	if b.modules() == "" {
 		apt := b.path("apt")
 		if err := os.MkdirAll(apt, 0o755); err != nil {
 			return "", err
@@ -133,8 +136,8 @@ func (b build) archive(name string, p plan) error {
 	for name, path := range b.programs {
 		files[work+"/"+name] = path
 	}
-	for i, module := range p.Modules {
-		files[module] = b.path(fmt.Sprintf("module-%d", i))
+	for _, module := range p.Modules {
+		files["modules/"+module] = b.path(filepath.Join("plain", module))
 	}
 	for _, program := range hostPrograms {
 		if err := closure(files, program); err != nil {

@@ -46,7 +46,7 @@ func serve() error {
 		return err
 	}
 	for _, module := range p.Modules {
-		if err := loadModule("/" + module); err != nil {
+		if err := loadModule("/modules/" + module); err != nil {
 			return fmt.Errorf("module %s: %w", module, err)
 		}
 	}
