@@ -46,7 +46,7 @@ type Spec struct {
 	// refuses a workspace that is of the other kind.
 	Workspace string
 
-	Image     nucleus.Image   // "host" or "directory"
+	Image     nucleus.Image   // of a kind: the caller knows the driver's usual one
 	Agent     []nucleus.Layer // read-only, below nucleus.MachineAgent
 	Resources nucleus.Resources
 	Watched   []string // resources whose limit may be watched where it cannot be enforced
@@ -106,8 +106,15 @@ type Driver interface {
 	// Remove ends what runs for dir and deletes what was made for it, dir itself
 	// included once it is empty. The workspace stays. It may be called again, and
 	// for a directory in which Create died at any moment or never came. It must
-	// not be called while a Machine of dir is held; use Destroy.
+	// not be called while a Machine of dir is held; use Destroy. A machine that another driver
+	// made is left as it is, with ErrForeign.
 	Remove(ctx context.Context, dir string) error
+}
+
+// Imaged is implemented by a driver whose machines have another image than the host's
+// programs where nobody names one.
+type Imaged interface {
+	UsualImage() nucleus.Image
 }
 
 // Machine is one running machine. All methods may be called at once. The holder
@@ -157,6 +164,9 @@ var ErrRefused = errors.New("refused")
 
 // ErrGone is wrapped by Adopt where no machine runs.
 var ErrGone = errors.New("no machine runs")
+
+// ErrForeign is wrapped by Adopt and Remove where another driver made the machine.
+var ErrForeign = errors.New("a machine of another driver")
 
 // Refuse returns an error that wraps ErrRefused.
 func Refuse(format string, args ...any) error {

@@ -31,6 +31,7 @@ import (
 	"cal/audit"
 	"cal/egress"
 	"cal/egress/prices"
+	"cal/image"
 	"cal/internal/durable"
 	"cal/internal/keyfile"
 	"cal/machine"
@@ -50,6 +51,7 @@ type Config struct {
 	Stop      func()           // ends the program, for POST /v1/stop
 	SpareLife time.Duration    // how long a machine made ahead waits for a pod; 0: none is made
 	Prices    *prices.Table    // of models; nil: the built-in ones
+	Images    *image.Store     // the drivers'; nil: they have none
 	Now       func() time.Time // nil: the system's clock
 
 	Monotonic func() time.Duration // on this host, for all its processes; nil: the system's clock
@@ -71,10 +73,8 @@ type Node struct {
 	spent    *spent.Store
 	spentErr error // why there is none
 	asks     *approvals.Client
-	strict   *approvals.Client // the same authority, where it is another user's
-	watch    watch
+	links    links
 	known    knownApprovers
-	leftPods []string  // of an earlier node
 	opened   time.Time // by the host's clock
 	verifier *wire.Verifier
 	storage  storage
@@ -118,9 +118,8 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 		config.Monotonic = monotonic
 	}
 	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, modelCalls: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
-	n.watch = watch{id: nucleus.NewID("w-"), seq: -1, clock: config.Monotonic, lapse: n.suspendPassages}
 	n.opened = config.Now()
-	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
+	n.spares.dirs, n.spares.images, n.spares.life = n.dirs, config.Images, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err
@@ -142,8 +141,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	_ = n.witness.round(first, startPatience) // what came of it counts in allow, before the first effect
 	cancel()
 	n.serving.Go(func() { n.witness.keep(keeping) })
-	n.beginWatch(ctx)
-	n.serving.Go(func() { n.watchRevocations(keeping) })
+	n.beginWatch(ctx, keeping)
 	return n, nil
 }
 
@@ -177,9 +175,12 @@ func (n *Node) open(ctx context.Context) error {
 	n.known.open(n.dirs.knownFile())
 	if n.config.Authority != "" {
 		n.asks = approvals.New(n.config.Authority)
-		n.strict = n.asks.OfOtherUser()
-		if n.config.RequireApprovals == approvals.RequireOtherUser {
-			n.asks = n.strict
+		uid, other, err := approvals.OtherUserOf(n.config.RequireApprovals)
+		if err != nil {
+			return err
+		}
+		if other {
+			n.asks = n.asks.OfOtherUser(uid)
 		}
 	}
 	if n.witness, err = newWitnesses(n.log, logKey.Public().(ed25519.PublicKey), n.asks, n.config.Witnesses); err != nil {

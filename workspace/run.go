@@ -30,7 +30,7 @@ type RunOptions struct {
 	Policy, Mode        string
 	Driver, Require     string
 	Approvals           string // required: "other-user", "passkey" or empty
-	EnvFile, Root       string
+	EnvFile, Image      string
 	Trust, NoTTY        bool
 	CPU, MemoryMB, Pids int
 	DiskMB              int
@@ -68,10 +68,13 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 	if o.Mode != "" {
 		p.Spec.Mode = nucleus.Mode(o.Mode)
 	}
-	p.Spec.Driver, p.Spec.Require, p.Spec.Approvals = o.Driver, nucleus.Tier(o.Require), o.Approvals
+	p.Spec.Driver, p.Spec.Require = o.Driver, nucleus.Tier(o.Require)
 	p.Spec.Resources = nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB, Pids: o.Pids, DiskMB: o.DiskMB}
 	p.Spec.Watched = o.AllowWatched
 	var err error
+	if p.Spec.Approvals, err = h.requires(o.Approvals); err != nil {
+		return nil, err
+	}
 	if p.Spec.Policy, err = h.policyOf(o.Policy); err != nil {
 		return nil, err
 	}
@@ -100,6 +103,16 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 		}
 	}
 	return p, nil
+}
+
+// requires is what a machine requires of approvals: what its flag says, else what is set for all. What
+// is set for all the node requires beside it (Home.Node).
+func (h Home) requires(flag string) (string, error) {
+	if flag != "" {
+		return requirement(flag)
+	}
+	config, err := h.Config()
+	return config.Approvals.Require, err
 }
 
 // policyOf reads a profile's name, or a file of the person.
@@ -186,18 +199,12 @@ func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[strin
 	if err != nil {
 		return err
 	}
-	if o.Root != "" && o.Root != "host" {
-		dir, err := filepath.Abs(o.Root)
-		if err != nil {
-			return err
-		}
-		if info, err := os.Stat(dir); err != nil || !info.IsDir() {
-			return fmt.Errorf("root %s is no directory", dir)
-		}
-		p.Spec.Image = nucleus.Image{Kind: "directory", Path: dir}
+	if p.Spec.Image, err = ParseImage(o.Image); err != nil {
+		return err
+	}
+	if p.Spec.Image.Kind != "" && p.Spec.Image.Kind != nucleus.ImageHost {
 		return nil
 	}
-	p.Spec.Image = nucleus.Image{Kind: "host"}
 	found, err := image.Find(ctx, image.Person{Home: home, Env: env, Scratch: filepath.Join(h.Dir, "cache"), Reaches: reaches(p.Spec.Policy)})
 	if err != nil {
 		return err

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"cal/internal/kvm"
 	"cal/nucleus"
 	"cal/workspace/agents"
 )
@@ -31,6 +32,7 @@ const (
 var interrupts = []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
 
 func main() {
+	kvm.Main() // the child that tries whether KVM runs a guest
 	ctx, stop := signal.NotifyContext(context.Background(), interrupts...)
 	defer stop()
 	root := newRoot()
@@ -47,7 +49,7 @@ func newRoot() *cobra.Command {
 		Version: nucleus.Version,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(runCommand(), attachCommand(), statusCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
+	root.AddCommand(runCommand(), attachCommand(), statusCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), imageCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
 	for _, cmd := range root.Commands() {
 		refuseUnknown(cmd)
 	}

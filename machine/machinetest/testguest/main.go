@@ -9,8 +9,11 @@
 package main
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"net"
 	"os"
@@ -26,6 +29,7 @@ import (
 
 	"cal/guest/boot"
 	"cal/machine/machinetest/script"
+	"cal/nucleus"
 )
 
 // attachName is an abstract socket: it needs no writable directory.
@@ -138,10 +142,30 @@ func serveWire(wire *os.File, door net.Conn) {
 			door.Close()
 			door = nil
 		}
-		if encoder.Encode(perform(action)) != nil {
+		reply := perform(action)
+		if err := settle(); err != nil && reply.Err == "" {
+			reply.Err = err.Error()
+		}
+		if encoder.Encode(reply) != nil {
 			return
 		}
 	}
+}
+
+// settle does what the proxy owes after a call where the workspace is a disk
+// (machine.Facts.Sync).
+func settle() error {
+	const ext4 = 0xef53
+	var fs unix.Statfs_t
+	if unix.Statfs(nucleus.MachineWorkspace, &fs) != nil || fs.Type != ext4 {
+		return nil
+	}
+	dir, err := os.Open(nucleus.MachineWorkspace)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return unix.Syncfs(int(dir.Fd()))
 }
 
 // perform does the action in this process, or in a child where another user or
@@ -226,6 +250,7 @@ var actions = map[string]func(script.Action) (string, error){
 		}
 		return "", err
 	},
+	"vsock":      vsock,
 	"interfaces": interfaces,
 	"mknod": func(a script.Action) (string, error) {
 		return "", unix.Mknod(a.Path, unix.S_IFBLK|0o666, int(unix.Mkdev(8, 0)))
@@ -233,8 +258,17 @@ var actions = map[string]func(script.Action) (string, error){
 	"close":      func(a script.Action) (string, error) { return "", os.Chmod(a.Path, 0) },
 	"setuid-bit": func(a script.Action) (string, error) { return "", os.Chmod(a.Path, 0o755|os.ModeSetuid) },
 	"link":       func(a script.Action) (string, error) { return "", os.Symlink(a.Data, a.Path) },
-	"set":        func(a script.Action) (string, error) { kept = a.Data; return "", nil },
-	"get":        func(script.Action) (string, error) { return kept, nil },
+	"random": func(script.Action) (string, error) {
+		bytes := make([]byte, 32)
+		_, err := rand.Read(bytes)
+		return hex.EncodeToString(bytes), err
+	},
+	"hash": func(script.Action) (string, error) {
+		return fmt.Sprint(maphash.String(seed, "the process's own seed")), nil
+	},
+	"clock": func(script.Action) (string, error) { return time.Now().Format(time.RFC3339Nano), nil },
+	"set":   func(a script.Action) (string, error) { kept = a.Data; return "", nil },
+	"get":   func(script.Action) (string, error) { return kept, nil },
 	"remount": func(a script.Action) (string, error) {
 		return "", unix.Mount("", a.Path, "", unix.MS_REMOUNT|unix.MS_BIND, "")
 	},
@@ -336,7 +370,21 @@ func fill(a script.Action) (string, error) {
 var (
 	held [][]byte
 	kept string
+	seed = maphash.MakeSeed() // of what the kernel gives to each process
 )
+
+// vsock connects to port N of the host.
+func vsock(a script.Action) (string, error) {
+	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptTimeval(fd, unix.AF_VSOCK, unix.SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, &unix.Timeval{Sec: 2}); err != nil {
+		return "", err
+	}
+	return "", unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: uint32(a.N)})
+}
 
 func interfaces(script.Action) (string, error) {
 	list, err := net.Interfaces()
