@@ -17,8 +17,7 @@ func TestSync(t *testing.T) {
 	var times atomic.Int64
 	var broken atomic.Bool
 	var content atomic.Value // of the file, when it was written out
-	var b *bench
-	b = newBench(t, func(c *Config) {
+	b := newBench(t, func(c *Config) {
 		file := c.Workspace + "/file"
 		c.Sync = func() error {
 			times.Add(1)
