@@ -348,7 +348,7 @@ func TestAnotherProgram(t *testing.T) {
 // TestForeignRecord: a machine of another driver is not touched.
 func TestForeignRecord(t *testing.T) {
 	dir := t.TempDir()
-	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]string{"driver": "gvisor"}))
+	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]any{"driver": "gvisor", "a field of its own": 1}))
 	d := New(Config{})
 	for name, try := range map[string]func() error{
 		"adopt":  func() error { _, err := d.Adopt(context.Background(), dir); return err },

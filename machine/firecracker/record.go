@@ -10,6 +10,7 @@ import (
 
 	"cal/internal/durable"
 	"cal/machine"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -36,12 +37,15 @@ type record struct {
 func (r record) save() error { return durable.Store(filepath.Join(r.Jail.Dir, recordFile), r) }
 
 func loadRecord(dir string) (record, error) {
+	if of := site.DriverOf(dir, recordFile); of != "" && of != name {
+		return record{}, fmt.Errorf("%s: %w: %q", dir, machine.ErrForeign, of)
+	}
 	var rec record
 	if err := durable.Load(filepath.Join(dir, recordFile), &rec); err != nil {
 		return record{}, err
 	}
 	if rec.Driver != name {
-		return record{}, fmt.Errorf("%s: %w: %q", dir, machine.ErrForeign, rec.Driver)
+		return record{}, fmt.Errorf("%s names no driver", filepath.Join(dir, recordFile))
 	}
 	rec.Jail.Dir, rec.Template.Dir = dir, dir
 	return rec, errors.Join(rec.Jail.check(), rec.Template.check())
