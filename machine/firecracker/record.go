@@ -10,8 +10,8 @@ import (
 
 	"cal/internal/durable"
 	"cal/machine"
+	"cal/machine/microvm"
 	"cal/machine/site"
-	"cal/nucleus"
 )
 
 const recordFile = "machine.json"
@@ -27,11 +27,8 @@ type record struct {
 	// Template is the jail in which a guest of the machine's shape boots for a snapshot.
 	Template jail `json:"template"`
 
-	CPUs     int             `json:"cpus"`
-	MemoryMB int             `json:"memory_mb"`
-	DiskMB   int             `json:"disk_mb"` // of scratch, and of a workspace that is new
-	Facts    machine.Facts   `json:"facts"`
-	Limits   []nucleus.Limit `json:"limits,omitempty"`
+	Shape microvm.Shape `json:"shape"`
+	Facts machine.Facts `json:"facts"`
 }
 
 func (r record) save() error { return durable.Store(filepath.Join(r.Jail.Dir, recordFile), r) }
