@@ -988,7 +988,7 @@ func (n *Node) teardown(p *Pod) error {
 	p.disconnect()
 	p.leaveSession()
 	p.asks.clear()
-	go n.withdraw(p.record.ID)
+	go n.withdraw(p)
 	p.asked.release()
 	var err error
 	if p.machine != nil {

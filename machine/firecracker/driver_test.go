@@ -55,7 +55,7 @@ func fakeHost(t testing.TB, d *Driver) machinetest.Host {
 	dir := jailDir(t)
 	proxy := filepath.Join(dir, "proxy")
 	must(t, os.WriteFile(proxy, []byte("#!"), 0o755))
-	return machinetest.Host{Driver: func() machine.Driver { return d.again() }, Proxy: proxy, Scratch: dir, Kill: killVMM, Left: left}
+	return machinetest.Host{Driver: func() machine.Driver { return reporting{d.again()} }, Proxy: proxy, Scratch: dir, Kill: killVMM, Left: left}
 }
 
 // TestSuiteOverFake: what the suite asks of a driver's life, with Firecracker and its
@@ -65,12 +65,16 @@ func TestSuiteOverFake(t *testing.T) {
 	machinetest.Try(t, fakeHost(t, d), "refused", "limits are stated", "new wire", "wire refused", "adopt", "remove", "given up start")
 }
 
-// TestRemoveAtAnyMoment: the node dies after each step of a start; another process
-// finds all that was made by the record and removes it.
+// TestRemoveAtAnyMoment tries it over the fake programs.
 func TestRemoveAtAnyMoment(t *testing.T) {
 	d := faked(t)
-	host := fakeHost(t, d)
-	ctx := machinetest.Context(t)
+	removeAtAnyMoment(t, d, fakeHost(t, d))
+}
+
+// removeAtAnyMoment: the node dies after each step of a start; another process finds
+// all that was made by the record and removes it.
+func removeAtAnyMoment(t *testing.T, d *Driver, host machinetest.Host) {
+	var ctx context.Context
 	var spec machine.Spec
 	var rec record
 	var made parts
@@ -109,13 +113,14 @@ func TestRemoveAtAnyMoment(t *testing.T) {
 	}
 	for last := range steps {
 		t.Run("after "+steps[last].name, func(t *testing.T) {
-			spec, v = host.Spec(t), nil
-			t.Cleanup(func() { must(t, d.again().Remove(ctx, spec.Dir)) })
+			ctx, spec, v = machinetest.Context(t), host.Spec(t), nil
+			t.Cleanup(func() { must(t, d.again().Remove(context.Background(), spec.Dir)) })
 			for _, step := range steps[:last+1] {
 				if err := step.do(); err != nil {
 					t.Fatalf("%s: %v", step.name, err)
 				}
 			}
+			noteInstances(spec.Dir)
 			if v != nil {
 				v.letGo() // as a process that died
 			}
@@ -131,6 +136,37 @@ func TestRemoveAtAnyMoment(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestKilledJailer tries it over the fake programs.
+func TestKilledJailer(t *testing.T) {
+	d := faked(t)
+	killedJailer(t, d, fakeHost(t, d))
+}
+
+// killedJailer: the jailer is killed at some moment of its work, and what it and its
+// children made is found and removed.
+func killedJailer(t *testing.T, d *Driver, host machinetest.Host) {
+	stopped := 0
+	for after := time.Duration(0); after < emulated(80*time.Millisecond, 400*time.Millisecond); after += emulated(4*time.Millisecond, 40*time.Millisecond) {
+		spec := host.Spec(t)
+		rec, err := d.begin(spec)
+		must(t, err)
+		noteInstances(spec.Dir)
+		must(t, rec.Jail.make())
+		ctx, cancel := context.WithTimeout(machinetest.Context(t), after)
+		if rec.Jail.run(ctx, d.config.Jailer, d.config.Firecracker) != nil {
+			stopped++
+		}
+		cancel()
+		must(t, d.again().Remove(machinetest.Context(t), spec.Dir))
+		if found := left(t, spec.Dir); len(found) > 0 {
+			t.Errorf("killed after %v: left: %v", after, found)
+		}
+	}
+	if stopped < 2 {
+		t.Errorf("%d jailers were killed at work, want more", stopped)
 	}
 }
 
@@ -186,7 +222,7 @@ func TestSnapshotOverFake(t *testing.T) {
 		for _, change := range change {
 			change(&spec)
 		}
-		m, err := d.Create(machinetest.Context(t), spec)
+		m, err := reporting{d}.Create(machinetest.Context(t), spec)
 		must(t, err)
 		guest := machinetest.Talk(t, m.Wire())
 		guest.Must(script.Action{Do: "set", Data: "mine", UID: -1})
@@ -318,7 +354,7 @@ func TestForeignRecord(t *testing.T) {
 		"adopt":  func() error { _, err := d.Adopt(context.Background(), dir); return err },
 		"remove": func() error { return d.Remove(context.Background(), dir) },
 	} {
-		if err := try(); err == nil || errors.Is(err, machine.ErrGone) {
+		if err := try(); !errors.Is(err, machine.ErrForeign) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -41,7 +41,7 @@ func loadRecord(dir string) (record, error) {
 		return record{}, err
 	}
 	if rec.Driver != name {
-		return record{}, fmt.Errorf("%s is a machine of driver %q", dir, rec.Driver)
+		return record{}, fmt.Errorf("%s: %w: %q", dir, machine.ErrForeign, rec.Driver)
 	}
 	rec.Jail.Dir, rec.Template.Dir = dir, dir
 	return rec, errors.Join(rec.Jail.check(), rec.Template.check())

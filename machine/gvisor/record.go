@@ -111,7 +111,7 @@ func loadRecord(place place) (record, error) {
 		return record{}, err
 	}
 	if rec.Driver != "gvisor" {
-		return record{}, fmt.Errorf("%s is a machine of driver %q", place, rec.Driver)
+		return record{}, fmt.Errorf("%s: %w: %q", place, machine.ErrForeign, rec.Driver)
 	}
 	return rec, nil
 }
