@@ -280,7 +280,9 @@ func (m *memoryLog) Record(e nucleus.Entry) error {
 	return nil
 }
 
-func (m *memoryLog) HasUse(string) (bool, error) { return false, nil }
+func (m *memoryLog) HasUse(permit string) (bool, error) {
+	return slices.ContainsFunc(m.all(), func(e nucleus.Entry) bool { return e.Kind == nucleus.KindApprovalUse && e.Permit == permit }), nil
+}
 
 func (m *memoryLog) all() []nucleus.Entry {
 	m.mu.Lock()
@@ -302,7 +304,7 @@ func TestApprovalsAreBounded(t *testing.T) {
 	for i := range many {
 		id := fmt.Sprintf("a-%d", i)
 		for _, insert := range []string{
-			"INSERT INTO asks SELECT ?, sha256, canonical, ?1, pod, op, summary, need, created_ms + 1, expires_ms, 'granted', reason, decided_ms FROM asks WHERE id = 'a-old'",
+			"INSERT INTO asks SELECT ?, sha256, canonical, ?1, pod, op, summary, need, created_ms + 1, expires_ms, 'granted', reason, decided_ms, about FROM asks WHERE id = 'a-old'",
 			"INSERT INTO grants SELECT ?1, ?1, approver, reason, token, given_ms FROM grants WHERE ask = 'a-old'",
 			"INSERT INTO uses VALUES (?1, 1, ?1, 1, 'done')",
 		} {

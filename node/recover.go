@@ -42,7 +42,9 @@ func (n *Node) recover(ctx context.Context) error {
 		l.err = durable.Load(filepath.Join(l.dir, podFile), &l.record)
 		left = append(left, l)
 		if l.err == nil {
-			n.leftPods = append(n.leftPods, l.record.ID)
+			if link := n.link(l.record.Spec); link != nil {
+				link.left = append(link.left, l.record.ID)
+			}
 		}
 	}
 	slices.SortStableFunc(left, func(a, b leftPod) int { return a.record.depth() - b.record.depth() })

@@ -45,7 +45,7 @@ func run(args []string) error {
 	}
 	home := flags.String("home", "", "CAL_HOME, made if it does not exist (required)")
 	authority := flags.String("authority", "", "socket of nucleus-authority; without it nobody can approve")
-	require := flags.String("require-approvals", "", "start no pod unless approvals come from another user of the host, or by passkey: other-user or passkey")
+	require := flags.String("require-approvals", "", "start no pod unless approvals come from another user of the host, or by passkey: other-user (other-user:UID for one user alone) or passkey")
 	proxy := flags.String("proxy", beside("nucleus-tool-proxy"), "the static nucleus-tool-proxy")
 	runsc := flags.String("runsc", beside("runsc"), "gVisor's runsc")
 	vmm := flags.String("firecracker", onPath("firecracker"), "Firecracker, which wants a node of root's and a KVM that runs guests")
