@@ -14,6 +14,7 @@ import (
 	"cal/guest"
 	"cal/internal/durable"
 	"cal/internal/idmap"
+	"cal/machine"
 	"cal/nucleus"
 	"cal/policy"
 	"cal/wire"
@@ -283,11 +284,24 @@ func (n *Node) remove(ctx context.Context, left leftPod, cause error) error {
 	return err
 }
 
+// removeDir takes away what the driver that made it left in a directory, and the
+// directory. Which driver that was, the drivers know; where it is none of them,
+// nothing is touched.
 func (n *Node) removeDir(ctx context.Context, dir string) error {
+	var foreign error
+	removed := false
 	for _, d := range n.config.Drivers {
-		if err := d.Remove(ctx, machineDir(dir)); err != nil {
+		switch err := d.Remove(ctx, machineDir(dir)); {
+		case errors.Is(err, machine.ErrForeign):
+			foreign = err
+		case err != nil:
 			return err
+		default:
+			removed = true
 		}
+	}
+	if !removed && foreign != nil {
+		return foreign
 	}
 	return idmap.RemoveAll(ctx, dir)
 }

@@ -1,7 +1,6 @@
 package boot
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -30,13 +29,12 @@ func TestMain(m *testing.M) {
 		mutate()
 		Main()
 	case len(os.Args) > 1 && os.Args[1] == "init":
-		var code int
-		if asked := hear(); asked == "test" {
-			os.Args = []string{os.Args[0], "-test.run=^TestInside$", "-test.v"}
-			code = m.Run()
-		} else {
-			code = hold()
+		what, say := vm.Asked()
+		if what == "hold" {
+			os.Exit(hold(say))
 		}
+		os.Args = []string{os.Args[0], "-test.run=^TestInside$", "-test.v"}
+		code := m.Run()
 		fmt.Printf("inside: exit code %d\n", code)
 		os.Exit(code)
 	case len(os.Args) > 1 && os.Args[1] == "parent": // of an orphan
@@ -52,27 +50,13 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// hear reads what the host says on the wire.
-func hear() string {
-	unix.CloseOnExec(3)
-	if err := unix.SetNonblock(3, false); err != nil {
-		panic(err)
-	}
-	line := make([]byte, 16)
-	n, err := unix.Read(3, line)
-	if err != nil {
-		panic(err)
-	}
-	return strings.TrimSpace(string(line[:n]))
-}
-
 // hold writes a file that nobody syncs and waits for the machine's end.
-func hold() int {
+func hold(say func(string)) int {
 	if err := os.WriteFile(nucleus.MachineWorkspace+"/written", []byte("by the guest"), 0o644); err != nil {
 		fmt.Println(err)
 		return 1
 	}
-	unix.Write(3, []byte("held\n"))
+	say("held")
 	select {}
 }
 
@@ -151,16 +135,7 @@ func TestEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := vm.Start(t, vm.Config{Init: program(t), Workspace: workspace})
-	conn, err := wire.Greet(m.Dial("cal.wire"), time.Now().Add(vm.Patience))
-	if err == nil {
-		_, err = conn.Write([]byte("hold\n"))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || line != "held\n" {
-		t.Fatalf("%q, %v", line, err)
-	}
+	vm.Wait(t, m.Greet("hold"), "held")
 	if got := vm.ReadFile(t, workspace, "/written"); got != "" { // control: it is the end that flushes
 		t.Errorf("on the disk already: %q", got)
 	}
