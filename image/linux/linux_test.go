@@ -147,6 +147,12 @@ func TestUnpackBlock(t *testing.T) {
 			t.Errorf("%s: %q, %v; want %q", name, got, err, c.want)
 		}
 	}
+	if _, err := unpackBlock([]byte("another block"), []byte("\x30abc\x04\x00\x10x"), 1000); err == nil {
+		t.Error("a match in the block before")
+	}
+	if _, err := unpackBlock(nil, []byte("\x1fa\x01\x00\xff\xff\xff\xff\x00"), 1000); err == nil || !strings.Contains(err.Error(), "more than 1000") {
+		t.Errorf("a match that makes too much: %v", err)
+	}
 }
 
 func FuzzParse(f *testing.F) {

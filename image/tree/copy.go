@@ -35,11 +35,8 @@ func (t *Tree) Copy(ctx context.Context, host, name string) error {
 	if err := unix.Lstat(host, &stat); err != nil {
 		return &fs.PathError{Op: "lstat", Path: host, Err: err}
 	}
-	switch {
-	case !forAll(stat.Mode):
+	if !forAll(stat.Mode) {
 		return fmt.Errorf("%s is not for everybody to read (mode %04o)", host, stat.Mode&0o7777)
-	case stat.Mode&unix.S_IFMT == unix.S_IFLNK:
-		return fmt.Errorf("%s is a link", host)
 	}
 	parent, err := t.dir(path.Dir(inside(name)))
 	if err != nil {
@@ -284,7 +281,7 @@ func (c *content) open() error {
 		return &fs.PathError{Op: "open", Path: c.n.source, Err: err}
 	}
 	c.file, c.left = os.NewFile(uintptr(fd), c.n.source), c.n.size
-	return c.unchanged()
+	return c.unchanged() // nothing is read of what was put in its place
 }
 
 func (c *content) unchanged() error {

@@ -15,6 +15,7 @@ import (
 	"cal/machine"
 	"cal/machine/machinetest"
 	"cal/machine/machinetest/script"
+	"cal/machine/microvm"
 	"cal/nucleus"
 )
 
@@ -77,7 +78,7 @@ func removeAtAnyMoment(t *testing.T, d *Driver, host machinetest.Host) {
 	var ctx context.Context
 	var spec machine.Spec
 	var rec record
-	var made parts
+	var made microvm.Parts
 	var v *vmm
 	steps := []struct {
 		name string
@@ -90,7 +91,7 @@ func removeAtAnyMoment(t *testing.T, d *Driver, host machinetest.Host) {
 		{"a template's jail", func() error { return rec.Template.make() }},
 		{"the parts", func() (err error) {
 			made, err = d.assemble(ctx, spec, rec)
-			rec.Jail.FileSize = made.longest()
+			rec.Jail.FileSize = longest(made)
 			return errors.Join(err, rec.save())
 		}},
 		{"Firecracker", func() (err error) { v, err = d.launch(ctx, rec.Jail, d.proved); return err }},
@@ -190,8 +191,8 @@ func TestWorkspace(t *testing.T) {
 
 	for name, spoil := range map[string]func(dir string) error{
 		"files of the host": func(dir string) error { return os.WriteFile(filepath.Join(dir, "main.go"), nil, 0o644) },
-		"a link":            func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, workspaceFile)) },
-		"a directory":       func(dir string) error { return os.Mkdir(filepath.Join(dir, workspaceFile), 0o700) },
+		"a link":            func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, microvm.WorkspaceFile)) },
+		"a directory":       func(dir string) error { return os.Mkdir(filepath.Join(dir, microvm.WorkspaceFile), 0o700) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := host.Spec(t)
@@ -348,7 +349,7 @@ func TestAnotherProgram(t *testing.T) {
 // TestForeignRecord: a machine of another driver is not touched.
 func TestForeignRecord(t *testing.T) {
 	dir := t.TempDir()
-	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]string{"driver": "gvisor"}))
+	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]any{"driver": "gvisor", "a field of its own": 1}))
 	d := New(Config{})
 	for name, try := range map[string]func() error{
 		"adopt":  func() error { _, err := d.Adopt(context.Background(), dir); return err },
@@ -371,7 +372,7 @@ func TestReasons(t *testing.T) {
 		"x [m:main:ERROR] Shutting down VM after intercepting a bad syscall (59).\n":                        "firecracker ended: x [m:main:ERROR] Shutting down VM after intercepting a bad syscall (59).",
 	} {
 		v := &vmm{cgroups: t.TempDir()}
-		v.log.text = []byte(log)
+		v.log.Record(strings.NewReader(log))
 		if got := v.died(); got != want {
 			t.Errorf("%q: %q, want %q", log, got, want)
 		}
