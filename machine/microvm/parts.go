@@ -173,7 +173,8 @@ func (p Parts) CommandLine(wire string, tasks int) string {
 	for i, disk := range p.Disks {
 		roles[i] = disk.Role
 	}
-	return fmt.Sprintf("cal.disks=%s cal.wire=%s cal.tasks=%d", strings.Join(roles, ","), wire, tasks)
+	// The last becomes the environment of the first process, whose heap is small: no huge pages.
+	return fmt.Sprintf("cal.disks=%s cal.wire=%s cal.tasks=%d GODEBUG=disablethp=1", strings.Join(roles, ","), wire, tasks)
 }
 
 // Digests are of what is never written.
