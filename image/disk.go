@@ -23,14 +23,46 @@ var (
 
 // Root returns an EROFS image of an image's root file system, without its layers.
 func (s *Store) Root(ctx context.Context, image nucleus.Image, host string, progress Progress) (Disk, error) {
+	image.Layers = nil
+	if unpacked(image) {
+		return s.rootOfTree(ctx, image, host, progress)
+	}
 	return s.disk(ctx, "root", func() (*tree.Tree, Object, error) {
-		root, err := Resolve(withoutLayers(image), host)
+		root, err := Resolve(image, host)
 		if err != nil {
 			return nil, Object{}, err
 		}
 		t, err := root.tree(ctx)
-		return t, Object{What: describe(image), Env: root.Env}, err
+		return t, Object{What: image.String(), Env: root.Env}, err
 	}, progress)
+}
+
+// factTree is of a disk: what it was made of.
+const factTree = "tree"
+
+// rootOfTree finds the disk of what was unpacked without looking at it: a tree is what its
+// digest says. The tree may be gone.
+func (s *Store) rootOfTree(ctx context.Context, image nucleus.Image, host string, progress Progress) (Disk, error) {
+	key := func(digest string) string {
+		return keyOf("root of tree", digest, fmt.Sprint(generated(nil, nil), mountPoints, usual))
+	}
+	digest, err := s.madeOf(treeKey(image))
+	if err == nil && digest != "" {
+		o, err := s.known(key(digest))
+		if err != nil || o.Digest != "" {
+			return s.asDisk(o), err
+		}
+	}
+	root, err := s.Resolve(ctx, image, host, progress)
+	if err != nil {
+		return Disk{}, err
+	}
+	t, err := root.tree(ctx)
+	if err != nil {
+		return Disk{}, fmt.Errorf("image %s: %w", image, err)
+	}
+	o, err := s.made(ctx, key(root.Digest), s.building(ctx, "root", Object{What: image.String(), Env: root.Env, Facts: map[string]string{factTree: root.Digest}}, t, progress))
+	return s.asDisk(o), err
 }
 
 // Layers returns an EROFS image of layers: their files and directories by number, and
@@ -53,13 +85,6 @@ func (s *Store) Layers(ctx context.Context, layers []nucleus.Layer, progress Pro
 		}
 		return t, Object{What: fmt.Sprintf("%d layers", len(layers))}, err
 	}, progress)
-}
-
-func describe(image nucleus.Image) string {
-	if image.Path != "" {
-		return image.Kind + " " + image.Path
-	}
-	return image.Kind
 }
 
 // tree is the root as one file system.
@@ -107,11 +132,7 @@ func (s *Store) disk(ctx context.Context, kind string, look func() (*tree.Tree, 
 		if t, made, err = look(); err != nil {
 			return Disk{}, fmt.Errorf("%s image: %w", kind, err)
 		}
-		made, err = s.made(ctx, keyOf(kind, t.Fingerprint(), made.What, fmt.Sprint(made.Env)), func(dir string) (Object, error) {
-			progress.say("building the %s image of %s: %d MiB in %d files", kind, made.What, t.Size()>>20, t.Entries())
-			made.Kind, made.Files = kind, []File{{Name: diskFile}}
-			return made, s.writeDisk(ctx, t, filepath.Join(dir, diskFile))
-		})
+		made, err = s.made(ctx, keyOf(kind, t.Fingerprint(), made.What, fmt.Sprint(made.Env)), s.building(ctx, kind, made, t, progress))
 		if !errors.Is(err, tree.ErrChanged) {
 			break
 		}
@@ -124,7 +145,19 @@ func (s *Store) disk(ctx context.Context, kind string, look func() (*tree.Tree, 
 
 const diskFile = "disk.erofs"
 
+// building writes a tree as a disk.
+func (s *Store) building(ctx context.Context, kind string, o Object, t *tree.Tree, progress Progress) func(string) (Object, error) {
+	return func(dir string) (Object, error) {
+		progress.say("building the %s image of %s: %d MiB in %d files", kind, o.What, t.Size()>>20, t.Entries())
+		o.Kind, o.Files = kind, []File{{Name: diskFile}}
+		return o, s.writeDisk(ctx, t, filepath.Join(dir, diskFile))
+	}
+}
+
 func (s *Store) asDisk(o Object) Disk {
+	if o.Digest == "" {
+		return Disk{}
+	}
 	return Disk{Path: filepath.Join(s.object(o.Digest), o.Files[0].Name), Digest: o.Digest, Size: o.Files[0].Size, Env: o.Env}
 }
 

@@ -15,6 +15,7 @@ import (
 
 	"cal/image/debian"
 	"cal/image/linux"
+	"cal/internal/durable"
 	"cal/internal/fileid"
 )
 
@@ -57,6 +58,22 @@ const largestKernel = 512 << 20
 // /lib/modules. "" is Debian's cloud kernel: it is fetched once, by the host's apt, the
 // one that CAL was tried with where the archive still has it, and stays until it is pruned.
 func (s *Store) Kernel(ctx context.Context, path string, progress Progress) (Kernel, error) {
+	return s.kernel(ctx, path, s.made, progress)
+}
+
+// RenewKernel fetches Debian's kernel anew, or takes one of a path, and makes it the one that
+// Kernel returns where no path is given.
+func (s *Store) RenewKernel(ctx context.Context, path string, progress Progress) (Kernel, error) {
+	k, err := s.kernel(ctx, path, s.madeAnew, progress)
+	if err == nil && path != "" {
+		err = s.full(durable.Store(filepath.Join(s.inputs(), defaultKernel+".json"), input{k.Digest}))
+	}
+	return k, err
+}
+
+type maker func(ctx context.Context, key string, build func(dir string) (Object, error)) (Object, error)
+
+func (s *Store) kernel(ctx context.Context, path string, made maker, progress Progress) (Kernel, error) {
 	key, build := defaultKernel, func(dir string) (Object, error) { return s.fetchKernel(ctx, dir, progress) }
 	if path != "" {
 		id, err := fileid.Of(path)
@@ -64,9 +81,9 @@ func (s *Store) Kernel(ctx context.Context, path string, progress Progress) (Ker
 			return Kernel{}, fmt.Errorf("kernel: %w", err)
 		}
 		key = keyOf("kernel", path, fmt.Sprint(id))
-		build = func(dir string) (Object, error) { return takeKernel(path, "/lib/modules", dir, progress) }
+		build = func(dir string) (Object, error) { return takeKernel(path, s.modules, dir, progress) }
 	}
-	o, err := s.made(ctx, key, build)
+	o, err := made(ctx, key, build)
 	if err != nil {
 		return Kernel{}, fmt.Errorf("kernel: %w", err)
 	}
@@ -94,7 +111,7 @@ func (s *Store) fetchKernel(ctx context.Context, dir string, progress Progress) 
 	progress.say("fetching Debian's cloud kernel")
 	apt, err := debian.Open(ctx, work, "")
 	if errors.Is(err, debian.ErrNoApt) {
-		return Object{}, fmt.Errorf("%w; hint: name a kernel of your own: cal image build --kernel PATH", err)
+		return Object{}, fmt.Errorf("%w; hint: name a kernel of your own: cal image build kernel:PATH", err)
 	}
 	if err != nil {
 		return Object{}, err

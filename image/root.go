@@ -30,6 +30,8 @@ type Root struct {
 	Links map[string]string // symbolic link -> target
 	Files map[string][]byte // written for the machine, mode 0644
 	Env   map[string]string // what the tools need to find programs
+
+	Digest string // "sha256:..." of what was unpacked; "" for what lies on the host
 }
 
 // Bind shows Host, a directory or regular file, at Guest.
@@ -41,18 +43,19 @@ type Bind struct {
 // DefaultPath is PATH in a machine before toolchains are put in front.
 const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// Resolve returns the root of an image, its layers included. host is the
-// directory in which the host's root is found: "/".
+// Resolve returns the root of an image that lies on the host, its layers included; a
+// Store's Resolve takes the other kinds too. host is the directory in which the host's
+// root is found: "/".
 func Resolve(image nucleus.Image, host string) (Root, error) {
 	var root Root
 	var err error
 	switch image.Kind {
-	case "host":
+	case nucleus.ImageHost:
 		root, err = hostRoot(host)
-	case "directory":
+	case nucleus.ImageDirectory:
 		root, err = directoryRoot(image.Path)
 	default:
-		return Root{}, fmt.Errorf("unknown image kind %q (host, directory)", image.Kind)
+		return Root{}, fmt.Errorf("image %q is neither host nor directory", image)
 	}
 	if err != nil {
 		return Root{}, fmt.Errorf("%s image: %w", image.Kind, err)

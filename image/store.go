@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -31,7 +32,11 @@ import (
 // it has not, using it is an error. What is made again of unchanged input is found
 // again by the input's fingerprint, without reading it.
 type Store struct {
-	dir string
+	dir     string
+	modules string // where those of kernels that are given by path lie: /lib/modules
+
+	mu     sync.Mutex
+	sights map[string]time.Time // of trees
 }
 
 // Object says what lies in a directory of the store.
@@ -76,7 +81,7 @@ func Open(dir string) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{dir}
+	s := &Store{dir: dir, modules: "/lib/modules"}
 	for _, part := range []string{s.objects(), s.inputs(), s.unfinished(), s.locks(), s.holds()} {
 		if err := durable.MkdirAll(part, 0o700); err != nil {
 			return nil, fmt.Errorf("image store: %w", err)
@@ -146,6 +151,27 @@ func (s *Store) made(ctx context.Context, key string, build func(dir string) (Ob
 	if o, err := s.known(key); err != nil || o.Digest != "" {
 		return o, err // another process was first
 	}
+	return s.make(key, build)
+}
+
+// madeAnew is made, whether there is something or not. Until it has succeeded, what there
+// was stays.
+func (s *Store) madeAnew(ctx context.Context, key string, build func(dir string) (Object, error)) (Object, error) {
+	for _, lock := range []struct {
+		name string
+		how  int
+	}{{"store", unix.LOCK_SH}, {key, unix.LOCK_EX}} {
+		held, err := s.lock(ctx, lock.name, lock.how)
+		if err != nil {
+			return Object{}, err
+		}
+		defer held.Close()
+	}
+	return s.make(key, build)
+}
+
+// make builds and keeps an object. The caller holds the locks.
+func (s *Store) make(key string, build func(dir string) (Object, error)) (Object, error) {
 	dir, err := os.MkdirTemp(s.unfinished(), "")
 	if err != nil {
 		return Object{}, s.full(err)
@@ -161,17 +187,26 @@ func (s *Store) made(ctx context.Context, key string, build func(dir string) (Ob
 	return o, s.full(durable.Store(filepath.Join(s.inputs(), key+".json"), input{o.Digest}))
 }
 
-// known returns what an input led to; the zero Object where there is nothing.
-func (s *Store) known(key string) (Object, error) {
+// madeOf is the digest of what was made of an input, which may be gone; "" where nothing was.
+func (s *Store) madeOf(key string) (string, error) {
 	var in input
 	err := durable.Load(filepath.Join(s.inputs(), key+".json"), &in)
 	if errors.Is(err, fs.ErrNotExist) {
-		return Object{}, nil
+		return "", nil
 	}
 	if err != nil {
-		return Object{}, fmt.Errorf("%w: %v", ErrCorrupt, err)
+		return "", fmt.Errorf("%w: %v", ErrCorrupt, err)
 	}
-	o, err := s.load(in.Object)
+	return in.Object, nil
+}
+
+// known returns what an input led to; the zero Object where there is nothing.
+func (s *Store) known(key string) (Object, error) {
+	digest, err := s.madeOf(key)
+	if err != nil || digest == "" {
+		return Object{}, err
+	}
+	o, err := s.load(digest)
 	if errors.Is(err, fs.ErrNotExist) {
 		return Object{}, nil // pruned
 	}
@@ -274,7 +309,7 @@ func (s *Store) commit(dir string, o Object) (Object, error) {
 	if err := durable.Store(filepath.Join(dir, objectFile), o); err != nil {
 		return o, err
 	}
-	if err := syncDirs(dir); err != nil {
+	if err := syncAll(dir, o); err != nil {
 		return o, err
 	}
 	place := s.object(o.Digest)
@@ -312,7 +347,17 @@ func (f *File) keep(dir string) error {
 	return err
 }
 
-func syncDirs(top string) error {
+// syncAll puts what is not on the disk yet there: directories, and the many files of a
+// tree, which are not synced one by one.
+func syncAll(top string, o Object) error {
+	if o.Kind == kindTree {
+		dir, err := os.Open(top)
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		return unix.Syncfs(int(dir.Fd()))
+	}
 	return filepath.WalkDir(top, func(name string, entry fs.DirEntry, err error) error {
 		if err != nil || !entry.IsDir() {
 			return err
@@ -414,12 +459,6 @@ func removeTree(dir string) error {
 		return nil
 	})
 	return os.RemoveAll(dir)
-}
-
-// withoutLayers is an image as its root alone is made.
-func withoutLayers(i nucleus.Image) nucleus.Image {
-	i.Layers = nil
-	return i
 }
 
 // layersFile says in a disk of layers where they go.

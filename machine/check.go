@@ -27,7 +27,7 @@ func (s Spec) Check() error {
 	if !validID.MatchString(s.ID) {
 		return Refuse("machine id %q is not 1 to 63 of a-z, 0-9 and '-'", s.ID)
 	}
-	for _, check := range []func() error{s.checkDirs, s.checkProxy, s.checkLayers, s.checkResources} {
+	for _, check := range []func() error{s.checkDirs, s.checkProxy, s.checkImage, s.checkLayers, s.checkResources} {
 		if err := check(); err != nil {
 			return err
 		}
@@ -62,6 +62,16 @@ func (s Spec) checkProxy() error {
 	}
 	if !info.Mode().IsRegular() || info.Mode().Perm()&0o111 == 0 {
 		return Refuse("proxy %s is not a program", s.Proxy)
+	}
+	return nil
+}
+
+func (s Spec) checkImage() error {
+	if s.Image.Kind == "" {
+		return Refuse("no kind of image is named")
+	}
+	if err := s.Image.Check(); err != nil {
+		return Refuse("%v", err)
 	}
 	return nil
 }

@@ -46,7 +46,7 @@ type Spec struct {
 	// refuses a workspace that is of the other kind.
 	Workspace string
 
-	Image     nucleus.Image   // "host" or "directory"
+	Image     nucleus.Image   // of a kind: the caller knows the driver's usual one
 	Agent     []nucleus.Layer // read-only, below nucleus.MachineAgent
 	Resources nucleus.Resources
 	Watched   []string // resources whose limit may be watched where it cannot be enforced
@@ -108,6 +108,12 @@ type Driver interface {
 	// for a directory in which Create died at any moment or never came. It must
 	// not be called while a Machine of dir is held; use Destroy.
 	Remove(ctx context.Context, dir string) error
+}
+
+// Imaged is implemented by a driver whose machines have another image than the host's
+// programs where nobody names one.
+type Imaged interface {
+	UsualImage() nucleus.Image
 }
 
 // Machine is one running machine. All methods may be called at once. The holder

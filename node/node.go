@@ -31,6 +31,7 @@ import (
 	"cal/audit"
 	"cal/egress"
 	"cal/egress/prices"
+	"cal/image"
 	"cal/internal/durable"
 	"cal/internal/keyfile"
 	"cal/machine"
@@ -50,6 +51,7 @@ type Config struct {
 	Stop      func()           // ends the program, for POST /v1/stop
 	SpareLife time.Duration    // how long a machine made ahead waits for a pod; 0: none is made
 	Prices    *prices.Table    // of models; nil: the built-in ones
+	Images    *image.Store     // the drivers'; nil: they have none
 	Now       func() time.Time // nil: the system's clock
 
 	Monotonic func() time.Duration // on this host, for all its processes; nil: the system's clock
@@ -120,7 +122,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, modelCalls: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
 	n.watch = watch{id: nucleus.NewID("w-"), seq: -1, clock: config.Monotonic, lapse: n.suspendPassages}
 	n.opened = config.Now()
-	n.spares.dirs, n.spares.life = n.dirs, config.SpareLife
+	n.spares.dirs, n.spares.images, n.spares.life = n.dirs, config.Images, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err

@@ -240,6 +240,9 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	if err := checkResources(spec.Resources); err != nil {
 		return nil, err
 	}
+	if err := spec.Image.Check(); err != nil {
+		return nil, err
+	}
 	declared, err := resolvePolicy(spec.Policy)
 	if err != nil {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "policy: %v", err)
@@ -264,6 +267,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 // newPod is a pod of which nothing exists yet.
 func (n *Node) newPod(spec nucleus.PodSpec, driver machine.Driver) *Pod {
 	id := podID()
+	spec.Image = usualImage(spec.Image, driver)
 	p := &Pod{node: n, dir: n.dirs.Pod(id), state: stateStarting, started: make(chan struct{}), gone: make(chan struct{})}
 	p.record = record{
 		ID: id, Spec: spec, Driver: driver.Name(), Tier: driver.Tier(),
@@ -275,6 +279,19 @@ func (n *Node) newPod(spec nucleus.PodSpec, driver machine.Driver) *Pod {
 		p.record.Workspace = n.dirs.Workspace(spec.Workspace)
 	}
 	return p
+}
+
+// usualImage is the image, or the driver's usual one with the same layers where none is named.
+func usualImage(image nucleus.Image, driver machine.Driver) nucleus.Image {
+	if image.Kind != "" {
+		return image
+	}
+	usual := nucleus.Image{Kind: nucleus.ImageHost}
+	if own, ok := driver.(machine.Imaged); ok {
+		usual = own.UsualImage()
+	}
+	usual.Layers = image.Layers
+	return usual
 }
 
 // checkResources holds limits to what a machine can have; 0 leaves the default.
@@ -448,7 +465,7 @@ func (n *Node) startPod(ctx context.Context, actor string, p *Pod, driver machin
 		Exposure: p.root.legs().Names(),
 		Data: data(map[string]any{
 			"boot": p.record.Boot, "outcome_key": reply.OutcomeKey, "proxy": reply.Version, "limits": p.machine.Limits(), "one_id": p.machine.Facts().OneID,
-			"proxy_sha256": n.proxyDigest(), "policy_sha256": p.digest, "image": spec.Image.Kind, "image_digests": p.machine.Facts().Digests, "approvers": p.approvers, "approvals": p.record.Approvals, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
+			"proxy_sha256": n.proxyDigest(), "policy_sha256": p.digest, "image": logged(spec.Image.String(), 500), "image_digests": p.machine.Facts().Digests, "approvers": p.approvers, "approvals": p.record.Approvals, "repos": p.record.Repos, "untrusted": p.record.Untrusted,
 		}),
 	}); err != nil {
 		return logFailure(err)
@@ -1028,7 +1045,7 @@ func (p *Pod) status() nucleus.PodStatus {
 		s.Parent, s.RootSession = sub.Parent, sub.Session
 	}
 	s.Approvals, s.Unconfirmed = approvals, p.node.known.unconfirmed(approvers)
-	s.Network, s.Environments = p.policy.Network(), p.record.Spec.Image.Environments()
+	s.Network, s.Image, s.Environments = p.policy.Network(), p.record.Spec.Image.String(), p.record.Spec.Image.Environments()
 	if root != nil {
 		s.Exposure = root.legs().Names()
 		s.Budget = p.budgetStatus(root)

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"cal/image"
 	"cal/internal/durable"
 	"cal/internal/fileid"
 	"cal/internal/idmap"
@@ -42,8 +43,9 @@ type spare struct {
 
 // spares keeps one spare at most.
 type spares struct {
-	dirs Dirs
-	life time.Duration // of a spare that nobody takes; 0: none is made
+	dirs   Dirs
+	images *image.Store
+	life   time.Duration // of a spare that nobody takes; 0: none is made
 
 	mu      sync.Mutex
 	waiting *spare
@@ -58,7 +60,7 @@ func (s *spares) take(ctx context.Context, driver machine.Driver, spec machine.S
 	if s.life == 0 {
 		return nil
 	}
-	shape, err := shapeOf(driver, spec, named)
+	shape, err := s.shapeOf(driver, spec, named)
 	if err != nil {
 		return nil
 	}
@@ -107,7 +109,7 @@ func (s *spares) prepare(driver machine.Driver, spec machine.Spec, named bool) {
 		made.spec.Workspace = filesDir(ownWorkspace(made.dir))
 	}
 	var err error
-	if made.shape, err = shapeOf(driver, spec, named); err != nil {
+	if made.shape, err = s.shapeOf(driver, spec, named); err != nil {
 		return // it could not be told what for
 	}
 	s.mu.Lock()
@@ -270,9 +272,10 @@ func (p *Pod) become(s *spare) {
 }
 
 // shapeOf is the digest of all that a machine is made of: the spec without what is
-// its own, and what the host's paths in it lead to now. A cache that was deleted and
-// filled anew, or a program that was replaced, is another shape.
-func shapeOf(driver machine.Driver, spec machine.Spec, named bool) (string, error) {
+// its own, what the host's paths in it lead to now, and what its image was last unpacked
+// to. A cache that was deleted and filled anew, or a program that was replaced, is
+// another shape.
+func (s *spares) shapeOf(driver machine.Driver, spec machine.Spec, named bool) (string, error) {
 	spec.ID, spec.Dir = "", ""
 	paths := []string{spec.Proxy}
 	if named {
@@ -297,10 +300,18 @@ func shapeOf(driver machine.Driver, spec machine.Spec, named bool) (string, erro
 		}
 		found = append(found, id)
 	}
+	var unpacked string
+	if s.images != nil {
+		var err error
+		if unpacked, err = s.images.Unpacked(spec.Image); err != nil {
+			return "", err
+		}
+	}
 	raw, err := json.Marshal(struct {
-		Driver string
-		Spec   machine.Spec
-		Paths  []fileid.ID
-	}{driver.Name(), spec, found})
+		Driver   string
+		Spec     machine.Spec
+		Paths    []fileid.ID
+		Unpacked string
+	}{driver.Name(), spec, found, unpacked})
 	return nucleus.SHA256(raw), err
 }

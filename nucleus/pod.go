@@ -67,35 +67,6 @@ type PodSpec struct {
 	Identity  Identity          `json:"identity"`
 }
 
-// Image is the root file system. Kind "host" is a read-only view of the host's
-// programs; "directory" is Path.
-type Image struct {
-	Kind   string  `json:"kind"`
-	Path   string  `json:"path,omitempty"`
-	Layers []Layer `json:"layers,omitempty"` // toolchains and caches, read-only
-}
-
-// Toolchains is where in a machine the person's toolchains lie.
-const Toolchains = "/opt/toolchains"
-
-// Environments names where the machine's programs come from: the root, then toolchains.
-func (i Image) Environments() []string {
-	names := []string{i.Kind}
-	for _, l := range i.Layers {
-		if strings.HasPrefix(l.Guest, Toolchains+"/") {
-			names = append(names, l.Name)
-		}
-	}
-	return names
-}
-
-// Layer is a directory of the host shown read-only at Guest.
-type Layer struct {
-	Name  string `json:"name"` // "go", "go modules", "npm cache", ...
-	Host  string `json:"host"`
-	Guest string `json:"guest"`
-}
-
 // Repo is a repository of the person that goes into the machine by git.
 type Repo struct {
 	Name    string `json:"name"`              // directory below ~/workspace
@@ -198,6 +169,7 @@ type PodStatus struct {
 	RootSession  string       `json:"root_session,omitempty"` // the session whose exposure and budget it shares; empty: its own
 	Boot         string       `json:"boot,omitempty"`
 	Agent        string       `json:"agent,omitempty"`
+	Image        string       `json:"image"`        // as Image.String
 	Environments []string     `json:"environments"` // as Image.Environments
 	Exposure     []string     `json:"exposure"`
 	Limits       []Limit      `json:"limits,omitempty"`

@@ -30,7 +30,7 @@ type RunOptions struct {
 	Policy, Mode        string
 	Driver, Require     string
 	Approvals           string // required: "other-user", "passkey" or empty
-	EnvFile, Root       string
+	EnvFile, Image      string
 	Trust, NoTTY        bool
 	CPU, MemoryMB, Pids int
 	DiskMB              int
@@ -186,18 +186,12 @@ func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[strin
 	if err != nil {
 		return err
 	}
-	if o.Root != "" && o.Root != "host" {
-		dir, err := filepath.Abs(o.Root)
-		if err != nil {
-			return err
-		}
-		if info, err := os.Stat(dir); err != nil || !info.IsDir() {
-			return fmt.Errorf("root %s is no directory", dir)
-		}
-		p.Spec.Image = nucleus.Image{Kind: "directory", Path: dir}
+	if p.Spec.Image, err = ParseImage(o.Image); err != nil {
+		return err
+	}
+	if p.Spec.Image.Kind != "" && p.Spec.Image.Kind != nucleus.ImageHost {
 		return nil
 	}
-	p.Spec.Image = nucleus.Image{Kind: "host"}
 	found, err := image.Find(ctx, image.Person{Home: home, Env: env, Scratch: filepath.Join(h.Dir, "cache"), Reaches: reaches(p.Spec.Policy)})
 	if err != nil {
 		return err

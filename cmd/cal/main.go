@@ -47,7 +47,7 @@ func newRoot() *cobra.Command {
 		Version: nucleus.Version,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(runCommand(), attachCommand(), statusCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
+	root.AddCommand(runCommand(), attachCommand(), statusCommand(), vmCommand(), repoCommand(), approveCommand(), auditCommand(), nodeCommand(), imageCommand(), policyCommand(), agentCommand(), doctorCommand(), versionCommand())
 	for _, cmd := range root.Commands() {
 		refuseUnknown(cmd)
 	}

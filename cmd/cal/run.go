@@ -33,7 +33,8 @@ func runCommand() *cobra.Command {
 		Example: `  cal run --repo . --agent claude-code --prompt "make the tests pass"
   cal run --repo . --agent codex            # the agent's own screen
   cal run --repo . -- make test             # any command; its exit code is returned
-  cal run -- uname -a                       # a machine that ends with the command`,
+  cal run -- uname -a                       # a machine that ends with the command
+  cal run --image debian:python3 -- python3 -V`,
 		Args: func(cmd *cobra.Command, given []string) error {
 			if len(given) > 0 && cmd.ArgsLenAtDash() != 0 {
 				return usageError{fmt.Errorf("unexpected argument %q: a command follows \"--\"", given[0])}
@@ -57,7 +58,7 @@ func runCommand() *cobra.Command {
 	f.StringVar(&o.Require, "require", "", "fail unless the machine is of this tier: vm or kernel")
 	f.StringVar(&o.Approvals, "require-approvals", "", "fail unless approvals come from another user of the host, or by passkey: other-user or passkey")
 	f.StringVar(&o.EnvFile, "env-file", "", "NAME=VALUE lines, handed to the tools in the machine")
-	f.StringVar(&o.Root, "root", "host", "root file system: host, or a directory")
+	f.StringVar(&o.Image, "image", "", imageUsage)
 	f.BoolVar(&o.Trust, "trust", false, "the repository holds nothing that a stranger wrote")
 	f.BoolVar(&o.NoTTY, "no-tty", false, "no terminal, even where there is one")
 	f.IntVar(&o.CPU, "cpu", 0, "limit in cores")
@@ -98,6 +99,9 @@ func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
 	}
 	told, err := confirm(ctx, home, node, plan, ask)
 	if err != nil {
+		return err
+	}
+	if err := prepareImage(ctx, home, node, plan.Spec); err != nil {
 		return err
 	}
 	failed := func() {}

@@ -17,6 +17,7 @@ import (
 
 	approvals "cal/approval/client"
 	"cal/egress/prices"
+	"cal/image"
 	"cal/machine"
 	"cal/machine/gvisor"
 	"cal/node"
@@ -70,9 +71,14 @@ func run(args []string) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	images, err := image.Open(filepath.Join(*home, "images"))
+	if err != nil {
+		return err
+	}
 	n, err := node.Open(ctx, node.Config{
 		Home:      *home,
-		Drivers:   []machine.Driver{gvisor.New(gvisor.Config{Runsc: *runsc})},
+		Drivers:   []machine.Driver{gvisor.New(gvisor.Config{Runsc: *runsc, Images: images})},
+		Images:    images,
 		Proxy:     *proxy,
 		Authority: *authority,
 		Witnesses: witnesses,

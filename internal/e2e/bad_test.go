@@ -59,7 +59,7 @@ func TestExitCodes(t *testing.T) {
 		{"no commit", []string{"run", "--repo", empty, "--", "true"}, 1, []string{"no commit yet", "git commit"}},
 		{"a tier that is not here", []string{"run", "--require", "vm", "--", "true"}, 1, []string{"vm"}},
 		{"unknown driver", []string{"run", "--driver", "moon", "--", "true"}, 2, []string{"moon"}},
-		{"no such root", []string{"run", "--root", filepath.Join(e.Dir, "nowhere"), "--", "true"}, 1, []string{"nowhere"}},
+		{"no such image", []string{"run", "--image", filepath.Join(e.Dir, "nowhere"), "--", "true"}, 1, []string{"nowhere"}},
 		{"bad environment file", []string{"run", "--env-file", filepath.Join(repo.Dir, "greet.sh"), "--", "true"}, 1, []string{"NAME=VALUE"}},
 		{"denied by policy", []string{"run", "--policy", "edit-only", "--", "true"}, 3, []string{"run_bash"}},
 		{"no such command in the machine", []string{"run", "--", "no-such-program"}, 127, []string{"no-such-program"}},

@@ -15,7 +15,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"syscall"
 
@@ -90,9 +89,6 @@ func (d *Driver) Probe(ctx context.Context) error { return errors.Join(d.config.
 func (d *Driver) Create(ctx context.Context, spec machine.Spec) (machine.Machine, error) {
 	if err := spec.Check(); err != nil {
 		return nil, err
-	}
-	if kinds := []string{"host", "directory"}; !slices.Contains(kinds, spec.Image.Kind) {
-		return nil, machine.Refuse("unknown image kind %q (host, directory)", spec.Image.Kind)
 	}
 	limits := d.limits(spec.Resources)
 	if err := spec.States(limits); err != nil {

@@ -25,11 +25,14 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 			return fmt.Errorf("workspace: %w", err)
 		}
 	}
-	root, err := image.Resolve(spec.Image, d.config.Host)
+	root, err := d.root(ctx, spec)
 	if err != nil {
-		return machine.Refuse("%v", err)
+		return err
 	}
 	rec.Facts.Env = root.Env
+	if root.Digest != "" {
+		rec.Facts.Digests = map[string]string{"root": root.Digest}
+	}
 	place := place(spec.Dir)
 	covers, err := d.covers(ctx, root, place, *rec)
 	if err != nil {
@@ -59,6 +62,26 @@ func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec *record) e
 		return err
 	}
 	return writeConfig(place, d.config.oci(spec, *rec, append(binds, covers...)))
+}
+
+// root finds the machine's root, and keeps the store from removing what it shows.
+func (d *Driver) root(ctx context.Context, spec machine.Spec) (image.Root, error) {
+	var root image.Root
+	var err error
+	if d.config.Images == nil {
+		root, err = image.Resolve(spec.Image, d.config.Host)
+	} else {
+		root, err = d.config.Images.Resolve(ctx, spec.Image, d.config.Host, nil)
+	}
+	switch {
+	case ctx.Err() != nil:
+		return root, ctx.Err()
+	case err != nil:
+		return root, machine.Refuse("%v", err)
+	case root.Digest != "":
+		return root, d.config.Images.Hold(spec.Dir, root.Digest)
+	}
+	return root, nil
 }
 
 // covers returns binds that hide what `other` cannot read. Where a machine has ids

@@ -50,6 +50,10 @@ type Config struct {
 	// Usual limits machines whose Spec does not; a zero field: see usual.
 	Usual nucleus.Resources
 
+	// Images holds what has to be unpacked before a machine has it as its root; nil: such
+	// an image is refused.
+	Images *image.Store
+
 	// Screen is what is known of files that are not for everybody; one for all
 	// drivers of a process saves reading. nil: the driver's own.
 	Screen *image.Screen
