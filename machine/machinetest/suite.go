@@ -32,6 +32,10 @@ type Host struct {
 	// Proxy is the test guest, as TestGuest builds it.
 	Proxy string
 
+	// Image is of every machine for which a test needs no special one; without a kind: the
+	// host's programs.
+	Image nucleus.Image
+
 	// Scratch is an existing directory, absolute, with a short path.
 	Scratch string
 
@@ -89,7 +93,10 @@ func (h Host) Spec(t *testing.T) machine.Spec {
 	})
 	spec := machine.Spec{
 		ID: filepath.Base(base), Dir: filepath.Join(base, "d"), Workspace: filepath.Join(base, "ws"),
-		Proxy: h.Proxy, Image: nucleus.Image{Kind: "host"},
+		Proxy: h.Proxy, Image: h.Image,
+	}
+	if spec.Image.Kind == "" {
+		spec.Image.Kind = nucleus.ImageHost
 	}
 	for _, dir := range []string{spec.Dir, spec.Workspace} {
 		if err := os.Mkdir(dir, 0o700); err != nil {

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -75,7 +76,7 @@ func (s Source) Parts(ctx context.Context, spec machine.Spec, scratch string, si
 	if err != nil {
 		return Parts{}, err
 	}
-	root, err := s.Images.Root(ctx, spec.Image, s.Host, nil)
+	root, err := s.Images.Root(ctx, usual(spec.Image), s.Host, nil)
 	if err != nil {
 		return Parts{}, refusal(ctx, err)
 	}
@@ -97,6 +98,14 @@ func (s Source) Parts(ctx context.Context, spec machine.Spec, scratch string, si
 	}
 	p.Disks = append(p.Disks, workspace, Disk{Role: Scratch, Path: scratch, Size: size})
 	return p, nil
+}
+
+// usual is the image of a machine for which nobody named one.
+func usual(i nucleus.Image) nucleus.Image {
+	if i.Kind == "" {
+		i.Kind = nucleus.ImageDebian
+	}
+	return i
 }
 
 // refusal is of an image that cannot be made, unless the host is at fault.
@@ -177,6 +186,9 @@ func (p Parts) Digests() map[string]string {
 	}
 	return digests
 }
+
+// Held are the digests of the objects of the store that the machine uses.
+func (p Parts) Held() []string { return slices.Collect(maps.Values(p.Digests())) }
 
 // Shape is how large a machine is.
 type Shape struct {

@@ -116,6 +116,10 @@ func (d *Driver) Tier() nucleus.Tier {
 	return nucleus.TierVM
 }
 
+// UsualImage implements machine.Imaged: a microVM's disk holds a copy, and a host's programs
+// may be many.
+func (d *Driver) UsualImage() nucleus.Image { return nucleus.Image{Kind: nucleus.ImageDebian} }
+
 func (d *Driver) source() microvm.Source {
 	return microvm.Source{Images: d.config.Images, Kernel: d.config.Kernel, Host: d.config.Host}
 }

@@ -105,8 +105,11 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record) (_ *v
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := d.config.Images.Hold(spec.Dir, parts.Held()...); err != nil {
+		return nil, nil, err
+	}
 	rec.Facts = rec.Shape.Facts(parts)
-	limits := rec.limits(p, spec.Workspace)
+	limits := rec.cgroupLimits(p, spec.Workspace)
 	if rec.Cgroup {
 		group, err := cgroup.Make(d.config.Cgroups, rec.Instance, limits)
 		if err != nil {
@@ -124,7 +127,7 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record) (_ *v
 			v.letGo()
 		}
 	}()
-	if err := v.launch(ctx, d, qemu, parts); err != nil {
+	if err := v.launch(ctx, qemu, parts); err != nil {
 		return nil, nil, err
 	}
 	if err := rec.group().Check(d.config.Cgroups, v.process.PID, limits); err != nil {
@@ -142,12 +145,12 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record) (_ *v
 
 // launch starts QEMU, behind its walls and with its guest stopped, and connects to its
 // sockets: nothing that the guest prints is missed.
-func (v *vmm) launch(ctx context.Context, d *Driver, qemu program, parts microvm.Parts) error {
+func (v *vmm) launch(ctx context.Context, qemu program, parts microvm.Parts) error {
 	var fds descriptors
 	defer fds.close()
 	locked, cancel := context.WithTimeout(ctx, lockPatience)
 	defer cancel()
-	args, err := d.arguments(v.place, v.rec, parts, &fds, locked)
+	args, err := v.arguments(locked, parts, &fds)
 	if err != nil {
 		return err
 	}
@@ -158,7 +161,7 @@ func (v *vmm) launch(ctx context.Context, d *Driver, qemu program, parts microvm
 	v.errors = said
 	v.work.Go(func() { v.said.Record(said) })
 	child := confine.Child{
-		Plan: d.plan(v.rec, qemu, parts, args), Tag: v.rec.tag(v.place), Map: v.rec.Map, Files: fds.files, Out: out,
+		Plan: v.rec.plan(qemu, parts, args), Tag: v.rec.tag(v.place), Map: v.rec.Map, Files: fds.files, Out: out,
 		Join: func(pid int) error { return v.rec.group().Join(v.cgroups, pid) },
 	}
 	if !v.rec.Cgroup {
@@ -337,7 +340,7 @@ func (v *vmm) died() string {
 	v.settle()
 	switch {
 	case v.rec.group().OutOfMemory(v.cgroups):
-		return fmt.Sprintf("the kernel killed QEMU: with the guest's memory of %d MB it needed more than %d MB", v.rec.Shape.MemoryMB, v.rec.Shape.MemoryMB+overheadMB(v.rec))
+		return fmt.Sprintf("the kernel killed QEMU: with the guest's memory of %d MB it needed more than %d MB", v.rec.Shape.MemoryMB, v.rec.Shape.MemoryMB+v.rec.overheadMB())
 	case v.monitor.ended() != "":
 		return "the guest ended the machine: " + v.monitor.ended()
 	case exit != nil && v.said.String() != "":

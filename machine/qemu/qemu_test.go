@@ -22,6 +22,7 @@ import (
 type bench struct {
 	dir    string // short
 	guest  string
+	image  nucleus.Image
 	images *image.Store
 }
 
@@ -55,6 +56,7 @@ func need(t testing.TB) bench {
 	}
 	buildGuest.Do(func() {
 		shared.guest = machinetest.TestGuest(t, shared.dir)
+		shared.image = machinetest.SmallImage(t, shared.dir)
 		store := os.Getenv("CAL_TEST_IMAGES")
 		if store == "" {
 			store = filepath.Join(shared.dir, "images")
@@ -80,7 +82,7 @@ func TestOne(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		spec := machine.Spec{ID: "one", Dir: base + "/d", Workspace: base + "/w", Proxy: b.guest, Image: nucleus.Image{Kind: "host"}}
+		spec := machine.Spec{ID: "one", Dir: base + "/d", Workspace: base + "/w", Proxy: b.guest, Image: b.image}
 		os.Mkdir(spec.Dir, 0o700)
 		os.Mkdir(spec.Workspace, 0o700)
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)

@@ -28,6 +28,7 @@ const (
 	kernelPlace    = "/machine/kernel"
 	initramfsPlace = "/machine/initramfs"
 	firmwarePlace  = "/machine/firmware"
+	modulesPlace   = "/machine/modules"
 )
 
 // firmware is what QEMU itself starts a microvm with.
@@ -72,7 +73,7 @@ func (p *programs) find(ctx context.Context, path string) (program, error) {
 	if err != nil {
 		return program{}, err
 	}
-	p.id, p.known = id, program{found, append(files, roms...)}
+	p.id, p.known = id, program{found, slices.Concat(files, roms, findModules(found))}
 	return p.known, nil
 }
 
@@ -98,6 +99,19 @@ func findFirmware(ctx context.Context, path string) ([]confine.File, error) {
 		return nil, fmt.Errorf("QEMU lacks its firmware %s in %q", strings.Join(firmware, " or "), strings.Fields(string(output)))
 	}
 	return found, nil
+}
+
+// findModules returns the parts of QEMU itself that it loads by name for a microvm: some
+// builds have them apart.
+func findModules(path string) (found []confine.File) {
+	const name = "accel-tcg-x86_64.so"
+	for _, pattern := range []string{"../lib*/qemu/", "../lib/*/qemu/"} {
+		paths, _ := filepath.Glob(filepath.Join(filepath.Dir(path), pattern, name)) // the pattern is a good one
+		if len(paths) > 0 {
+			return []confine.File{{Host: paths[0], Guest: modulesPlace + "/" + name}}
+		}
+	}
+	return nil
 }
 
 // descriptors are what QEMU is handed, from 3 on, in this order.
@@ -159,7 +173,8 @@ func (d *descriptors) open(ctx context.Context, disk microvm.Disk) (int, error) 
 
 // arguments of QEMU for a machine. Everything that it would add by itself is switched off:
 // there is what stands here, and nothing else.
-func (d *Driver) arguments(p place, rec record, parts microvm.Parts, fds *descriptors, locked context.Context) ([]string, error) {
+func (v *vmm) arguments(ctx context.Context, parts microvm.Parts, fds *descriptors) ([]string, error) {
+	p, rec := v.place, v.rec
 	accelerator, cpu := "kvm", "host"
 	tuning := ""
 	if rec.Emulated {
@@ -191,7 +206,7 @@ func (d *Driver) arguments(p place, rec record, parts microvm.Parts, fds *descri
 		"-object", fmt.Sprintf(`{"qom-type":"throttle-group","id":"rate","limits":{"bps-total":%d}}`, diskRate),
 	)
 	for i, disk := range parts.Disks {
-		fd, err := fds.open(locked, disk)
+		fd, err := fds.open(ctx, disk)
 		if err != nil {
 			return nil, err
 		}
@@ -199,13 +214,14 @@ func (d *Driver) arguments(p place, rec record, parts microvm.Parts, fds *descri
 		if !disk.ReadOnly() {
 			options = "read-only=off,discard=unmap"
 		}
+		flush := "off"
 		if disk.Role == microvm.Scratch { // forgotten with the machine
-			options += ",cache.no-flush=on"
+			flush = "on"
 		}
 		args = append(args,
 			"-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, i+1),
-			"-blockdev", fmt.Sprintf("driver=file,node-name=%s-file,filename=/dev/fdset/%d,locking=off,aio=threads,%s", disk.Role, i+1, options),
-			"-blockdev", fmt.Sprintf("driver=throttle,node-name=%s,throttle-group=rate,file=%[1]s-file", disk.Role),
+			"-blockdev", fmt.Sprintf("driver=file,node-name=%s-file,filename=/dev/fdset/%d,locking=off,aio=threads,cache.no-flush=%s,%s", disk.Role, i+1, flush, options),
+			"-blockdev", fmt.Sprintf("driver=throttle,node-name=%s,throttle-group=rate,file=%[1]s-file,%s", disk.Role, options),
 			"-device", fmt.Sprintf("virtio-blk-device,drive=%s,serial=%[1]s", disk.Role),
 		)
 	}
@@ -220,17 +236,17 @@ const (
 
 // overheadMB is what QEMU needs beside the guest's memory: itself, threads, the translated code, and
 // the host's cache of disks, which the kernel takes back.
-func overheadMB(rec record) int {
-	if rec.Emulated {
+func (r record) overheadMB() int {
+	if r.Emulated {
 		return 128 + codeMB
 	}
 	return 128
 }
 
 // limits of QEMU's cgroup. Its threads are those of processors and of disks.
-func (rec record) limits(p place, workspace string) cgroup.Limits {
+func (r record) cgroupLimits(p place, workspace string) cgroup.Limits {
 	want := cgroup.Limits{
-		Memory: int64(rec.Shape.MemoryMB+overheadMB(rec)) << 20, CPU: rec.Shape.CPUs, Pids: rec.Shape.CPUs + vmmThreads, IO: diskRate,
+		Memory: int64(r.Shape.MemoryMB+r.overheadMB()) << 20, CPU: r.Shape.CPUs, Pids: r.Shape.CPUs + vmmThreads, IO: diskRate,
 	}
 	for _, path := range []string{string(p), workspace} {
 		if disk := cgroup.Disk(path); disk != "" && !slices.Contains(want.Disks, disk) {
@@ -246,16 +262,16 @@ const (
 )
 
 // plan confines QEMU.
-func (d *Driver) plan(rec record, qemu program, parts microvm.Parts, args []string) confine.Plan {
+func (r record) plan(qemu program, parts microvm.Parts, args []string) confine.Plan {
 	plan := confine.Plan{
-		Program: qemu.path, Args: append([]string{"qemu-system-x86_64"}, args...), Env: []string{},
+		Program: qemu.path, Args: append([]string{"qemu-system-x86_64"}, args...), Env: []string{"QEMU_MODULE_DIR=" + modulesPlace},
 		Files: slices.Concat(qemu.files, []confine.File{
 			{Host: parts.Kernel.Image, Guest: kernelPlace}, {Host: parts.Initramfs.Path, Guest: initramfsPlace},
 		}),
-		Devices: []string{"/dev/null", "/dev/urandom"}, ID: rec.User,
-		Memory: uint64(rec.Shape.MemoryMB+addressesMB) << 20,
+		Devices: []string{"/dev/null", "/dev/urandom"}, ID: r.User,
+		Memory: uint64(r.Shape.MemoryMB+addressesMB) << 20,
 	}
-	if !rec.Emulated {
+	if !r.Emulated {
 		plan.Devices = append(plan.Devices, "/dev/kvm")
 	}
 	return plan
