@@ -136,6 +136,17 @@ func Visible(s string) string {
 	return out.String()
 }
 
+// Plain is Visible for a text that should be visible already, and came from somebody who may
+// not have made it so: what is printable stays as it is.
+func Plain(s string) string {
+	for _, r := range s {
+		if r < 0x20 || r >= 0x7f {
+			return Visible(s)
+		}
+	}
+	return s
+}
+
 func quote(s string) string { return `"` + strings.ReplaceAll(Visible(s), `"`, `\"`) + `"` }
 
 type drawing struct {

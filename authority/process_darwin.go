@@ -15,5 +15,15 @@ func Harden() error {
 	)
 }
 
+// stopOthers has a job in the background stopped when it writes to the terminal.
+func stopOthers(fd int) error {
+	modes, err := unix.IoctlGetTermios(fd, unix.TIOCGETA)
+	if err != nil {
+		return err
+	}
+	modes.Lflag |= unix.TOSTOP
+	return unix.IoctlSetTermios(fd, unix.TIOCSETA, modes)
+}
+
 // dropTyped throws away what was typed before a question was asked.
 func dropTyped(fd int) error { return unix.IoctlSetPointerInt(fd, unix.TIOCFLUSH, 1) } // FREAD

@@ -21,15 +21,20 @@ var ErrNotGranted = errors.New("not granted")
 
 // Prompt is a terminal with a person at it. There is no other source of a
 // passphrase: not standard input, not the environment, not an argument.
+//
+// Nobody else writes to it meanwhile: a job in the background, which may print what a
+// machine says, is stopped when it tries (TOSTOP).
 type Prompt struct {
 	tty   *os.File
+	dumb  bool        // it shows characters and nothing else
+	found *term.State // as it was
 	whole atomic.Bool // the alternate screen is shown
 }
 
 const maxLine = 1024
 
-// OpenPrompt opens the process's controlling terminal.
-func OpenPrompt() (*Prompt, error) {
+// OpenPrompt opens the process's controlling terminal. One that is not dumb knows ECMA-48.
+func OpenPrompt(dumb bool) (*Prompt, error) {
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
 	if err != nil {
 		return nil, fmt.Errorf("no terminal to ask a person at: %w", err)
@@ -37,25 +42,62 @@ func OpenPrompt() (*Prompt, error) {
 	if !term.IsTerminal(int(tty.Fd())) {
 		return nil, errors.Join(errors.New("/dev/tty is no terminal"), tty.Close())
 	}
-	return &Prompt{tty: tty}, nil
+	p := &Prompt{tty: tty, dumb: dumb}
+	if p.found, err = term.GetState(int(tty.Fd())); err == nil {
+		err = stopOthers(int(tty.Fd()))
+	}
+	if err != nil {
+		return nil, errors.Join(err, tty.Close())
+	}
+	return p, nil
 }
 
-// Close closes the terminal.
-func (p *Prompt) Close() error { return p.tty.Close() }
+// Close puts the terminal back and closes it.
+func (p *Prompt) Close() error {
+	return errors.Join(term.Restore(int(p.tty.Fd()), p.found), p.tty.Close())
+}
 
-// Guard returns a function that puts the terminal back as it is now, for whoever
-// ends the process while a passphrase is read.
-func (p *Prompt) Guard() (restore func(), err error) {
-	state, err := term.GetState(int(p.tty.Fd()))
-	if err != nil {
-		return nil, err
+// fresh is an empty screen on which all that is written can be seen; a dumb terminal stays as it is.
+func (p *Prompt) fresh() error {
+	if p.dumb {
+		return nil
 	}
+	return p.print("%s", "\x1b[?1049l"+cleanModes+clearScreen+"\x1b[?25h")
+}
+
+// show puts a text before the person, a screen at a time: no line of it has left the screen
+// before a key says that it was seen. below is how many rows what follows takes.
+func (p *Prompt) show(text string, below int) error {
+	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
+	size := p.size()
+	room := max(size.height-below, 1)
+	if p.dumb {
+		room = len(lines)
+	}
+	for at := 0; ; at += room {
+		to := min(at+room, len(lines))
+		if err := errors.Join(p.fresh(), p.print("%s\n", strings.Join(lines[at:to], "\n"))); err != nil || to == len(lines) {
+			return err
+		}
+		answer, err := p.question(fmt.Sprintf("lines %d-%d of %d; Enter goes on, q ends: ", at+1, to, len(lines)))
+		if err != nil {
+			return err
+		}
+		if answer != "" {
+			return fmt.Errorf("%w: it was not read to its end", ErrNotGranted)
+		}
+	}
+}
+
+// Guard returns a function that puts the terminal back as it was, for whoever
+// ends the process while a passphrase is read.
+func (p *Prompt) Guard() (restore func()) {
 	return func() {
 		if p.whole.Load() {
 			_ = p.print("%s", leaveScreen)
 		}
-		_ = term.Restore(int(p.tty.Fd()), state)
-	}, nil
+		_ = term.Restore(int(p.tty.Fd()), p.found)
+	}
 }
 
 func (p *Prompt) print(format string, args ...any) error {
@@ -108,6 +150,9 @@ func (p *Prompt) Init(cfg Config, approver string) (Identity, error) {
 	} else if !errors.Is(err, ErrNoKey) {
 		return Identity{}, err
 	}
+	if err := p.fresh(); err != nil {
+		return Identity{}, err
+	}
 	if err := p.print("A key for approver %q is made in %s.\n", approver, cfg.Dir); err != nil {
 		return Identity{}, err
 	}
@@ -150,7 +195,7 @@ func (p *Prompt) newSecret() (phrase, passphrase string, err error) {
 // AddApprover lets one who can approve add another: first the one who vouches types the
 // passphrase, then the new one chooses phrase and passphrase.
 func (p *Prompt) AddApprover(ctx context.Context, c *client.Client, by Key, name string) (nucleus.Approver, error) {
-	if err := p.print("%s adds approver %q, who can then grant alone what needs one approval.\nyour phrase: %s\n", by.Approver, name, approval.Visible(by.Phrase)); err != nil {
+	if err := errors.Join(p.fresh(), p.print("%s adds approver %q, who can then grant alone what needs one approval.\nyour phrase: %s\n", by.Approver, name, approval.Visible(by.Phrase))); err != nil {
 		return nucleus.Approver{}, err
 	}
 	signer, err := p.open(by)
@@ -191,10 +236,8 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, key Key, id, rea
 	if err := approval.Check(ask); err != nil {
 		return client.Status{}, err
 	}
-	if status, err := c.Status(ctx, id); err != nil {
+	if err := c.Waits(ctx, id); err != nil { // nothing is asked of the person for nothing
 		return client.Status{}, err
-	} else if status.State != client.Pending { // nothing is asked of the person for nothing
-		return client.Status{}, nucleus.Errorf(nucleus.KindConflict, "ask %s is %s; nothing waits for a grant", id, status.State)
 	}
 	var task *nucleus.Task
 	if choice != nil {
@@ -210,7 +253,7 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, key Key, id, rea
 			return client.Status{}, err
 		}
 	}
-	signer, err := p.openFor(key)
+	signer, err := p.openFor(key, "grants "+approval.Summary(ask))
 	if err != nil {
 		return client.Status{}, err
 	}
@@ -236,9 +279,12 @@ func (p *Prompt) Approve(ctx context.Context, c *client.Client, key Key, id, rea
 	return status, p.print("granted once, until %s\n", until)
 }
 
-// openFor opens the key for a grant. A wrong passphrase may be typed again; after the last try the
+// openFor opens the key for a grant, on a screen that says what is granted. A wrong passphrase may be typed again; after the last try the
 // person did not grant.
-func (p *Prompt) openFor(key Key) (*Signer, error) {
+func (p *Prompt) openFor(key Key, what string) (*Signer, error) {
+	if err := errors.Join(p.fresh(), p.print("%s\n", what)); err != nil {
+		return nil, err
+	}
 	for try := 1; ; try++ {
 		if err := p.print("your phrase: %s\n", approval.Visible(key.Phrase)); err != nil {
 			return nil, err
@@ -268,7 +314,7 @@ func (p *Prompt) open(key Key) (*Signer, error) {
 
 // consentTask shows what a task opens beyond the ask and returns nil if the person wants that.
 func (p *Prompt) consentTask(op nucleus.Op, task nucleus.Task) error {
-	if err := p.print("\n%s\n", approval.DrawTask(op, task, approval.View{})); err != nil {
+	if err := p.show("\n"+approval.DrawTask(op, task, approval.View{Width: p.size().width}), belowConsent); err != nil {
 		return err
 	}
 	answer, err := p.decision("grant all of this? [y/N] ")
@@ -278,12 +324,18 @@ func (p *Prompt) consentTask(op nucleus.Op, task nucleus.Task) error {
 	return err
 }
 
+// belowConsent is how many rows a question takes below what it is about, with the reason
+// that the person gave.
+const belowConsent = 6
+
 // consent shows the ask and returns nil if the person wants to grant it.
 func (p *Prompt) consent(ask nucleus.AskRequest, digest string, identity Identity, reason string) error {
 	for view := (approval.View{}); ; view.Whole = true {
-		if width, _, err := term.GetSize(int(p.tty.Fd())); err == nil && width > 0 {
-			view.Width = width
+		size := p.size()
+		if !p.dumb && (size.width < leastWidth || size.height < leastHeight) {
+			return fmt.Errorf("%w: the terminal has %d columns and %d rows, %d and %d are needed", ErrNotGranted, size.width, size.height, leastWidth, leastHeight)
 		}
+		view.Width = size.width
 		screen, err := approval.Draw(ask, view)
 		if err != nil {
 			return err
@@ -291,7 +343,7 @@ func (p *Prompt) consent(ask nucleus.AskRequest, digest string, identity Identit
 		if screen.Digest != digest {
 			return fmt.Errorf("ask %s: drawn from %s, fetched %s", ask.ID, screen.Digest, digest)
 		}
-		if err := p.print("\napproval by %s\n\n%s\n", identity.Approver, screen.Text); err != nil {
+		if err := p.show(fmt.Sprintf("\napproval by %s\n\n%s\n", identity.Approver, screen.Text), belowConsent); err != nil {
 			return err
 		}
 		if reason != "" {

@@ -38,6 +38,8 @@ type queue struct {
 	entry    *entry        // what is being typed
 	busy     string        // what is under way; no key counts
 	note     string        // what came of the last thing
+	only     string        // the id of the one ask that the person came for; empty: all that waits
+	granted  bool          // that one was granted
 	leave    bool          // the person has left
 	flush    bool          // what was typed up to now does not count
 }
@@ -75,6 +77,7 @@ type twin struct {
 type entry struct {
 	grant bool // the passphrase; else the reason of a denial
 	all   bool // for the equal asks too
+	dead  bool // the ask has ended meanwhile: what is typed is dropped until it is ended
 	text  []byte
 }
 
@@ -164,12 +167,16 @@ func (q *queue) listed(e listEvent) effect {
 	return nil
 }
 
-// close ends what is being typed for the ask on the screen and takes no more keys for it.
+// close ends what is being typed for the ask on the screen and takes no more keys for it. Who
+// types a passphrase looks at the keys: what they type on is swallowed until they end it.
 func (q *queue) close(why string) {
 	if q.open.closed == "" {
 		q.open.closed = why
 	}
-	q.forget()
+	if q.entry != nil {
+		clear(q.entry.text)
+		q.entry = &entry{grant: q.entry.grant, dead: true}
+	}
 }
 
 func (q *queue) expire() {
@@ -217,15 +224,16 @@ func (q *queue) read(id string) effect {
 	}
 }
 
-// equalAsks reports whether two asks are for the same: operation and resolved arguments, pod,
-// session and policy, and why it is asked. They differ in ids, times, the requests that they
-// came in, and in what is told beside.
+// equalAsks reports whether who has read one ask has read the other: operation and resolved
+// arguments, pod, session and policy, why it is asked, what is told beside, and how long it
+// lives. They differ in ids, in when they were asked, in the requests that they came in, and
+// in what the session did before.
 func equalAsks(a, b nucleus.AskRequest) bool {
 	bare := func(ask nucleus.AskRequest) string {
 		ask.ID, ask.Nonce, ask.Digest, ask.Salt, ask.Request = "", "", "", nil, nil
-		ask.Created, ask.Expires, ask.Context.UnixMilli = 0, 0, 0
+		ask.Created, ask.Expires, ask.Context.UnixMilli = 0, ask.Expires-ask.Created, 0
 		ask.Context.Spent, ask.Context.Reserved = nucleus.Amounts{}, nucleus.Amounts{}
-		ask.Detail, ask.Evidence = nil, nil
+		ask.Detail = slices.DeleteFunc(slices.Clone(ask.Detail), func(d nucleus.Detail) bool { return d.Title == nucleus.DetailLately })
 		raw, err := nucleus.Canonical(ask)
 		if err != nil {
 			return ""
@@ -240,6 +248,7 @@ func (q *queue) showAsk(e askEvent) {
 	q.busy = ""
 	if e.err != nil {
 		q.open, q.note = nil, approval.Visible(e.err.Error())
+		q.leave = q.only != ""
 		return
 	}
 	whole := false
@@ -377,7 +386,7 @@ func (q *queue) askKey(k string, alone bool, at time.Time) effect {
 	step := max(q.room()-1, 1)
 	switch k {
 	case keyEscape, keyLeft:
-		q.open = nil
+		q.open, q.leave = nil, q.only != ""
 	case "j", keyDown:
 		q.scrollTo(o.top + 1)
 	case "k", keyUp:
@@ -394,6 +403,9 @@ func (q *queue) askKey(k string, alone bool, at time.Time) effect {
 		o.whole = !o.whole
 		q.draw()
 	case "n", "p":
+		if q.only != "" {
+			return nil
+		}
 		return q.neighbour(k == "n")
 	case "g", "a", "d":
 		if k == "a" && len(o.equal) == 0 || !alone {
@@ -430,6 +442,12 @@ func (q *queue) neighbour(next bool) effect {
 // typed takes a key of a line that is being typed.
 func (q *queue) typed(k string) effect {
 	e := q.entry
+	if e.dead {
+		if k == keyEnter || k == keyEscape || k == keyInterrupt {
+			q.forget()
+		}
+		return nil
+	}
 	switch k {
 	case keyEscape, keyInterrupt:
 		q.forget()
@@ -469,7 +487,6 @@ func (q *queue) decide() effect {
 	typed := string(e.text)
 	clear(e.text)
 	e.text = e.text[:0]
-	passage, until := o.ask.Passage != nil, time.UnixMilli(o.ask.Expires).UTC().Format("15:04:05 MST")
 	each := func(ctx context.Context, decide func(context.Context, twin) (client.Status, error)) (out decidedEvent) {
 		for _, this := range these {
 			status, err := decide(ctx, this)
@@ -477,7 +494,7 @@ func (q *queue) decide() effect {
 				out.err = err
 				return out
 			}
-			out.said = append(out.said, said(status, passage, until))
+			out.said = append(out.said, said(status, this.ask))
 		}
 		return out
 	}
@@ -507,15 +524,15 @@ func (q *queue) decide() effect {
 }
 
 // said is what came of a decision, in a line.
-func said(status client.Status, passage bool, until string) string {
-	id := approval.Visible(status.ID)
+func said(status client.Status, ask nucleus.AskRequest) string {
+	id, until := approval.Visible(ask.ID), time.UnixMilli(ask.Expires).UTC().Format("15:04:05 MST")
 	more := status.Need - len(status.Grants)
 	switch {
 	case status.State == client.Denied:
 		return id + " is denied"
 	case more > 0:
 		return fmt.Sprintf("%s has your grant; %d more of %d approvers have to grant it by %s", id, more, status.Need, until)
-	case passage:
+	case ask.Passage != nil:
 		return id + " is granted; to be used by " + until + ", and stands from then on as shown"
 	}
 	return id + " is granted once, until " + until
@@ -527,8 +544,9 @@ func (q *queue) decided(e decidedEvent) effect {
 	var refusal *nucleus.Error
 	switch {
 	case e.err == nil:
+		q.granted = q.entry != nil && q.entry.grant
 		q.forget()
-		q.open = nil
+		q.open, q.leave = nil, q.only != ""
 	case errors.As(e.err, &refusal) && refusal.Kind == nucleus.KindForbidden && q.entry != nil && q.open.closed == "":
 		q.note = strings.TrimPrefix(q.note+"; "+approval.Visible(refusal.Message), "; ") // typed again
 	default:

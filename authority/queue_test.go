@@ -327,7 +327,7 @@ func TestQueueEqual(t *testing.T) {
 	p.ask("a-2", again(2))
 	p.ask("a-3", func(a *nucleus.AskRequest) {
 		again(3)(a)
-		a.Context.Spent.Tokens, a.Detail = 5, []nucleus.Detail{{Title: "what the session has read and fetched lately", Text: "x"}}
+		a.Context.Spent.Tokens, a.Detail = 5, []nucleus.Detail{{Title: nucleus.DetailLately, Text: "x"}}
 	})
 	for i, change := range []func(*nucleus.AskRequest){
 		func(a *nucleus.AskRequest) { a.Action.Push.New = "2" },
@@ -336,6 +336,11 @@ func TestQueueEqual(t *testing.T) {
 		func(a *nucleus.AskRequest) { a.Session = "s-2" },
 		func(a *nucleus.AskRequest) { a.Policy = hexOf("another") },
 		func(a *nucleus.AskRequest) { a.Boot = "b-2" },
+		func(a *nucleus.AskRequest) { a.Expires += 1000 },
+		func(a *nucleus.AskRequest) { a.Detail = []nucleus.Detail{{Title: "diff", Text: "+ x"}} },
+		func(a *nucleus.AskRequest) {
+			a.Evidence = []nucleus.Evidence{{Seq: 7, Leg: "private", What: "read_files x"}}
+		},
 	} {
 		p.ask(fmt.Sprint("a-other-", i), change)
 	}
@@ -352,7 +357,7 @@ func TestQueueEqual(t *testing.T) {
 	if len(grants) != 3 || fmt.Sprint(way.decided) != "[a-2 a-1 a-3]" {
 		t.Errorf("%d grants, decided %v", len(grants), way.decided)
 	}
-	for i := range 6 {
+	for i := range 9 {
 		p.state(fmt.Sprint("a-other-", i), client.Pending)
 	}
 	p.read("a-other-0")
@@ -541,5 +546,46 @@ func BenchmarkQueueFrame(b *testing.B) {
 	for b.Loop() {
 		q.update(now, listEvent{items: items})
 		q.view().text(false)
+	}
+}
+
+// Who types a passphrase looks at the keys. When its ask ends meanwhile, what is typed on is
+// no command: it decides nothing, leaves nothing to the shell, and is dropped until Enter or Esc.
+func TestQueueEndsWhileTyped(t *testing.T) {
+	p, way := newPerson(t, 80, 24)
+	p.ask("a-1", nil)
+	p.b.c.advance(290 * time.Second)
+	for _, id := range []string{"a-2", "a-3"} {
+		p.ask(id, func(a *nucleus.AskRequest) { a.Nonce = "n-" + id; a.Action.Push.Ref = "refs/heads/" + id })
+	}
+	p.read("a-1")
+	p.press("g")
+	for i, k := range chars("nine quiet doors open") {
+		p.press(k)
+		p.b.c.advance(200 * time.Millisecond)
+		if i == 2 {
+			p.b.c.advance(10 * time.Second)
+			p.list()
+		}
+		p.event(nil)
+	}
+	p.shows("nothing is decided: it", "what you type is dropped")
+	if len(way.decided) > 0 || p.q.leave || p.q.open.ask.ID != "a-1" || len(p.q.entry.text) > 0 {
+		t.Errorf("decided %v, left %v, at %s, kept %q", way.decided, p.q.leave, p.q.open.ask.ID, p.q.entry.text)
+	}
+	p.press(keyEnter)
+	p.shows("Esc list")
+	p.press("n") // control: a key is a command again
+	p.shows("a-3, ")
+}
+
+// An authority that was put in another's place cannot steer the terminal by what it lists.
+func TestQueueSummarySteers(t *testing.T) {
+	p, way := newPerson(t, 120, 40)
+	p.ask("a-1", nil)
+	way.list = func(items []client.Item) { items[0].Summary = "\x1b[1;2r\x1b[?6h\u202e" }
+	p.list()
+	if screen := p.screen(); strings.ContainsAny(screen, "\x1b\u202e") || !strings.Contains(screen, `\u{1b}[1;2r`) {
+		t.Errorf("the list holds what steers: %q", p.q.view().lines[1])
 	}
 }

@@ -34,7 +34,7 @@ func (q *queue) room() int {
 
 func (q *queue) view() frame {
 	f := frame{strong: map[int]bool{0: true}, row: -1}
-	add := func(text string) { f.lines = append(f.lines, fit(text, q.width)) }
+	add := func(text string) { f.lines = append(f.lines, fit(approval.Plain(text), q.width)) } // whoever wrote it
 	switch {
 	case q.small():
 		add(fmt.Sprintf("%dx%d: %dx%d is needed (q)", q.width, q.height, leastWidth, leastHeight))
@@ -138,19 +138,29 @@ func (q *queue) viewAsk(f *frame, add func(string)) {
 	}
 	add(q.status(place))
 	switch {
+	case q.entry != nil && q.entry.dead:
+		add("Enter or Esc goes on")
 	case q.entry != nil && q.entry.grant:
 		add("Enter grants  Esc back")
 	case q.entry != nil:
 		add("Enter denies  Esc back")
 	case o.closed != "":
-		add("Esc list  n p other asks  q leaves")
+		add(q.keysShown("Esc list  n p other asks  q leaves", "q leaves"))
 	default:
 		keys := "g grant  d deny"
 		if len(o.equal) > 0 {
 			keys = fmt.Sprintf("g grant  a all %d equal  d deny", len(o.equal)+1)
 		}
-		add(keys + "  v whole  n p  Esc list  q")
+		add(keys + q.keysShown("  v whole  n p  Esc list  q", "  v whole  q leaves"))
 	}
+}
+
+// keysShown chooses between the keys that lead to other asks and those that do not.
+func (q *queue) keysShown(all, only string) string {
+	if q.only != "" {
+		return only
+	}
+	return all
 }
 
 // viewEntry is where something is typed: what it decides, and for the passphrase the person's
@@ -160,6 +170,10 @@ func (q *queue) viewEntry(f *frame, add func(string)) {
 	add(strings.Repeat("-", q.width))
 	prompt := "reason (the agent is told): "
 	switch {
+	case e.dead:
+		add("nothing is decided: " + o.closed)
+		add("")
+		add("what you type is dropped; Enter or Esc goes on")
 	case !e.grant:
 		add("denies " + approval.Summary(o.ask))
 		add("")

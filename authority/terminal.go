@@ -13,6 +13,8 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/term"
+
+	"cal/approval"
 )
 
 // ErrInterrupted is the error of a person who left by Ctrl-C.
@@ -83,20 +85,49 @@ func keysIn(raw []byte) (keys []string) {
 	return keys
 }
 
-// The alternate screen without a cursor, and back.
+// Whatever ran at the terminal before, the output of a machine for one, may have left it in
+// a state in which a screen does not show what is written to it, or shows what was written
+// before. cleanModes takes back all that a terminal can be told to keep: margins and origin,
+// insert mode, attributes, character sets, colours, modes of keys and mouse. What a terminal
+// does not know it passes over (ECMA-48, DEC STD 070, xterm's control sequences).
 const (
-	enterScreen = "\x1b[?1049h\x1b[?25l"
-	leaveScreen = "\x1b[?25h\x1b[?1049l"
+	cleanModes = "\x1b[!p" + // soft reset
+		"\x1b[r\x1b[?69l\x1b[?6l" + // margins, origin
+		"\x1b[2l\x1b[4l\x1b[20l\x1b[?5l\x1b[?7h" + // locked keys, insert, newline, reverse; wrap
+		"\x1b[0m\x1b[0\"q\x1b%G\x1b(B\x1b)B\x1b*B\x1b+B\x0f" + // attributes, character sets
+		"\x1b]104\a\x1b]110\a\x1b]111\a\x1b]112\a" + // colours
+		"\x1b[?1l\x1b>\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1004l\x1b[?1006l\x1b[?2004l\x1b[<9u\x1b[>4m" // keys, mouse
+	clearScreen = "\x1b[2J\x1b[H"
+
+	// The alternate screen without a cursor, and back.
+	enterScreen = "\x1b[?1049h" + cleanModes + clearScreen + "\x1b[?25l"
+	leaveScreen = cleanModes + clearScreen + "\x1b[?25h\x1b[?1049l"
 )
 
 const (
 	listEvery = 500 * time.Millisecond // the list is read anew
 	drawEvery = 200 * time.Millisecond // the clocks on the screen go on
+	wipeEvery = time.Second            // all is drawn again, whoever else has written to the terminal
 )
 
 // Queue shows all that waits on a whole screen and lets the person decide, until they leave.
-// The terminal must know ECMA-48 (TERM is not dumb); plain draws without colours.
-func (p *Prompt) Queue(ctx context.Context, c asks, key Key, reason string, plain bool) (err error) {
+// With the id of an ask it shows that one, and ends with it: ErrNotGranted says that the
+// person did not grant. plain draws without colours. The terminal must not be dumb.
+func (p *Prompt) Queue(ctx context.Context, c asks, key Key, reason, id string, plain bool) error {
+	q := &queue{asks: c, sealed: key, reason: reason, only: id}
+	if err := p.decideOn(ctx, q, plain); err != nil || id == "" {
+		return err
+	}
+	if err := p.print("%s\n", q.note); err != nil {
+		return err
+	}
+	if !q.granted {
+		return fmt.Errorf("%w: ask %s", ErrNotGranted, approval.Visible(id))
+	}
+	return nil
+}
+
+func (p *Prompt) decideOn(ctx context.Context, q *queue, plain bool) (err error) {
 	old, err := term.MakeRaw(int(p.tty.Fd()))
 	if err != nil {
 		return err
@@ -124,16 +155,19 @@ func (p *Prompt) Queue(ctx context.Context, c asks, key Key, reason string, plai
 		}
 	}
 	go p.keys(ctx, send) // ends with the process: a read of a terminal cannot be called off
-	working.Go(func() { follow(ctx, c, send) })
+	working.Go(func() { follow(ctx, q.asks, send) })
 	resized := make(chan os.Signal, 1)
 	signal.Notify(resized, syscall.SIGWINCH)
 	defer signal.Stop(resized)
 	tick := time.NewTicker(drawEvery)
 	defer tick.Stop()
 
-	q := &queue{asks: c, sealed: key, reason: reason}
 	defer q.forget()
 	q.update(time.Now(), p.size())
+	if q.only != "" {
+		run(q.read(q.only))
+	}
+	var drawn time.Time
 	for shown := ""; !q.leave; {
 		if q.flush {
 			q.flush = false
@@ -141,11 +175,11 @@ func (p *Prompt) Queue(ctx context.Context, c asks, key Key, reason string, plai
 				return err
 			}
 		}
-		if text := q.view().text(plain); text != shown {
+		if text := q.view().text(plain); text != shown || time.Since(drawn) >= wipeEvery {
 			if err := p.print("%s", text); err != nil {
 				return err
 			}
-			shown = text
+			shown, drawn = text, time.Now()
 		}
 		select {
 		case <-ctx.Done():
@@ -179,7 +213,8 @@ func (p *Prompt) size() sizeEvent {
 // leaveWhole puts the terminal back.
 func (p *Prompt) leaveWhole(old *term.State) error {
 	p.whole.Store(false)
-	return errors.Join(p.print("%s", leaveScreen), term.Restore(int(p.tty.Fd()), old))
+	// What was typed and not read is no command of the shell's.
+	return errors.Join(p.print("%s", leaveScreen), dropTyped(int(p.tty.Fd())), term.Restore(int(p.tty.Fd()), old))
 }
 
 // keys sends what is typed, with the time at which it came.
@@ -216,7 +251,7 @@ func follow(ctx context.Context, from asks, send func(any)) {
 // behind it.
 func (f frame) text(plain bool) string {
 	var out strings.Builder
-	out.WriteString("\x1b[?25l\x1b[H")
+	out.WriteString(cleanModes + "\x1b[?25l\x1b[H")
 	for i, line := range f.lines {
 		if i > 0 {
 			out.WriteString("\r\n")

@@ -74,7 +74,7 @@ func TestAskShowsReads(t *testing.T) {
 		h.tool(p, nucleus.WriteFiles, writeArgs(name)).want(t, nucleus.KindApproval)
 		asks := h.authority.asked()
 		for _, d := range asks[len(asks)-1].Detail {
-			if d.Title == "what the session has read and fetched lately" {
+			if d.Title == nucleus.DetailLately {
 				return d.Text
 			}
 		}

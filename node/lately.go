@@ -45,5 +45,5 @@ func (l *lately) detail() []nucleus.Detail {
 	for _, e := range l.accesses {
 		lines = append(lines, fmt.Sprintf("log entry %d takes %s: %s", e.Seq, e.Leg, e.What))
 	}
-	return []nucleus.Detail{{Title: "what the session has read and fetched lately", Text: strings.Join(lines, "\n")}}
+	return []nucleus.Detail{{Title: nucleus.DetailLately, Text: strings.Join(lines, "\n")}}
 }

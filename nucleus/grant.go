@@ -85,6 +85,10 @@ type Detail struct {
 	Text  string `json:"text"`
 }
 
+// DetailLately is the title of the Detail that says what the session did before the ask. It
+// changes with each ask and says nothing of the action.
+const DetailLately = "what the session has read and fetched lately"
+
 // Evidence points at a log entry that took a leg of the exposure.
 type Evidence struct {
 	Seq  int64  `json:"seq"`

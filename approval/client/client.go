@@ -465,6 +465,15 @@ func (c *Client) Status(ctx context.Context, id string) (status Status, err erro
 	return status, c.call(ctx, http.MethodGet, askPath(id), nil, &status)
 }
 
+// Waits returns an error where the ask is not pending: nothing of it waits for a grant.
+func (c *Client) Waits(ctx context.Context, id string) error {
+	status, err := c.Status(ctx, id)
+	if err == nil && status.State != Pending {
+		err = nucleus.Errorf(nucleus.KindConflict, "ask %s is %s; nothing waits for a grant", approval.Plain(id), approval.Plain(status.State))
+	}
+	return err
+}
+
 // Wait returns when the ask is no longer pending, or with the error of ctx.
 func (c *Client) Wait(ctx context.Context, id string) (Status, error) {
 	for {
@@ -611,6 +620,7 @@ func refusal(code int, raw []byte) error {
 	if err := nucleus.Strict(raw, &body); err != nil || body.Error == nil {
 		return nucleus.Errorf(nucleus.KindUnavailable, "the authority answered %d %s", code, http.StatusText(code))
 	}
+	body.Error.Message = approval.Plain(body.Error.Message) // it is shown to a person
 	return body.Error
 }
 

@@ -65,7 +65,7 @@ func printApproval(a client.Approval) {
 		what = fmt.Sprintf("passage to %s port %d", a.Passage.Host, a.Passage.Port)
 	}
 	until := time.UnixMilli(a.Until).Format("15:04:05")
-	fmt.Printf("%s  %s  pod %s  until %s  %s  %s\n", approval.Visible(a.Ask), approval.Visible(a.State), approval.Visible(a.Pod), until, approval.Visible(what), a.Summary)
+	fmt.Printf("%s  %s  pod %s  until %s  %s  %s\n", approval.Visible(a.Ask), approval.Visible(a.State), approval.Visible(a.Pod), until, approval.Visible(what), approval.Plain(a.Summary))
 	for _, g := range a.Grants {
 		fmt.Printf("  %s by %s\n", approval.Visible(g.Grant), approval.Visible(g.Approver))
 	}

@@ -101,15 +101,12 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 // atTerminal runs f with the person's terminal. A signal puts it back as it was
 // and ends the process: a read of a terminal cannot be called off.
 func atTerminal(ctx context.Context, f func(*authority.Prompt) error) error {
-	prompt, err := authority.OpenPrompt()
+	prompt, err := authority.OpenPrompt(!wholeScreen())
 	if err != nil {
 		return err
 	}
 	defer prompt.Close()
-	restore, err := prompt.Guard()
-	if err != nil {
-		return err
-	}
+	restore := prompt.Guard()
 	stop := context.AfterFunc(ctx, func() {
 		restore()
 		os.Exit(exitInterrupted)
@@ -185,17 +182,15 @@ func (c *command) serve() *cobra.Command {
 
 func (c *command) approve() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "approve [ID]", Short: "Show all that waits on a whole screen, and decide; with an ID, the same as grant",
+		Use: "approve [ID]", Short: "Show all that waits on a whole screen, or the ask with an ID, and decide",
 		Example: "  nucleus-authority approve\n  nucleus-authority approve --approver bob --reason 'as we said'", Args: args(cobra.MaximumNArgs(1)),
 	}
 	c.granting(cmd, func(ctx context.Context, g granter, ids []string) error {
 		switch {
+		case wholeScreen() && g.task == nil:
+			return g.queue(ctx, ids)
 		case len(ids) > 0:
 			return g.grant(ctx, ids)
-		case wholeScreen():
-			return atTerminal(ctx, func(p *authority.Prompt) error {
-				return p.Queue(ctx, g.api, g.key, g.reason, os.Getenv("NO_COLOR") != "")
-			})
 		}
 		pending, err := g.api.List(ctx, client.Pending)
 		if err != nil {
@@ -256,6 +251,20 @@ func (c *command) granting(cmd *cobra.Command, run func(context.Context, granter
 		defer api.Close()
 		return run(cmd.Context(), granter{api, key, reason, choice}, ids)
 	}
+}
+
+// queue shows all that waits, or the one ask that is named, on a whole screen.
+func (g granter) queue(ctx context.Context, ids []string) error {
+	only := ""
+	if len(ids) > 0 {
+		only = ids[0]
+		if err := g.api.Waits(ctx, only); err != nil {
+			return err
+		}
+	}
+	return atTerminal(ctx, func(p *authority.Prompt) error {
+		return p.Queue(ctx, g.api, g.key, g.reason, only, os.Getenv("NO_COLOR") != "")
+	})
 }
 
 func (g granter) grant(ctx context.Context, ids []string) error {
@@ -330,7 +339,7 @@ func (c *command) list() *cobra.Command {
 			if i.Shed {
 				shed = "  (what it said in full was removed since)"
 			}
-			fmt.Printf("%s  %s  pod %s  asked %s ago  until %s  %s%s%s\n", approval.Visible(i.ID), approval.Visible(i.State), approval.Visible(i.Pod), age, until, of, i.Summary, shed)
+			fmt.Printf("%s  %s  pod %s  asked %s ago  until %s  %s%s%s\n", approval.Visible(i.ID), approval.Visible(i.State), approval.Visible(i.Pod), age, until, of, approval.Plain(i.Summary), shed)
 		}
 		return nil
 	}

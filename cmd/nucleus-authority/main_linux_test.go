@@ -76,7 +76,7 @@ func atPty(t *testing.T, home, typedAhead string, args ...string) *terminal {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(binary, args...)
-	cmd.Env = append(os.Environ(), "CAL_HOME="+home)
+	cmd.Env = append(os.Environ(), "CAL_HOME="+home, "TERM=dumb") // line by line
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := errors.Join(cmd.Start(), slave.Close()); err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"crypto/ed25519"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -23,12 +24,18 @@ type pane struct {
 // code and the terminal's modes.
 func newPane(t *testing.T, home, env string, args ...string) *pane {
 	t.Helper()
+	return paneAfter(t, home, env, "echo before", args...)
+}
+
+// paneAfter is newPane at a terminal at which a line of shell ran before.
+func paneAfter(t *testing.T, home, env, before string, args ...string) *pane {
+	t.Helper()
 	if _, err := exec.LookPath("tmux"); err != nil {
 		t.Skip("no tmux, which is the person's terminal here")
 	}
 	p := &pane{t, filepath.Join(t.TempDir(), "tmux")}
 	p.tmux("-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", fmt.Sprintf(
-		"echo before; env CAL_HOME=%s %s %s %s; echo exit=$?; stty -a; read forever", home, env, binary, strings.Join(args, " ")))
+		"%s; env CAL_HOME=%s %s %s %s; echo exit=$?; stty -a; read forever", before, home, env, binary, strings.Join(args, " ")))
 	t.Cleanup(func() { _ = exec.Command("tmux", "-S", p.socket, "kill-server").Run() })
 	return p
 }
@@ -167,8 +174,10 @@ func TestQueueOvertaken(t *testing.T) {
 	p.text("g")
 	p.shows("passphrase of ann:")
 	p.text(passphrase)
-	p.shows("closed", "Esc list")
+	p.shows("closed", "nothing is decided: it has expired")
+	p.text("q") // not a command: who types looks at the keys
 	p.press("Enter")
+	p.shows("closed", "Esc list")
 	wantState(t, api, "a-1", client.Expired)
 	p.press("Escape")
 	p.shows("1 ask waits")
@@ -225,6 +234,76 @@ func TestQueueTerminals(t *testing.T) {
 		p.shows(fmt.Sprintf("exit=%d", exitNotGranted))
 	}
 	wantState(t, api, "a-1", client.Pending)
+}
+
+// Whatever a machine's output has left the terminal in, the person sees what is signed, whole
+// and nothing else: on the whole screen, and line by line a page at a time.
+func TestWreckedTerminal(t *testing.T) {
+	t.Parallel() // mostly waits
+	home, api := queueHome(t)
+	const fake = `\033[2J\033[1;1Happroval by ann\033[8;1H  runs        read-only: "ls" "-l"\033[24;1Hyour phrase: blue lamp`
+	submit(t, api, newAsk(t, "a-1", "rm", "-rf", "everything"))
+	for name, left := range map[string]string{
+		"margins":            `\033[19;24r\033[19;1H`,
+		"origin in margins":  `\033[1;12r\033[?6h`,
+		"insert":             `\033[4h`,
+		"no wrap":            `\033[?7l`,
+		"line drawing":       `\033(0`,
+		"shifted out":        `\033)0\016`,
+		"alternate screen":   `\033[?1049h` + fake,
+		"all of it together": `\033[?1049h` + fake + `\033)0\016\033(0\033[4h\033[?7l\033[1;12r\033[?6h`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := paneAfter(t, home, "TERM=screen", "printf '"+fake+left+"'", "approve", "a-1")
+			screen := p.shows("approval by ann  1 of 1: a-1", `"rm" "-rf" "everything"`, "g grant  d deny")
+			if lines := strings.Split(strings.TrimRight(screen, "\n"), "\n"); len(lines) != 24 || !strings.HasPrefix(lines[0], "approval by ann") || !strings.HasPrefix(lines[23], "g grant") {
+				t.Errorf("the screen is not whole, it has %d lines:\n%s", len(lines), screen)
+			}
+			if strings.Contains(screen, `"ls"`) {
+				t.Errorf("what the machine wrote is still there:\n%s", screen)
+			}
+			p.press("q")
+			p.shows("exit=4")
+
+			p = paneAfter(t, home, "TERM=screen", "printf '"+fake+left+"'", "grant", "a-1")
+			screen = p.shows("approval by ann", "lines 1-18 of ", "Enter goes on")
+			if strings.Contains(screen, `"ls"`) {
+				t.Errorf("what the machine wrote is still there:\n%s", screen)
+			}
+			p.press("Enter")
+			p.shows(`"rm" "-rf" "everything"`, "grant this once? [y/N]")
+			p.press("n", "Enter")
+			p.shows("exit=4")
+		})
+	}
+	wantState(t, api, "a-1", client.Pending)
+}
+
+// A job in the background that writes to the terminal while a person decides is stopped.
+func TestNobodyElseWrites(t *testing.T) {
+	t.Parallel() // mostly waits
+	home, api := queueHome(t)
+	submit(t, api, newAsk(t, "a-1", "true"))
+	mark := filepath.Join(t.TempDir(), "go")
+	script := mark + ".sh"
+	text := fmt.Sprintf("set -m\n(until test -e %[1]s; do sleep 0.05; done; echo OVERWRITTEN; touch %[1]s.done) &\nCAL_HOME=%s %s approve a-1\necho exit=$?; stty -a; read forever\n", mark, home, binary)
+	if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := paneAfter(t, home, "TERM=screen", "exec env --default-signal=TTIN,TTOU TERM=screen bash "+script) // tmux ignores them
+	p.shows("approval by ann", "g grant")
+	if err := os.WriteFile(mark, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second) // for what must not happen
+	if screen := p.screen(); strings.Contains(screen, "OVERWRITTEN") {
+		t.Errorf("it wrote:\n%s", screen)
+	}
+	if _, err := os.Stat(mark + ".done"); err == nil {
+		t.Error("it went on")
+	}
+	p.press("q")
+	p.shows("exit=4", "-tostop")
 }
 
 // Whoever ends the program gets the terminal back as it was.

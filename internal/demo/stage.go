@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -458,7 +459,7 @@ type terminal struct {
 
 func (s *stage) terminal(ctx context.Context, name string, args ...string) (*terminal, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(s.bin, name), args...)
-	cmd.Env, cmd.Dir = s.env, s.dir
+	cmd.Env, cmd.Dir = append(slices.Clone(s.env), "TERM=dumb"), s.dir // what is printed here is read as lines
 	tty, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 50, Cols: 110})
 	if err != nil {
 		return nil, err

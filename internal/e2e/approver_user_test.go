@@ -81,7 +81,7 @@ func TestApprovalsOfAnotherUser(t *testing.T) {
 	socket := filepath.Join(theirs, "run", "authority.sock")
 	as := func(args ...string) *exec.Cmd {
 		e.Credential = &syscall.Credential{Uid: approver, Gid: approver}
-		cmd := e.Command("nucleus-authority", append(args, "--dir", filepath.Join(theirs, "authority"), "--socket", socket)...)
+		cmd := e.Lines("nucleus-authority", append(args, "--dir", filepath.Join(theirs, "authority"), "--socket", socket)...)
 		cmd.Dir = theirs
 		e.Credential = person
 		return cmd

@@ -223,7 +223,7 @@ func TestQuorumTask(t *testing.T) {
 	s.start(policy)
 	ask := s.asks(s.write("src/a"))
 	at := func(who string, flags ...string) *testenv.Terminal {
-		return e.Terminal(e.Command("cal", append([]string{"approve", "grant", ask, "--approver", who, "--match", "src"}, flags...)...))
+		return e.Terminal(e.Lines("cal", append([]string{"approve", "grant", ask, "--approver", who, "--match", "src"}, flags...)...))
 	}
 	grant := func(who, passphrase, says string) {
 		t.Helper()

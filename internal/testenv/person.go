@@ -45,6 +45,13 @@ func (e *Env) Terminal(cmd *exec.Cmd) *Terminal {
 	return t
 }
 
+// Lines is a command for a terminal that shows lines and knows no screen.
+func (e *Env) Lines(name string, args ...string) *exec.Cmd {
+	cmd := e.Command(name, args...)
+	cmd.Env = append(cmd.Env, "TERM=dumb")
+	return cmd
+}
+
 // Until waits for a text that has not been passed yet.
 func (t *Terminal) Until(text string) {
 	t.env.t.Helper()
@@ -101,7 +108,7 @@ func (e *Env) Approver() {
 // Grant approves one ask at a terminal and returns what the authority drew.
 func (e *Env) Grant(ask string) string {
 	e.t.Helper()
-	t := e.Terminal(e.Command("cal", "approve", ask))
+	t := e.Terminal(e.Lines("cal", "approve", ask))
 	t.Until("[y/N]")
 	drawn := t.Screen.String()
 	t.Type("y\n")

@@ -10,6 +10,9 @@ import (
 // TestGuest builds the guest program into dir and returns its path.
 func TestGuest(t testing.TB, dir string) string {
 	t.Helper()
+	if built := os.Getenv("CAL_TESTGUEST"); built != "" { // where there is no go
+		return built
+	}
 	path := filepath.Join(dir, "testguest")
 	build := exec.Command("go", "build", "-o", path, "cal/machine/machinetest/testguest")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")

@@ -9,8 +9,11 @@
 package main
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"net"
 	"os"
@@ -26,6 +29,7 @@ import (
 
 	"cal/guest/boot"
 	"cal/machine/machinetest/script"
+	"cal/nucleus"
 )
 
 // attachName is an abstract socket: it needs no writable directory.
@@ -138,10 +142,30 @@ func serveWire(wire *os.File, door net.Conn) {
 			door.Close()
 			door = nil
 		}
-		if encoder.Encode(perform(action)) != nil {
+		reply := perform(action)
+		if err := settle(); err != nil && reply.Err == "" {
+			reply.Err = err.Error()
+		}
+		if encoder.Encode(reply) != nil {
 			return
 		}
 	}
+}
+
+// settle does what the proxy owes after a call where the workspace is a disk
+// (machine.Facts.Sync).
+func settle() error {
+	const ext4 = 0xef53
+	var fs unix.Statfs_t
+	if unix.Statfs(nucleus.MachineWorkspace, &fs) != nil || fs.Type != ext4 {
+		return nil
+	}
+	dir, err := os.Open(nucleus.MachineWorkspace)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return unix.Syncfs(int(dir.Fd()))
 }
 
 // perform does the action in this process, or in a child where another user or
@@ -233,8 +257,17 @@ var actions = map[string]func(script.Action) (string, error){
 	"close":      func(a script.Action) (string, error) { return "", os.Chmod(a.Path, 0) },
 	"setuid-bit": func(a script.Action) (string, error) { return "", os.Chmod(a.Path, 0o755|os.ModeSetuid) },
 	"link":       func(a script.Action) (string, error) { return "", os.Symlink(a.Data, a.Path) },
-	"set":        func(a script.Action) (string, error) { kept = a.Data; return "", nil },
-	"get":        func(script.Action) (string, error) { return kept, nil },
+	"random": func(script.Action) (string, error) {
+		bytes := make([]byte, 32)
+		_, err := rand.Read(bytes)
+		return hex.EncodeToString(bytes), err
+	},
+	"hash": func(script.Action) (string, error) {
+		return fmt.Sprint(maphash.String(seed, "the process's own seed")), nil
+	},
+	"clock": func(script.Action) (string, error) { return time.Now().Format(time.RFC3339Nano), nil },
+	"set":   func(a script.Action) (string, error) { kept = a.Data; return "", nil },
+	"get":   func(script.Action) (string, error) { return kept, nil },
 	"remount": func(a script.Action) (string, error) {
 		return "", unix.Mount("", a.Path, "", unix.MS_REMOUNT|unix.MS_BIND, "")
 	},
@@ -336,6 +369,7 @@ func fill(a script.Action) (string, error) {
 var (
 	held [][]byte
 	kept string
+	seed = maphash.MakeSeed() // of what the kernel gives to each process
 )
 
 func interfaces(script.Action) (string, error) {

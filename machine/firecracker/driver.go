@@ -1,0 +1,268 @@
+// Package firecracker runs machines under Firecracker, on KVM that really runs a
+// guest, for a node that was started as root. It never runs a Firecracker outside of
+// its jailer.
+//
+// Claim: guest code reaches the host through KVM, a few virtual devices and one stream;
+// who takes over the Firecracker behind them is a user of its own in an empty jail, with no
+// network, no capability and the system calls of its filter. Threat: all in the machine,
+// its kernel included, is hostile, and so is the Firecracker once it was taken over; the
+// node may be killed at any moment. Promise: each Firecracker has a uid, a root, pid, net,
+// mount, IPC and UTS namespaces and a cgroup of its own, all of it checked before a guest
+// runs; the program's seccomp filter was proved by calls that it forbids; no path in a
+// jail is followed; what was made is written down before it is made and can be removed from
+// that record.
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cal/image"
+	"cal/internal/kvm"
+	"cal/internal/process"
+	"cal/machine"
+	"cal/machine/site"
+	"cal/nucleus"
+)
+
+// Version is the release of Firecracker and its jailer that this driver was tried with.
+const Version = "1.16.1"
+
+const name = "firecracker"
+
+const startTimeout = 60 * time.Second // of a start whose context has no deadline
+
+// Config is what the driver depends on. Every field but the first three has a default.
+type Config struct {
+	Firecracker string       // path of the program
+	Jailer      string       // path of its jailer, of the same version
+	Images      *image.Store // of kernels, initramfs and disks
+
+	// Snapshots is a directory for guests that have booted, from which machines start, on
+	// the file system of the machines' directories; empty: each machine boots.
+	Snapshots string
+
+	Kernel   string        // path of a kernel; empty: Debian's cloud kernel
+	Host     string        // where the host's root is seen; empty: /
+	Cgroups  string        // where cgroups are mounted; empty: /sys/fs/cgroup
+	Scratch  string        // where Probe makes and removes a directory; empty: /var/tmp
+	Patience time.Duration // of Probe; 0: 10 s
+
+	// KVM is what is known of this host's; one for all drivers of a process saves
+	// trying. nil: the driver's own.
+	KVM *kvm.Host
+}
+
+// Driver makes machines with Firecracker.
+type Driver struct {
+	config Config
+	usual  nucleus.Resources // of machines whose Spec does not say
+
+	mu     sync.Mutex
+	proved string // digest of the program whose filter was proved
+
+	warm atomic.Bool // machines start from snapshots
+}
+
+// New returns a driver that has not been probed.
+func New(config Config) *Driver {
+	if config.Host == "" {
+		config.Host = "/"
+	}
+	if config.Cgroups == "" {
+		config.Cgroups = "/sys/fs/cgroup"
+	}
+	if config.Scratch == "" {
+		config.Scratch = "/var/tmp"
+	}
+	if config.Patience == 0 {
+		config.Patience = 10 * time.Second
+	}
+	if config.KVM == nil {
+		config.KVM = new(kvm.Host)
+	}
+	d := &Driver{config: config, usual: nucleus.Resources{CPU: min(runtime.NumCPU(), 32), MemoryMB: 2048, Pids: 2048, DiskMB: 10 << 10}}
+	d.warm.Store(config.Snapshots != "")
+	return d
+}
+
+// Name implements machine.Driver.
+func (d *Driver) Name() string { return name }
+
+// Tier implements machine.Driver.
+func (d *Driver) Tier() nucleus.Tier { return nucleus.TierVM }
+
+// Create implements machine.Driver.
+func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machine, err error) {
+	if err := spec.Check(); err != nil {
+		return nil, err
+	}
+	if err := checkFS(spec.Dir); err != nil {
+		return nil, err
+	}
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, startTimeout)
+		defer cancel()
+	}
+	digest, err := d.prove(ctx)
+	if err != nil {
+		return nil, err
+	}
+	held, err := site.Claim(ctx, spec.Dir, recordFile)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		// What ended the start must not end the cleaning up.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
+		defer cancel()
+		err = errors.Join(err, d.clear(ctx, spec.Dir), site.Unlock(spec.Dir, held))
+	}()
+	m, err := d.make(ctx, spec, digest, held, d.warm.Load())
+	if errors.Is(err, errSnapshot) {
+		slog.Warn("a machine could not start from its snapshot; it is booted", "machine", spec.ID, "error", err)
+		if err := d.clear(ctx, spec.Dir); err != nil {
+			return nil, err
+		}
+		m, err = d.make(ctx, spec, digest, held, false)
+	}
+	if err != nil {
+		return nil, err // no machine, rather than an interface that holds none
+	}
+	return m, nil
+}
+
+// begin decides what the machine will be, and writes it down before anything is made
+// of it.
+func (d *Driver) begin(spec machine.Spec) (record, error) {
+	exec, err := filepath.EvalSymlinks(d.config.Firecracker) // as the jailer does
+	if err != nil {
+		return record{}, err
+	}
+	uid, err := newUID()
+	if err != nil {
+		return record{}, err
+	}
+	rec := record{
+		Driver: name, ID: spec.ID, Created: time.Now().UTC().Format(time.RFC3339Nano),
+		Jail: jail{Dir: spec.Dir, ID: newInstance(), Exec: filepath.Base(exec), UID: uid},
+	}
+	rec.limit(spec.Resources, d.usual)
+	version := cgroupVersion(d.config.Cgroups)
+	if version == 0 {
+		return record{}, machine.Refuse("no cgroups with the controllers %s are at %s", strings.Join(controllers, ", "), d.config.Cgroups)
+	}
+	rec.Jail.Limits = limits{
+		Version: version, Memory: int64(rec.MemoryMB+overheadMB) << 20, NoSwap: canForbidSwap(d.config.Cgroups, version),
+		CPUs: rec.CPUs, Tasks: rec.CPUs + vmmTasks,
+	}
+	rec.Template = rec.Jail
+	rec.Template.ID = newInstance()
+	if rec.Template.UID, err = newUID(); err != nil {
+		return record{}, err
+	}
+	return rec, rec.save()
+}
+
+// overheadMB is what a machine's cgroup may hold beside the guest's memory: Firecracker
+// itself, 5 MB, and the host's cache of its disks, which the kernel takes back.
+const overheadMB = 64
+
+// limit decides how each resource is kept: the processors and the memory are those
+// that the machine has, and its cgroup holds Firecracker to them; a disk has its size;
+// tasks are the guest's own, and its proxy limits each user of the machine to them.
+func (r *record) limit(want, usual nucleus.Resources) {
+	limits := []nucleus.Limit{machine.NoLimit("cpu")}
+	if want.CPU > 0 {
+		limits[0] = nucleus.Limit{Resource: "cpu", Value: machine.Value(want.CPU, "cores"), How: machine.Enforced}
+	}
+	or := func(want, usual int) int {
+		if want == 0 {
+			return usual
+		}
+		return want
+	}
+	r.CPUs, r.MemoryMB = or(want.CPU, usual.CPU), or(want.MemoryMB, usual.MemoryMB)
+	pids, disk := or(want.Pids, usual.Pids), or(want.DiskMB, usual.DiskMB)
+	r.Limits = append(limits,
+		nucleus.Limit{Resource: "memory", Value: machine.Value(r.MemoryMB, "MB"), How: machine.Enforced},
+		nucleus.Limit{Resource: "pids", Value: machine.Value(pids, "tasks a user"), How: machine.Enforced},
+		nucleus.Limit{Resource: "disk", Value: machine.Value(disk, "MB"), How: machine.Enforced},
+	)
+	r.DiskMB = disk
+	r.Facts = machine.Facts{ToolsUID: machine.ToolsID, ToolsGID: machine.ToolsID, AgentUID: machine.AgentID, AgentGID: machine.AgentID, Tasks: pids, Sync: true}
+}
+
+// Adopt implements machine.Driver.
+func (d *Driver) Adopt(ctx context.Context, dir string) (machine.Machine, error) {
+	rec, err := loadRecord(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w", dir, machine.ErrGone)
+	}
+	if err != nil {
+		return nil, err
+	}
+	held, err := site.Lock(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	v, err := rec.Jail.hold(d.config.Cgroups)
+	if err != nil {
+		held.Close()
+		return nil, fmt.Errorf("%s: %w", dir, err)
+	}
+	m := d.hold(rec, v, held)
+	if m.wire, err = m.Rewire(ctx); err != nil {
+		m.Release()
+		return nil, err
+	}
+	return m, nil
+}
+
+// Remove implements machine.Driver.
+func (d *Driver) Remove(ctx context.Context, dir string) error {
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	held, err := site.Lock(ctx, dir)
+	if err != nil {
+		return err
+	}
+	if err := d.clear(ctx, dir); err != nil {
+		held.Close()
+		return err
+	}
+	return site.Discard(dir, held)
+}
+
+// clear ends all that runs for a machine and deletes what was made for it, the record
+// last: while it is there, what else is left is known.
+func (d *Driver) clear(ctx context.Context, dir string) error {
+	rec, err := loadRecord(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return site.DeleteRecord(dir, recordFile) // one that was being written
+	}
+	if err != nil {
+		return err
+	}
+	for _, j := range []jail{rec.Jail, rec.Template} {
+		if err := j.remove(ctx, d.config.Cgroups); err != nil {
+			return err
+		}
+	}
+	return site.DeleteRecord(dir, recordFile)
+}

@@ -1,0 +1,343 @@
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"cal/image"
+	"cal/internal/durable"
+	"cal/internal/kvm"
+	"cal/machine"
+	"cal/machine/machinetest"
+	"cal/machine/machinetest/script"
+	"cal/nucleus"
+)
+
+// faked is a driver over the fake programs, as a process that was just started has it.
+func faked(t testing.TB, spoil ...func(*Config)) *Driver {
+	t.Helper()
+	firecracker, jailer := fakePrograms(t)
+	dir := jailDir(t)
+	kernel := filepath.Join(dir, "vmlinux")
+	must(t, os.WriteFile(kernel, tinyKernel(), 0o600))
+	host := filepath.Join(dir, "host")
+	for name, data := range map[string]string{"usr/bin/sh": "#!", "etc/passwd": "root:x:0:0::/:/bin/sh\n", "etc/group": "root:x:0:\n"} {
+		must(t, os.MkdirAll(filepath.Dir(filepath.Join(host, name)), 0o755))
+		must(t, os.WriteFile(filepath.Join(host, name), []byte(data), 0o644))
+	}
+	images, err := image.Open(filepath.Join(dir, "images"))
+	must(t, err)
+	config := Config{Firecracker: firecracker, Jailer: jailer, Images: images, Kernel: kernel, Host: host, KVM: new(kvm.Host)}
+	for _, spoil := range spoil {
+		spoil(&config)
+	}
+	d := New(config)
+	d.proved, err = fileDigest(firecracker)
+	must(t, err)
+	return d
+}
+
+// again is the driver as another process would have it.
+func (d *Driver) again() *Driver {
+	fresh := New(d.config)
+	fresh.proved, fresh.usual = d.proved, d.usual
+	return fresh
+}
+
+// fakeHost is a host for the suite over the fake programs.
+func fakeHost(t testing.TB, d *Driver) machinetest.Host {
+	t.Helper()
+	dir := jailDir(t)
+	proxy := filepath.Join(dir, "proxy")
+	must(t, os.WriteFile(proxy, []byte("#!"), 0o755))
+	return machinetest.Host{Driver: func() machine.Driver { return d.again() }, Proxy: proxy, Scratch: dir, Kill: killVMM, Left: left}
+}
+
+// TestSuiteOverFake: what the suite asks of a driver's life, with Firecracker and its
+// guest replaced.
+func TestSuiteOverFake(t *testing.T) {
+	d := faked(t)
+	machinetest.Try(t, fakeHost(t, d), "refused", "limits are stated", "new wire", "wire refused", "adopt", "remove", "given up start")
+}
+
+// TestRemoveAtAnyMoment: the node dies after each step of a start; another process
+// finds all that was made by the record and removes it.
+func TestRemoveAtAnyMoment(t *testing.T) {
+	d := faked(t)
+	host := fakeHost(t, d)
+	ctx := machinetest.Context(t)
+	var spec machine.Spec
+	var rec record
+	var made parts
+	var v *vmm
+	steps := []struct {
+		name string
+		do   func() error
+	}{
+		{"nothing", func() error { return nil }},
+		{"a record that was being written", func() error { return os.WriteFile(filepath.Join(spec.Dir, ".tmp-1"), nil, 0o600) }},
+		{"the record", func() (err error) { rec, err = d.begin(spec); return err }},
+		{"the jail", func() error { return rec.Jail.make() }},
+		{"a template's jail", func() error { return rec.Template.make() }},
+		{"the parts", func() (err error) {
+			made, err = d.assemble(ctx, spec, rec)
+			rec.Jail.FileSize = made.longest()
+			return errors.Join(err, rec.save())
+		}},
+		{"Firecracker", func() (err error) { v, err = d.launch(ctx, rec.Jail, d.proved); return err }},
+		{"a template's Firecracker", func() error {
+			template, err := d.launch(ctx, rec.Template, d.proved)
+			if err == nil {
+				template.letGo()
+			}
+			return err
+		}},
+		{"a guest that runs", func() error { return v.bootUp(ctx, made, rec) }},
+		{"a guest that is greeted", func() error {
+			conn, err := v.greet(ctx)
+			if err == nil {
+				conn.Close()
+			}
+			return err
+		}},
+		{"a dead Firecracker", func() error { killVMM(t, spec.Dir); return nil }},
+	}
+	for last := range steps {
+		t.Run("after "+steps[last].name, func(t *testing.T) {
+			spec, v = host.Spec(t), nil
+			t.Cleanup(func() { must(t, d.again().Remove(ctx, spec.Dir)) })
+			for _, step := range steps[:last+1] {
+				if err := step.do(); err != nil {
+					t.Fatalf("%s: %v", step.name, err)
+				}
+			}
+			if v != nil {
+				v.letGo() // as a process that died
+			}
+			for range 2 {
+				must(t, d.again().Remove(ctx, spec.Dir))
+			}
+			if found := left(t, spec.Dir); len(found) > 0 {
+				t.Errorf("left: %v", found)
+			}
+			if steps[last].name != steps[1].name {
+				if entries, err := os.ReadDir(spec.Dir); err == nil {
+					t.Errorf("the directory is left, with %v", entries)
+				}
+			}
+		})
+	}
+}
+
+// TestWorkspace: a workspace is one machine's at a time, and of one kind for good.
+func TestWorkspace(t *testing.T) {
+	d := faked(t)
+	host := fakeHost(t, d)
+	ctx := machinetest.Context(t)
+	spec := host.Spec(t)
+	m, err := d.Create(ctx, spec)
+	must(t, err)
+	second := host.Spec(t)
+	second.Workspace = spec.Workspace
+	if other, err := d.Create(ctx, second); !errors.Is(err, machine.ErrRefused) || !strings.Contains(err.Error(), "another machine") {
+		t.Errorf("a second machine with the workspace of one that runs: %v, %v", other, err)
+	}
+	must(t, m.Destroy(ctx))
+	m, err = d.Create(ctx, second) // and then it can be had
+	must(t, err)
+	must(t, m.Destroy(ctx))
+
+	for name, spoil := range map[string]func(dir string) error{
+		"files of the host": func(dir string) error { return os.WriteFile(filepath.Join(dir, "main.go"), nil, 0o644) },
+		"a link":            func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, workspaceFile)) },
+		"a directory":       func(dir string) error { return os.Mkdir(filepath.Join(dir, workspaceFile), 0o700) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			spec := host.Spec(t)
+			must(t, spoil(spec.Workspace))
+			if m, err := d.Create(ctx, spec); !errors.Is(err, machine.ErrRefused) {
+				t.Errorf("%v, %v", m, err)
+			}
+			if found := left(t, spec.Dir); len(found) > 0 {
+				t.Errorf("left: %v", found)
+			}
+		})
+	}
+}
+
+// TestSnapshotOverFake: the second machine of a shape starts from what the first made,
+// another shape does not, and what was changed is thrown away.
+func TestSnapshotOverFake(t *testing.T) {
+	d := faked(t, func(c *Config) { c.Snapshots = filepath.Join(jailDir(t), "snapshots") })
+	host := fakeHost(t, d)
+	count := func() int {
+		found, err := filepath.Glob(filepath.Join(d.config.Snapshots, "*", manifestFile))
+		must(t, err)
+		return len(found)
+	}
+	create := func(change ...func(*machine.Spec)) {
+		t.Helper()
+		spec := host.Spec(t)
+		for _, change := range change {
+			change(&spec)
+		}
+		m, err := d.Create(machinetest.Context(t), spec)
+		must(t, err)
+		guest := machinetest.Talk(t, m.Wire())
+		guest.Must(script.Action{Do: "set", Data: "mine", UID: -1})
+		must(t, m.Destroy(machinetest.Context(t)))
+		if found := left(t, spec.Dir); len(found) > 0 {
+			t.Errorf("left: %v", found)
+		}
+	}
+	create()
+	create()
+	checkSnapshots(t, d.config.Snapshots, 1)
+	create(func(s *machine.Spec) { s.Resources.CPU = 1 })
+	create(func(s *machine.Spec) { s.Resources.MemoryMB = 300 })
+	create(func(s *machine.Spec) { s.Resources.DiskMB = 100 })
+	create(func(s *machine.Spec) {
+		s.Agent = []nucleus.Layer{{Name: "a", Host: s.Workspace + "-agent", Guest: nucleus.MachineAgent + "/a"}}
+		must(t, os.Mkdir(s.Workspace+"-agent", 0o755))
+	})
+	if got := count(); got != mostSnapshots {
+		t.Errorf("%d snapshots are kept, want %d", got, mostSnapshots)
+	}
+	checkSnapshots(t, d.config.Snapshots, mostSnapshots)
+
+	for name, c := range map[string]struct {
+		file  string
+		spoil func(file string) error
+	}{
+		"content": {stateFile, func(file string) error { return os.WriteFile(file, []byte("another"), 0o600) }},
+		"memory":  {memoryFile, func(file string) error { return os.WriteFile(file, []byte("MEMORY"), 0o600) }},
+		"mode":    {memoryFile, func(file string) error { return os.Chmod(file, 0o644) }},
+		"owner":   {memoryFile, func(file string) error { return os.Chown(file, 1, 1) }},
+		"a name":  {memoryFile, func(file string) error { return os.Link(file, file+"-2") }},
+		"loss":    {stateFile, os.Remove},
+	} {
+		t.Run(name, func(t *testing.T) {
+			create() // makes it where it is missing
+			found, err := filepath.Glob(filepath.Join(d.config.Snapshots, "*", c.file))
+			must(t, err)
+			for _, name := range found {
+				must(t, c.spoil(name))
+			}
+			before := count()
+			create() // it boots
+			if got := count(); got != before-1 {
+				t.Errorf("%d snapshots are kept, want %d: the changed one is thrown away", got, before-1)
+			}
+		})
+	}
+}
+
+// TestProbeRefuses: each thing that is missing is said, with what to do.
+func TestProbeRefuses(t *testing.T) {
+	dir := jailDir(t)
+	program := func(name, says string) string {
+		path := filepath.Join(dir, name)
+		must(t, os.WriteFile(path, []byte("#!/bin/sh\n"+says+"\n"), 0o755))
+		return path
+	}
+	good, jailer := program("firecracker", "echo Firecracker v"+Version), program("jailer", "echo Jailer v"+Version)
+	for name, c := range map[string]struct {
+		config Config
+		want   string
+	}{
+		"no firecracker":    {Config{Jailer: jailer}, "no firecracker on PATH"},
+		"no jailer":         {Config{Firecracker: good}, "no jailer on PATH"},
+		"nothing there":     {Config{Firecracker: dir + "/none", Jailer: jailer}, "no firecracker at"},
+		"an older one":      {Config{Firecracker: program("old", "echo Firecracker v1.10.0"), Jailer: jailer}, "takes no other"},
+		"a newer jailer":    {Config{Firecracker: good, Jailer: program("new", "echo Jailer v2.0.0")}, "takes no other"},
+		"another program":   {Config{Firecracker: jailer, Jailer: jailer}, "takes no other"},
+		"one that fails":    {Config{Firecracker: program("bad", "exit 3"), Jailer: jailer}, "--version failed"},
+		"one that hangs":    {Config{Firecracker: program("slow", "exec sleep 60"), Jailer: jailer, Patience: 200 * time.Millisecond}, "--version failed"},
+		"no control groups": {Config{Firecracker: good, Jailer: jailer, Cgroups: dir}, "no cgroups"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c.config.KVM = new(kvm.Host)
+			err := New(c.config).Probe(t.Context())
+			want := c.want
+			if os.Geteuid() != 0 {
+				want = "started as root"
+			}
+			var failed *machine.ProbeError
+			if !errors.As(err, &failed) || !strings.Contains(err.Error(), want) || failed.Mend == "" {
+				t.Errorf("got %v, want %q with a mend", err, want)
+			}
+		})
+	}
+}
+
+// TestUnprovedFilter: a Firecracker whose filter allows all looks well in /proc, and is
+// refused by each way to start a machine.
+func TestUnprovedFilter(t *testing.T) {
+	d := faked(t)
+	host := fakeHost(t, d)
+	d.proved = ""
+	spec := host.Spec(t)
+	m, err := d.Create(machinetest.Context(t), spec)
+	if m != nil || !errors.Is(err, errAllowed) {
+		t.Errorf("got %v, %v, want %v", m, err, errAllowed)
+	}
+	if found := left(t, spec.Dir); len(found) > 0 {
+		t.Errorf("left: %v", found)
+	}
+	if d.proved != "" {
+		t.Error("taken for proved")
+	}
+}
+
+// TestAnotherProgram: what runs in the jail must be what was proved.
+func TestAnotherProgram(t *testing.T) {
+	d := faked(t)
+	host := fakeHost(t, d)
+	ctx := machinetest.Context(t)
+	rec, err := d.begin(host.Spec(t))
+	must(t, err)
+	t.Cleanup(func() { must(t, d.clear(context.Background(), rec.Jail.Dir)) })
+	must(t, rec.Jail.make())
+	v, err := d.launch(ctx, rec.Jail, strings.Repeat("0", 64))
+	if v != nil || err == nil || !strings.Contains(err.Error(), "digest") {
+		t.Errorf("got %v, %v", v, err)
+	}
+}
+
+// TestForeignRecord: a machine of another driver is not touched.
+func TestForeignRecord(t *testing.T) {
+	dir := t.TempDir()
+	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]string{"driver": "gvisor"}))
+	d := New(Config{})
+	for name, try := range map[string]func() error{
+		"adopt":  func() error { _, err := d.Adopt(context.Background(), dir); return err },
+		"remove": func() error { return d.Remove(context.Background(), dir) },
+	} {
+		if err := try(); err == nil || errors.Is(err, machine.ErrGone) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, recordFile)); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestReasons: what is said of a Firecracker that ended.
+func TestReasons(t *testing.T) {
+	for log, want := range map[string]string{
+		"": "the machine ended",
+		"x [m:fc_vcpu 0:ERROR] Received KVM_EXIT_INTERNAL_ERROR signal\ny [m:main:INFO] Vmm is stopping.\n": "firecracker ended: x [m:fc_vcpu 0:ERROR] Received KVM_EXIT_INTERNAL_ERROR signal",
+		"x [m:main:ERROR] Shutting down VM after intercepting a bad syscall (59).\n":                        "firecracker ended: x [m:main:ERROR] Shutting down VM after intercepting a bad syscall (59).",
+	} {
+		v := &vmm{cgroups: t.TempDir()}
+		v.log.text = []byte(log)
+		if got := v.died(); got != want {
+			t.Errorf("%q: %q, want %q", log, got, want)
+		}
+	}
+}

@@ -1,0 +1,353 @@
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"cal/machine"
+	"cal/machine/site"
+	"cal/nucleus"
+	"cal/wire"
+)
+
+const (
+	guestCID     = 3    // of every guest: nobody else is on its vsock
+	wirePort     = 1024 // where the guest's first process takes wires
+	greetTimeout = 10 * time.Second
+	endPatience  = 2 * time.Second // with a guest that was asked to end
+
+	// A guest is asked again whether it takes wires, the longer it takes the less often.
+	firstAgain = time.Millisecond
+	lastAgain  = 50 * time.Millisecond
+)
+
+// Machine is a Firecracker that this process holds.
+type Machine struct {
+	driver *Driver
+	rec    record
+	vmm    *vmm
+	held   io.Closer // the lock of the directory
+
+	paused chan string // nothing is watched, so nothing comes
+	done   chan struct{}
+	work   sync.WaitGroup
+
+	mu       sync.Mutex
+	wire     net.Conn
+	reason   string
+	released bool
+	gone     bool // Destroy has removed everything
+}
+
+// make makes a machine and waits for its first word. digest is that of the program.
+func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, held io.Closer, warm bool) (*Machine, error) {
+	rec, err := d.begin(spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := spec.States(rec.Limits); err != nil {
+		return nil, err
+	}
+	if err := rec.Jail.make(); err != nil {
+		return nil, err
+	}
+	made, err := d.assemble(ctx, spec, rec)
+	if err != nil {
+		return nil, err
+	}
+	rec.Facts.Env, rec.Facts.Digests = made.env, made.digests()
+	rec.Jail.FileSize = made.longest()
+	rec.Template.FileSize = max(made.longest(), int64(rec.MemoryMB)<<20)
+	if err := rec.save(); err != nil {
+		return nil, err
+	}
+	snapshot := ""
+	if warm {
+		snapshot = d.snapshotOrNone(ctx, rec, made, digest)
+	}
+	v, err := d.launch(ctx, rec.Jail, digest)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := d.bring(ctx, v, rec, made, snapshot)
+	if err != nil {
+		err = v.explain(err)
+		v.letGo()
+		return nil, err
+	}
+	m := d.hold(rec, v, held)
+	m.wire = conn
+	return m, nil
+}
+
+// snapshotOrNone is the snapshot to start from. Where none can be made machines boot from
+// now on: that is slower, and no weaker.
+func (d *Driver) snapshotOrNone(ctx context.Context, rec record, made parts, digest string) string {
+	dir, err := d.snapshot(ctx, rec, made, digest)
+	if err != nil {
+		d.warm.Store(false)
+		slog.Warn("no snapshots of machines can be made; each machine boots", "error", err)
+		return ""
+	}
+	return dir
+}
+
+// bring starts the guest and greets it.
+func (d *Driver) bring(ctx context.Context, v *vmm, rec record, made parts, snapshot string) (net.Conn, error) {
+	if snapshot == "" {
+		if err := v.bootUp(ctx, made, rec); err != nil {
+			return nil, err
+		}
+		return v.greet(ctx)
+	}
+	if err := v.serial(ctx); err != nil {
+		return nil, err
+	}
+	if err := v.restore(ctx, snapshot); err != nil {
+		d.forget(snapshot)
+		return nil, err
+	}
+	if err := filtered(v.process.PID); err != nil {
+		return nil, err
+	}
+	if err := v.api.resume(ctx); err != nil {
+		return nil, err
+	}
+	return v.greet(ctx)
+}
+
+// bootUp starts a guest from its kernel.
+func (v *vmm) bootUp(ctx context.Context, made parts, rec record) error {
+	if err := v.serial(ctx); err != nil {
+		return err
+	}
+	if err := v.configure(ctx, made, rec); err != nil {
+		return err
+	}
+	if err := v.api.start(ctx); err != nil {
+		return err
+	}
+	return filtered(v.process.PID)
+}
+
+// configure says all that Firecracker must know before it starts the guest. There is
+// no network device, and no metadata service.
+func (v *vmm) configure(ctx context.Context, made parts, rec record) error {
+	if err := v.api.setMachine(ctx, machineConfig{CPUs: rec.CPUs, MemoryMB: rec.MemoryMB}); err != nil {
+		return err
+	}
+	if err := v.api.setBoot(ctx, bootSource{"/" + kernelFile, "/" + initramfsFile, made.cmdline()}); err != nil {
+		return err
+	}
+	for _, drive := range made.drives(rec.CPUs) {
+		if err := v.api.addDrive(ctx, drive); err != nil {
+			return err
+		}
+	}
+	return v.api.setVsock(ctx, vsockDevice{guestCID, "/" + vsockSocket})
+}
+
+// greet gives the guest's first process a wire as soon as it takes one.
+func (v *vmm) greet(ctx context.Context) (net.Conn, error) {
+	conn, err := v.await(ctx)
+	if err != nil {
+		return nil, err
+	}
+	greeted, err := wire.Greet(conn, deadlineOf(ctx))
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return greeted, nil
+}
+
+// await connects to the guest's first process when it takes wires. It has said nothing then,
+// and heard nothing.
+func (v *vmm) await(ctx context.Context) (net.Conn, error) {
+	for again := firstAgain; ; again = min(again*3/2, lastAgain) {
+		conn, err := v.reach(ctx)
+		if err == nil {
+			return conn, nil
+		}
+		if v.ended() {
+			return nil, fmt.Errorf("%w: the guest did not come up: %w", machine.ErrGone, v.endedBy())
+		}
+		if site.Pause(ctx, again) != nil {
+			return nil, fmt.Errorf("the guest did not come up: %w: %w", context.Cause(ctx), v.endedBy())
+		}
+	}
+}
+
+// endedBy says with what a guest that is no more ended.
+func (v *vmm) endedBy() error {
+	if text := v.console.String(); text != "" {
+		return fmt.Errorf("its console's last line: %s", line(site.LastLine(text)))
+	}
+	return errors.New("it printed nothing")
+}
+
+// reach connects to the port of wires.
+func (v *vmm) reach(ctx context.Context) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	return v.jail.dialPort(ctx, wirePort)
+}
+
+func deadlineOf(ctx context.Context) time.Time {
+	if deadline, ok := ctx.Deadline(); ok {
+		return deadline
+	}
+	return time.Now().Add(greetTimeout)
+}
+
+// hold begins to watch a Firecracker.
+func (d *Driver) hold(rec record, v *vmm, held io.Closer) *Machine {
+	m := &Machine{driver: d, rec: rec, vmm: v, held: held, paused: make(chan string), done: make(chan struct{})}
+	m.work.Go(m.awaitDeath)
+	return m
+}
+
+func (m *Machine) awaitDeath() {
+	<-m.vmm.done
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.released || !m.vmm.ended() {
+		return // the process was let go, which says nothing of it
+	}
+	if m.reason == "" {
+		m.reason = m.vmm.died()
+	}
+	close(m.done)
+}
+
+// Wire implements machine.Machine.
+func (m *Machine) Wire() net.Conn {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	conn := m.wire
+	m.wire = nil
+	return conn
+}
+
+// Rewire implements machine.Machine. The old wire stays in use until the proxy has
+// taken the new one.
+func (m *Machine) Rewire(ctx context.Context) (net.Conn, error) {
+	m.mu.Lock()
+	ended := m.released || m.gone
+	m.mu.Unlock()
+	select {
+	case <-m.done:
+		return nil, fmt.Errorf("%s: %w: %s", m.rec.Jail.Dir, machine.ErrGone, m.Reason())
+	default:
+	}
+	if ended {
+		return nil, fmt.Errorf("%s: %w", m.rec.Jail.Dir, machine.ErrGone)
+	}
+	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
+	defer cancel()
+	conn, err := m.vmm.greet(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("machine %s: %w", m.rec.ID, err)
+	}
+	return conn, nil
+}
+
+// Facts implements machine.Machine.
+func (m *Machine) Facts() machine.Facts { return m.rec.Facts }
+
+// Limits implements machine.Machine.
+func (m *Machine) Limits() []nucleus.Limit { return slices.Clone(m.rec.Limits) }
+
+// Paused implements machine.Machine.
+func (m *Machine) Paused() <-chan string { return m.paused }
+
+// Resume implements machine.Machine: nothing is watched, so nothing was paused.
+func (m *Machine) Resume(context.Context) error { return nil }
+
+// Done implements machine.Machine.
+func (m *Machine) Done() <-chan struct{} { return m.done }
+
+// Reason implements machine.Machine.
+func (m *Machine) Reason() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.reason
+}
+
+// Console implements machine.Machine.
+func (m *Machine) Console() string { return m.vmm.console.String() }
+
+// Destroy implements machine.Machine.
+func (m *Machine) Destroy(ctx context.Context) error {
+	m.mu.Lock()
+	if m.gone || m.released {
+		m.mu.Unlock()
+		return nil
+	}
+	if m.reason == "" {
+		m.reason = "destroyed"
+	}
+	m.mu.Unlock()
+	m.askToEnd(ctx)
+	if err := m.driver.clear(ctx, m.rec.Jail.Dir); err != nil {
+		return err
+	}
+	<-m.done
+	m.mu.Lock()
+	first := !m.gone
+	m.gone = true
+	m.mu.Unlock()
+	if !first {
+		return nil
+	}
+	m.letGo()
+	return site.Discard(m.rec.Jail.Dir, m.held)
+}
+
+// askToEnd has the guest flush what programs in the background wrote and end by itself. It
+// may refuse, and is killed then.
+func (m *Machine) askToEnd(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, endPatience)
+	defer cancel()
+	conn, err := m.vmm.jail.dialPort(ctx, wirePort)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	if wire.SayEnd(conn, deadlineOf(ctx)) != nil {
+		return
+	}
+	select {
+	case <-m.done:
+	case <-ctx.Done():
+	}
+}
+
+// Release implements machine.Machine.
+func (m *Machine) Release() {
+	m.mu.Lock()
+	if m.released || m.gone {
+		m.mu.Unlock()
+		return
+	}
+	m.released = true
+	m.mu.Unlock()
+	m.letGo()
+	m.held.Close()
+}
+
+// letGo ends this process's part and waits for it.
+func (m *Machine) letGo() {
+	if conn := m.Wire(); conn != nil {
+		conn.Close()
+	}
+	m.vmm.letGo()
+	m.work.Wait()
+}
