@@ -10,7 +10,7 @@ export CGO_ENABLED := 0
 export GOTOOLCHAIN := local
 export GOFLAGS := -trimpath -buildvcs=false
 
-.PHONY: all programs runsc install uninstall demo demo-control test test-long mutants bench lint clean
+.PHONY: all programs runsc install uninstall demo demo-control test test-long test-firecracker mutants bench lint clean
 
 all: programs runsc ## the four static programs and the pinned runsc, into bin/
 
@@ -47,6 +47,10 @@ test: all agents ## everything that must hold; prints its ten slowest tests
 test-long: all agents mutants ## the slow ones: more kills, more rounds, mutants
 	CAL_LONG=1 internal/test.sh ./...
 	cd bench/log && $(GO) test -count=1 . # our log, read by programs of others
+
+test-firecracker: ## the driver firecracker with the real programs, in an emulated host: FIRECRACKER=PATH JAILER=PATH
+	@test -n "$(FIRECRACKER)" -a -n "$(JAILER)" || { echo "usage: make test-firecracker FIRECRACKER=PATH JAILER=PATH [RUN=REGEXP]"; exit 2; }
+	$(GO) run ./internal/nested --firecracker $(FIRECRACKER) --jailer $(JAILER) $(if $(UNFILTERED),--unfiltered $(UNFILTERED)) $(if $(RUN),--run '$(RUN)')
 
 mutants: ## break each law and rule of policy and log in turn: a test must notice
 	$(GO) run ./internal/mutants

@@ -18,7 +18,12 @@ func makeVaried(t testing.TB, entries ...nucleus.Entry) string {
 	dir := filepath.Join(t.TempDir(), "log")
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	l := mustOpen(t, dir, Options{Origin: testOrigin, Key: testKey, Now: func() time.Time { now = now.Add(time.Second); return now }})
-	appendAll(t, l, entries...)
+	for _, e := range entries {
+		if at, err := time.Parse(time.RFC3339Nano, e.Time); err == nil {
+			now = at // from here on
+		}
+		appendAll(t, l, e)
+	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +120,7 @@ func TestCompare(t *testing.T) {
 	ask := nucleus.Entry{Kind: nucleus.KindApprovalAsk, Ask: "a-1", Digest: "d-1", Op: nucleus.GitPush}
 	use := nucleus.Entry{Kind: nucleus.KindApprovalUse, Ask: "a-1", Digest: "d-1", Grants: []string{"g-1"}}
 	grant := nucleus.Entry{Kind: nucleus.KindApprovalGrant, Ask: "a-1", Digest: "d-1", Grants: []string{"g-1"}}
-	const one, two, task = `{"need":1}`, `{"need":2}`, `{"need":1,"task":{"uses":3,"until_ms":1,"exposure":0,"match":{}}}`
+	const one, two, task = `{"need":1}`, `{"need":2}`, `{"need":1,"task":{"uses":3,"until_ms":1767326645000,"exposure":0,"match":{}}}`
 	by := func(approver, id, data string) nucleus.Entry {
 		e := grant
 		e.Actor, e.Grants, e.Data = approver, []string{id}, json.RawMessage(data)
@@ -133,6 +138,15 @@ func TestCompare(t *testing.T) {
 	unasked, attempt, refused, passage := effect("r-9"), effect("", "g-1"), effect(""), numbered(1, "g-1")
 	unasked.Ask, attempt.Data, refused.Status = "", json.RawMessage(`{"attempt":"eg-1"}`), nucleus.OutcomeRefused
 	passage.Data = json.RawMessage(`{"n":1,"of":1,"passage":{"host":"h","port":1}}`)
+	late := func(e nucleus.Entry, after time.Duration) nucleus.Entry {
+		e.Time = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC).Add(after).Format(time.RFC3339Nano)
+		return e
+	}
+	ending, standing := passage, by("ann", "g-1", `{"need":1,"passage_ms":60000}`)
+	ending.Data = json.RawMessage(`{"n":1,"of":1,"passage":{"until_ms":1767323105000}}`) // a minute on
+	uncounted := nucleus.Entry{Kind: nucleus.KindApprovalRefuse, Ask: "a-1", Permit: "r-1", Grants: []string{"g-1"}, Data: json.RawMessage(`{"uncounted":true}`)}
+	refusal := uncounted
+	refusal.Data = json.RawMessage(`{"why":"used before"}`)
 	revoked := nucleus.Entry{Kind: nucleus.KindApprovalRevoke, Ask: "a-1", Grants: []string{"g-1"}}
 	otherAsk, otherGrant := ask, grant
 	otherAsk.Digest, otherGrant.Ask = "d-2", "a-2"
@@ -169,6 +183,18 @@ func TestCompare(t *testing.T) {
 		{"a second effect by one use", []nucleus.Entry{ask, numbered(1, "g-1"), effect("r-1", "g-1"), effect("r-2", "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, []ProblemKind{Ungranted}},
 		{"two through a passage", []nucleus.Entry{ask, passage, effect("r-1", "g-1"), effect("r-2", "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, nil},
 		{"a program's through a passage", []nucleus.Entry{ask, passage, attempt}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, nil},
+		{"through a passage until it is taken back", []nucleus.Entry{ask, passage, effect("r-2", "g-1"), revoked}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1"), late(revoked, time.Minute)}, nil},
+		{"through a passage that the node knows to be taken back", []nucleus.Entry{ask, passage, revoked, effect("r-2", "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1"), late(revoked, time.Minute)}, []ProblemKind{Revoked}},
+		{"through a passage within the lease", []nucleus.Entry{ask, passage, late(effect("r-2", "g-1"), 70*time.Second)}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1"), late(revoked, time.Minute)}, nil},
+		{"through a passage that was taken back", []nucleus.Entry{ask, passage, late(effect("r-2", "g-1"), 80*time.Second)}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1"), late(revoked, time.Minute)}, []ProblemKind{Revoked}},
+		{"another grant was taken back", []nucleus.Entry{ask, passage, late(effect("r-2", "g-1"), 80*time.Second)}, []nucleus.Entry{ask, func() nucleus.Entry { e := revoked; e.Grants = []string{"g-0"}; return e }(), by("ann", "g-1", one), counted(1, "g-1")}, nil},
+		{"through a passage that has ended", []nucleus.Entry{ask, ending, late(effect("r-2", "g-1"), 80*time.Second)}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1")}, []ProblemKind{Expired}},
+		{"through a passage that the authority knows to have ended", []nucleus.Entry{ask, passage, late(effect("r-2", "g-1"), 90*time.Second)}, []nucleus.Entry{ask, standing, counted(1, "g-1")}, []ProblemKind{Expired}},
+		{"through a passage that stands", []nucleus.Entry{ask, ending, late(effect("r-2", "g-1"), 50*time.Second)}, []nucleus.Entry{ask, standing, counted(1, "g-1")}, nil},
+		{"a task after its time", []nucleus.Entry{ask, numbered(1, "g-1"), numbered(2, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", task), counted(1, "g-1"), late(counted(2, "g-1"), 2*time.Hour)}, []ProblemKind{Expired}},
+		{"a use that does not count, and one", []nucleus.Entry{ask, numbered(2, "g-1"), effect("r-2", "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1"), uncounted, counted(2, "g-1")}, nil},
+		{"a use that does not count", []nucleus.Entry{ask, numbered(1, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1"), uncounted}, []ProblemKind{Uncounted}},
+		{"a use that is refused once more", []nucleus.Entry{ask, numbered(1, "g-1")}, []nucleus.Entry{ask, by("ann", "g-1", one), counted(1, "g-1"), refusal}, nil},
 		{"a refused one", []nucleus.Entry{ask, refused}, []nucleus.Entry{ask}, nil},
 	} {
 		problems, err := Compare(makeVaried(t, c.node...), makeVaried(t, c.authority...))

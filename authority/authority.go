@@ -25,6 +25,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,6 +35,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"golang.org/x/sys/unix"
 	sqlite3 "modernc.org/sqlite/lib"
 
 	"cal/approval"
@@ -43,10 +45,12 @@ import (
 )
 
 // Recorder is a log. Record returns when the entry is durable; when it fails,
-// what was to be recorded does not happen.
+// what was to be decided does not happen, and what takes something back happens all the same and
+// is recorded later. After a failure each call tries whether the log can be written again.
 type Recorder interface {
 	Record(nucleus.Entry) error
-	// HasUse reports whether the use under a permit was recorded.
+	// HasUse reports whether the use under a permit was recorded; an error where that is not
+	// known, as after a Record that failed and may have written.
 	HasUse(permit string) (bool, error)
 }
 
@@ -74,6 +78,9 @@ type Config struct {
 	// Recorder is where asks, decisions and refusals are recorded; nil is a table
 	// of the authority's own database.
 	Recorder Recorder
+	// LogDir is the directory of the Recorder's log, and LogKey the key that verifies it: both are
+	// handed out to who may ask. Empty: nobody gets them.
+	LogDir, LogKey string
 	// Announce is told of each ask that was taken, and must not wait; nil: nobody is.
 	Announce func(client.Item)
 	// Now is the clock; nil is the system's.
@@ -90,6 +97,10 @@ const (
 	maxPodPendingBytes = 16 << 20
 
 	maxKeys = 64 // of one pod
+
+	// What is free on the disk below which nothing new is taken of who asks: what the person
+	// decides, what is used, and the log of both have room.
+	reserve = 64 << 20
 )
 
 // Authority is one open directory of keys and its database. Its methods may be called at
@@ -107,6 +118,9 @@ type Authority struct {
 
 	watchers map[string]watcher // see revoke.go
 	patience time.Duration      // revokePatience
+	reserve  uint64             // reserve
+
+	owing owing // see owed.go
 }
 
 // Open opens the keys and the database in cfg.Dir and holds them alone; a second Open
@@ -136,7 +150,7 @@ func Open(cfg Config) (*Authority, error) {
 	if cfg.Recorder == nil {
 		cfg.Recorder = s
 	}
-	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), watchers: map[string]watcher{}, patience: revokePatience}
+	a := &Authority{cfg: cfg, files: files, store: s, lock: lock, changed: make(chan struct{}), watchers: map[string]watcher{}, patience: revokePatience, reserve: reserve}
 	watched, err := s.watchers()
 	if err != nil {
 		return nil, errors.Join(err, a.Close())
@@ -149,6 +163,10 @@ func Open(cfg Config) (*Authority, error) {
 	}
 	if err := a.recordLastUse(); err != nil {
 		return nil, errors.Join(err, a.Close())
+	}
+	a.owing.entries = true // of the daemon before this one, perhaps
+	if err := a.settle(); err != nil {
+		slog.Warn("what was taken back could not be kept or recorded; nothing is decided before", "error", err)
 	}
 	return a, nil
 }
@@ -163,10 +181,7 @@ func (a *Authority) recordLastUse() error {
 	if known, err := a.cfg.Recorder.HasUse(use.Permit); known || err != nil {
 		return err
 	}
-	row, ask, err := a.known(id)
-	if row.shed() && row.id != "" { // the record could not be made for a day
-		ask, err = nucleus.AskRequest{ID: row.id, Pod: row.pod, Action: nucleus.Action{Op: row.op}}, nil
-	}
+	row, err := a.store.ask(id)
 	if err != nil {
 		return err
 	}
@@ -174,15 +189,12 @@ func (a *Authority) recordLastUse() error {
 	if task := row.task(); task != nil {
 		most = task.Uses
 	}
-	return a.recordUse(ask, row, client.Used{N: use.N, Of: most}, use.Permit)
+	return a.recordUse(row, client.Used{N: use.N, Of: most}, use.Permit)
 }
 
-func (a *Authority) recordUse(ask nucleus.AskRequest, row askRow, used client.Used, permit string) error {
-	return a.record(nucleus.KindApprovalUse, ask, row.digest, map[string]any{"n": used.N, "of": used.Of}, func(e *nucleus.Entry) {
-		e.Permit = permit
-		for _, g := range row.grants {
-			e.Grants = append(e.Grants, g.Grant)
-		}
+func (a *Authority) recordUse(row askRow, used client.Used, permit string) error {
+	return a.record(nucleus.KindApprovalUse, row.ask(), row.digest, map[string]any{"n": used.N, "of": used.Of}, func(e *nucleus.Entry) {
+		e.Permit, e.Grants = permit, row.grantIDs()
 	})
 }
 
@@ -236,10 +248,21 @@ const actor = "authority"
 
 // record writes one entry about an ask.
 func (a *Authority) record(kind string, ask nucleus.AskRequest, digest string, data map[string]any, change func(*nucleus.Entry)) error {
+	entry, err := a.entry(kind, ask, digest, data, change)
+	if err != nil {
+		return err
+	}
+	if err := a.cfg.Recorder.Record(entry); err != nil {
+		return nucleus.Errorf(nucleus.KindUnavailable, "the authority cannot record %s of ask %s: %v", kind, ask.ID, err)
+	}
+	return nil
+}
+
+func (a *Authority) entry(kind string, ask nucleus.AskRequest, digest string, data map[string]any, change func(*nucleus.Entry)) (nucleus.Entry, error) {
 	data["ask_sha256"] = digest
 	raw, err := nucleus.Canonical(data)
 	if err != nil {
-		return err
+		return nucleus.Entry{}, err
 	}
 	entry := nucleus.Entry{
 		Time: a.cfg.Now().UTC().Format(time.RFC3339Nano), Kind: kind, Pod: ask.Pod, Session: ask.Session, Actor: actor,
@@ -248,10 +271,7 @@ func (a *Authority) record(kind string, ask nucleus.AskRequest, digest string, d
 	if change != nil {
 		change(&entry)
 	}
-	if err := a.cfg.Recorder.Record(entry); err != nil {
-		return nucleus.Errorf(nucleus.KindUnavailable, "the authority cannot record %s of ask %s: %v", kind, ask.ID, err)
-	}
-	return nil
+	return entry, nil
 }
 
 // RegisterPod keeps the keys of a pod's requesters, and who counts there as an approver: the first
@@ -280,6 +300,9 @@ func (a *Authority) RegisterPod(pod client.Pod) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if err := a.roomToAsk(); err != nil {
+		return err
+	}
 	known, err := a.store.addPod(pod.Pod, string(said))
 	if err != nil {
 		return unavailable(err)
@@ -302,6 +325,9 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if err := a.settle(); err != nil {
+		return client.Status{}, err
+	}
 	switch known, err := a.store.ask(ask.ID); {
 	case err == nil && known.digest == digest:
 		return known.status(a.millis()), nil
@@ -309,6 +335,9 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 		return client.Status{}, nucleus.Errorf(nucleus.KindConflict, "ask %s is known with other content: %s, now %s", ask.ID, known.digest, digest)
 	case !errors.Is(err, errUnknown):
 		return client.Status{}, unavailable(err)
+	}
+	if err := a.roomToAsk(); err != nil {
+		return client.Status{}, err
 	}
 	if err := a.admit(ask, len(canonical)); err != nil {
 		refusal := nucleus.AsError(err)
@@ -318,8 +347,8 @@ func (a *Authority) Submit(raw []byte) (client.Status, error) {
 	if err := a.record(nucleus.KindApprovalAsk, ask, digest, map[string]any{"summary": approval.Summary(ask)}, nil); err != nil {
 		return client.Status{}, err
 	}
-	row := askRow{id: ask.ID, digest: digest, canonical: canonical, request: nucleus.SHA256(ask.Request), pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), need: ask.Approvals, created: ask.Created, expires: ask.Expires, state: client.Pending}
-	if err := a.store.addAsk(row); err != nil {
+	row := askRow{id: ask.ID, digest: digest, about: aboutOf(ask), pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), need: ask.Approvals, created: ask.Created, expires: ask.Expires, state: client.Pending}
+	if err := a.store.addAsk(row, nucleus.SHA256(ask.Request), canonical); err != nil {
 		return client.Status{}, unavailable(err)
 	}
 	a.broadcast()
@@ -392,6 +421,18 @@ func (a *Authority) room(pod string, bytes int, now int64) error {
 			return nucleus.Errorf(nucleus.KindRefused, "%d asks with %d bytes %s wait for a person, at most %d with %d are taken: answer some (cal approve list), or let them expire",
 				bound.load.asks, bound.load.bytes, bound.whose, bound.asks, bound.bytes)
 		}
+	}
+	return nil
+}
+
+// roomToAsk refuses what who asks adds to the disk, where the rest of it is for who decides.
+func (a *Authority) roomToAsk() error {
+	var disk unix.Statfs_t
+	if err := unix.Statfs(a.cfg.Dir, &disk); err != nil {
+		return nucleus.Errorf(nucleus.KindUnavailable, "the authority's disk: %v", err)
+	}
+	if free := disk.Bavail * uint64(disk.Bsize); free < a.reserve {
+		return nucleus.Errorf(nucleus.KindUnavailable, "the disk of the authority has %d MiB free, and nothing is asked below %d (make room on it, and call again)", free>>20, a.reserve>>20)
 	}
 	return nil
 }
@@ -510,6 +551,9 @@ func (a *Authority) granted(row askRow, ask nucleus.AskRequest, approver keyFile
 	if grant.Task != nil {
 		data["task"] = grant.Task
 	}
+	if q := row.about.Passage; q != nil {
+		data["passage_ms"] = q.Millis
+	}
 	err := a.record(nucleus.KindApprovalGrant, ask, row.digest, data, func(e *nucleus.Entry) {
 		e.Actor, e.Verdict, e.Grants = approver.Approver, nucleus.Allow, []string{grant.ID}
 	})
@@ -525,6 +569,9 @@ func (a *Authority) granted(row askRow, ask nucleus.AskRequest, approver keyFile
 func (a *Authority) undecided(id string, d decision) (keyFile, askRow, nucleus.AskRequest, error) {
 	fail := func(err error) (keyFile, askRow, nucleus.AskRequest, error) {
 		return keyFile{}, askRow{}, nucleus.AskRequest{}, err
+	}
+	if err := a.settle(); err != nil {
+		return fail(err)
 	}
 	row, ask, err := a.known(id)
 	if err != nil {
@@ -574,18 +621,26 @@ func (a *Authority) undecided(id string, d decision) (keyFile, askRow, nucleus.A
 func (a *Authority) known(id string) (askRow, nucleus.AskRequest, error) {
 	row, err := a.store.ask(id)
 	if errors.Is(err, errUnknown) {
-		return row, nucleus.AskRequest{}, nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", id)
+		return row, nucleus.AskRequest{}, noAsk(id)
 	} else if err != nil {
 		return row, nucleus.AskRequest{}, unavailable(err)
 	}
 	if row.shed() {
 		return row, nucleus.AskRequest{}, gone(row, row.stateAt(a.millis()))
 	}
-	ask, digest, _, err := approval.Parse(row.canonical)
+	raw, err := a.store.canonical(id)
+	if err != nil {
+		return row, nucleus.AskRequest{}, unavailable(err)
+	}
+	ask, digest, _, err := approval.Parse(raw)
 	if err != nil || digest != row.digest || ask.ID != id {
 		return row, ask, nucleus.Errorf(nucleus.KindInternal, "ask %s is damaged in the database", id)
 	}
 	return row, ask, nil
+}
+
+func noAsk(id string) *nucleus.Error {
+	return nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", id)
 }
 
 // concluded makes known what has become of an ask.
@@ -599,27 +654,32 @@ func (a *Authority) concluded(id string, err error) (client.Status, error) {
 }
 
 // Use counts one use of what was granted for an ask. It is in the database before it is in the
-// log, and in the log before anybody learns of it: where something fails in between, a use is
-// lost and none is gained.
+// log, and in the log before anybody learns of it. One that could not be recorded does not count;
+// one whose daemon is killed in between does: a use is lost then, and none is gained.
 func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 	if err := approval.CheckName("permit", u.Permit); err != nil {
 		return client.Used{}, nucleus.Errorf(nucleus.KindInvalid, "%v", err)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	row, ask, err := a.known(id)
-	if err != nil {
+	if err := a.settle(); err != nil {
 		return client.Used{}, err
+	}
+	row, err := a.store.ask(id) // its bytes may be long, and who waits here waits three seconds
+	if errors.Is(err, errUnknown) {
+		return client.Used{}, noAsk(id)
+	} else if err != nil {
+		return client.Used{}, unavailable(err)
 	}
 	named := func(e *nucleus.Entry) { e.Grants, e.Permit = u.Grants, u.Permit }
 	refuse := func(format string, args ...any) (client.Used, error) {
 		err := nucleus.Errorf(nucleus.KindRefused, format, args...)
-		return client.Used{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, row.digest, map[string]any{"why": err.Message}, named))
+		if a.roomToAsk() != nil { // who asks fills no disk with refusals
+			return client.Used{}, err
+		}
+		return client.Used{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, row.ask(), row.digest, map[string]any{"why": err.Message}, named))
 	}
-	var given []string
-	for _, g := range row.grants {
-		given = append(given, g.Grant)
-	}
+	given := row.grantIDs()
 	most, until := 1, row.expires
 	if task := row.task(); task != nil {
 		most = task.Uses
@@ -628,9 +688,16 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 		}
 	}
 	now := a.millis()
+	state := row.stateAt(now)
+	if a.isVoid(row) {
+		state = client.Revoked
+	}
+	gone, removed := a.removed(row)
 	switch {
-	case row.state != client.Granted:
-		return refuse("ask %s is %s", id, row.stateAt(now))
+	case state != client.Granted:
+		return refuse("ask %s is %s", id, state)
+	case removed:
+		return refuse("ask %s was granted by %s, who is no approver any more", id, gone)
 	case !slices.Equal(u.Grants, given):
 		return refuse("ask %s was granted by %q, not %q", id, given, u.Grants)
 	case row.uses >= most:
@@ -642,7 +709,12 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 	if err := a.store.addUse(id, used.N, u.Permit, now); err != nil {
 		return client.Used{}, unavailable(err)
 	}
-	return used, a.recordUse(ask, row, used, u.Permit)
+	if err := a.recordUse(row, used, u.Permit); err != nil {
+		a.owing.uses = append(a.owing.uses, uncounted{row, used.N, u.Permit})
+		_ = a.settle() // or before the next decision
+		return client.Used{}, err
+	}
+	return used, nil
 }
 
 // broadcast wakes all that wait for a change; the caller holds mu.
@@ -658,7 +730,7 @@ func (a *Authority) look(id string) (client.Status, int64, <-chan struct{}, erro
 	defer a.mu.Unlock()
 	row, err := a.store.ask(id)
 	if errors.Is(err, errUnknown) {
-		return client.Status{}, 0, nil, nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", id)
+		return client.Status{}, 0, nil, noAsk(id)
 	} else if err != nil {
 		return client.Status{}, 0, nil, unavailable(err)
 	}

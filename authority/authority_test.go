@@ -950,12 +950,12 @@ func BenchmarkListThousand(bm *testing.B) {
 	for i := range 1000 {
 		ask := askAt(bm, c, fmt.Sprintf("a-%d", i), nil)
 		digest, canonical, _ := approval.Digest(ask)
-		if err := s.addAsk(askRow{id: ask.ID, digest: digest, canonical: canonical, request: nucleus.SHA256(ask.Request), pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), created: ask.Created, expires: ask.Expires, state: client.Pending}); err != nil {
+		if err := s.addAsk(askRow{id: ask.ID, digest: digest, about: aboutOf(ask), pod: ask.Pod, op: ask.Action.Op, summary: approval.Summary(ask), created: ask.Created, expires: ask.Expires, state: client.Pending}, nucleus.SHA256(ask.Request), canonical); err != nil {
 			bm.Fatal(err)
 		}
 	}
 	for bm.Loop() {
-		items, err := s.list(client.Pending, c.ms.Load())
+		items, err := s.list(client.Pending, client.MaxListed, c.ms.Load())
 		if err != nil || len(items) != 1000 {
 			bm.Fatal(len(items), err)
 		}

@@ -280,7 +280,9 @@ func (m *memoryLog) Record(e nucleus.Entry) error {
 	return nil
 }
 
-func (m *memoryLog) HasUse(string) (bool, error) { return false, nil }
+func (m *memoryLog) HasUse(permit string) (bool, error) {
+	return slices.ContainsFunc(m.all(), func(e nucleus.Entry) bool { return e.Kind == nucleus.KindApprovalUse && e.Permit == permit }), nil
+}
 
 func (m *memoryLog) all() []nucleus.Entry {
 	m.mu.Lock()
@@ -302,7 +304,7 @@ func TestApprovalsAreBounded(t *testing.T) {
 	for i := range many {
 		id := fmt.Sprintf("a-%d", i)
 		for _, insert := range []string{
-			"INSERT INTO asks SELECT ?, sha256, canonical, ?1, pod, op, summary, need, created_ms + 1, expires_ms, 'granted', reason, decided_ms FROM asks WHERE id = 'a-old'",
+			"INSERT INTO asks SELECT ?, sha256, canonical, ?1, pod, op, summary, need, created_ms + 1, expires_ms, 'granted', reason, decided_ms, about FROM asks WHERE id = 'a-old'",
 			"INSERT INTO grants SELECT ?1, ?1, approver, reason, token, given_ms FROM grants WHERE ask = 'a-old'",
 			"INSERT INTO uses VALUES (?1, 1, ?1, 1, 'done')",
 		} {
@@ -334,4 +336,43 @@ func TestApprovalsAreBounded(t *testing.T) {
 	t.Logf("of %d: the newest 100 in %v, what can be used in %v", many+2, took, time.Since(began))
 	_, err = b.client.Approvals(t.Context(), client.ApprovalsOf{Limit: client.MaxApprovals + 1})
 	wantKind(t, "a larger limit", err, nucleus.KindInvalid, "at most 1000")
+}
+
+// Long asks, of what takes longest to read, hold up nobody: neither what is listed, nor
+// taken back, nor a use beside the removal of what has ended.
+func TestLongAsksHoldNobodyUp(t *testing.T) {
+	b := newBench(t, nil)
+	long := func(a *nucleus.AskRequest) {
+		a.Detail = []nucleus.Detail{{Title: "c", Text: strings.Repeat("\u202e\"\\x", 150_000)}}
+	}
+	var used []string
+	for i := range 4 {
+		id := fmt.Sprintf("a-%d", i)
+		b.submit(t, b.asked(t, "p-1", id, long))
+		status, err := b.decide(t, id, typed{Approve: true, Approver: "ann", Passphrase: passphrase})
+		if err != nil {
+			t.Fatal(err)
+		}
+		used = append(used, status.Grants[0].Grant)
+	}
+	quick := func(what string, do func() error) {
+		t.Helper()
+		began := time.Now()
+		err := do()
+		took := time.Since(began)
+		t.Logf("%s: %v", what, took)
+		if err != nil || took > 500*time.Millisecond {
+			t.Errorf("%s took %v: %v", what, took, err)
+		}
+	}
+	quick("listed", func() error {
+		list, err := b.client.Approvals(t.Context(), client.ApprovalsOf{})
+		if len(list) != len(used) {
+			t.Errorf("%d are listed", len(list))
+		}
+		return err
+	})
+	quick("used", func() error { return b.use(t, "a-0", "r-1", used[:1]) })
+	quick("looked at", func() error { _, err := b.Authority.shed(keepFor, 0); return err })
+	quick("taken back", func() error { _, err := b.client.Revoke(t.Context(), client.Revocation{ID: "p-1"}); return err })
 }

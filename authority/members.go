@@ -3,6 +3,7 @@ package authority
 import (
 	"bytes"
 	"crypto/ed25519"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -27,6 +28,9 @@ func (a *Authority) AddApprover(n client.NewApprover) (nucleus.Approver, error) 
 	f := keyFile{Identity{Approver: n.Name, Kind: nucleus.ApproverEd25519, PublicKey: n.Key, Phrase: n.Phrase, AddedBy: n.By}, n.Sealed, &n.Vouched, 0}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if err := a.settle(); err != nil {
+		return fail(err)
+	}
 	if err := a.admitApprover(f, func() error { return nil }); err != nil {
 		return fail(err)
 	}
@@ -97,35 +101,30 @@ func (a *Authority) RemoveApprover(name string) (client.Removed, error) {
 	}) {
 		return client.Removed{}, nucleus.Errorf(nucleus.KindConflict, "%s is the last approver with a passphrase, which adding one takes; add another first", name)
 	}
+	at := slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == name })
+	a.files[at].Removed = a.millis() // from now on: what follows can fail
+	if a.owing.removed == nil {
+		a.owing.removed = map[string]bool{}
+	}
+	a.owing.removed[name] = true
 	gone := client.Removed{Name: name, Revoked: []string{}}
-	if err := a.recordKey(nucleus.KindKeyRemove, f.Identity, actor); err != nil {
-		return gone, err
-	}
-	granted, err := a.store.granted("")
-	if err != nil {
-		return gone, unavailable(err)
-	}
-	for _, row := range granted {
-		if _, ok := row.given(name); ok && a.living(row) {
-			if err := a.voidGrantOf(name, row); err != nil {
-				return gone, err
-			}
-			gone.Revoked = append(gone.Revoked, row.id)
-		}
-	}
-	at := a.millis()
-	if err := a.store.addRemoved(name, at); err != nil {
-		return gone, unavailable(err)
+	if asks, err := a.takeBackOf(name); err == nil { // else settle says so
+		gone.Revoked = append(gone.Revoked, asks...)
 	}
 	a.broadcast()
-	return gone, a.takeKey(slices.IndexFunc(a.files, func(k keyFile) bool { return k.Approver == name }), at)
+	if err := a.settle(); a.owing.unkept() {
+		return gone, nucleus.Errorf(nucleus.KindUnavailable, "approver %s is removed as long as this authority runs. But that could not be kept, which is tried again: %v", name, err)
+	} else if err != nil {
+		slog.Error("that an approver was removed could not be recorded yet", "error", err)
+		gone.Unrecorded = true
+	}
+	return gone, nil
 }
 
 // takeKey takes the secret of an approver who was removed out of the file, which stays for what it
 // vouched for.
-func (a *Authority) takeKey(i int, at int64) error {
-	f := &a.files[i]
-	f.Sealed, f.Removed = nil, at
+func (a *Authority) takeKey(f *keyFile) error {
+	f.Sealed = nil
 	raw, err := nucleus.Canonical(*f)
 	if err != nil {
 		return err
@@ -133,22 +132,29 @@ func (a *Authority) takeKey(i int, at int64) error {
 	return durable.WriteFile(keyPath(a.cfg.Dir, f.Approver), raw, 0o600)
 }
 
-// keepRemoved makes sure that who was removed stays so. What counts is the database: a file of an
-// approver can be put back as it was by who has a copy, and what it says of the removal nobody signs.
+// keepRemoved makes sure that who was removed stays so, and that nothing of theirs is left. What
+// counts is the database: a file of an approver can be put back as it was by who has a copy, and
+// what it says of the removal nobody signs.
 func (a *Authority) keepRemoved() error {
-	for i, f := range a.files {
-		if f.Removed != 0 { // also by a version that told the file alone
-			if err := a.store.addRemoved(f.Approver, f.Removed); err != nil {
-				return unavailable(err)
-			}
-			continue
-		}
+	for i := range a.files {
+		f := &a.files[i]
 		at, err := a.store.removedAt(f.Approver)
 		if err != nil {
 			return unavailable(err)
 		}
-		if at != 0 {
-			if err := a.takeKey(i, at); err != nil {
+		switch {
+		case f.Removed != 0 && at == 0: // by a version that told the file alone
+			if err := a.store.addRemoved(f.Approver, f.Removed); err != nil {
+				return unavailable(err)
+			}
+		case f.Removed == 0 && at != 0:
+			f.Removed = at
+			if err := a.takeKey(f); err != nil {
+				return err
+			}
+		}
+		if f.Removed != 0 {
+			if _, err := a.takeBackOf(f.Approver); err != nil {
 				return err
 			}
 		}
@@ -156,33 +162,30 @@ func (a *Authority) keepRemoved() error {
 	return nil
 }
 
-// voidGrantOf takes back what a removed approver granted for an ask: an ask that others have to
-// grant too goes on without it.
-func (a *Authority) voidGrantOf(name string, row askRow) error {
-	why := "approver " + name + " was removed"
-	if row.state != client.Pending {
-		return a.revoke(row, actor, why)
+// removed reports whether one of those who granted an ask is no approver any more.
+func (a *Authority) removed(row askRow) (name string, removed bool) {
+	for _, g := range row.grants {
+		if slices.ContainsFunc(a.files, func(f keyFile) bool { return f.Approver == g.Approver && f.Removed != 0 }) {
+			return g.Approver, true
+		}
 	}
-	_, ask, err := a.known(row.id)
-	if err != nil {
-		return err
-	}
-	g, _ := row.given(name)
-	err = a.record(nucleus.KindApprovalRevoke, ask, row.digest, map[string]any{"why": why}, func(e *nucleus.Entry) { e.Grants = []string{g.Grant} })
-	if err != nil {
-		return err
-	}
-	return unavailable(a.store.dropGrant(g.Grant))
+	return "", false
 }
 
-// recordKey records that an approver's key comes or goes.
+// recordKey records that an approver's key comes.
 func (a *Authority) recordKey(kind string, i Identity, by string) error {
-	raw, err := nucleus.Canonical(i.public())
+	entry, err := a.keyEntry(kind, i, by)
 	if err != nil {
 		return err
 	}
-	if err := a.cfg.Recorder.Record(nucleus.Entry{Time: a.cfg.Now().UTC().Format(time.RFC3339Nano), Kind: kind, Actor: by, Data: raw}); err != nil {
+	if err := a.cfg.Recorder.Record(entry); err != nil {
 		return nucleus.Errorf(nucleus.KindUnavailable, "the authority cannot record %s of approver %s: %v", kind, i.Approver, err)
 	}
 	return nil
+}
+
+// keyEntry says that an approver's key comes or goes.
+func (a *Authority) keyEntry(kind string, i Identity, by string) (nucleus.Entry, error) {
+	raw, err := nucleus.Canonical(i.public())
+	return nucleus.Entry{Time: a.cfg.Now().UTC().Format(time.RFC3339Nano), Kind: kind, Actor: by, Data: raw}, err
 }

@@ -349,7 +349,7 @@ func (p *page) list() (list pageAsks, changed <-chan struct{}, err error) {
 		}
 	}
 	p.a.mu.Unlock()
-	if list.Asks, err = p.a.store.list(client.Pending, p.a.millis()); err != nil {
+	if list.Asks, err = p.a.store.list(client.Pending, client.MaxListed, p.a.millis()); err != nil {
 		return list, nil, err
 	}
 	raw, err := nucleus.Canonical(list)

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -26,34 +27,26 @@ type watcher struct {
 
 // living reports whether something of what was granted can still be used.
 func (a *Authority) living(row askRow) bool {
-	switch a.approvalState(row, a.passageOf(row)) {
+	switch a.approvalState(row) {
 	case client.Unused, client.Open, client.Partly:
 		return true
 	}
 	return false
 }
 
-func (a *Authority) passageOf(row askRow) *nucleus.Passage {
-	ask, _, _, err := approval.Parse(row.canonical)
-	if err != nil {
-		return nil // of an earlier version: void
-	}
-	return ask.Passage
-}
-
 // approvalState is the state of what was granted now.
-func (a *Authority) approvalState(row askRow, passage *nucleus.Passage) string {
-	now, task := a.millis(), row.task()
+func (a *Authority) approvalState(row askRow) string {
+	now, task, passage := a.millis(), row.task(), row.about.Passage
 	switch {
+	case a.isVoid(row):
+		return client.Void
 	case row.stateAt(now) == client.Pending:
 		return client.Partly
-	case row.state == client.Revoked:
-		return client.Void
 	case row.state != client.Granted:
 		return client.Over
 	case row.uses == 0 && now < row.expires:
 		return client.Unused
-	case row.uses == 0, row.shed() && (row.op == nucleus.NetConnect || row.op == nucleus.WebFetch):
+	case row.uses == 0:
 		return client.Over
 	case task != nil && row.uses >= task.Uses, task == nil && passage == nil:
 		return client.Spent
@@ -61,6 +54,12 @@ func (a *Authority) approvalState(row askRow, passage *nucleus.Passage) string {
 		return client.Open
 	}
 	return client.Over
+}
+
+// isVoid reports whether all that was granted was taken back, kept or not.
+func (a *Authority) isVoid(row askRow) bool {
+	v, ok := a.owing.voids[row.id]
+	return row.state == client.Revoked || ok && len(v.grants) == len(row.grants)
 }
 
 // passageEnd is when a passage that was opened by the first use ends at the latest.
@@ -114,9 +113,9 @@ const (
 )
 
 func (a *Authority) approval(row askRow) (client.Approval, error) {
-	passage := a.passageOf(row)
+	passage := row.about.Passage
 	item := client.Approval{
-		Ask: row.id, State: a.approvalState(row, passage), Pod: row.pod, Op: row.op, Summary: row.summary, Need: row.need, Task: row.task(), Until: row.expires,
+		Ask: row.id, State: a.approvalState(row), Pod: row.pod, Op: row.op, Summary: row.summary, Need: row.need, Task: row.task(), Until: row.expires,
 		Grants: []client.Given{}, Reason: row.reason, Shed: row.shed(),
 	}
 	for _, g := range row.grants {
@@ -140,36 +139,6 @@ func (a *Authority) approval(row askRow) (client.Approval, error) {
 		}
 	}
 	return item, nil
-}
-
-// revoke takes back what was granted for an ask: recorded, then void, then known. The caller holds
-// mu.
-func (a *Authority) revoke(row askRow, by, why string) error {
-	_, ask, err := a.known(row.id)
-	if err != nil {
-		return err
-	}
-	var grants []string
-	for _, g := range row.grants {
-		grants = append(grants, g.Grant)
-	}
-	err = a.record(nucleus.KindApprovalRevoke, ask, row.digest, map[string]any{"why": why, "uses": row.uses}, func(e *nucleus.Entry) { e.Actor, e.Grants = by, grants })
-	if err != nil {
-		return err
-	}
-	if row.state == client.Pending {
-		for _, g := range grants {
-			if err := a.store.dropGrant(g); err != nil {
-				return unavailable(err)
-			}
-		}
-		return nil
-	}
-	if err := a.store.revoke(row.id, why, a.millis()); err != nil {
-		return unavailable(err)
-	}
-	a.broadcast()
-	return nil
 }
 
 // Revoke takes back what was granted for an ask, or to a pod, and waits until nothing of it is
@@ -196,21 +165,32 @@ func (a *Authority) revokeAll(r client.Revocation) (client.RevokedNow, int64, er
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	_ = a.settle() // what it cannot do is tried again below
 	rows, err := a.meant(r.ID)
 	if err != nil {
 		return done, 0, err
 	}
 	var found bool
+	var revoked []string
 	for _, row := range rows {
-		found = found || row.state == client.Revoked
-		if !a.living(row) {
-			continue
+		if a.living(row) {
+			a.takeBack(row, row.grantIDs(), actor, r.Reason)
+			revoked = append(revoked, row.id)
 		}
-		if err := a.revoke(row, actor, r.Reason); err != nil {
-			return done, 0, err
-		}
-		found = true
-		if row, err = a.store.ask(row.id); err != nil {
+		found = found || a.isVoid(row)
+	}
+	if !found {
+		return done, 0, nucleus.Errorf(nucleus.KindNotFound, "%q is no ask, grant or pod with something granted that could still be used", r.ID)
+	}
+	if err := a.settle(); a.owing.unkept() {
+		return done, 0, nucleus.Errorf(nucleus.KindUnavailable, "what was granted is taken back as long as this authority runs: nothing of it is used, and nodes close their passages within %v. But that could not be kept, which is tried again: %v", client.Lease, err)
+	} else if err != nil {
+		slog.Error("what was taken back could not be recorded yet", "error", err)
+		done.Unrecorded = true
+	}
+	for _, id := range revoked {
+		row, err := a.store.ask(id)
+		if err != nil {
 			return done, 0, unavailable(err)
 		}
 		item, err := a.approval(row)
@@ -218,9 +198,6 @@ func (a *Authority) revokeAll(r client.Revocation) (client.RevokedNow, int64, er
 			return done, 0, err
 		}
 		done.Revoked = append(done.Revoked, item)
-	}
-	if !found {
-		return done, 0, nucleus.Errorf(nucleus.KindNotFound, "%q is no ask, grant or pod with something granted that could still be used", r.ID)
 	}
 	_, seq, err := a.store.revocations(-1)
 	return done, seq, unavailable(err)
@@ -299,9 +276,14 @@ func (a *Authority) lag(seq int64) time.Duration {
 
 const maxWatchers = 1000
 
-// Watch answers when something was taken back after a number, at the latest after WatchWait. Who
-// asks says by its number that nothing up to there is open with it.
-func (a *Authority) Watch(ctx context.Context, id string, after int64) (client.Watched, error) {
+// Watch answers when something was taken back after what is known, at the latest after WatchWait. Who
+// asks says by the number that nothing up to there is open with it. One of another database says
+// nothing of this one.
+func (a *Authority) Watch(ctx context.Context, id string, known client.Watched) (client.Watched, error) {
+	after := known.Seq
+	if known.Database != a.store.id {
+		after = -1
+	}
 	if err := approval.CheckName("watcher", id); err != nil {
 		return client.Watched{}, nucleus.Errorf(nucleus.KindInvalid, "%v", err)
 	}
@@ -309,13 +291,17 @@ func (a *Authority) Watch(ctx context.Context, id string, after int64) (client.W
 	defer deadline.Stop()
 	for waited, asked := false, time.Now(); ; {
 		a.mu.Lock()
+		if err := a.settle(); a.owing.unkept() { // whose lease ends then
+			a.mu.Unlock()
+			return client.Watched{}, err
+		}
 		_, again := a.watchers[id]
 		if len(a.watchers) >= maxWatchers {
 			a.lag(0) // forgets those whose lease has ended
 		}
-		if known := len(a.watchers); known >= maxWatchers && !again {
+		if n := len(a.watchers); n >= maxWatchers && !again {
 			a.mu.Unlock()
-			return client.Watched{}, nucleus.Errorf(nucleus.KindUnavailable, "%d nodes watch, no more are taken", known)
+			return client.Watched{}, nucleus.Errorf(nucleus.KindUnavailable, "%d nodes watch, no more are taken", n)
 		}
 		asks, last, err := a.store.revocations(after)
 		if err == nil && !again {
@@ -346,7 +332,7 @@ func (a *Authority) Watch(ctx context.Context, id string, after int64) (client.W
 }
 
 func (a *Authority) voided(asks []string, last int64) (client.Watched, error) {
-	w := client.Watched{Seq: last, Revoked: []client.Voided{}}
+	w := client.Watched{Database: a.store.id, Seq: last, Revoked: []client.Voided{}}
 	for _, id := range asks {
 		row, err := a.store.ask(id)
 		if err != nil {
@@ -369,29 +355,32 @@ func (a *Authority) Withdraw(pod string, w client.Withdrawal) ([]client.Approval
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	_ = a.settle() // what it cannot do is tried again below
 	rows, err := a.store.asks(" WHERE pod = ? AND created_ms < ? AND state IN ('pending', 'granted') ORDER BY created_ms, id", pod, w.Before)
 	if err != nil {
 		return nil, unavailable(err)
 	}
-	gone := []client.Approval{}
+	var ended, voided []string
+	var errs []error
 	for _, row := range rows {
 		switch {
-		case row.state == client.Pending:
-			if row.stateAt(a.millis()) == client.Pending {
-				err = a.withdraw(row, w.Reason)
-			}
+		case row.stateAt(a.millis()) == client.Pending:
+			errs = append(errs, a.withdraw(row, w.Reason))
 		case a.living(row):
-			if err = a.revoke(row, actor, w.Reason); err == nil {
-				row, err = a.store.ask(row.id)
-			}
-		case row.uses == 0:
-			continue
+			a.takeBack(row, row.grantIDs(), actor, w.Reason)
+			voided = append(voided, row.id)
+		case row.uses > 0:
+			ended = append(ended, row.id)
 		}
+	}
+	if err := a.settle(); a.owing.unkept() {
+		errs = append(errs, err)
+	}
+	gone := []client.Approval{}
+	for _, id := range slices.Concat(ended, voided) {
+		row, err := a.store.ask(id)
 		if err != nil {
-			return gone, err
-		}
-		if row.state == client.Pending {
-			continue
+			return gone, unavailable(err)
 		}
 		item, err := a.approval(row)
 		if err != nil {
@@ -400,18 +389,17 @@ func (a *Authority) Withdraw(pod string, w client.Withdrawal) ([]client.Approval
 		gone = append(gone, item)
 	}
 	a.broadcast()
-	return gone, nil
+	return gone, errors.Join(errs...)
 }
 
+// withdraw ends an ask that is pending. The log is owed the entry.
 func (a *Authority) withdraw(row askRow, why string) error {
-	_, ask, err := a.known(row.id)
+	entry, err := a.entry(nucleus.KindApprovalRefuse, row.ask(), row.digest, map[string]any{"why": "withdrawn: " + why}, nil)
 	if err != nil {
 		return err
 	}
-	if err := a.record(nucleus.KindApprovalRefuse, ask, row.digest, map[string]any{"why": "withdrawn: " + why}, nil); err != nil {
-		return err
-	}
-	return unavailable(a.store.end(row.id, client.Pending, client.Withdrawn, why, a.millis()))
+	a.owing.entries = true
+	return unavailable(a.store.withdraw(row.id, why, a.millis(), entry))
 }
 
 // Report takes a node's word on what came of a use.

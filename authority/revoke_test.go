@@ -235,6 +235,11 @@ func (b *bench) passage(t *testing.T, id string) {
 	}
 }
 
+// known is what a watcher knows that was told of revocations up to a number.
+func (b *bench) known(seq int64) client.Watched {
+	return client.Watched{Database: b.store.id, Seq: seq}
+}
+
 // A watcher that asks on and on from the start renews its lease and never says that it knows: what is
 // taken back is void at once all the same, and who takes it back is told that it may be open.
 func TestRevokeIsNotHeldUp(t *testing.T) {
@@ -253,7 +258,7 @@ func TestRevokeIsNotHeldUp(t *testing.T) {
 	go func() {
 		defer close(ended)
 		for watching.Err() == nil {
-			_, _ = b.client.Watch(watching, "evil", 0) // answered at once: it was told the first before
+			_, _ = b.client.Watch(watching, "evil", b.known(0)) // answered at once: it was told the first before
 			select {
 			case asked <- struct{}{}:
 			default:
@@ -295,7 +300,7 @@ func TestRevokeWaitsForWatchers(t *testing.T) {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
-	first, err := b.client.Watch(t.Context(), "w-1", -1)
+	first, err := b.client.Watch(t.Context(), "w-1", client.Watched{})
 	if err != nil || first.Seq != 0 || len(first.Revoked) != 0 {
 		t.Fatalf("%+v, %v", first, err)
 	}
@@ -304,14 +309,14 @@ func TestRevokeWaitsForWatchers(t *testing.T) {
 	b = startBench(t, b.c, b.cfg)
 	done := revoke("a-1")
 	silent("before the watcher asked the new daemon", done)
-	told, err := b.client.Watch(t.Context(), "w-1", first.Seq)
+	told, err := b.client.Watch(t.Context(), "w-1", b.known(first.Seq))
 	if err != nil || told.Seq != 1 || len(told.Revoked) != 1 || told.Revoked[0].Ask != "a-1" || told.Revoked[0].Pod != "p-1" || len(told.Revoked[0].Grants) != 1 {
 		t.Fatalf("told %+v, %v", told, err)
 	}
 	silent("before the watcher said that it knows", done)
 	watching, stop := context.WithCancel(t.Context())
 	defer stop()
-	go b.client.Watch(watching, "w-1", told.Seq)
+	go b.client.Watch(watching, "w-1", b.known(told.Seq))
 	if a := <-done; a.err != nil || !a.now.Closed {
 		t.Errorf("%+v", a)
 	}

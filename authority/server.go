@@ -1,6 +1,7 @@
 package authority
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -49,6 +50,7 @@ func (a *Authority) Serve(ctx context.Context, path string, ready func()) error 
 	defer a.closePage()
 	var small sync.WaitGroup
 	small.Go(func() { a.keepSmall(stopping) })
+	small.Go(func() { a.keepSettled(stopping) })
 	defer small.Wait()
 	defer stop()
 	served := make(chan error, 1)
@@ -195,7 +197,11 @@ func (a *Authority) handler() http.Handler {
 		return a.Submit(raw)
 	})
 	route("GET /v1/asks", asker, func(r *http.Request, _ int) (any, error) {
-		return a.store.list(r.URL.Query().Get("state"), a.millis())
+		most, err := strconv.Atoi(cmp.Or(r.URL.Query().Get("limit"), strconv.Itoa(client.MaxListed)))
+		if err != nil || most < 1 || most > client.MaxListed {
+			return nil, nucleus.Errorf(nucleus.KindInvalid, "limit=%q, want 1 to %d", r.URL.Query().Get("limit"), client.MaxListed)
+		}
+		return a.store.list(r.URL.Query().Get("state"), most, a.millis())
 	})
 	route("GET /v1/asks/{id}", asker, func(r *http.Request, _ int) (any, error) { return a.wait(r) })
 	route("GET /v1/asks/{id}/bytes", asker, func(r *http.Request, _ int) (any, error) {
@@ -206,7 +212,11 @@ func (a *Authority) handler() http.Handler {
 		if err == nil && row.shed() {
 			return nil, gone(row, row.stateAt(a.millis()))
 		}
-		return exact(row.canonical), unavailable(err)
+		if err != nil {
+			return nil, unavailable(err)
+		}
+		raw, err := a.store.canonical(row.id)
+		return exact(raw), unavailable(err)
 	})
 	route("POST /v1/asks/{id}/grant", decider, func(r *http.Request, _ int) (any, error) {
 		var g client.SignedGrant
@@ -256,7 +266,7 @@ func (a *Authority) handler() http.Handler {
 		if err != nil {
 			return nil, nucleus.Errorf(nucleus.KindInvalid, "after=%q is no number", r.URL.Query().Get("after"))
 		}
-		return a.Watch(r.Context(), r.URL.Query().Get("watcher"), after)
+		return a.Watch(r.Context(), r.URL.Query().Get("watcher"), client.Watched{Database: r.URL.Query().Get("database"), Seq: after})
 	})
 	route("POST /v1/pods/{pod}/withdrawal", asker, func(r *http.Request, _ int) (any, error) {
 		var w client.Withdrawal
@@ -275,6 +285,7 @@ func (a *Authority) handler() http.Handler {
 	route("DELETE /v1/approvers/{name}", decider, func(r *http.Request, _ int) (any, error) {
 		return a.RemoveApprover(r.PathValue("name"))
 	})
+	mux.HandleFunc("GET /v1/log", a.serveLog)
 	a.passkeyRoutes(route)
 	a.witnessRoutes(mux, route)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
@@ -284,7 +295,7 @@ func (a *Authority) handler() http.Handler {
 }
 
 func (a *Authority) info(uid int) client.Info {
-	info := client.Info{Approvers: a.Approvers(), Approvals: client.OtherUser, Witness: a.witness.PublicKey()}
+	info := client.Info{Approvers: a.Approvers(), Approvals: client.OtherUser, Witness: a.witness.PublicKey(), Log: a.cfg.LogKey}
 	if uid == os.Geteuid() || uid == 0 { // root can be any user
 		info.Approvals = client.SameUser
 	}

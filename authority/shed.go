@@ -17,7 +17,7 @@ const (
 	keepBytes = 64 << 20 // canonical, of all asks
 	shedEvery = 10 * time.Minute
 
-	shedAtOnce = 8 // rows in memory, each of at most approval.MaxAsk
+	shedAtOnce = 32 // rows in memory, and looked at while uses wait
 )
 
 // keepSmall sheds what is old until ctx ends.
@@ -70,17 +70,16 @@ func (a *Authority) shedSome(left int, keep time.Duration, bytes int64) (shed, s
 		return 0, 0, err
 	}
 	for _, row := range rows {
-		passage := a.passageOf(row)
 		switch {
 		case a.living(row):
 			continue
-		case now-row.over(passage) < keep.Milliseconds() && kept <= bytes:
+		case now-row.over() < keep.Milliseconds() && kept <= bytes:
 			continue
 		}
 		if err := a.store.shed(row.id); err != nil {
 			return shed, len(rows), err
 		}
-		kept -= int64(len(row.canonical))
+		kept -= row.length
 		shed++
 	}
 	return shed, len(rows), nil

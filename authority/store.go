@@ -9,11 +9,11 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"modernc.org/sqlite" // and the driver "sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 
-	"cal/approval"
 	"cal/approval/client"
 	"cal/audit/witness"
 	"cal/nucleus"
@@ -21,7 +21,10 @@ import (
 
 // store keeps asks, decisions and records in one SQLite file. Every change is
 // durable when its method returns.
-type store struct{ db *sql.DB }
+type store struct {
+	db *sql.DB
+	id string // made with the database: another one knows nothing of what this one took back
+}
 
 var errUnknown = errors.New("unknown")
 
@@ -43,7 +46,8 @@ CREATE TABLE IF NOT EXISTS asks (
 	expires_ms INTEGER NOT NULL,
 	state TEXT NOT NULL CHECK (state IN ('pending', 'granted', 'denied', 'withdrawn', 'revoked')),
 	reason TEXT NOT NULL DEFAULT '',
-	decided_ms INTEGER NOT NULL DEFAULT 0
+	decided_ms INTEGER NOT NULL DEFAULT 0,
+	about TEXT NOT NULL DEFAULT '' -- an about
 ) STRICT;
 CREATE INDEX IF NOT EXISTS asks_by_state ON asks (state, expires_ms);
 CREATE INDEX IF NOT EXISTS asks_by_age ON asks (created_ms, id);
@@ -79,6 +83,13 @@ CREATE TABLE IF NOT EXISTS revocations (
 	seq INTEGER PRIMARY KEY AUTOINCREMENT,
 	ask TEXT NOT NULL UNIQUE
 ) STRICT;
+CREATE TABLE IF NOT EXISTS self (
+	id TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS owed (
+	seq INTEGER PRIMARY KEY,
+	entry TEXT NOT NULL -- what holds already and the log does not say yet
+) STRICT;
 CREATE TABLE IF NOT EXISTS watchers (
 	id TEXT PRIMARY KEY
 ) STRICT;
@@ -99,7 +110,7 @@ const migrate = `
 DROP INDEX IF EXISTS asks_state;
 ALTER TABLE asks RENAME TO old_asks;` + schema + `
 INSERT INTO asks SELECT id, sha256, canonical, request_sha256, pod, op, summary, 1, created_ms, expires_ms,
-	CASE WHEN state = 'pending' THEN 'withdrawn' WHEN state = 'granted' AND used_ms = 0 THEN 'revoked' ELSE state END, reason, 0 FROM old_asks;
+	CASE WHEN state = 'pending' THEN 'withdrawn' WHEN state = 'granted' AND used_ms = 0 THEN 'revoked' ELSE state END, reason, 0, '' FROM old_asks;
 INSERT INTO grants SELECT jti, id, @approver, reason, token, created_ms FROM old_asks WHERE jti IS NOT NULL;
 INSERT INTO uses SELECT id, 1, '', used_ms, '' FROM old_asks WHERE used_ms != 0;
 DROP TABLE old_asks;`
@@ -136,11 +147,22 @@ func openStore(path, approver string) (*store, error) {
 		}
 		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), db.Close())
 	}
-	s := &store{db}
+	s := &store{db: db}
+	if s.id, err = s.name(); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), db.Close())
+	}
 	if err := s.shrinkable(); err != nil { // it works as it is, and only keeps the room that it has taken
 		slog.Warn("the authority's database cannot be made one that shrinks", "file", path, "error", err)
 	}
 	return s, nil
+}
+
+// name is the database's id, which is made once.
+func (s *store) name() (id string, err error) {
+	if _, err := s.db.Exec("INSERT INTO self SELECT ? WHERE NOT EXISTS (SELECT 1 FROM self)", nucleus.NewID("db-")); err != nil {
+		return "", err
+	}
+	return id, s.db.QueryRow("SELECT id FROM self").Scan(&id)
 }
 
 // shrinkable makes a database of an earlier version one that can give room back.
@@ -177,7 +199,9 @@ func prepare(db *sql.DB, approver string) error {
 	}
 	switch {
 	case version == schemaVersion:
-		_, err = tx.Exec(schema) // tables that came later
+		if _, err = tx.Exec(schema); err == nil { // tables that came later
+			err = addAbout(tx)
+		}
 	case version > schemaVersion:
 		return fmt.Errorf("its format is %d, this program knows %d: it was written by a newer one", version, schemaVersion)
 	case tables == 0:
@@ -212,17 +236,17 @@ func (s *store) HasUse(permit string) (found bool, err error) {
 	return found, err
 }
 
-// lastUse is the use that was counted last, and the ask that it is of; "" for none. Those of a database of the time before
-// permits were kept are not looked at.
+// lastUse is the use that was counted last, whatever the clock said then, and the ask that it is of; "" for none. Those
+// of a database of the time before permits were kept are not looked at.
 func (s *store) lastUse() (ask string, use client.UseOf, err error) {
-	err = s.db.QueryRow("SELECT ask, n, permit FROM uses WHERE permit != '' ORDER BY used_ms DESC, rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
+	err = s.db.QueryRow("SELECT ask, n, permit FROM uses WHERE permit != '' ORDER BY rowid DESC LIMIT 1").Scan(&ask, &use.N, &use.Permit)
 	if errors.Is(err, sql.ErrNoRows) {
 		return "", use, nil
 	}
 	return ask, use, err
 }
 
-// addRemoved writes down that an approver was removed; the first word counts.
+// addRemoved writes down what an approver's file says of a removal; the first word counts.
 func (s *store) addRemoved(approver string, at int64) error {
 	_, err := s.db.Exec("INSERT INTO removed VALUES (?, ?) ON CONFLICT DO NOTHING", approver, at)
 	return err
@@ -249,90 +273,20 @@ func (s *store) pod(pod string) (said string, err error) {
 	return said, err
 }
 
-type askRow struct {
-	id, digest       string
-	canonical        []byte
-	request          string // digest of what the requester signed
-	pod              string
-	op               nucleus.Op
-	summary          string
-	need             int
-	created, expires int64
-	state            string
-	reason           string
-	grants           []client.Given
-	uses             int
-	ended            int64 // when it was decided or taken back
-}
-
-// stateAt is the state of the ask at a time: one that too few decided expires.
-func (r askRow) stateAt(now int64) string {
-	if r.state == client.Pending && now >= r.expires {
-		return client.Expired
-	}
-	return r.state
-}
-
-// status is what came of the ask at a time. The tokens are handed out once all are there, and
-// as long as they are good.
-func (r askRow) status(now int64) client.Status {
-	status := client.Status{ID: r.id, State: r.stateAt(now), AskDigest: r.digest, Need: r.need, Reason: r.reason}
-	for _, g := range r.grants {
-		g.Task = taskOf(g)
-		if status.State != client.Granted {
-			g.Token = ""
-		}
-		status.Grants = append(status.Grants, g)
-	}
-	return status
-}
-
-// taskOf is the task that a grant is for, as its token says; nil for one use.
-func taskOf(g client.Given) *nucleus.Task {
-	claims, err := approval.Claims(g.Token)
+// addAsk keeps an ask with its bytes, of which request is the digest of what the requester signed.
+func (s *store) addAsk(r askRow, request string, canonical []byte) error {
+	about, err := nucleus.Canonical(r.about)
 	if err != nil {
-		return nil // it was made here
+		return err
 	}
-	return claims.Task
-}
-
-// task is what all that granted r chose; nil for one use, or where nobody has yet.
-func (r askRow) task() *nucleus.Task {
-	if len(r.grants) == 0 {
-		return nil
-	}
-	return taskOf(r.grants[0])
-}
-
-// shed reports whether the bytes of an ask that has ended were forgotten.
-func (r askRow) shed() bool { return len(r.canonical) == 0 }
-
-// over is when nothing of an ask could be decided or used any more, at the latest.
-func (r askRow) over(passage *nucleus.Passage) int64 {
-	end := max(r.expires, r.ended)
-	if task := r.task(); task != nil {
-		end = max(end, task.Until)
-	}
-	if passage != nil {
-		end += passage.Millis
-	}
-	return end
-}
-
-// given is the grant of an approver, if there is one.
-func (r askRow) given(approver string) (client.Given, bool) {
-	for _, g := range r.grants {
-		if g.Approver == approver {
-			return g, true
-		}
-	}
-	return client.Given{}, false
-}
-
-func (s *store) addAsk(r askRow) error {
-	_, err := s.db.Exec("INSERT INTO asks (id, sha256, canonical, request_sha256, pod, op, summary, need, created_ms, expires_ms, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-		r.id, r.digest, r.canonical, r.request, r.pod, string(r.op), r.summary, r.need, r.created, r.expires, r.state)
+	_, err = s.db.Exec("INSERT INTO asks (id, sha256, canonical, request_sha256, pod, op, summary, need, created_ms, expires_ms, state, about) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+		r.id, r.digest, canonical, request, r.pod, string(r.op), r.summary, r.need, r.created, r.expires, r.state, string(about))
 	return err
+}
+
+// canonical is what an ask says, which is long: no row carries it.
+func (s *store) canonical(id string) (raw []byte, err error) {
+	return raw, s.db.QueryRow("SELECT canonical FROM asks WHERE id = ?", id).Scan(&raw)
 }
 
 // end writes what became of an ask that was in a state before.
@@ -361,20 +315,13 @@ func (s *store) addGrant(r askRow, g client.Given) error {
 }
 
 // dropGrant takes a grant from an ask that is pending, for good.
-func (s *store) dropGrant(id string) error {
-	tx, err := s.db.Begin()
-	if err != nil {
-		return err
-	}
-	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
+func dropGrant(tx *sql.Tx, id string) error {
 	result, err := tx.Exec("DELETE FROM grants WHERE jti = ? AND (SELECT state FROM asks WHERE id = ask) = 'pending'", id)
 	if err := exactlyOne(result, err); err != nil {
 		return err
 	}
-	if _, err := tx.Exec("INSERT INTO dropped VALUES (?)", id); err != nil {
-		return err
-	}
-	return tx.Commit()
+	_, err = tx.Exec("INSERT INTO dropped VALUES (?)", id)
+	return err
 }
 
 // knowsGrant reports whether a grant was kept before.
@@ -385,6 +332,12 @@ func (s *store) knowsGrant(id string) (known bool, err error) {
 // addUse counts use n of what was granted for an ask; two of one number are an error.
 func (s *store) addUse(ask string, n int, permit string, now int64) error {
 	_, err := s.db.Exec("INSERT INTO uses (ask, n, permit, used_ms) VALUES (?, ?, ?, ?)", ask, n, permit, now)
+	return err
+}
+
+// dropUse takes back the counting of a use.
+func (s *store) dropUse(ask string, n int, permit string) error {
+	_, err := s.db.Exec("DELETE FROM uses WHERE ask = ? AND n = ? AND permit = ?", ask, n, permit)
 	return err
 }
 
@@ -399,7 +352,7 @@ func exactlyOne(result sql.Result, err error) error {
 	return err
 }
 
-const askColumns = `SELECT id, sha256, canonical, pod, op, summary, need, created_ms, expires_ms, state, reason, decided_ms,
+const askColumns = `SELECT id, sha256, LENGTH(canonical), about, pod, op, summary, need, created_ms, expires_ms, state, reason, decided_ms,
 	(SELECT COUNT(*) FROM uses WHERE ask = id) FROM asks`
 
 func (s *store) ask(id string) (askRow, error) {
@@ -418,6 +371,12 @@ func (s *store) granted(pod string) ([]askRow, error) {
 	return s.asks(" WHERE (pod = ? OR ? = '') AND EXISTS (SELECT 1 FROM grants WHERE ask = id) ORDER BY created_ms, id", pod, pod)
 }
 
+// grantedBy returns the asks that an approver has granted, that are not over otherwise and that
+// expire after a time.
+func (s *store) grantedBy(approver string, since int64) ([]askRow, error) {
+	return s.asks(" WHERE state IN ('pending', 'granted') AND expires_ms > ? AND EXISTS (SELECT 1 FROM grants WHERE ask = id AND approver = ?) ORDER BY created_ms, id", since, approver)
+}
+
 // newest returns some of the asks that somebody has granted and that expired after a time, newest
 // first, of a pod or of all.
 func (s *store) newest(pod string, since int64, skip int) ([]askRow, error) {
@@ -433,9 +392,11 @@ func (s *store) asks(where string, args ...any) (list []askRow, err error) {
 	defer rows.Close()
 	for rows.Next() {
 		var r askRow
-		if err := rows.Scan(&r.id, &r.digest, &r.canonical, &r.pod, &r.op, &r.summary, &r.need, &r.created, &r.expires, &r.state, &r.reason, &r.ended, &r.uses); err != nil {
+		var about string
+		if err := rows.Scan(&r.id, &r.digest, &r.length, &about, &r.pod, &r.op, &r.summary, &r.need, &r.created, &r.expires, &r.state, &r.reason, &r.ended, &r.uses); err != nil {
 			return nil, err
 		}
+		r.about = readAbout(about, r.op)
 		list = append(list, r)
 	}
 	if err := rows.Err(); err != nil {
@@ -501,21 +462,81 @@ func (s *store) askOf(grant string) (id string, err error) {
 	return id, err
 }
 
-// revoke makes what was granted for an ask void, and puts it where watchers see it.
-func (s *store) revoke(id, reason string, now int64) error {
+// void makes grants for an ask void, with the entry that the log is owed. What all had granted is
+// put where watchers see it; an ask that waits for more goes on without.
+func (s *store) void(v void, owed nucleus.Entry) error {
+	return s.owing(owed, func(tx *sql.Tx) error {
+		if v.row.state == client.Pending {
+			for _, grant := range v.grants {
+				if err := dropGrant(tx, grant); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+		result, err := tx.Exec("UPDATE asks SET state = 'revoked', reason = ?, decided_ms = ? WHERE id = ? AND state = 'granted'", v.why, v.at, v.row.id)
+		if err := exactlyOne(result, err); err != nil {
+			return err
+		}
+		_, err = tx.Exec("INSERT INTO revocations (ask) VALUES (?)", v.row.id)
+		return err
+	})
+}
+
+// withdraw ends an ask for which nobody waits any more.
+func (s *store) withdraw(id, reason string, now int64, owed nucleus.Entry) error {
+	return s.owing(owed, func(tx *sql.Tx) error {
+		result, err := tx.Exec("UPDATE asks SET state = 'withdrawn', reason = ?, decided_ms = ? WHERE id = ? AND state = 'pending'", reason, now, id)
+		return exactlyOne(result, err)
+	})
+}
+
+// remove writes down that an approver was removed; the first word counts.
+func (s *store) remove(approver string, at int64, owed nucleus.Entry) error {
+	if known, err := s.removedAt(approver); known != 0 || err != nil {
+		return err
+	}
+	return s.owing(owed, func(tx *sql.Tx) error {
+		_, err := tx.Exec("INSERT INTO removed VALUES (?, ?)", approver, at)
+		return err
+	})
+}
+
+// owing makes a change together with the entry that the log is owed for it.
+func (s *store) owing(entry nucleus.Entry, change func(*sql.Tx) error) error {
+	raw, err := nucleus.Canonical(entry)
+	if err != nil {
+		return err
+	}
 	tx, err := s.db.Begin()
 	if err != nil {
 		return err
 	}
 	defer func() { _ = tx.Rollback() }() // after Commit it does nothing
-	result, err := tx.Exec("UPDATE asks SET state = 'revoked', reason = ?, decided_ms = ? WHERE id = ? AND state = 'granted'", reason, now, id)
-	if err := exactlyOne(result, err); err != nil {
+	if err := change(tx); err != nil {
 		return err
 	}
-	if _, err := tx.Exec("INSERT INTO revocations (ask) VALUES (?)", id); err != nil {
+	if _, err := tx.Exec("INSERT INTO owed (entry) VALUES (?)", string(raw)); err != nil {
 		return err
 	}
 	return tx.Commit()
+}
+
+// owed is the first entry that the log is owed; paid forgets it.
+func (s *store) owed() (seq int64, entry nucleus.Entry, err error) {
+	var raw string
+	err = s.db.QueryRow("SELECT seq, entry FROM owed ORDER BY seq LIMIT 1").Scan(&seq, &raw)
+	if errors.Is(err, sql.ErrNoRows) {
+		return 0, entry, errUnknown
+	} else if err != nil {
+		return 0, entry, err
+	}
+	return seq, entry, json.Unmarshal([]byte(raw), &entry)
+}
+
+func (s *store) paid(seq int64) error {
+	_, err := s.db.Exec("DELETE FROM owed WHERE seq = ?", seq)
+	return err
 }
 
 // addWatcher writes down that a node watches, and dropWatcher that it is known not to any more.
@@ -585,9 +606,10 @@ func (s *store) kept() (bytes int64, err error) {
 	return bytes, s.db.QueryRow("SELECT COALESCE(SUM(LENGTH(canonical)), 0) FROM asks").Scan(&bytes)
 }
 
-// sheddable are some of the asks with bytes that nobody can answer any more, oldest first.
+// sheddable are some of the asks with bytes that nobody can answer any more: those that were used
+// last, so that a flood of others does not take their bytes, and the oldest first.
 func (s *store) sheddable(now int64, skip int) ([]askRow, error) {
-	return s.asks(" WHERE LENGTH(canonical) > 0 AND expires_ms <= ? OR LENGTH(canonical) > 0 AND state IN ('denied', 'withdrawn', 'revoked') ORDER BY created_ms, id LIMIT ? OFFSET ?", now, shedAtOnce, skip)
+	return s.asks(" WHERE LENGTH(canonical) > 0 AND expires_ms <= ? OR LENGTH(canonical) > 0 AND state IN ('denied', 'withdrawn', 'revoked') ORDER BY EXISTS (SELECT 1 FROM uses WHERE ask = id), created_ms, id LIMIT ? OFFSET ?", now, shedAtOnce, skip)
 }
 
 // shrink gives the room of what was forgotten back to the file system.
@@ -616,8 +638,8 @@ func (s *store) pending(pod string, now int64) (all, own load, err error) {
 	return all, own, err
 }
 
-// list returns the asks in a state at a time, oldest first; empty for all.
-func (s *store) list(state string, now int64) (items []client.Item, err error) {
+// list returns the newest of the asks in a state at a time, oldest first; empty for all.
+func (s *store) list(state string, most int, now int64) (items []client.Item, err error) {
 	where, args := "", []any{}
 	switch state {
 	case "":
@@ -632,7 +654,7 @@ func (s *store) list(state string, now int64) (items []client.Item, err error) {
 	}
 	//nolint:gosec // where is one of the constants above
 	rows, err := s.db.Query(`SELECT id, state, pod, op, summary, need, (SELECT json_group_array(approver) FROM (SELECT approver FROM grants WHERE ask = id ORDER BY given_ms, rowid)),
-		sha256, created_ms, expires_ms, LENGTH(canonical) = 0 FROM asks`+where+" ORDER BY created_ms, id", args...)
+		sha256, created_ms, expires_ms, LENGTH(canonical) = 0 FROM asks`+where+" ORDER BY created_ms DESC, id DESC LIMIT ?", append(args, most)...)
 	if err != nil {
 		return nil, unavailable(err)
 	}
@@ -650,6 +672,7 @@ func (s *store) list(state string, now int64) (items []client.Item, err error) {
 		i.State = askRow{state: i.State, expires: i.Expires}.stateAt(now)
 		items = append(items, i)
 	}
+	slices.Reverse(items)
 	return items, unavailable(rows.Err())
 }
 

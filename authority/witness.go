@@ -47,6 +47,9 @@ func (a *Authority) RegisterLog(key string) error {
 	if err := audit.CheckKey(key); err != nil {
 		return nucleus.Errorf(nucleus.KindInvalid, "%v", err)
 	}
+	if err := a.roomToAsk(); err != nil {
+		return err
+	}
 	known, err := a.store.addLog(origin, key)
 	if err != nil {
 		return unavailable(err)

@@ -81,7 +81,7 @@ func (s *Store) kernel(ctx context.Context, path string, made maker, progress Pr
 			return Kernel{}, fmt.Errorf("kernel: %w", err)
 		}
 		key = keyOf("kernel", path, fmt.Sprint(id))
-		build = func(dir string) (Object, error) { return takeKernel(path, s.modules, dir, progress) }
+		build = func(dir string) (Object, error) { return takeKernel(ctx, path, s.modules, dir, progress) }
 	}
 	o, err := made(ctx, key, build)
 	if err != nil {
@@ -128,7 +128,11 @@ func (s *Store) fetchKernel(ctx context.Context, dir string, progress Progress) 
 	if err != nil || len(found) != 1 {
 		return Object{}, fmt.Errorf("%s holds %d kernels (%v)", name, len(found), err)
 	}
-	o, err := takeKernel(found[0], filepath.Join(root, "lib/modules"), dir, progress)
+	modules := filepath.Join(root, "lib/modules")
+	if _, err := os.Stat(modules); err != nil {
+		modules = filepath.Join(root, "usr/lib/modules")
+	}
+	o, err := takeKernel(ctx, found[0], modules, dir, progress)
 	if err != nil {
 		return Object{}, err
 	}
@@ -183,7 +187,7 @@ func (s *Store) workspace() (dir string, remove func(), err error) {
 }
 
 // takeKernel copies a kernel and the modules that a machine needs into dir.
-func takeKernel(path, modules, dir string, progress Progress) (Object, error) {
+func takeKernel(ctx context.Context, path, modules, dir string, progress Progress) (Object, error) {
 	info, err := os.Stat(path)
 	if err != nil {
 		return Object{}, err
@@ -217,22 +221,20 @@ func takeKernel(path, modules, dir string, progress Progress) (Object, error) {
 		return Object{}, err
 	}
 	home := filepath.Join(modules, k.Version)
-	var order []string
+	var found []linux.Module
 	if _, err := os.Stat(filepath.Join(home, "kernel")); k.Version == "" || err != nil {
 		progress.say("%s: no modules in %s; a machine starts only if the kernel has all that it needs built in", path, home)
-	} else if order, err = linux.Modules(home, linux.Wanted); err != nil {
+	} else if found, err = linux.Modules(ctx, home, linux.Wanted); err != nil {
 		return Object{}, err
 	}
-	for _, name := range order {
-		data, err := os.ReadFile(filepath.Join(home, name))
-		if err == nil {
-			err = put(filepath.Join(modulesDir, name), data)
-		}
-		if err != nil {
+	var order strings.Builder
+	for _, m := range found {
+		fmt.Fprintln(&order, m.Path)
+		if err := put(filepath.Join(modulesDir, m.Path), m.Data); err != nil {
 			return Object{}, err
 		}
 	}
-	return o, put(modulesFile, []byte(strings.Join(order, "\n")+"\n"))
+	return o, put(modulesFile, []byte(order.String()))
 }
 
 // Initramfs returns the archive that a machine starts from: proxy, a static program, as

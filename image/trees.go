@@ -201,13 +201,19 @@ func (s *Store) fill(ctx context.Context, image nucleus.Image, dir string, o *Ob
 	}
 	// An archive that claims more than there is room for is refused before the disk is full.
 	limits.Bytes = min(limits.Bytes, int64(stat.Bavail)*stat.Bsize)
+	var err error
 	switch image.Kind {
 	case nucleus.ImageTarball:
-		return fillTarball(ctx, image.Path, filepath.Join(dir, treeDir), limits, progress)
+		err = fillTarball(ctx, image.Path, filepath.Join(dir, treeDir), limits, progress)
 	case nucleus.ImageOCI:
-		return fillOCI(ctx, image.Ref, filepath.Join(dir, treeDir), limits, o, progress)
+		err = fillOCI(ctx, image.Ref, filepath.Join(dir, treeDir), limits, o, progress)
+	default:
+		err = s.fillDebian(ctx, image, dir, limits, o, progress)
 	}
-	return s.fillDebian(ctx, image, dir, limits, o, progress)
+	if errors.Is(err, unpack.ErrTooLarge) && limits.Bytes < unpackLimits.Bytes {
+		return fmt.Errorf("%w: %w", unix.ENOSPC, err)
+	}
+	return err
 }
 
 func fillTarball(ctx context.Context, path, place string, limits unpack.Limits, progress Progress) (err error) {

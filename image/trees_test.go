@@ -15,6 +15,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -76,7 +77,7 @@ func newRegistry(t *testing.T) *testRegistry {
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		r.asked.Add(1)
 		if q.Method == http.MethodGet && strings.Contains(q.URL.Path, "/blobs/") && r.corrupt.Load() {
-			w = &corrupting{w}
+			w = &corrupting{ResponseWriter: w}
 		}
 		serve.ServeHTTP(w, q)
 	}))
@@ -86,12 +87,19 @@ func newRegistry(t *testing.T) *testRegistry {
 	return r
 }
 
-// corrupting changes the last byte of what is sent.
-type corrupting struct{ http.ResponseWriter }
+// corrupting changes a byte at the beginning of a layer, which nobody would see but by its
+// digest: of a gzip stream the time, of a tar the name of its first file.
+type corrupting struct {
+	http.ResponseWriter
+	done bool
+}
 
 func (c *corrupting) Write(p []byte) (int, error) {
-	p = bytes.Clone(p)
-	p[len(p)-1] ^= 1
+	if !c.done && len(p) > 4 && p[0] != '{' { // no configuration
+		c.done = true
+		p = bytes.Clone(p)
+		p[4] ^= 1
+	}
 	return c.ResponseWriter.Write(p)
 }
 
@@ -175,6 +183,34 @@ func TestOCI(t *testing.T) {
 	}
 }
 
+// Of an image for several machines that for this one is taken.
+func TestOCIIndex(t *testing.T) {
+	r := newRegistry(t)
+	var index v1.ImageIndex = empty.Index
+	for _, arch := range []string{"arm64", "amd64", "s390x"} {
+		parsed, err := name.ParseReference(r.push(arch+":1", [][]byte{tarOf(t, map[string]string{"usr/arch": arch})}, func(image v1.Image) (v1.Image, error) {
+			config, err := image.ConfigFile()
+			if err != nil {
+				return nil, err
+			}
+			config = config.DeepCopy()
+			config.Architecture = arch
+			return mutate.ConfigFile(image, config)
+		}))
+		must(t, err)
+		image, err := remote.Image(parsed)
+		must(t, err)
+		index = mutate.AppendManifests(index, mutate.IndexAddendum{Add: image, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: arch}}})
+	}
+	ref, err := name.ParseReference(r.address + "/test/all:1")
+	must(t, err)
+	must(t, remote.WriteIndex(ref, index))
+	root, err := testStore(t).Resolve(context.Background(), nucleus.Image{Kind: nucleus.ImageOCI, Ref: ref.Name()}, "/", nil)
+	if err != nil || content(t, root, "/usr/arch") != "amd64" {
+		t.Errorf("%+v, %v", root.Binds, err)
+	}
+}
+
 // A tag is resolved once, until somebody asks for it anew.
 func TestTag(t *testing.T) {
 	s, r, ctx := testStore(t), newRegistry(t), context.Background()
@@ -232,6 +268,7 @@ func TestOCIRefuses(t *testing.T) {
 		"another machine":  r.push("arm:1", [][]byte{good}, changeConfig(func(c *v1.ConfigFile) { c.Architecture = "arm64" })),
 		"another system":   r.push("windows:1", [][]byte{good}, changeConfig(func(c *v1.ConfigFile) { c.OS = "windows" })),
 		"no layers":        r.push("none:1", nil),
+		"too many layers":  r.push("many:1", slices.Repeat([][]byte{good}, 501)),
 		"no root":          r.push("empty:1", [][]byte{tarOf(t, map[string]string{"file": "x"})}),
 		"no tar":           r.push("text:1", [][]byte{bytes.Repeat([]byte("text"), 1000)}),
 		"upwards":          r.push("up:1", [][]byte{gzipped(t, tarOf(t, map[string]string{"usr/x": "x", "../../../../x": "x"}))}),

@@ -106,7 +106,8 @@ type Driver interface {
 	// Remove ends what runs for dir and deletes what was made for it, dir itself
 	// included once it is empty. The workspace stays. It may be called again, and
 	// for a directory in which Create died at any moment or never came. It must
-	// not be called while a Machine of dir is held; use Destroy.
+	// not be called while a Machine of dir is held; use Destroy. A machine that another driver
+	// made is left as it is, with ErrForeign.
 	Remove(ctx context.Context, dir string) error
 }
 
@@ -163,6 +164,9 @@ var ErrRefused = errors.New("refused")
 
 // ErrGone is wrapped by Adopt where no machine runs.
 var ErrGone = errors.New("no machine runs")
+
+// ErrForeign is wrapped by Adopt and Remove where another driver made the machine.
+var ErrForeign = errors.New("a machine of another driver")
 
 // Refuse returns an error that wraps ErrRefused.
 func Refuse(format string, args ...any) error {

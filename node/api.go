@@ -98,7 +98,7 @@ func (n *Node) ofPod(next verifiedHandler) http.HandlerFunc {
 }
 
 func (n *Node) health(w http.ResponseWriter, _ *http.Request) {
-	health := client.Health{Status: "ok", Version: nucleus.Version, UnixMilli: n.config.Now().UnixMilli(), Era: n.verifier.Era(), Spare: n.spares.status()}
+	health := client.Health{Status: "ok", Version: nucleus.Version, UnixMilli: n.config.Now().UnixMilli(), Era: n.verifier.Era(), Spare: n.spares.status(), RequireApprovals: n.config.RequireApprovals}
 	if health.Era == "" {
 		health.AdmitsFrom = n.verifier.Started.Unix() + 1
 	}

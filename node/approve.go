@@ -573,7 +573,7 @@ func (n *Node) useGrants(ctx context.Context, p *Pod, a *approved, action nucleu
 	if err := p.root.admits(a.ask, task, action); err != nil {
 		return nil, err
 	}
-	opened := passage{pod: p.record.ID, op: action.Op, used: used{&a.ask, grantIDs(a.grants), approverNames(a.grants), a.tokens}, task: task}
+	opened := passage{pod: p.record.ID, link: n.link(p.record.Spec), op: action.Op, used: used{&a.ask, grantIDs(a.grants), approverNames(a.grants), a.tokens}, task: task}
 	counted, err := n.countUse(ctx, p, opened.used, permit)
 	if err != nil {
 		return nil, err
@@ -675,21 +675,12 @@ func (n *Node) countUse(ctx context.Context, p *Pod, u used, permit string) (app
 }
 
 // reportOutcome tells the authority what came of a use, for its listing.
-func (n *Node) reportOutcome(ask, permit, status string) {
+func (n *Node) reportOutcome(p *Pod, ask, permit, status string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	if err := n.asks.Report(ctx, ask, approvals.Outcome{Permit: permit, Status: status}); err != nil {
+	if err := n.authority(p).Report(ctx, ask, approvals.Outcome{Permit: permit, Status: status}); err != nil {
 		slog.Warn("the authority did not take note of what came of a grant", "ask", ask, "error", err)
 	}
-}
-
-// authority is the client by which is asked for a pod: one that requires another user's authority
-// tells no other anything and takes nothing from it. What the node requires holds for asks too.
-func (n *Node) authority(p *Pod) *approvals.Client {
-	if p.record.Spec.Approvals == approvals.RequireOtherUser {
-		return n.strict
-	}
-	return n.asks
 }
 
 const (

@@ -286,6 +286,53 @@ func TestPassagesNeedTheAuthority(t *testing.T) {
 	eventually(t, "the passage stands again", func() bool { return h.get(p, site).Error == nil })
 }
 
+// An authority whose database was begun anew knows nothing of what was granted before: passages end,
+// though it has taken back no fewer than the one before, none.
+func TestPassagesEndWithTheDatabase(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	site := newWeb(t, "127.0.0.1")
+	p := h.private("", connects(ordinary, site))
+	h.authority.grant(h.asks(h.get(p, site)).Ask, nil)
+	h.get(p, site).want(t, "")
+	h.authority.mu.Lock()
+	h.authority.database = "db-2"
+	close(h.authority.changed)
+	h.authority.changed = make(chan struct{})
+	h.authority.mu.Unlock()
+	eventually(t, "the passage ends", func() bool {
+		a := h.get(p, site)
+		return a.Error != nil && a.Error.Kind == nucleus.KindApproval
+	})
+}
+
+// A machine that requires another user's authority lets nothing through a passage by the word of
+// one that is not, and is told by no other what was taken back.
+func TestPassagesOfAnotherUser(t *testing.T) {
+	t.Parallel()
+	h := newHost(t, withAuthority)
+	site := newWeb(t, "127.0.0.1")
+	p := h.private("", connects(ordinary, site))
+	id := h.asks(h.get(p, site)).Ask
+	h.authority.grant(id, nil)
+	h.get(p, site).want(t, "")
+	p.record.Spec.Approvals = approvals.RequireOtherUser
+	if told, err := h.node.link(p.record.Spec).client.Watch(h.context(), "w-1", approvals.Watched{}); err == nil {
+		t.Errorf("the same user's authority is heard: %+v", told)
+	}
+	hits := site.hits.Load()
+	h.get(p, site).want(t, nucleus.KindUnavailable)
+	if site.hits.Load() != hits {
+		t.Error("somebody came, by the word of the same user's authority")
+	}
+	h.authority.revoke(id, "enough")
+	p.record.Spec.Approvals = ""
+	eventually(t, "the passage ends", func() bool {
+		a := h.get(p, site)
+		return a.Error != nil && a.Error.Kind == nucleus.KindApproval
+	})
+}
+
 // The timer of the lease runs from when the node asked.
 func TestWatchLease(t *testing.T) {
 	var now time.Duration

@@ -1042,15 +1042,16 @@ func newPerson(t testing.TB, name string) person {
 
 // authorityStub approves and denies at a test's word, with real keys.
 type authorityStub struct {
-	t       testing.TB
-	socket  string
-	persons []person
-	uses    map[string][]string // permits that used what was granted for an ask
-	at      func(step string)   // nil, or called when something has been written down and is not answered yet
-	voided  []approvals.Voided
-	left    []string // pods that were withdrawn
-	reports []approvals.Outcome
-	answers bool // to who watches
+	t        testing.TB
+	socket   string
+	persons  []person
+	uses     map[string][]string // permits that used what was granted for an ask
+	at       func(step string)   // nil, or called when something has been written down and is not answered yet
+	voided   []approvals.Voided
+	left     []string // pods that were withdrawn
+	reports  []approvals.Outcome
+	answers  bool // to who watches
+	database string
 
 	mu      sync.Mutex
 	asks    map[string]nucleus.AskRequest
@@ -1068,7 +1069,7 @@ func newAuthority(t testing.TB) *authorityStub {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &authorityStub{t: t, socket: filepath.Join(dir, "s"), persons: []person{newPerson(t, "person")}, uses: map[string][]string{}, answers: true, asks: map[string]nucleus.AskRequest{},
+	a := &authorityStub{t: t, socket: filepath.Join(dir, "s"), persons: []person{newPerson(t, "person")}, uses: map[string][]string{}, answers: true, database: "db-1", asks: map[string]nucleus.AskRequest{},
 		status: map[string]approvals.Status{}, changed: make(chan struct{}), keys: map[string]map[string][]byte{}, witness: newWitnessed()}
 	a.start()
 	t.Cleanup(func() { a.stop(); os.RemoveAll(dir) })
@@ -1151,6 +1152,10 @@ func (a *authorityStub) start() {
 	})
 	mux.HandleFunc("GET /v1/revocations", func(w http.ResponseWriter, r *http.Request) {
 		after, err := strconv.Atoi(r.URL.Query().Get("after"))
+		a.mu.Lock()
+		database := a.database
+		a.mu.Unlock()
+		begins := r.URL.Query().Get("database") != database
 		for limit := time.After(approvals.WatchWait); err == nil; {
 			a.mu.Lock()
 			voided, changed, answers := a.voided, a.changed, a.answers
@@ -1158,19 +1163,19 @@ func (a *authorityStub) start() {
 			if !answers {
 				break
 			}
-			if after < 0 {
+			if begins {
 				voided, after = nil, len(voided)
 			} else {
 				voided = voided[min(after, len(voided)):]
 			}
-			if told := (approvals.Watched{Seq: int64(after + len(voided)), Revoked: append([]approvals.Voided{}, voided...)}); len(voided) > 0 || r.URL.Query().Get("after") == "-1" {
+			if told := (approvals.Watched{Database: database, Seq: int64(after + len(voided)), Revoked: append([]approvals.Voided{}, voided...)}); len(voided) > 0 || begins {
 				json.NewEncoder(w).Encode(told)
 				return
 			}
 			select {
 			case <-changed:
 			case <-limit:
-				json.NewEncoder(w).Encode(approvals.Watched{Seq: int64(after), Revoked: []approvals.Voided{}})
+				json.NewEncoder(w).Encode(approvals.Watched{Database: database, Seq: int64(after), Revoked: []approvals.Voided{}})
 				return
 			case <-r.Context().Done():
 				return

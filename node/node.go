@@ -73,10 +73,8 @@ type Node struct {
 	spent    *spent.Store
 	spentErr error // why there is none
 	asks     *approvals.Client
-	strict   *approvals.Client // the same authority, where it is another user's
-	watch    watch
+	links    links
 	known    knownApprovers
-	leftPods []string  // of an earlier node
 	opened   time.Time // by the host's clock
 	verifier *wire.Verifier
 	storage  storage
@@ -120,7 +118,6 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 		config.Monotonic = monotonic
 	}
 	n := &Node{born: time.Now(), storage: storage{limits: config.Storage.withDefaults()}, config: config, dirs: Dirs{config.Home}, pods: map[string]*Pod{}, modelCalls: map[string]*Pod{}, agents: map[string]wire.Key{}, closing: make(chan struct{})}
-	n.watch = watch{id: nucleus.NewID("w-"), seq: -1, clock: config.Monotonic, lapse: n.suspendPassages}
 	n.opened = config.Now()
 	n.spares.dirs, n.spares.images, n.spares.life = n.dirs, config.Images, config.SpareLife
 	for _, dir := range []string{n.dirs.Run(), n.dirs.Log(), n.dirs.Keys(), n.dirs.Pods(), n.dirs.Spares()} {
@@ -144,8 +141,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	_ = n.witness.round(first, startPatience) // what came of it counts in allow, before the first effect
 	cancel()
 	n.serving.Go(func() { n.witness.keep(keeping) })
-	n.beginWatch(ctx)
-	n.serving.Go(func() { n.watchRevocations(keeping) })
+	n.beginWatch(ctx, keeping)
 	return n, nil
 }
 
@@ -179,9 +175,12 @@ func (n *Node) open(ctx context.Context) error {
 	n.known.open(n.dirs.knownFile())
 	if n.config.Authority != "" {
 		n.asks = approvals.New(n.config.Authority)
-		n.strict = n.asks.OfOtherUser()
-		if n.config.RequireApprovals == approvals.RequireOtherUser {
-			n.asks = n.strict
+		uid, other, err := approvals.OtherUserOf(n.config.RequireApprovals)
+		if err != nil {
+			return err
+		}
+		if other {
+			n.asks = n.asks.OfOtherUser(uid)
 		}
 	}
 	if n.witness, err = newWitnesses(n.log, logKey.Public().(ed25519.PublicKey), n.asks, n.config.Witnesses); err != nil {

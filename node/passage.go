@@ -30,6 +30,7 @@ import (
 // passage is one open passage of a session, or a task.
 type passage struct {
 	pod      string // whose machine knows it
+	link     *link  // to the authority that may take it back
 	op       nucleus.Op
 	host     string
 	port     int
@@ -141,7 +142,7 @@ func (n *Node) closeUncovered(root *rootSession) {
 				return true
 			case nucleus.Ask:
 				return slices.ContainsFunc(root.passages, func(q passage) bool {
-					return (q.task != nil || n.watch.fresh()) && root.covers(&q, p.record.ID, action, now)
+					return (q.task != nil || n.passagesStand(p)) && root.covers(&q, p.record.ID, action, now)
 				})
 			}
 			return false

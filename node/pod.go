@@ -574,7 +574,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	config, err := json.Marshal(guest.Config{
 		ToolsUID: facts.ToolsUID, ToolsGID: facts.ToolsGID, AgentUID: facts.AgentUID, AgentGID: facts.AgentGID,
 		Mode: spec.Mode, Env: p.toolsEnv(facts), Layers: p.agentLayers(), Identity: spec.Identity,
-		MaxPids: facts.Tasks, WaitAsk: waitAsk(spec.Agent),
+		MaxPids: facts.Tasks, Sync: facts.Sync, WaitAsk: waitAsk(spec.Agent),
 	})
 	if err != nil {
 		return reply, err
@@ -988,7 +988,7 @@ func (n *Node) teardown(p *Pod) error {
 	p.disconnect()
 	p.leaveSession()
 	p.asks.clear()
-	go n.withdraw(p.record.ID)
+	go n.withdraw(p)
 	p.asked.release()
 	var err error
 	if p.machine != nil {

@@ -14,6 +14,7 @@ import (
 	"cal/guest"
 	"cal/internal/durable"
 	"cal/internal/idmap"
+	"cal/machine"
 	"cal/nucleus"
 	"cal/policy"
 	"cal/wire"
@@ -41,7 +42,9 @@ func (n *Node) recover(ctx context.Context) error {
 		l.err = durable.Load(filepath.Join(l.dir, podFile), &l.record)
 		left = append(left, l)
 		if l.err == nil {
-			n.leftPods = append(n.leftPods, l.record.ID)
+			if link := n.link(l.record.Spec); link != nil {
+				link.left = append(link.left, l.record.ID)
+			}
 		}
 	}
 	slices.SortStableFunc(left, func(a, b leftPod) int { return a.record.depth() - b.record.depth() })
@@ -281,11 +284,24 @@ func (n *Node) remove(ctx context.Context, left leftPod, cause error) error {
 	return err
 }
 
+// removeDir takes away what the driver that made it left in a directory, and the
+// directory. Which driver that was, the drivers know; where it is none of them,
+// nothing is touched.
 func (n *Node) removeDir(ctx context.Context, dir string) error {
+	var foreign error
+	removed := false
 	for _, d := range n.config.Drivers {
-		if err := d.Remove(ctx, machineDir(dir)); err != nil {
+		switch err := d.Remove(ctx, machineDir(dir)); {
+		case errors.Is(err, machine.ErrForeign):
+			foreign = err
+		case err != nil:
 			return err
+		default:
+			removed = true
 		}
+	}
+	if !removed && foreign != nil {
+		return foreign
 	}
 	return idmap.RemoveAll(ctx, dir)
 }

@@ -222,7 +222,7 @@ func (n *Node) decide(ctx context.Context, p *Pod, r request, pre prepared, appr
 	}
 	var ask *nucleus.AskRequest
 	_, _, placed := pre.action.Place()
-	if placed && decision.Verdict == nucleus.Ask && !n.watch.fresh() {
+	if placed && decision.Verdict == nucleus.Ask && !n.passagesStand(p) {
 		return ruling{}, &nucleus.Error{Kind: nucleus.KindUnavailable, Operation: r.op, Rule: decision.Rule, Message: "nothing was done: the authority has not been reached for a while, so nobody knows what was taken back (cal approve list says whether it answers; cal node start, or nucleus-authority serve, starts one that does not run)"}
 	}
 	switch decision.Verdict {
@@ -423,7 +423,7 @@ func (n *Node) recordOutcome(p *Pod, r request, pre prepared, permit nucleus.Per
 		return nucleus.Errorf(nucleus.KindUnavailable, "%s was done, but its outcome could not be recorded yet: %v", r.op, err)
 	}
 	if pre.ask != nil {
-		go n.reportOutcome(pre.ask.ID, permit.ID, entry.Status)
+		go n.reportOutcome(p, pre.ask.ID, permit.ID, entry.Status)
 	}
 	return nil
 }

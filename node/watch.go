@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -17,12 +18,34 @@ import (
 // approvals.Lease, counted from when the node asked: the authority counts from later, so that when
 // it tells a person that a passage is closed, it is, whether the node answered or not.
 
+// link is how the node reaches the authority for the pods that require the same of whose it is:
+// nobody else is told anything for them, nobody else's word lets their passages stand, and nobody
+// else takes them back.
+type link struct {
+	client *approvals.Client
+	watch  watch
+	left   []string // pods of an earlier node; of watchOnce
+}
+
+// links are made when the first pod needs one.
+type links struct {
+	mu    sync.Mutex
+	of    map[linkKey]*link
+	start func(*link) // watches one; nil before the node has taken up its pods
+}
+
+// linkKey is what pods require of whose the authority is.
+type linkKey struct {
+	other bool
+	uid   int // approvals.AnyUser
+}
+
 // watch is what the node knows of what was taken back.
 type watch struct {
 	id    string
 	clock func() time.Duration // monotonic
 	lapse func()               // called when no word has come for Lease
-	seq   int64                // up to which revocation it knows all; of watchOnce
+	last  approvals.Watched    // what was told last; of watchOnce
 
 	mu    sync.Mutex
 	heard bool
@@ -58,15 +81,54 @@ func (w *watch) stop() {
 
 const watchRetry = 200 * time.Millisecond
 
+// link is that of pods of a spec; nil where the node has no authority.
+func (n *Node) link(spec nucleus.PodSpec) *link {
+	if n.asks == nil {
+		return nil
+	}
+	uid, other, err := approvals.OtherUserOf(spec.Approvals, n.config.RequireApprovals)
+	if err != nil {
+		uid, other = noUser, true // a pod of an earlier node, under what this one requires
+	}
+	n.links.mu.Lock()
+	defer n.links.mu.Unlock()
+	key := linkKey{other, uid}
+	l := n.links.of[key]
+	if l != nil {
+		return l
+	}
+	l = &link{client: n.asks, watch: watch{id: nucleus.NewID("w-"), clock: n.config.Monotonic, lapse: n.suspendPassages}}
+	if other {
+		l.client = n.asks.OfOtherUser(uid)
+	}
+	if n.links.of == nil {
+		n.links.of = map[linkKey]*link{}
+	}
+	n.links.of[key] = l
+	if n.links.start != nil {
+		n.links.start(l)
+	}
+	return l
+}
+
+// authority is the client by which is asked for a pod.
+func (n *Node) authority(p *Pod) *approvals.Client { return n.link(p.record.Spec).client }
+
+// noUser is the uid of nobody.
+const noUser = -2
+
+// passagesStand reports whether the authority of a pod was heard of lately.
+func (n *Node) passagesStand(p *Pod) bool {
+	l := n.link(p.record.Spec)
+	return l != nil && l.watch.fresh()
+}
+
 // watchRevocations closes what is taken back until ctx ends. First it takes back what an earlier
 // node asked and nobody waits for any more.
-func (n *Node) watchRevocations(ctx context.Context) {
-	if n.asks == nil {
-		return
-	}
-	defer n.watch.stop()
+func (n *Node) watchRevocations(ctx context.Context, l *link) {
+	defer l.watch.stop()
 	for ctx.Err() == nil {
-		if n.watchOnce(ctx) != nil {
+		if n.watchOnce(ctx, l) != nil {
 			select {
 			case <-ctx.Done():
 			case <-time.After(watchRetry):
@@ -76,51 +138,60 @@ func (n *Node) watchRevocations(ctx context.Context) {
 }
 
 // watchOnce asks the authority what was taken back since it was asked before.
-func (n *Node) watchOnce(ctx context.Context) error {
-	asked := n.watch.clock()
-	told, err := n.asks.Watch(ctx, n.watch.id, n.watch.seq)
-	if err == nil && len(n.leftPods) > 0 {
-		n.leftPods, err = n.withdrawLeft(ctx, n.leftPods)
+func (n *Node) watchOnce(ctx context.Context, l *link) error {
+	asked := l.watch.clock()
+	told, err := l.client.Watch(ctx, l.watch.id, l.watch.last)
+	if err == nil && len(l.left) > 0 {
+		l.left, err = n.withdrawLeft(ctx, l)
 	}
 	if err != nil {
 		return err
 	}
-	if told.Seq < n.watch.seq {
-		slog.Warn("the authority does not know any more what it took back; all passages are closed", "known", n.watch.seq, "now", told.Seq)
-		n.closePassages(func(q *passage) bool { return q.task == nil })
+	if last := l.watch.last; last.Database != "" && (told.Database != last.Database || told.Seq < last.Seq) {
+		slog.Warn("the authority does not know any more what it granted and took back; all passages are closed", "known", last.Seq, "now", told.Seq)
+		n.closePassages(func(q *passage) bool { return q.link == l && q.task == nil })
 	}
 	for _, v := range told.Revoked {
-		n.revoked(v)
+		n.revoked(l, v)
 	}
-	n.watch.seq = told.Seq
-	n.watch.answered(asked)
+	l.watch.last = approvals.Watched{Database: told.Database, Seq: told.Seq}
+	l.watch.answered(asked)
 	return nil
 }
 
-// beginWatch asks once before anything is served, where the authority answers at once.
-func (n *Node) beginWatch(ctx context.Context) {
-	if n.asks != nil {
-		ctx, cancel := context.WithTimeout(ctx, time.Second)
-		defer cancel()
-		_ = n.watchOnce(ctx) // watchRevocations goes on
+// beginWatch asks once before anything is served, where the authority answers at once, and watches
+// until keeping ends.
+func (n *Node) beginWatch(ctx, keeping context.Context) {
+	if n.asks == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	n.link(nucleus.PodSpec{})
+	watch := func(l *link) { n.serving.Go(func() { n.watchRevocations(keeping, l) }) }
+	n.links.mu.Lock()
+	n.links.start = watch
+	known := slices.Collect(maps.Values(n.links.of))
+	n.links.mu.Unlock()
+	for _, l := range known {
+		_ = n.watchOnce(ctx, l) // watchRevocations goes on
+		watch(l)
 	}
 }
 
 // revoked closes what was taken back, and records it.
-func (n *Node) revoked(v approvals.Voided) {
-	n.closePassages(func(q *passage) bool { return q.used.ask.ID == v.Ask })
-	n.recordRevoked(v.Pod, v.Ask, v.Grants, v.Reason)
+func (n *Node) revoked(l *link, v approvals.Voided) {
+	n.closePassages(func(q *passage) bool { return q.link == l && q.used.ask.ID == v.Ask })
+	if p, err := n.pod(v.Pod); err == nil && n.link(p.record.Spec) == l {
+		n.recordRevoked(p, v.Ask, v.Grants, v.Reason)
+	}
 }
 
 // recordRevoked records that something was taken back, of a pod of this node. It is, whether that
 // can be recorded or not.
-func (n *Node) recordRevoked(pod, ask string, grants []string, why string) {
-	p, err := n.pod(pod)
-	if err != nil {
-		return
-	}
+func (n *Node) recordRevoked(p *Pod, ask string, grants []string, why string) {
 	if _, err := n.append(nucleus.Entry{
-		Pod: pod, Session: p.record.Session, Actor: "authority", Kind: nucleus.KindApprovalRevoke, Ask: ask, Grants: grants, Data: data(map[string]any{"reason": logged(why, 1000)}),
+		Pod: p.record.ID, Session: p.record.Session, Actor: "authority", Kind: nucleus.KindApprovalRevoke, Ask: ask, Grants: grants, Data: data(map[string]any{"reason": logged(why, 1000)}),
 	}); err != nil {
 		slog.Error("that an approval was taken back could not be recorded", "ask", ask, "error", err)
 	}
@@ -174,29 +245,29 @@ func (n *Node) rootSessions() (roots []*rootSession) {
 
 // withdraw takes back what a pod that has ended has asked. An authority that does not hear it lets
 // the asks expire.
-func (n *Node) withdraw(pod string) {
+func (n *Node) withdraw(p *Pod) {
 	if n.asks == nil {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	if _, err := n.asks.Withdraw(ctx, pod, approvals.Withdrawal{Before: n.config.Now().Add(time.Hour).UnixMilli(), Reason: "the pod has ended"}); err != nil {
-		slog.Warn("what a pod asked could not be taken back", "pod", pod, "error", err)
+	if _, err := n.authority(p).Withdraw(ctx, p.record.ID, approvals.Withdrawal{Before: n.config.Now().Add(time.Hour).UnixMilli(), Reason: "the pod has ended"}); err != nil {
+		slog.Warn("what a pod asked could not be taken back", "pod", p.record.ID, "error", err)
 	}
 }
 
 // withdrawLeft takes back what pods asked of an earlier node, whose memory of it is gone, and
 // returns the pods of which that could not be done yet. A use that the authority has counted and
 // that the log does not know had no effect that this node can name: it is recorded as unknown.
-func (n *Node) withdrawLeft(ctx context.Context, pods []string) ([]string, error) {
-	for i, pod := range pods {
-		gone, err := n.asks.Withdraw(ctx, pod, approvals.Withdrawal{Before: n.opened.UnixMilli(), Reason: "the node was started anew"})
+func (n *Node) withdrawLeft(ctx context.Context, l *link) ([]string, error) {
+	for i, pod := range l.left {
+		gone, err := l.client.Withdraw(ctx, pod, approvals.Withdrawal{Before: n.opened.UnixMilli(), Reason: "the node was started anew"})
 		if err != nil {
-			return pods[i:], err
+			return l.left[i:], err
 		}
 		for _, a := range gone {
 			if err := n.recordLost(a); err != nil {
-				return pods[i:], err
+				return l.left[i:], err
 			}
 		}
 	}

@@ -8,7 +8,9 @@ import (
 	"io/fs"
 	"net/url"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -28,8 +30,11 @@ type Config struct {
 		Notify []string `yaml:"notify"`
 		// Desktop shows a desktop notification for a new ask; nil is true.
 		Desktop *bool `yaml:"desktop"`
-		// Require is "other-user", or empty: no pod starts where that is not so.
+		// Require is "other-user", "passkey" or empty: no pod starts where that is not so. With
+		// "other-user", UID or User, a name of this host's, says which user's approvals must be.
 		Require string `yaml:"require"`
+		UID     int    `yaml:"uid"`
+		User    string `yaml:"user"`
 	} `yaml:"approvals"`
 }
 
@@ -61,8 +66,8 @@ func (h Home) Config() (Config, error) {
 			return Config{}, fmt.Errorf("%s: approvals.notify is %q, want a program, by its name on PATH or its absolute path, and its arguments", name, argv)
 		}
 	}
-	if err := approvals.CheckRequirement(c.Approvals.Require); err != nil {
-		return Config{}, fmt.Errorf("%s: approvals.require: %w", name, err)
+	if c.Approvals.Require, err = c.required(); err != nil {
+		return Config{}, fmt.Errorf("%s: approvals: %w", name, err)
 	}
 	for i, w := range c.Log.Witnesses {
 		u, err := url.Parse(w.URL)
@@ -74,4 +79,36 @@ func (h Home) Config() (Config, error) {
 		}
 	}
 	return c, nil
+}
+
+// required is what approvals.require says, with the user whom approvals.uid or approvals.user name.
+func (c Config) required() (string, error) {
+	a := c.Approvals
+	named := a.User
+	if a.UID != 0 {
+		named = strconv.Itoa(a.UID)
+	}
+	switch {
+	case a.UID == 0 && a.User == "":
+		return requirement(a.Require)
+	case a.UID != 0 && a.User != "":
+		return "", errors.New("uid and user name the same: leave one out")
+	case a.Require != approvals.RequireOtherUser:
+		return "", fmt.Errorf("require is %q; uid and user go with %q", a.Require, approvals.RequireOtherUser)
+	}
+	return requirement(a.Require + ":" + named)
+}
+
+// requirement is what is required of approvals, as the node knows it: a user who is named by
+// name has a uid. A user that this host does not know is an error.
+func requirement(text string) (string, error) {
+	kind, name, named := strings.Cut(text, ":")
+	if _, err := strconv.Atoi(name); named && kind == approvals.RequireOtherUser && err != nil {
+		u, err := user.Lookup(name)
+		if err != nil {
+			return "", fmt.Errorf("required approvals %q: %w (a uid can be named in place of a user)", text, err)
+		}
+		text = kind + ":" + u.Uid
+	}
+	return text, approvals.CheckRequirement(text)
 }

@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -87,18 +88,21 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 		// What needs no approval goes on.
 		fmt.Fprintln(os.Stderr, "cal: nobody can approve:", err)
 	}
+	config, err := h.Config()
+	if err != nil {
+		return nil, err
+	}
 	c, err := h.runningNode(ctx)
 	if err == nil {
+		if err := requiresToo(ctx, c, config); err != nil {
+			return nil, err
+		}
 		return c, nil
 	}
 	if !errors.Is(err, ErrNoNode) {
 		return nil, err
 	}
 	program, err := Program("nucleus-node")
-	if err != nil {
-		return nil, err
-	}
-	config, err := h.Config()
 	if err != nil {
 		return nil, err
 	}
@@ -113,6 +117,15 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 		return nil, err
 	}
 	return h.awaitNode(ctx)
+}
+
+// requiresToo refuses a node that was started before what is set for all was set.
+func requiresToo(ctx context.Context, c *client.Client, config Config) error {
+	health, err := c.Health(ctx)
+	if err == nil && health.RequireApprovals != config.Approvals.Require {
+		err = fmt.Errorf("the running node was started with approvals.require %q, config.yaml says %q (cal node restart; what runs goes on)", health.RequireApprovals, config.Approvals.Require)
+	}
+	return err
 }
 
 // RestartNode replaces the running node. Machines of its version go on; those of another end.
@@ -406,7 +419,7 @@ func tail(path string) string {
 	if err != nil {
 		return err.Error()
 	}
-	lines := strings.Split(strings.TrimSpace(string(raw)), "\n")
+	lines := slices.Compact(strings.Split(strings.TrimSpace(string(raw)), "\n")) // one that is started again says the same
 	return strings.Join(lines[max(0, len(lines)-5):], "\n")
 }
 

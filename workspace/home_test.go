@@ -89,6 +89,28 @@ func TestOtherVersionIsSaid(t *testing.T) {
 	}
 }
 
+// A node that was started before approvals were required of all requires nothing of anybody: it is
+// not used.
+func TestNodeRequiresWhatIsSet(t *testing.T) {
+	h, _ := person(t)
+	serveNode(t, h, nucleus.Version, nil)
+	if _, err := h.Node(t.Context()); err != nil {
+		t.Fatalf("positive control: %v", err)
+	}
+	write(t, filepath.Join(h.Dir, "config.yaml"), "approvals: {require: other-user, uid: 990}\n")
+	if node, err := h.Node(t.Context()); err == nil || node != nil || !strings.Contains(err.Error(), `"other-user:990" (cal node restart`) {
+		t.Errorf("%v", err)
+	}
+	for flag, want := range map[string]string{"": "other-user:990", "passkey": "passkey", "other-user:7": "other-user:7"} {
+		if p, err := h.Plan(t.Context(), RunOptions{Approvals: flag}); err != nil || p.Spec.Approvals != want {
+			t.Errorf("flag %q: %+v, %v", flag, p, err)
+		}
+	}
+	if _, err := h.Plan(t.Context(), RunOptions{Approvals: "other-user:nobody-at-all"}); err == nil || !strings.Contains(err.Error(), "unknown user") {
+		t.Errorf("a user who is none: %v", err)
+	}
+}
+
 func TestNoNode(t *testing.T) {
 	h, _ := person(t)
 	if _, err := h.RunningNode(t.Context()); !errors.Is(err, ErrNoNode) {

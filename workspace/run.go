@@ -68,10 +68,13 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 	if o.Mode != "" {
 		p.Spec.Mode = nucleus.Mode(o.Mode)
 	}
-	p.Spec.Driver, p.Spec.Require, p.Spec.Approvals = o.Driver, nucleus.Tier(o.Require), o.Approvals
+	p.Spec.Driver, p.Spec.Require = o.Driver, nucleus.Tier(o.Require)
 	p.Spec.Resources = nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB, Pids: o.Pids, DiskMB: o.DiskMB}
 	p.Spec.Watched = o.AllowWatched
 	var err error
+	if p.Spec.Approvals, err = h.requires(o.Approvals); err != nil {
+		return nil, err
+	}
 	if p.Spec.Policy, err = h.policyOf(o.Policy); err != nil {
 		return nil, err
 	}
@@ -100,6 +103,16 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 		}
 	}
 	return p, nil
+}
+
+// requires is what a machine requires of approvals: what its flag says, else what is set for all. What
+// is set for all the node requires beside it (Home.Node).
+func (h Home) requires(flag string) (string, error) {
+	if flag != "" {
+		return requirement(flag)
+	}
+	config, err := h.Config()
+	return config.Approvals.Require, err
 }
 
 // policyOf reads a profile's name, or a file of the person.

@@ -19,6 +19,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -51,6 +52,7 @@ type Info struct {
 	Approvers []nucleus.Approver `json:"approvers"`
 	Approvals string             `json:"approvals"` // SameUser or OtherUser
 	Witness   string             `json:"witness"`   // audit.WitnessKey of its cosignatures
+	Log       string             `json:"log"`       // audit.VerifierKey of its own log; empty: it hands none out
 }
 
 // By says how strong approvals by list are: as strong as its weakest. Another user's authority
@@ -184,6 +186,10 @@ type RevokedNow struct {
 	Revoked []Approval `json:"revoked"`
 	Closed  bool       `json:"closed"`
 	Millis  int64      `json:"ms"` // how long it took until all was closed
+
+	// Unrecorded says that it holds, and that the authority's log could not be written: the
+	// entry follows, and nothing else is decided before.
+	Unrecorded bool `json:"unrecorded,omitempty"`
 }
 
 // Withdrawal is a node's word that nobody waits any more for what a pod asked before a time.
@@ -198,11 +204,13 @@ type Outcome struct {
 	Status string `json:"status"`
 }
 
-// Watched answers a watcher: what was taken back since After, in order, and the number up to which
-// it knows all then.
+// Watched answers a watcher: what was taken back since its last answer, in order, and the number up
+// to which it knows all then. The numbers are of one database: another one, begun anew, does not
+// know what the one before took back, nor what it had granted.
 type Watched struct {
-	Seq     int64    `json:"seq"`
-	Revoked []Voided `json:"revoked"`
+	Database string   `json:"database"`
+	Seq      int64    `json:"seq"`
+	Revoked  []Voided `json:"revoked"`
 }
 
 // Voided is one approval that was taken back.
@@ -242,6 +250,8 @@ type NewApprover struct {
 type Removed struct {
 	Name    string   `json:"name"`
 	Revoked []string `json:"revoked"`
+
+	Unrecorded bool `json:"unrecorded,omitempty"` // as of RevokedNow
 }
 
 // Pod registers the keys that sign a pod's requests, key id -> key, and the approvers whose grants
@@ -296,16 +306,16 @@ func New(socket string) *Client {
 }
 
 // OfOtherUser returns a client of the same socket that says nothing on a connection whose other end
-// is not another user's: each one is looked at before it carries anything, because what answers at
-// a path can be replaced between two.
-func (c *Client) OfOtherUser() *Client {
+// is not another user's, and that user's where it is not AnyUser: each one is looked at before it
+// carries anything, because what answers at a path can be replaced between two.
+func (c *Client) OfOtherUser(uid int) *Client {
 	strict := &Client{socket: c.socket, own: c.own}
 	strict.http.Transport = &http.Transport{IdleConnTimeout: time.Minute, DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := c.dial(ctx, network, address)
 		if err != nil {
 			return nil, err
 		}
-		if err := c.otherUser(conn); err != nil {
+		if err := c.otherUser(conn, uid); err != nil {
 			return nil, errors.Join(err, conn.Close())
 		}
 		return conn, nil
@@ -326,7 +336,7 @@ func (c *Client) Close() { c.http.CloseIdleConnections() }
 // connection that carried it: what one of them denies is the same user's.
 func (c *Client) Info(ctx context.Context) (info Info, err error) {
 	var whose error // of the last connection, where one that was idle had ended
-	seen := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) { whose = c.otherUser(got.Conn) }})
+	seen := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) { whose = c.otherUser(got.Conn, AnyUser) }})
 	if err := c.call(seen, http.MethodGet, "/v1/info", nil, &info); err != nil {
 		return Info{}, err
 	}
@@ -358,10 +368,10 @@ func (c *Client) Revoke(ctx context.Context, r Revocation) (now RevokedNow, err 
 	return now, c.callFor(ctx, Lease+callTimeout, http.MethodPost, "/v1/revocations", r, &now)
 }
 
-// Watch waits for what is taken back after the number of the last answer; -1 begins.
-func (c *Client) Watch(ctx context.Context, watcher string, after int64) (w Watched, err error) {
-	path := "/v1/revocations?watcher=" + url.QueryEscape(watcher) + "&after=" + strconv.FormatInt(after, 10)
-	return w, c.callFor(ctx, Lease/2, http.MethodGet, path, nil, &w)
+// Watch waits for what is taken back after the last answer; the zero Watched begins.
+func (c *Client) Watch(ctx context.Context, watcher string, last Watched) (w Watched, err error) {
+	query := url.Values{"watcher": {watcher}, "database": {last.Database}, "after": {strconv.FormatInt(last.Seq, 10)}}
+	return w, c.callFor(ctx, Lease/2, http.MethodGet, "/v1/revocations?"+query.Encode(), nil, &w)
 }
 
 // Withdraw takes back all that a pod asked, and what of it was granted and can still be used. It
@@ -375,33 +385,64 @@ func (c *Client) Report(ctx context.Context, ask string, o Outcome) error {
 	return c.call(ctx, http.MethodPost, askPath(ask)+"/outcomes", o, nil)
 }
 
-// What can be required of approvals.
+// What can be required of approvals. RequireOtherUser may name the user, as "other-user:990": then
+// no other one will do.
 const (
 	RequireOtherUser = "other-user" // they come from another user of the host
 	RequirePasskey   = "passkey"    // a passkey signs them
 )
 
+// AnyUser is any other user of the host.
+const AnyUser = -1
+
 // CheckRequirement refuses what cannot be required; "" requires nothing.
 func CheckRequirement(require string) error {
-	switch require {
-	case "", RequireOtherUser, RequirePasskey:
+	if require == "" || require == RequirePasskey {
 		return nil
 	}
-	return nucleus.Errorf(nucleus.KindInvalid, "required approvals %q: want %q or %q", require, RequireOtherUser, RequirePasskey)
+	_, _, err := OtherUserOf(require)
+	return err
+}
+
+// OtherUserOf says which other user requirements want, AnyUser or one; whether any does; and an
+// error where two name different ones, or one is none.
+func OtherUserOf(requirements ...string) (uid int, required bool, err error) {
+	uid = AnyUser
+	for _, require := range requirements {
+		kind, named, pinned := strings.Cut(require, ":")
+		switch {
+		case require == "", require == RequirePasskey:
+			continue
+		case kind != RequireOtherUser:
+			return AnyUser, true, nucleus.Errorf(nucleus.KindInvalid, "required approvals %q: want %q, with \":\" and a uid where it is to be this user's, or %q", require, RequireOtherUser, RequirePasskey)
+		}
+		required = true
+		if !pinned {
+			continue
+		}
+		n, err := strconv.Atoi(named)
+		switch {
+		case err != nil || n < 1 || strconv.Itoa(n) != named: // root is nobody's other user
+			return AnyUser, true, nucleus.Errorf(nucleus.KindInvalid, "required approvals %q: %q is no uid of another user", require, named)
+		case uid != AnyUser && uid != n:
+			return AnyUser, true, nucleus.Errorf(nucleus.KindInvalid, "approvals of uid %d are required, and of uid %d", uid, n)
+		}
+		uid = n
+	}
+	return uid, required, nil
 }
 
 // Approvers says who can approve, if that satisfies all requirements; who does not is left out. That
 // they are another user's the authority says, and so does the kernel of the connection on which it
 // says that; for root nobody is, because root can be any user.
 func (c *Client) Approvers(ctx context.Context, requirements ...string) (Info, error) {
-	for _, require := range requirements {
-		if err := CheckRequirement(require); err != nil {
-			return Info{}, err
-		}
+	uid, other, err := OtherUserOf(requirements...)
+	if err != nil {
+		return Info{}, err
 	}
 	from := c
-	if slices.Contains(requirements, RequireOtherUser) {
-		from = c.OfOtherUser()
+	if other {
+		from = c.OfOtherUser(uid)
 		defer from.Close()
 	}
 	info, err := from.Info(ctx)
@@ -420,8 +461,8 @@ func (c *Client) Approvers(ctx context.Context, requirements ...string) (Info, e
 	return info, nil
 }
 
-// otherUser refuses a connection whose other end is not another user's.
-func (c *Client) otherUser(conn net.Conn) error {
+// otherUser refuses a connection whose other end is not another user's, or not that of want.
+func (c *Client) otherUser(conn net.Conn, want int) error {
 	uid, err := peercred.UID(conn)
 	switch own := c.own(); {
 	case err != nil:
@@ -430,6 +471,8 @@ func (c *Client) otherUser(conn net.Conn) error {
 		return nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and this node is root's, who can be any user: start it as an ordinary one")
 	case uid == own:
 		return nucleus.Errorf(nucleus.KindUnavailable, "approvals of another user are required, and the authority at %s is uid %d's like this node (how to run it as another user: doc/approvals.md)", c.socket, uid)
+	case want != AnyUser && uid != want:
+		return nucleus.Errorf(nucleus.KindUnavailable, "approvals of uid %d are required, and the authority at %s is uid %d's", want, c.socket, uid)
 	}
 	return nil
 }
@@ -486,9 +529,18 @@ func (c *Client) Wait(ctx context.Context, id string) (Status, error) {
 	}
 }
 
-// List returns the asks in a state, oldest first; an empty state means all.
-func (c *Client) List(ctx context.Context, state string) (items []Item, err error) {
-	return items, c.call(ctx, http.MethodGet, "/v1/asks?state="+url.QueryEscape(state), nil, &items)
+// MaxListed is how many asks one answer holds at most: more than can be pending.
+const MaxListed = 5000
+
+// List returns the asks in a state, the newest MaxListed, oldest first; an empty state means all.
+func (c *Client) List(ctx context.Context, state string) ([]Item, error) {
+	return c.Newest(ctx, state, MaxListed)
+}
+
+// Newest is List of so many.
+func (c *Client) Newest(ctx context.Context, state string, most int) (items []Item, err error) {
+	query := url.Values{"state": {state}, "limit": {strconv.Itoa(most)}}
+	return items, c.call(ctx, http.MethodGet, "/v1/asks?"+query.Encode(), nil, &items)
 }
 
 // Get returns an ask with the digest recomputed from the bytes that came.

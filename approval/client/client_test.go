@@ -1,11 +1,13 @@
 package client
 
 import (
+	"archive/tar"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -92,5 +94,69 @@ func TestSilentAuthority(t *testing.T) {
 	defer cancel()
 	if _, err := c.Wait(ctx, "a-1"); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("%v, want the deadline", err)
+	}
+}
+
+// What names no user, or root, requires nothing that could be met, and is refused.
+func TestRequirements(t *testing.T) {
+	for _, bad := range []string{"anybody", "other-user:", "other-user:ann", "other-user:0", "other-user:-1", "other-user:07", "other-user:7:8", "passkey:7", "Other-user"} {
+		if err := CheckRequirement(bad); err == nil || nucleus.AsError(err).Kind != nucleus.KindInvalid {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+	for _, good := range []struct {
+		require  string
+		uid      int
+		required bool
+	}{{"", AnyUser, false}, {"passkey", AnyUser, false}, {"other-user", AnyUser, true}, {"other-user:990", 990, true}} {
+		uid, required, err := OtherUserOf(good.require)
+		if err != nil || uid != good.uid || required != good.required || CheckRequirement(good.require) != nil {
+			t.Errorf("%q: %d, %v, %v", good.require, uid, required, err)
+		}
+	}
+}
+
+// A log's files lie below the directory, whatever who hands them out names them.
+func TestHostileLog(t *testing.T) {
+	pack := func(h tar.Header) string {
+		var out strings.Builder
+		w := tar.NewWriter(&out)
+		h.Size = int64(len("x"))
+		if h.Typeflag != tar.TypeReg {
+			h.Size = 0
+		}
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if h.Size > 0 {
+			fmt.Fprint(w, "x")
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return out.String()
+	}
+	base := t.TempDir()
+	for name, body := range map[string]string{
+		"above": pack(tar.Header{Typeflag: tar.TypeReg, Name: "../above"}), "absolute": pack(tar.Header{Typeflag: tar.TypeReg, Name: filepath.Join(base, "absolute")}),
+		"link": pack(tar.Header{Typeflag: tar.TypeSymlink, Name: "tile", Linkname: base}), "device": pack(tar.Header{Typeflag: tar.TypeFifo, Name: "fifo"}),
+		"cut": pack(tar.Header{Typeflag: tar.TypeReg, Name: "journal"})[:512],
+	} {
+		dir := filepath.Join(base, name+"-dir")
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := serve(t, 200, body).Log(t.Context(), dir); err == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+	if err := serve(t, 200, pack(tar.Header{Typeflag: tar.TypeReg, Name: "tile/0/000"})).Log(t.Context(), t.TempDir()); err != nil {
+		t.Errorf("positive control: %v", err)
+	}
+	if made, err := filepath.Glob(filepath.Join(base, "a*e")); err != nil || len(made) != 0 {
+		t.Errorf("made %q, %v", made, err)
+	}
+	if err := serve(t, 403, `{"error":{"kind":"forbidden","message":"no"}}`).Log(t.Context(), t.TempDir()); err == nil || err.Error() != "no" {
+		t.Errorf("refused: %v", err)
 	}
 }

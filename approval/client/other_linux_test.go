@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -116,6 +117,15 @@ func TestOtherUserSwapped(t *testing.T) {
 	if err != nil || len(info.Approvers) != 1 || info.Approvers[0].Name != "theirs" || info.Approvals != OtherUser {
 		t.Fatalf("positive control: %+v, %v", info, err)
 	}
+	named := func(uid int) string { return RequireOtherUser + ":" + strconv.Itoa(uid) }
+	if info, err := open().Approvers(t.Context(), RequireOtherUser, named(approver)); err != nil || info.Approvals != OtherUser {
+		t.Errorf("the user who is named: %+v, %v", info, err)
+	}
+	_, err = open().Approvers(t.Context(), named(approver+1), RequireOtherUser)
+	refused("another user than the one who is named", err, "approvals of uid 54323 are required")
+	if _, err := open().Approvers(t.Context(), named(approver), named(approver+1)); err == nil {
+		t.Error("two users are required")
+	}
 	root := open()
 	root.own = func() int { return 0 }
 	_, err = root.Approvers(t.Context(), RequireOtherUser)
@@ -139,7 +149,7 @@ func TestOtherUserSwapped(t *testing.T) {
 
 	// And the other way round: what was theirs is hers at the next connection.
 	point("theirs")
-	c := open().OfOtherUser()
+	c := open().OfOtherUser(AnyUser)
 	t.Cleanup(c.Close)
 	if s, err := c.Status(t.Context(), "a-1"); err != nil || s.State != Pending {
 		t.Fatalf("positive control: %+v, %v", s, err)

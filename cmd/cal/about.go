@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"cal/machine"
+	"cal/machine/firecracker"
 	"cal/machine/gvisor"
 	"cal/workspace"
 	"cal/workspace/agents"
@@ -79,7 +80,12 @@ func doctorCommand() *cobra.Command {
 			}
 			var checks []check
 			works := false
-			for _, d := range []machine.Driver{gvisor.New(gvisor.Config{Runsc: runsc})} {
+			vmm, _ := workspace.Program("firecracker") // which CAL does not bring: without it the probe says so
+			jailer, _ := workspace.Program("jailer")
+			for _, d := range []machine.Driver{
+				firecracker.New(firecracker.Config{Firecracker: vmm, Jailer: jailer}),
+				gvisor.New(gvisor.Config{Runsc: runsc}),
+			} {
 				ctx, cancel := context.WithTimeout(cmd.Context(), 30*time.Second)
 				started := time.Now()
 				err := d.Probe(ctx)

@@ -216,7 +216,7 @@ func auditVerifyCommand() *cobra.Command {
 				all[0].lacks("the cosignatures in the log: no witness was named (--witness)")
 			}
 			if log.dir == "" {
-				all, err = withAuthority(all)
+				all, err = withAuthority(cmd.Context(), all)
 			} else {
 				all[0].lacks("the authority's log: it is compared with this host's own log alone (without DIR)")
 			}
@@ -258,22 +258,26 @@ func keptByAuthority(ctx context.Context, key string) (checkpoint []byte, none s
 	return []byte(kept.Checkpoint), "", nil
 }
 
-// withAuthority adds the report on the authority's log, where there is one that this
-// user can read.
-func withAuthority(all []verified) ([]verified, error) {
+// withAuthority adds the report on the authority's log: this user's own, or the one that another
+// user's authority hands out.
+func withAuthority(ctx context.Context, all []verified) ([]verified, error) {
 	home, err := workspace.OpenHome()
 	if err != nil {
 		return all, err
 	}
 	dir := filepath.Join(home.AuthorityDir(), "log")
+	shown := dir
 	key, err := publicKey(filepath.Join(home.AuthorityDir(), "log.key"), nucleus.AuthorityLogOrigin)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
-		why := "there is none"
-		if errors.Is(err, fs.ErrPermission) {
-			why = "this user cannot read it"
+		if dir, err = os.MkdirTemp("", "cal-authority-log-"); err != nil {
+			return all, err
 		}
-		all[0].lacks("the authority's log: %s; grants that nobody gave, and asks that are left out, would not show", why)
-		return all, nil
+		defer os.RemoveAll(dir)
+		shown = "the authority's log, from " + home.AuthoritySocket()
+		if key, err = handedOut(ctx, home, dir); err != nil {
+			all[0].lacks("the authority's log: %v; grants that nobody gave, and asks that are left out, would not show", err)
+			return all, nil
+		}
 	}
 	if err != nil {
 		return all, err
@@ -282,16 +286,47 @@ func withAuthority(all []verified) ([]verified, error) {
 	if err != nil {
 		return all, err
 	}
-	other := verified{Dir: dir, Report: report}
+	other := verified{Dir: shown, Report: report}
 	other.lacks("a checkpoint kept elsewhere: nobody keeps one of the authority's log; one that was cut back, or that the holder of its key wrote anew, looks the same")
+	if shown != dir {
+		other.lacks("the key of the authority's log: it is what the authority says")
+	}
 	all = append(all, other)
 	if all[0].problems() > 0 || !report.OK() {
 		all[0].lacks("the authority's log: what is wrong already may hide more")
 		return all, nil
 	}
-	all[0].Compared = dir
+	all[0].Compared = shown
 	all[0].Contrary, err = audit.Compare(all[0].Dir, dir)
 	return all, err
+}
+
+// handedOut copies the log of the authority that answers into a directory, and returns the key that
+// it names for it. Where approvals have to be another user's, nobody else's is taken.
+func handedOut(ctx context.Context, home workspace.Home, dir string) (key string, err error) {
+	config, err := home.Config()
+	if err != nil {
+		return "", err
+	}
+	uid, other, err := approvals.OtherUserOf(config.Approvals.Require)
+	if err != nil {
+		return "", err
+	}
+	authority := approvals.New(home.AuthoritySocket())
+	if other {
+		authority = authority.OfOtherUser(uid)
+	}
+	defer authority.Close()
+	info, err := authority.Info(ctx)
+	if approvals.Absent(err) {
+		return "", errors.New("there is none here, and no authority runs that could hand one out (cal node start)")
+	} else if err != nil {
+		return "", err
+	}
+	if info.Log == "" {
+		return "", errors.New("the authority hands none out")
+	}
+	return info.Log, authority.Log(ctx, dir)
 }
 
 func printReports(all []verified, asJSON bool) error {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"cal/internal/kvm"
 	"cal/nucleus"
 	"cal/workspace/agents"
 )
@@ -31,6 +32,7 @@ const (
 var interrupts = []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
 
 func main() {
+	kvm.Main() // the child that tries whether KVM runs a guest
 	ctx, stop := signal.NotifyContext(context.Background(), interrupts...)
 	defer stop()
 	root := newRoot()

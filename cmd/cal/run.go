@@ -56,7 +56,7 @@ func runCommand() *cobra.Command {
 	f.StringVar(&o.Mode, "mode", "", "mediated or contained (default: mediated)")
 	f.StringVar(&o.Driver, "driver", "", "driver to use (default: the strongest that works)")
 	f.StringVar(&o.Require, "require", "", "fail unless the machine is of this tier: vm or kernel")
-	f.StringVar(&o.Approvals, "require-approvals", "", "fail unless approvals come from another user of the host, or by passkey: other-user or passkey")
+	f.StringVar(&o.Approvals, "require-approvals", "", "fail unless approvals come from another user of the host, or by passkey: other-user (other-user:USER for one user alone) or passkey")
 	f.StringVar(&o.EnvFile, "env-file", "", "NAME=VALUE lines, handed to the tools in the machine")
 	f.StringVar(&o.Image, "image", "", imageUsage)
 	f.BoolVar(&o.Trust, "trust", false, "the repository holds nothing that a stranger wrote")

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -73,8 +74,13 @@ func (c *command) listApprovers() *cobra.Command {
 		Example: "  nucleus-authority approver list --json",
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
-	cmd.RunE = func(*cobra.Command, []string) error {
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		list, err := authority.ReadApprovers(c.dir)
+		if errors.Is(err, authority.ErrNoKey) {
+			if list, err = c.theirs(cmd.Context(), err); err == nil {
+				fmt.Fprintln(os.Stderr, "there is no key in "+c.dir+": this is what the authority that answers says, of who can approve now")
+			}
+		}
 		if err != nil {
 			return err
 		}
@@ -101,6 +107,23 @@ func (c *command) listApprovers() *cobra.Command {
 	return cmd
 }
 
+// theirs are those who can approve with the authority of another user, if one answers; none is the
+// error of there being no key here.
+func (c *command) theirs(ctx context.Context, none error) (list []authority.Listed, err error) {
+	api := client.New(c.socket)
+	defer api.Close()
+	info, err := api.Info(ctx)
+	if client.Absent(err) {
+		return nil, none
+	} else if err != nil {
+		return nil, err
+	}
+	for _, a := range info.Approvers {
+		list = append(list, authority.Listed{Approver: a})
+	}
+	return list, nil
+}
+
 func (c *command) removeApprover() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "remove NAME", Short: "Take an approver's key away for good; what it granted and was not used is void", Args: args(cobra.ExactArgs(1)),
@@ -114,6 +137,9 @@ func (c *command) removeApprover() *cobra.Command {
 			return err
 		}
 		fmt.Printf("approver %s is removed; %d grants of it were not used and are void\n", approval.Visible(gone.Name), len(gone.Revoked))
+		if gone.Unrecorded {
+			fmt.Fprintln(os.Stderr, unrecorded)
+		}
 		for _, ask := range gone.Revoked {
 			fmt.Println("  ask", approval.Visible(ask))
 		}

@@ -108,10 +108,15 @@ func (c *command) revoke() *cobra.Command {
 			return fmt.Errorf("taken back: no use of it begins any more. But a node that watches has not said in %d ms that it knows, so a passage that was open may be open still (cal vm stop POD ends its connections with the machine)", now.Millis)
 		}
 		fmt.Printf("taken back; nothing of it is open since %d ms\n", now.Millis)
+		if now.Unrecorded {
+			fmt.Fprintln(os.Stderr, unrecorded)
+		}
 		return nil
 	}
 	return cmd
 }
+
+const unrecorded = "the authority's log cannot be written: this holds, is recorded when it can be, and nothing else is decided before (make room on its disk)"
 
 // taskFlags are those of approve by which a person chooses a task.
 type taskFlags struct {

@@ -62,9 +62,9 @@ func run() int {
 	case errors.Is(err, authority.ErrNotGranted):
 		return exitNotGranted
 	case errors.Is(err, authority.ErrNoKey):
-		fmt.Fprintln(os.Stderr, "hint: cal approve init makes one")
+		fmt.Fprintln(os.Stderr, "hint: cal approve init makes one; where the authority is another user's, that user has them (doc/approvals.md)")
 	case client.Absent(err):
-		fmt.Fprintln(os.Stderr, "hint: cal node start starts it, once cal approve init has made its key")
+		fmt.Fprintln(os.Stderr, "hint: cal node start starts it, once cal approve init has made its key, and says why one that was started has ended")
 	}
 	return 1
 }
@@ -163,7 +163,7 @@ func (c *command) serve() *cobra.Command {
 			return err
 		}
 		defer func() { err = errors.Join(err, log.Close()) }()
-		cfg.Recorder = log
+		cfg.Recorder, cfg.LogDir, cfg.LogKey = log, log.dir, log.key
 		a, err := authority.Open(cfg)
 		if err != nil {
 			return err
@@ -313,13 +313,18 @@ func (c *command) deny() *cobra.Command {
 func (c *command) list() *cobra.Command {
 	var asJSON bool
 	var state string
+	var most int
 	cmd := &cobra.Command{Use: "list", Short: "List asks, oldest first", Example: "  nucleus-authority list --state denied\n  nucleus-authority list --json", Args: args(cobra.NoArgs)}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	cmd.Flags().StringVar(&state, "state", client.Pending, "pending, granted, denied, expired, withdrawn, revoked, or empty for all")
+	cmd.Flags().IntVar(&most, "limit", client.MaxListed, fmt.Sprintf("how many at most, the newest; up to %d", client.MaxListed))
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if most < 1 || most > client.MaxListed {
+			return usageError{fmt.Errorf("--limit %d: want 1 to %d", most, client.MaxListed)}
+		}
 		api := client.New(c.socket)
 		defer api.Close()
-		items, err := api.List(cmd.Context(), state)
+		items, err := api.Newest(cmd.Context(), state, most)
 		if err != nil {
 			return err
 		}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -18,12 +19,15 @@ import (
 	approvals "cal/approval/client"
 	"cal/egress/prices"
 	"cal/image"
+	"cal/internal/kvm"
 	"cal/machine"
+	"cal/machine/firecracker"
 	"cal/machine/gvisor"
 	"cal/node"
 )
 
 func main() {
+	kvm.Main() // the child that tries whether KVM runs a guest
 	if err := run(os.Args[1:]); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			os.Exit(2)
@@ -41,9 +45,11 @@ func run(args []string) error {
 	}
 	home := flags.String("home", "", "CAL_HOME, made if it does not exist (required)")
 	authority := flags.String("authority", "", "socket of nucleus-authority; without it nobody can approve")
-	require := flags.String("require-approvals", "", "start no pod unless approvals come from another user of the host, or by passkey: other-user or passkey")
+	require := flags.String("require-approvals", "", "start no pod unless approvals come from another user of the host, or by passkey: other-user (other-user:UID for one user alone) or passkey")
 	proxy := flags.String("proxy", beside("nucleus-tool-proxy"), "the static nucleus-tool-proxy")
 	runsc := flags.String("runsc", beside("runsc"), "gVisor's runsc")
+	vmm := flags.String("firecracker", onPath("firecracker"), "Firecracker, which wants a node of root's and a KVM that runs guests")
+	jailer := flags.String("jailer", onPath("jailer"), "Firecracker's jailer, of the same version")
 	forge := flags.String("github-api", "", "base URL of GitHub's API, for GitHub Enterprise")
 	var witnesses []node.Witness
 	flags.Func("witness", "URL and key of a C2SP tlog-witness that must cosign the log, in one argument; may be repeated", func(text string) error {
@@ -76,8 +82,11 @@ func run(args []string) error {
 		return err
 	}
 	n, err := node.Open(ctx, node.Config{
-		Home:      *home,
-		Drivers:   []machine.Driver{gvisor.New(gvisor.Config{Runsc: *runsc, Images: images})},
+		Home: *home,
+		Drivers: []machine.Driver{
+			firecracker.New(firecracker.Config{Firecracker: *vmm, Jailer: *jailer, Images: images, Snapshots: filepath.Join(*home, "run", "warm"), Scratch: filepath.Join(*home, "run")}),
+			gvisor.New(gvisor.Config{Runsc: *runsc, Images: images}),
+		},
 		Images:    images,
 		Proxy:     *proxy,
 		Authority: *authority,
@@ -123,6 +132,18 @@ func token() string {
 		}
 	}
 	return ""
+}
+
+// onPath is a program that CAL does not bring; "" where there is none.
+func onPath(name string) string {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return ""
+	}
+	if path, err = filepath.Abs(path); err != nil {
+		return ""
+	}
+	return path
 }
 
 func beside(name string) string {

@@ -36,6 +36,17 @@ const deadline = 30 * time.Minute
 // Open makes apt's state in dir, an empty directory, and fetches the lists of the
 // host's sources, or of Debian's suite where one is named.
 func Open(ctx context.Context, dir, suite string) (*Apt, error) {
+	if suite == "" {
+		return open(ctx, dir, "")
+	}
+	if _, err := os.Stat(keyring); err != nil {
+		return nil, fmt.Errorf("suite %s: %w; hint: install debian-archive-keyring", suite, err)
+	}
+	return open(ctx, dir, sources(suite))
+}
+
+// open is Open with lines of a sources.list; "": the host's own.
+func open(ctx context.Context, dir, list string) (*Apt, error) {
 	for _, program := range []string{"apt-get", "dpkg-deb"} {
 		if _, err := exec.LookPath(program); err != nil {
 			return nil, ErrNoApt
@@ -50,11 +61,12 @@ func Open(ctx context.Context, dir, suite string) (*Apt, error) {
 	if err := os.WriteFile(filepath.Join(dir, "status"), nil, 0o644); err != nil {
 		return nil, err
 	}
-	config, err := a.config(suite)
-	if err != nil {
-		return nil, err
+	if list != "" {
+		if err := os.WriteFile(a.sourcesFile(), []byte(list), 0o644); err != nil {
+			return nil, err
+		}
 	}
-	if err := os.WriteFile(a.configFile(), []byte(config), 0o644); err != nil {
+	if err := os.WriteFile(a.configFile(), []byte(a.config(list != "")), 0o644); err != nil {
 		return nil, err
 	}
 	if _, err := a.run(ctx, dir, "apt-get", "update"); err != nil {
@@ -63,10 +75,11 @@ func Open(ctx context.Context, dir, suite string) (*Apt, error) {
 	return a, nil
 }
 
-func (a *Apt) configFile() string { return filepath.Join(a.dir, "apt.conf") }
+func (a *Apt) configFile() string  { return filepath.Join(a.dir, "apt.conf") }
+func (a *Apt) sourcesFile() string { return filepath.Join(a.dir, "sources.list") }
 
 // config is read after the host's, of which proxies and mirrors stay.
-func (a *Apt) config(suite string) (string, error) {
+func (a *Apt) config(ownSources bool) string {
 	var c strings.Builder
 	set := func(name, value string) { fmt.Fprintf(&c, "%s %q;\n", name, value) }
 	for _, hook := range []string{"APT::Update::Pre-Invoke", "APT::Update::Post-Invoke", "APT::Update::Post-Invoke-Success", "DPkg", "APT::Install"} {
@@ -92,16 +105,11 @@ func (a *Apt) config(suite string) (string, error) {
 	if os.Geteuid() != 0 {
 		set("APT::Sandbox::User", "")
 	}
-	if suite == "" {
-		return c.String(), nil
+	if ownSources {
+		set("Dir::Etc::sourcelist", a.sourcesFile())
+		set("Dir::Etc::sourceparts", filepath.Join(a.dir, "none"))
 	}
-	list := filepath.Join(a.dir, "sources.list")
-	if err := os.WriteFile(list, []byte(sources(suite)), 0o644); err != nil {
-		return "", err
-	}
-	set("Dir::Etc::sourcelist", list)
-	set("Dir::Etc::sourceparts", filepath.Join(a.dir, "none"))
-	return c.String(), nil
+	return c.String()
 }
 
 // keyring is in Debian's package debian-archive-keyring, which others have too.

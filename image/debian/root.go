@@ -205,6 +205,9 @@ func (a alternatives) parse(script string) {
 }
 
 func (a alternatives) offer(link string, c choice) {
+	if path.Clean(link) != link || path.Clean(c.target) != c.target {
+		return
+	}
 	if have, ok := a[link]; !ok || c.priority > have.priority {
 		a[link] = c
 	}

@@ -16,6 +16,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"github.com/klauspost/compress/zstd"
 )
 
 // largest bounds an unpacked kernel: Debian's has 60 MB.
@@ -82,8 +84,31 @@ func payload(data []byte) ([]byte, error) {
 		return unpackLZ4(packed, largest)
 	case bytes.HasPrefix(packed, []byte{0x1f, 0x8b}):
 		return unpackGzip(packed)
+	case bytes.HasPrefix(packed, zstdMagic):
+		return unpackZstd(packed)
 	}
-	return nil, fmt.Errorf("a payload that begins with % x; LZ4, gzip and none are known", packed[:min(6, len(packed))])
+	return nil, fmt.Errorf("a payload that begins with % x; LZ4, zstd, gzip and none are known", packed[:min(6, len(packed))])
+}
+
+var zstdMagic = []byte{0x28, 0xb5, 0x2f, 0xfd}
+
+// unpackZstd reads one frame; its unpacked size follows, which the reader would take for
+// another frame.
+func unpackZstd(packed []byte) ([]byte, error) {
+	if len(packed) < len(zstdMagic)+4 {
+		return nil, io.ErrUnexpectedEOF
+	}
+	frame, size := packed[:len(packed)-4], binary.LittleEndian.Uint32(packed[len(packed)-4:])
+	r, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(largest))
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	out, err := r.DecodeAll(frame, nil)
+	if err == nil && int64(len(out)) != int64(size) {
+		err = fmt.Errorf("zstd: %d bytes, want %d", len(out), size)
+	}
+	return out, err
 }
 
 func unpackGzip(packed []byte) ([]byte, error) {

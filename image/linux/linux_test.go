@@ -3,6 +3,7 @@ package linux
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -11,6 +12,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/klauspost/compress/zstd"
 )
 
 func must(t *testing.T, err error) {
@@ -76,9 +79,16 @@ func zipped(data []byte) []byte {
 	return binary.LittleEndian.AppendUint32(out.Bytes(), uint32(len(data)))
 }
 
+func zstandard(t *testing.T, data []byte) []byte {
+	t.Helper()
+	w, err := zstd.NewWriter(nil)
+	must(t, err)
+	return binary.LittleEndian.AppendUint32(w.EncodeAll(data, nil), uint32(len(data)))
+}
+
 func TestParse(t *testing.T) {
 	kernel := testKernel()
-	for name, data := range map[string][]byte{"ELF": kernel, "LZ4": bzImage(stored(kernel)), "gzip": bzImage(zipped(kernel)), "plain": bzImage(kernel)} {
+	for name, data := range map[string][]byte{"ELF": kernel, "LZ4": bzImage(stored(kernel)), "gzip": bzImage(zipped(kernel)), "zstd": bzImage(zstandard(t, kernel)), "plain": bzImage(kernel)} {
 		k, err := Parse(data)
 		if err != nil || !bytes.Equal(k.ELF, kernel) || k.Version != "6.1.0-test-amd64" || (k.BzImage == nil) != (name == "ELF") {
 			t.Errorf("%s: version %q, %d bytes, %v", name, k.Version, len(k.ELF), err)
@@ -100,6 +110,7 @@ func TestParseRefuses(t *testing.T) {
 		"a long payload": changed(payloadLength, 0xff, 0xff, 0xff, 0xff), "no payload": changed(payloadLength, 0, 0, 0, 0), "an unknown packing": bzImage([]byte("\xfd7zXZ\x00 and so on")),
 		"a payload that is no ELF": bzImage(stored([]byte(strings.Repeat("x", 100)))), "a false size": bzImage(append(stored(kernel)[:len(stored(kernel))-4], 1, 0, 0, 0)),
 		"another machine": testELF(elf.ET_EXEC, elf.EM_AARCH64, ".x", nil), "a library": testELF(elf.ET_DYN, elf.EM_X86_64, ".x", nil), "half an ELF": kernel[:40],
+		"bad zstd": bzImage([]byte{0x28, 0xb5, 0x2f, 0xfd, 1, 2, 3, 4, 5}), "short zstd": bzImage(zstandard(t, kernel)[:20]), "half a zstd": bzImage(zstdMagic),
 		"bad gzip": bzImage([]byte{0x1f, 0x8b, 8, 0, 1, 2, 3}),
 	} {
 		if k, err := Parse(data); !errors.Is(err, ErrNoKernel) {
@@ -136,6 +147,12 @@ func TestUnpackBlock(t *testing.T) {
 			t.Errorf("%s: %q, %v; want %q", name, got, err, c.want)
 		}
 	}
+	if _, err := unpackBlock([]byte("another block"), []byte("\x30abc\x04\x00\x10x"), 1000); err == nil {
+		t.Error("a match in the block before")
+	}
+	if _, err := unpackBlock(nil, []byte("\x1fa\x01\x00\xff\xff\xff\xff\x00"), 1000); err == nil || !strings.Contains(err.Error(), "more than 1000") {
+		t.Errorf("a match that makes too much: %v", err)
+	}
 }
 
 func FuzzParse(f *testing.F) {
@@ -162,25 +179,40 @@ func shelve(t *testing.T, needs map[string]string) string {
 	return dir
 }
 
-func TestModules(t *testing.T) {
-	dir := shelve(t, map[string]string{
-		"net/top.ko": "middle,other-one", "net/middle.ko": "base", "lib/base.ko": "", "lib/other_one.ko": "base,built_in", "x/packed.ko.xz": "", "x/a.ko": "b", "x/b.ko": "a", "x/lost.ko": "gone",
-	})
-	got, err := Modules(dir, []string{"ext4", "top", "base"})
-	if want := []string{"kernel/lib/base.ko", "kernel/net/middle.ko", "kernel/lib/other_one.ko", "kernel/net/top.ko"}; err != nil || !slices.Equal(got, want) {
-		t.Errorf("%v, %v; want %v", got, err, want)
+func names(modules []Module) (list []string) {
+	for _, m := range modules {
+		list = append(list, m.Path)
 	}
-	for _, name := range []string{"missing", "packed", "a", "lost"} {
-		if got, err := Modules(dir, []string{name}); err == nil {
-			t.Errorf("%s: %v", name, got)
+	return list
+}
+
+func TestModules(t *testing.T) {
+	ctx := context.Background()
+	dir := shelve(t, map[string]string{
+		"net/top.ko": "middle,other-one", "net/middle.ko": "base", "lib/base.ko": "", "lib/other_one.ko": "base,built_in", "x/a.ko": "b", "x/b.ko": "a", "x/lost.ko": "gone",
+	})
+	got, err := Modules(ctx, dir, []string{"ext4", "top", "base"})
+	if want := []string{"kernel/lib/base.ko", "kernel/net/middle.ko", "kernel/lib/other_one.ko", "kernel/net/top.ko"}; err != nil || !slices.Equal(names(got), want) {
+		t.Errorf("%v, %v; want %v", names(got), err, want)
+	}
+	for _, name := range []string{"missing", "a", "lost"} {
+		if got, err := Modules(ctx, dir, []string{name}); err == nil {
+			t.Errorf("%s: %v", name, names(got))
 		}
 	}
-	must(t, os.WriteFile(dir+"/kernel/lib/base.ko", []byte("no ELF"), 0o644))
-	if got, err := Modules(dir, []string{"base"}); err == nil {
-		t.Errorf("no ELF: %v", got)
+	plain, err := os.ReadFile(dir + "/kernel/lib/base.ko")
+	must(t, err)
+	must(t, os.WriteFile(dir+"/kernel/lib/base.ko.gz", zipped(plain)[:len(zipped(plain))-4], 0o644))
+	must(t, os.Remove(dir+"/kernel/lib/base.ko"))
+	if got, err := Modules(ctx, dir, []string{"middle"}); err != nil || names(got)[0] != "kernel/lib/base.ko" || !bytes.Equal(got[0].Data, plain) {
+		t.Errorf("compressed: %v, %v", names(got), err)
 	}
-	if got, err := Modules(dir+"/none", nil); err == nil {
-		t.Errorf("no directory: %v", got)
+	must(t, os.WriteFile(dir+"/kernel/lib/base.ko.gz", []byte("no ELF"), 0o644))
+	if got, err := Modules(ctx, dir, []string{"base"}); err == nil {
+		t.Errorf("no ELF: %v", names(got))
+	}
+	if got, err := Modules(ctx, dir+"/none", nil); err == nil {
+		t.Errorf("no directory: %v", names(got))
 	}
 }
 

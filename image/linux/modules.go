@@ -2,13 +2,17 @@ package linux
 
 import (
 	"bytes"
+	"context"
 	"debug/elf"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"cal/image/unpack"
 )
 
 // Wanted are the modules that a machine needs, by name: transports of a VMM without
@@ -17,11 +21,17 @@ var Wanted = []string{
 	"virtio_mmio", "virtio_blk", "virtio_console", "vmw_vsock_virtio_transport", "erofs", "overlay", "ext4",
 }
 
-// Modules lists the files below dir, that of /lib/modules/VERSION, that have to be
-// loaded for the wanted ones, each after what it needs; paths are relative to dir.
-// What the kernel has built in is left out.
-func Modules(dir string, wanted []string) ([]string, error) {
-	s := &shelf{dir: dir, files: map[string]string{}, builtin: map[string]bool{}, state: map[string]bool{}}
+// Module is one as a machine loads it: not compressed.
+type Module struct {
+	Path string // relative to the directory of all, ends with ".ko"
+	Data []byte
+}
+
+// Modules reads the modules below dir, that of /lib/modules/VERSION, that have to be
+// loaded for the wanted ones, each after what it needs. What the kernel has built in is
+// left out.
+func Modules(ctx context.Context, dir string, wanted []string) ([]Module, error) {
+	s := &shelf{ctx: ctx, dir: dir, files: map[string]string{}, builtin: map[string]bool{}, state: map[string]bool{}}
 	if err := s.read(); err != nil {
 		return nil, err
 	}
@@ -34,13 +44,15 @@ func Modules(dir string, wanted []string) ([]string, error) {
 }
 
 type shelf struct {
+	ctx     context.Context
 	dir     string
 	files   map[string]string // by name
 	builtin map[string]bool
 	state   map[string]bool // false while what it needs is added
-	order   []string
+	order   []Module
 }
 
+// moduleName is what a module is called in lists of dependencies.
 func moduleName(file string) string {
 	name, _, _ := strings.Cut(filepath.Base(file), ".ko")
 	return strings.ReplaceAll(name, "-", "_")
@@ -77,11 +89,12 @@ func (s *shelf) add(name, forWhom string) error {
 	if !ok {
 		return fmt.Errorf("module %s is not in %s, nor is it built in", name, s.dir)
 	}
-	if !strings.HasSuffix(file, ".ko") {
-		return fmt.Errorf("module %s is compressed (%s); a machine loads plain ones", name, filepath.Base(file))
-	}
 	s.state[name] = false
-	needs, err := dependencies(filepath.Join(s.dir, file))
+	data, err := s.plain(file)
+	if err != nil {
+		return fmt.Errorf("module %s: %w", file, err)
+	}
+	needs, err := dependencies(data)
 	if err != nil {
 		return fmt.Errorf("module %s: %w", file, err)
 	}
@@ -91,20 +104,42 @@ func (s *shelf) add(name, forWhom string) error {
 		}
 	}
 	s.state[name] = true
-	s.order = append(s.order, file)
+	path, _, _ := strings.Cut(file, ".ko")
+	s.order = append(s.order, Module{path + ".ko", data})
 	return nil
+}
+
+// largestModule bounds one that is read.
+const largestModule = 64 << 20
+
+// plain reads a module, compressed or not.
+func (s *shelf) plain(file string) ([]byte, error) {
+	f, err := os.Open(filepath.Join(s.dir, file))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	r, err := unpack.PlainStream(s.ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	data, err := io.ReadAll(io.LimitReader(r, largestModule+1))
+	if err == nil && len(data) > largestModule {
+		err = fmt.Errorf("more than %d MiB", largestModule>>20)
+	}
+	return data, err
 }
 
 // largestInfo bounds the .modinfo section of a module.
 const largestInfo = 1 << 20
 
 // dependencies reads what a module says of itself.
-func dependencies(file string) ([]string, error) {
-	f, err := elf.Open(file)
+func dependencies(module []byte) ([]string, error) {
+	f, err := elf.NewFile(bytes.NewReader(module))
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
 	section := f.Section(".modinfo")
 	if section == nil {
 		return nil, errors.New("it has no .modinfo")

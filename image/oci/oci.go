@@ -70,8 +70,8 @@ func (i *Image) read() error {
 	if i.manifest, err = i.image.Manifest(); err != nil {
 		return err
 	}
-	if n := len(i.manifest.Layers); n == 0 || n > mostLayers {
-		return fmt.Errorf("%d layers, want 1 to %d", n, mostLayers)
+	if n := len(i.manifest.Layers); n > mostLayers {
+		return fmt.Errorf("%d layers, want at most %d", n, mostLayers)
 	}
 	for _, layer := range i.manifest.Layers {
 		if len(layer.URLs) > 0 {

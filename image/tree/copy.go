@@ -8,8 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -35,11 +35,8 @@ func (t *Tree) Copy(ctx context.Context, host, name string) error {
 	if err := unix.Lstat(host, &stat); err != nil {
 		return &fs.PathError{Op: "lstat", Path: host, Err: err}
 	}
-	switch {
-	case !forAll(stat.Mode):
+	if !forAll(stat.Mode) {
 		return fmt.Errorf("%s is not for everybody to read (mode %04o)", host, stat.Mode&0o7777)
-	case stat.Mode&unix.S_IFMT == unix.S_IFLNK:
-		return fmt.Errorf("%s is a link", host)
 	}
 	parent, err := t.dir(path.Dir(inside(name)))
 	if err != nil {
@@ -69,8 +66,10 @@ func (t *Tree) Copy(ctx context.Context, host, name string) error {
 	if err != nil {
 		return &fs.PathError{Op: "open", Path: host, Err: err}
 	}
-	walk := walk{ctx: ctx, tree: t, buffer: make([]byte, 64<<10)}
-	return walk.into(dir, host, made)
+	walk := walk{ctx: ctx, tree: t, slots: make(chan struct{}, walkers-1)}
+	walk.into(dir, host, made, make([]byte, 64<<10))
+	walk.others.Wait()
+	return walk.failed
 }
 
 // forget takes a subtree out of the counts.
@@ -113,39 +112,85 @@ func forAll(mode uint32) bool {
 }
 
 // walk reads a tree of the host by descriptors: no element of a path is looked up
-// twice, so none can be exchanged for a link on the way.
+// twice, so none can be exchanged for a link on the way. A directory is read by one
+// goroutine, which alone touches its node.
 type walk struct {
 	ctx    context.Context
+	slots  chan struct{} // of goroutines beside the first
+	others sync.WaitGroup
+
+	mu     sync.Mutex // of tree's counts and what is below
 	tree   *Tree
-	buffer []byte
+	failed error // the first
+}
+
+// walkers at once: reading names is work for the processor.
+const walkers = 4
+
+func (w *walk) fail(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.failed == nil {
+		w.failed = err
+	}
+}
+
+func (w *walk) over() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.failed != nil
 }
 
 // into reads an open directory and closes it.
-func (w *walk) into(dir int, host string, at *node) error {
+func (w *walk) into(dir int, host string, at *node, buffer []byte) {
 	defer unix.Close(dir)
 	if err := w.ctx.Err(); err != nil {
-		return err
+		w.fail(err)
+		return
 	}
 	var names []string
 	for {
-		n, err := unix.ReadDirent(dir, w.buffer)
+		n, err := unix.ReadDirent(dir, buffer)
 		if err != nil {
-			return &fs.PathError{Op: "readdir", Path: host, Err: err}
+			w.fail(&fs.PathError{Op: "readdir", Path: host, Err: err})
+			return
 		}
 		if n <= 0 {
 			break
 		}
-		_, _, names = unix.ParseDirent(w.buffer[:n], -1, names)
+		_, _, names = unix.ParseDirent(buffer[:n], -1, names)
 	}
 	for _, name := range names {
-		if err := w.entry(dir, filepath.Join(host, name), name, at); err != nil {
-			return err
+		if w.over() {
+			return
+		}
+		if err := w.entry(dir, host+"/"+name, name, at, buffer); err != nil {
+			w.fail(err)
+			return
 		}
 	}
-	return nil
 }
 
-func (w *walk) entry(dir int, host, name string, at *node) error {
+// descend reads a directory, beside this goroutine where there is a slot.
+func (w *walk) descend(dir int, host string, at *node, buffer []byte) {
+	select {
+	case w.slots <- struct{}{}:
+		w.others.Go(func() {
+			defer func() { <-w.slots }()
+			w.into(dir, host, at, make([]byte, 64<<10))
+		})
+	default:
+		w.into(dir, host, at, buffer)
+	}
+}
+
+func (w *walk) add(parent, n *node) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.tree.add(parent, n)
+}
+
+func (w *walk) entry(dir int, host, name string, at *node, buffer []byte) error {
 	var stat unix.Stat_t
 	if err := unix.Fstatat(dir, name, &stat, unix.AT_SYMLINK_NOFOLLOW); errors.Is(err, unix.ENOENT) {
 		return nil
@@ -168,7 +213,7 @@ func (w *walk) entry(dir int, host, name string, at *node) error {
 	}
 	made.name = strings.Clone(name)
 	if made.children == nil {
-		return w.tree.add(at, made)
+		return w.add(at, made)
 	}
 	inner, err := unix.Openat(dir, name, walkFlags, 0)
 	switch {
@@ -177,11 +222,12 @@ func (w *walk) entry(dir int, host, name string, at *node) error {
 	case err != nil:
 		return &fs.PathError{Op: "open", Path: host, Err: err}
 	}
-	if err := w.tree.add(at, made); err != nil {
+	if err := w.add(at, made); err != nil {
 		unix.Close(inner)
 		return err
 	}
-	return w.into(inner, host, made)
+	w.descend(inner, host, made, buffer)
+	return nil
 }
 
 func readlink(dir int, name string) (string, error) {
@@ -235,7 +281,7 @@ func (c *content) open() error {
 		return &fs.PathError{Op: "open", Path: c.n.source, Err: err}
 	}
 	c.file, c.left = os.NewFile(uintptr(fd), c.n.source), c.n.size
-	return c.unchanged()
+	return c.unchanged() // nothing is read of what was put in its place
 }
 
 func (c *content) unchanged() error {

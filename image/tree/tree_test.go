@@ -301,3 +301,34 @@ func (d *discard) Seek(offset int64, whence int) (int64, error) {
 	}
 	return d.at, nil
 }
+
+// changing is a writer on which a file changes while it is copied.
+type changing struct {
+	discard
+	then func()
+}
+
+func (c *changing) Write(p []byte) (int, error) {
+	if len(p) > 100_000 && c.then != nil {
+		c.then()
+		c.then = nil
+	}
+	return c.discard.Write(p)
+}
+
+func TestChangedWhileRead(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.Chmod(dir, 0o755))
+	must(t, os.WriteFile(dir+"/large", bytes.Repeat([]byte("x"), 1<<20), 0o644))
+	tree := New()
+	must(t, tree.Copy(context.Background(), dir, "/"))
+	change := func() {
+		f, err := os.OpenFile(dir+"/large", os.O_WRONLY, 0)
+		must(t, err)
+		_, err = f.WriteAt([]byte("y"), 1<<20-1)
+		must(t, errors.Join(err, f.Close()))
+	}
+	if err := tree.WriteEROFS(&changing{then: change}); !errors.Is(err, ErrChanged) {
+		t.Errorf("%v", err)
+	}
+}

@@ -32,6 +32,9 @@ type Limits struct {
 	Entries int64
 }
 
+// ErrTooLarge is wrapped where the files hold more than Limits.Bytes.
+var ErrTooLarge = errors.New("the files are too large")
+
 // Into is a directory that is being filled.
 type Into struct {
 	root   *os.Root
@@ -308,7 +311,7 @@ func (a *addition) clear(place string) error {
 
 func (a *addition) account(size int64) error {
 	if size < 0 || size > a.limits.Bytes-a.bytes {
-		return fmt.Errorf("with %d bytes the files hold more than %d MiB", size, a.limits.Bytes>>20)
+		return fmt.Errorf("%w: with its %d bytes they are more than %d", ErrTooLarge, size, a.limits.Bytes)
 	}
 	a.bytes += size
 	return nil

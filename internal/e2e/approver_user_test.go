@@ -94,6 +94,8 @@ func TestApprovalsOfAnotherUser(t *testing.T) {
 	}
 	e.Cal("node", "start").Want(t, 0)
 	e.Cal("run", "--require-approvals", "other-user", "--", "true").Want(t, 0)
+	e.Cal("run", "--require-approvals", "other-user:54322", "--", "true").Want(t, 0)
+	e.Cal("run", "--require-approvals", "other-user:54323", "--", "true").Want(t, 1, "approvals of uid 54323 are required")
 
 	// What the person's programs can do: ask and read, and not decide.
 	s := &grantStory{t: t, e: e, node: e.Client()}
@@ -126,6 +128,9 @@ func TestApprovalsOfAnotherUser(t *testing.T) {
 	if e := s.write("a"); e != nil {
 		t.Errorf("after the other user's grant: %+v", e)
 	}
+	e.Cal("approve", "approver", "list").Want(t, 0, "ada")
+	// Her log is held against theirs, which she cannot read on the disk.
+	e.Cal("audit", "verify").Want(t, 0, "the authority's log, from", "each grant that was used is in the authority's log")
 
 	// An authority of the person's own in its place is none.
 	e.Cal("node", "stop").Want(t, 0)
@@ -138,7 +143,9 @@ func TestApprovalsOfAnotherUser(t *testing.T) {
 	if e := s.write("b"); e == nil || !strings.Contains(e.Message, "uid 54321's like this node") {
 		t.Errorf("a machine that requires another user asks the person's own: %+v", e)
 	}
+	e.Cal("run", "--yes", "--", "true").Want(t, 0) // nothing is required of all
 	e.Write(filepath.Join(e.CAL, "config.yaml"), "approvals: {require: other-user}\n")
+	e.Cal("run", "--yes", "--", "true").Want(t, 1, "cal node restart") // of a node that was started before
 	e.Cal("node", "restart").Want(t, 0)
 	e.Cal("run", "--yes", "--", "true").Want(t, 1, "approvals of another user are required")
 }

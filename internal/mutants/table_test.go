@@ -10,7 +10,7 @@ import (
 
 // Each mutant still finds its place and its test.
 func TestTable(t *testing.T) {
-	for _, m := range slices.Concat(mutants, logMutants, grantMutants, queueMutants, passkeyMutants) {
+	for _, m := range slices.Concat(mutants, logMutants, grantMutants, queueMutants, passkeyMutants, imageMutants) {
 		file := filepath.Join("../..", m.file)
 		raw, err := os.ReadFile(file)
 		if err != nil {

@@ -68,8 +68,19 @@ func (b build) make(ctx context.Context, wanted *regexp.Regexp) (image, error) {
 	if err != nil {
 		return image{}, err
 	}
-	if p.Modules, err = linux.Modules(b.modules(), hostModules); err != nil {
+	modules, err := linux.Modules(ctx, b.modules(), hostModules)
+	if err != nil {
 		return image{}, err
+	}
+	for _, m := range modules { // they may lie compressed
+		plain := b.path(filepath.Join("plain", m.Path))
+		if err := os.MkdirAll(filepath.Dir(plain), 0o755); err != nil {
+			return image{}, err
+		}
+		if err := os.WriteFile(plain, m.Data, 0o644); err != nil {
+			return image{}, err
+		}
+		p.Modules = append(p.Modules, m.Path)
 	}
 	p.Env = []string{"FIRECRACKER=/" + work + "/firecracker", "JAILER=/" + work + "/jailer", "CAL_TESTGUEST=/" + work + "/testguest",
 		"CAL_TEST_IMAGES=/" + work + "/images", "CAL_TEST_PATIENCE=240s", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -126,7 +137,7 @@ func (b build) archive(name string, p plan) error {
 		files[work+"/"+name] = path
 	}
 	for _, module := range p.Modules {
-		files["modules/"+module] = filepath.Join(b.modules(), module)
+		files["modules/"+module] = b.path(filepath.Join("plain", module))
 	}
 	for _, program := range hostPrograms {
 		if err := closure(files, program); err != nil {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -48,7 +49,9 @@ func suiteHost(t testing.TB, dir string, driver func() machine.Driver) machinete
 type reporting struct{ machine.Driver }
 
 func (r reporting) Create(ctx context.Context, spec machine.Spec) (machine.Machine, error) {
-	return report(r.Driver.Create(ctx, spec))
+	m, err := r.Driver.Create(ctx, spec)
+	noteInstances(spec.Dir)
+	return report(m, err)
 }
 
 func (r reporting) Adopt(ctx context.Context, dir string) (machine.Machine, error) {
@@ -106,19 +109,44 @@ func left(t *testing.T, dir string) (found []string) {
 	return append(found, instancesLeft(t, dir)...)
 }
 
-// instancesLeft are cgroups and processes whose machine's directory is gone.
+// instances are the jails of machines that tests made, by their directories, which say
+// nothing of them when they are gone.
+var instances struct {
+	sync.Mutex
+	of map[string][]jail
+}
+
+// noteInstances remembers the jails of the machine in dir.
+func noteInstances(dir string) {
+	rec, err := loadRecord(dir)
+	if err != nil {
+		return
+	}
+	instances.Lock()
+	defer instances.Unlock()
+	if instances.of == nil {
+		instances.of = map[string][]jail{}
+	}
+	instances.of[dir] = append(instances.of[dir], rec.Jail, rec.Template)
+}
+
+// instancesLeft are processes and control groups of a machine.
 func instancesLeft(t *testing.T, dir string) (found []string) {
 	t.Helper()
-	if _, err := os.Stat(dir); err == nil {
-		return nil // others' machines may run; the suite destroys its own first
-	}
-	for _, mount := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/memory"} {
-		cgroups, err := filepath.Glob(filepath.Join(mount, parentCgroup, "cal-*"))
+	instances.Lock()
+	defer instances.Unlock()
+	for _, j := range instances.of[dir] {
+		running, err := process.Find(j.ID)
 		must(t, err)
-		for _, cgroup := range cgroups {
-			procs, err := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
-			if err == nil && len(procs) == 0 {
-				found = append(found, "cgroup "+cgroup)
+		for _, p := range running {
+			found = append(found, fmt.Sprintf("process %d %s", p.PID, p.Name))
+			p.Close()
+		}
+		for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+			groups, err := filepath.Glob(pattern + j.group().Name)
+			must(t, err)
+			for _, group := range groups {
+				found = append(found, "cgroup "+group)
 			}
 		}
 	}
@@ -218,5 +246,70 @@ func checkSnapshots(t *testing.T, dir string, want int) {
 		var stat unix.Stat_t
 		must(t, unix.Stat(filepath.Join(filepath.Dir(name), memoryFile), &stat))
 		t.Logf("memory of %d MB takes up %d MB", stat.Size>>20, stat.Blocks>>11)
+	}
+}
+
+// TestDeaths: whatever is killed, nothing is left.
+func TestDeaths(t *testing.T) {
+	d := working(t)
+	provedOnce(t, d)
+	host := suiteHost(t, jailDir(t), func() machine.Driver { return reporting{d.again()} })
+	t.Run("node", func(t *testing.T) { removeAtAnyMoment(t, d, host) })
+	t.Run("jailer", func(t *testing.T) { killedJailer(t, d, host) })
+}
+
+// TestLimits: what a machine may have holds, and beside each limit something below it
+// succeeds.
+func TestLimits(t *testing.T) {
+	d := working(t)
+	provedOnce(t, d)
+	host := suiteHost(t, jailDir(t), func() machine.Driver { return reporting{d} })
+	spec := host.Spec(t)
+	spec.Resources = nucleus.Resources{CPU: 1, MemoryMB: 300, Pids: 64, DiskMB: 80}
+	m, guest := host.Create(t, spec)
+	tools := m.Facts().ToolsUID
+	shell := func(line string) script.Reply {
+		return guest.Try(script.Action{Do: "run", Path: nucleus.MachineHome, Args: []string{"sh", "-c", line}, UID: tools})
+	}
+	if cpus := strings.Count(guest.Must(script.Action{Do: "read", Path: "/proc/cpuinfo", UID: -1}), "processor\t"); cpus != 1 {
+		t.Errorf("%d processors, want 1", cpus)
+	}
+	var total int
+	if _, err := fmt.Sscanf(guest.Must(script.Action{Do: "read", Path: "/proc/meminfo", UID: -1}), "MemTotal: %d kB", &total); err != nil || total > 300<<10 || total < 200<<10 {
+		t.Errorf("%d kB of memory, %v", total, err)
+	}
+	if reply := shell("dd if=/dev/zero of=/dev/null bs=60M count=1"); reply.Err != "" { // control
+		t.Errorf("60 MB of memory: %+v", reply)
+	}
+	if reply := shell("dd if=/dev/zero of=/dev/null bs=600M count=1"); reply.Err == "" {
+		t.Errorf("600 MB of memory: %+v", reply)
+	}
+	for _, dir := range []string{nucleus.MachineHome, nucleus.MachineWorkspace} {
+		if reply := shell("head -c 20000000 /dev/zero > " + dir + "/part"); reply.Err != "" { // control
+			t.Errorf("20 MB in %s: %+v", dir, reply)
+		}
+		if reply := shell("head -c 200000000 /dev/zero > " + dir + "/full"); !strings.Contains(reply.Data, "No space left") {
+			t.Errorf("200 MB in %s: %+v", dir, reply)
+		}
+	}
+	guest.Must(script.Action{Do: "remove", Path: nucleus.MachineWorkspace + "/full", UID: tools})
+	if reply := guest.Try(script.Action{Do: "fork", N: 20, UID: tools}); reply.Err != "" { // control
+		t.Errorf("20 processes: %+v", reply)
+	}
+	if reply := guest.Try(script.Action{Do: "fork", N: 200, UID: tools}); reply.Err == "" {
+		t.Errorf("200 processes: %+v", reply)
+	}
+	guest.Must(script.Action{Do: "echo", UID: -1})
+	must(t, m.Destroy(machinetest.Context(t)))
+
+	// The next machine with the workspace finds it as it was, and scratch blank.
+	next := host.Spec(t)
+	next.Workspace, next.Resources = spec.Workspace, spec.Resources
+	_, guest = host.Create(t, next)
+	if got := guest.Must(script.Action{Do: "list", Path: nucleus.MachineHome, UID: -1}); got != "workspace" {
+		t.Errorf("scratch of the next machine holds %q", got)
+	}
+	if got := guest.Must(script.Action{Do: "list", Path: nucleus.MachineWorkspace, UID: -1}); got != "part" {
+		t.Errorf("the workspace holds %q, want what was left in it", got)
 	}
 }

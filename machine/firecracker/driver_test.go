@@ -15,6 +15,7 @@ import (
 	"cal/machine"
 	"cal/machine/machinetest"
 	"cal/machine/machinetest/script"
+	"cal/machine/microvm"
 	"cal/nucleus"
 )
 
@@ -55,7 +56,7 @@ func fakeHost(t testing.TB, d *Driver) machinetest.Host {
 	dir := jailDir(t)
 	proxy := filepath.Join(dir, "proxy")
 	must(t, os.WriteFile(proxy, []byte("#!"), 0o755))
-	return machinetest.Host{Driver: func() machine.Driver { return d.again() }, Proxy: proxy, Scratch: dir, Kill: killVMM, Left: left}
+	return machinetest.Host{Driver: func() machine.Driver { return reporting{d.again()} }, Proxy: proxy, Scratch: dir, Kill: killVMM, Left: left}
 }
 
 // TestSuiteOverFake: what the suite asks of a driver's life, with Firecracker and its
@@ -65,15 +66,19 @@ func TestSuiteOverFake(t *testing.T) {
 	machinetest.Try(t, fakeHost(t, d), "refused", "limits are stated", "new wire", "wire refused", "adopt", "remove", "given up start")
 }
 
-// TestRemoveAtAnyMoment: the node dies after each step of a start; another process
-// finds all that was made by the record and removes it.
+// TestRemoveAtAnyMoment tries it over the fake programs.
 func TestRemoveAtAnyMoment(t *testing.T) {
 	d := faked(t)
-	host := fakeHost(t, d)
-	ctx := machinetest.Context(t)
+	removeAtAnyMoment(t, d, fakeHost(t, d))
+}
+
+// removeAtAnyMoment: the node dies after each step of a start; another process finds
+// all that was made by the record and removes it.
+func removeAtAnyMoment(t *testing.T, d *Driver, host machinetest.Host) {
+	var ctx context.Context
 	var spec machine.Spec
 	var rec record
-	var made parts
+	var made microvm.Parts
 	var v *vmm
 	steps := []struct {
 		name string
@@ -86,7 +91,7 @@ func TestRemoveAtAnyMoment(t *testing.T) {
 		{"a template's jail", func() error { return rec.Template.make() }},
 		{"the parts", func() (err error) {
 			made, err = d.assemble(ctx, spec, rec)
-			rec.Jail.FileSize = made.longest()
+			rec.Jail.FileSize = longest(made)
 			return errors.Join(err, rec.save())
 		}},
 		{"Firecracker", func() (err error) { v, err = d.launch(ctx, rec.Jail, d.proved); return err }},
@@ -109,13 +114,14 @@ func TestRemoveAtAnyMoment(t *testing.T) {
 	}
 	for last := range steps {
 		t.Run("after "+steps[last].name, func(t *testing.T) {
-			spec, v = host.Spec(t), nil
-			t.Cleanup(func() { must(t, d.again().Remove(ctx, spec.Dir)) })
+			ctx, spec, v = machinetest.Context(t), host.Spec(t), nil
+			t.Cleanup(func() { must(t, d.again().Remove(context.Background(), spec.Dir)) })
 			for _, step := range steps[:last+1] {
 				if err := step.do(); err != nil {
 					t.Fatalf("%s: %v", step.name, err)
 				}
 			}
+			noteInstances(spec.Dir)
 			if v != nil {
 				v.letGo() // as a process that died
 			}
@@ -131,6 +137,37 @@ func TestRemoveAtAnyMoment(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestKilledJailer tries it over the fake programs.
+func TestKilledJailer(t *testing.T) {
+	d := faked(t)
+	killedJailer(t, d, fakeHost(t, d))
+}
+
+// killedJailer: the jailer is killed at some moment of its work, and what it and its
+// children made is found and removed.
+func killedJailer(t *testing.T, d *Driver, host machinetest.Host) {
+	stopped := 0
+	for after := time.Duration(0); after < emulated(80*time.Millisecond, 400*time.Millisecond); after += emulated(4*time.Millisecond, 40*time.Millisecond) {
+		spec := host.Spec(t)
+		rec, err := d.begin(spec)
+		must(t, err)
+		noteInstances(spec.Dir)
+		must(t, rec.Jail.make())
+		ctx, cancel := context.WithTimeout(machinetest.Context(t), after)
+		if rec.Jail.run(ctx, d.config.Jailer, d.config.Firecracker) != nil {
+			stopped++
+		}
+		cancel()
+		must(t, d.again().Remove(machinetest.Context(t), spec.Dir))
+		if found := left(t, spec.Dir); len(found) > 0 {
+			t.Errorf("killed after %v: left: %v", after, found)
+		}
+	}
+	if stopped < 2 {
+		t.Errorf("%d jailers were killed at work, want more", stopped)
 	}
 }
 
@@ -154,8 +191,8 @@ func TestWorkspace(t *testing.T) {
 
 	for name, spoil := range map[string]func(dir string) error{
 		"files of the host": func(dir string) error { return os.WriteFile(filepath.Join(dir, "main.go"), nil, 0o644) },
-		"a link":            func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, workspaceFile)) },
-		"a directory":       func(dir string) error { return os.Mkdir(filepath.Join(dir, workspaceFile), 0o700) },
+		"a link":            func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, microvm.WorkspaceFile)) },
+		"a directory":       func(dir string) error { return os.Mkdir(filepath.Join(dir, microvm.WorkspaceFile), 0o700) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := host.Spec(t)
@@ -186,7 +223,7 @@ func TestSnapshotOverFake(t *testing.T) {
 		for _, change := range change {
 			change(&spec)
 		}
-		m, err := d.Create(machinetest.Context(t), spec)
+		m, err := reporting{d}.Create(machinetest.Context(t), spec)
 		must(t, err)
 		guest := machinetest.Talk(t, m.Wire())
 		guest.Must(script.Action{Do: "set", Data: "mine", UID: -1})
@@ -312,13 +349,13 @@ func TestAnotherProgram(t *testing.T) {
 // TestForeignRecord: a machine of another driver is not touched.
 func TestForeignRecord(t *testing.T) {
 	dir := t.TempDir()
-	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]string{"driver": "gvisor"}))
+	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]any{"driver": "gvisor", "a field of its own": 1}))
 	d := New(Config{})
 	for name, try := range map[string]func() error{
 		"adopt":  func() error { _, err := d.Adopt(context.Background(), dir); return err },
 		"remove": func() error { return d.Remove(context.Background(), dir) },
 	} {
-		if err := try(); err == nil || errors.Is(err, machine.ErrGone) {
+		if err := try(); !errors.Is(err, machine.ErrForeign) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -335,7 +372,7 @@ func TestReasons(t *testing.T) {
 		"x [m:main:ERROR] Shutting down VM after intercepting a bad syscall (59).\n":                        "firecracker ended: x [m:main:ERROR] Shutting down VM after intercepting a bad syscall (59).",
 	} {
 		v := &vmm{cgroups: t.TempDir()}
-		v.log.text = []byte(log)
+		v.log.Record(strings.NewReader(log))
 		if got := v.died(); got != want {
 			t.Errorf("%q: %q, want %q", log, got, want)
 		}

@@ -93,16 +93,35 @@ func TestProof(t *testing.T) {
 	}
 }
 
+// TestProofOfTheDead: what a process that died while it probed has left is removed by
+// the next.
+func TestProofOfTheDead(t *testing.T) {
+	v := realFirecracker(t)
+	d := New(Config{Firecracker: v.firecracker, Jailer: v.jailer, Scratch: v.scratch})
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	_, err := d.prove(ctx)
+	must(t, err)
+	if !v.vmm.jail.ended(d.config.Cgroups) {
+		t.Error("an earlier probe's Firecracker runs on")
+	}
+	if entries, err := os.ReadDir(v.scratch); err != nil || len(entries) != 0 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+}
+
 // realFirecracker is a jailed one that has not been configured.
-func realFirecracker(t *testing.T) *vmm {
+func realFirecracker(t *testing.T) realVMM {
 	t.Helper()
 	firecracker, jailer := programs(t)
 	d := New(Config{Firecracker: firecracker, Jailer: jailer})
-	dir := jailDir(t)
+	scratch := jailDir(t)
+	dir, err := os.MkdirTemp(scratch, probePrefix)
+	must(t, err)
 	rec, err := d.begin(machine.Spec{ID: "test", Dir: dir})
 	must(t, err)
 	must(t, rec.Jail.make())
-	t.Cleanup(func() { must(t, d.clear(context.Background(), dir)) })
+	t.Cleanup(func() { must(t, d.Remove(context.Background(), dir)) })
 	for name, data := range map[string][]byte{"kernel": tinyKernel(), "initramfs": []byte("x"), "root.erofs": make([]byte, 4096), "scratch.ext4": make([]byte, 4096)} {
 		must(t, os.WriteFile(rec.Jail.path(name), data, 0o600))
 		must(t, rec.Jail.own(name))
@@ -114,7 +133,12 @@ func realFirecracker(t *testing.T) *vmm {
 	v, err := d.launch(ctx, rec.Jail, digest)
 	must(t, err)
 	t.Cleanup(v.letGo)
-	return v
+	return realVMM{v, firecracker, jailer, scratch}
+}
+
+type realVMM struct {
+	*vmm
+	firecracker, jailer, scratch string
 }
 
 // TestRealRefuses: the real API refuses all that the fake one refuses, in the same words.

@@ -24,7 +24,7 @@ type vmm struct {
 	cgroups      string // where they are mounted
 	api          *api
 	process      process.Process
-	console, log tape
+	console, log pipe
 	work         sync.WaitGroup
 	done         chan struct{} // closed when the process has ended, or was let go
 	failed       error         // that it was let go; to be read when done is closed
@@ -120,11 +120,11 @@ func coreless(pid int) error {
 
 // listen begins to record both pipes.
 func (v *vmm) listen() (err error) {
-	if v.console.pipe, err = v.jail.openPipe(consolePipe); err != nil {
+	if v.console.file, err = v.jail.openPipe(consolePipe); err != nil {
 		return err
 	}
 	v.work.Go(v.console.record)
-	if v.log.pipe, err = v.jail.openPipe(logPipe); err != nil {
+	if v.log.file, err = v.jail.openPipe(logPipe); err != nil {
 		return err
 	}
 	v.work.Go(v.log.record)
@@ -134,8 +134,8 @@ func (v *vmm) listen() (err error) {
 // letGo ends this process's part and leaves the Firecracker as it is.
 func (v *vmm) letGo() {
 	v.process.Close()
-	v.console.pipe.Close()
-	v.log.pipe.Close()
+	v.console.file.Close()
+	v.log.file.Close()
 	v.work.Wait()
 }
 

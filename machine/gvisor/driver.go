@@ -98,7 +98,7 @@ func New(config Config) *Driver {
 }
 
 // Name implements machine.Driver.
-func (d *Driver) Name() string { return "gvisor" }
+func (d *Driver) Name() string { return name }
 
 // Tier implements machine.Driver.
 func (d *Driver) Tier() nucleus.Tier { return nucleus.TierKernel }

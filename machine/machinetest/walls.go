@@ -2,6 +2,7 @@ package machinetest
 
 import (
 	"crypto/rand"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 
+	"cal/machine"
 	"cal/machine/machinetest/script"
 	"cal/nucleus"
 )
@@ -75,7 +77,7 @@ func testHostFiles(t *testing.T, host Host) {
 			t.Errorf("environment of the host in process %s: %q", pid, env)
 		}
 	}
-	allowed := strings.Fields("bin dev etc home lib lib32 lib64 libx32 proc root run sbin sys tmp usr var .nucleus")
+	allowed := strings.Fields("bin dev etc home lib lib32 lib64 libx32 opt proc root run sbin sys tmp usr var .nucleus")
 	for name := range strings.Lines(guest.Must(script.Action{Do: "list", Path: "/", UID: -1})) {
 		if !slices.Contains(allowed, strings.TrimSpace(name)) {
 			t.Errorf("the machine's root holds %q", name)
@@ -184,7 +186,16 @@ func testDoors(t *testing.T, host Host) {
 		must(t, err)
 		conn.Close()
 	}
-	m, guest := host.Create(t, spec)
+	m, err := host.Driver().Create(Context(t), spec)
+	if errors.Is(err, machine.ErrRefused) {
+		// Where the workspace is a disk there may be nothing else in its directory.
+		host.nothingLeft(t, spec.Dir)
+		testDoorsOfDisk(t, host, tcpDoor.Addr().String())
+		return
+	}
+	must(t, err)
+	t.Cleanup(func() { host.destroy(t, m, spec.Dir) })
+	guest := Talk(t, m.Wire())
 	tools := m.Facts().ToolsUID
 	for _, uid := range []int{-1, tools} {
 		guest.MustFail(script.Action{Do: "dial", Data: "unix", Path: nucleus.MachineWorkspace + "/s", UID: uid})
@@ -199,4 +210,23 @@ func testDoors(t *testing.T, host Host) {
 	if got := guest.Try(script.Action{Do: "list", Path: nucleus.MachineWorkspace + "/out/", UID: -1}); got.Err == "" {
 		t.Errorf("a link reaches the host: %q", got.Data)
 	}
+}
+
+// testDoorsOfDisk is the same where the workspace is a disk: no name in it can be one of
+// the host's, and the machine's root may make devices on it that nobody can use.
+func testDoorsOfDisk(t *testing.T, host Host, tcpDoor string) {
+	spec := host.Spec(t)
+	m, guest := host.Create(t, spec)
+	tools := m.Facts().ToolsUID
+	disk := nucleus.MachineWorkspace + "/disk"
+	guest.MustFail(script.Action{Do: "mknod", Path: disk, UID: tools})
+	guest.Try(script.Action{Do: "mknod", Path: disk, UID: -1})
+	for _, uid := range []int{-1, tools} {
+		guest.MustFail(script.Action{Do: "read", Path: disk, UID: uid})
+		guest.MustFail(script.Action{Do: "dial", Data: "tcp", Path: tcpDoor, UID: uid})
+		guest.MustFail(script.Action{Do: "list", Path: spec.Dir, UID: uid})
+	}
+	// Vsock reaches the host's side alone, and nothing there listens.
+	guest.MustFail(script.Action{Do: "vsock", N: 1024, UID: -1})
+	guest.MustFail(script.Action{Do: "vsock", N: 22, UID: -1})
 }

@@ -79,6 +79,8 @@ type Health struct {
 	Spare      string `json:"spare"`   // none, starting or ready: the machine made ahead
 	UnixMilli  int64  `json:"unix_ms"` // the node's clock
 	Era        string `json:"era,omitempty"`
+
+	RequireApprovals string `json:"require_approvals,omitempty"` // of every pod
 }
 
 // Health says which node answers, or why none does.

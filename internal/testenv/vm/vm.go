@@ -39,7 +39,9 @@ type Config struct {
 type Machine struct {
 	t       testing.TB
 	dir     string
+	cmd     *exec.Cmd
 	console *console
+	first   net.Conn // by Greet
 	ended   chan struct{}
 }
 
@@ -219,6 +221,7 @@ func (m *Machine) run(args []string) {
 	m.t.Helper()
 	cmd := exec.Command("qemu-system-x86_64", args...)
 	cmd.Stdout, cmd.Stderr = m.console, m.console
+	m.cmd = cmd
 	if err := cmd.Start(); err != nil {
 		m.t.Fatal(err)
 	}

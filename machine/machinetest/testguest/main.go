@@ -250,6 +250,7 @@ var actions = map[string]func(script.Action) (string, error){
 		}
 		return "", err
 	},
+	"vsock":      vsock,
 	"interfaces": interfaces,
 	"mknod": func(a script.Action) (string, error) {
 		return "", unix.Mknod(a.Path, unix.S_IFBLK|0o666, int(unix.Mkdev(8, 0)))
@@ -371,6 +372,19 @@ var (
 	kept string
 	seed = maphash.MakeSeed() // of what the kernel gives to each process
 )
+
+// vsock connects to port N of the host.
+func vsock(a script.Action) (string, error) {
+	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptTimeval(fd, unix.AF_VSOCK, unix.SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, &unix.Timeval{Sec: 2}); err != nil {
+		return "", err
+	}
+	return "", unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: uint32(a.N)})
+}
 
 func interfaces(script.Action) (string, error) {
 	list, err := net.Interfaces()

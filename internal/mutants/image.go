@@ -1,0 +1,38 @@
+package main
+
+// What a machine is made of: nothing of a stranger's archive or of the host gets further
+// than it may, and what is not as it was recorded is not used.
+var imageMutants = []mutant{
+	{"images: what others cannot read is left out", "image/tree/copy.go", "\tif !forAll(stat.Mode) {\n\t\treturn nil\n\t}", "", "TestImageHoldsWhatEverybodyMaySee"},
+	{"images: a directory has to be entered and listed", "image/tree/copy.go", "return mode&0o005 == 0o005", "return mode&0o004 == 0o004", "TestImageHoldsWhatEverybodyMaySee"},
+	{"images: what was named and is private is refused", "image/tree/copy.go", "\tif !forAll(stat.Mode) {\n\t\treturn fmt", "\tif false {\n\t\treturn fmt", "TestCopyRefuses"},
+	{"images: a file is one state or none, after", "image/tree/copy.go", "\t\tif err := c.unchanged(); err != nil {\n\t\t\treturn n, err\n\t\t}\n", "", "TestChangedWhileRead"},
+	{"images: the same size is not the same file", "image/tree/fingerprint.go", "n.seen.size, n.seen.mtime, n.seen.ctime)", "n.seen.size)", "TestFingerprint"},
+	{"unpack: upwards ends it", "image/unpack/unpack.go", "\t\tif element == \"..\" {\n\t\t\treturn \"\", errors.New(\"the name leads upwards\")\n\t\t}\n", "", "TestAddRefuses"},
+	{"unpack: a link's root is the directory", "image/unpack/unpack.go", "\t\t\tif strings.HasPrefix(target, \"/\") {\n\t\t\t\tat = \".\"\n\t\t\t}\n", "", "TestAdd"},
+	{"unpack: no bit of setuid", "image/unpack/unpack.go", "f.Chmod(permissions(header.Mode))", "f.Chmod(permissions(header.Mode)|fs.ModeSetuid)", "TestAdd"},
+	{"unpack: a private file stays so", "image/unpack/unpack.go", "case mode&0o004 == 0:\n\t\treturn 0o600", "case false:\n\t\treturn 0o600", "TestAdd"},
+	{"unpack: a private directory stays so", "image/unpack/unpack.go", "a.hidden[place] = true", "a.hidden[place] = false; delete(a.hidden, place)", "TestAdd"},
+	{"unpack: all together", "image/unpack/unpack.go", "size > a.limits.Bytes-a.bytes", "size > a.limits.Bytes", "TestAddRefuses"},
+	{"unpack: a hard link counts", "image/unpack/unpack.go", "\tif err := a.account(info.Size()); err != nil {\n\t\treturn err\n\t}\n", "", "TestAddRefuses"},
+	{"unpack: parents count", "image/unpack/unpack.go", "\t\t\tif a.count++; a.count > a.limits.Entries {\n\t\t\t\treturn \"\", fmt.Errorf(\"more than %d entries\", a.limits.Entries)\n\t\t\t}\n", "", "TestAddRefuses"},
+	{"unpack: a hard link's target is inside", "image/unpack/unpack.go", "\tname, err := clean(target)\n\tif err != nil {\n\t\treturn fmt.Errorf(\"link to %q: %w\", target, err)\n\t}\n", "\tname, err := target, error(nil)\n", "TestAddRefuses"},
+	{"unpack: a whiteout is for what is below", "image/unpack/unpack.go", "if !a.own[place] {", "if true {", "TestAdd"},
+	{"unpack: a whiteout of ..", "image/unpack/unpack.go", "if gone == \"\" || gone == \".\" || gone == \"..\" {", "if false {", "TestAddRefuses"},
+	{"store: what has other bytes is not used", "image/store.go", "\tif digest != f.Digest {", "\tif false {", "TestCorrupt"},
+	{"store: what has other times is read", "image/store.go", "if now == f && !all {", "if !all {", "TestCorrupt"},
+	{"store: a record is of its own object", "image/store.go", "if o.Digest != digest {", "if false {", "TestCorrupt"},
+	{"store: a tree is as it was unpacked", "image/trees.go", "\tif digestPrefix+digest != o.Digest {", "\tif false {", "TestCorruptTree"},
+	{"store: what is used is not pruned", "image/prune.go", "if len(l.UsedBy) > 0 ||", "if", "TestPrune"},
+	{"store: what was wanted just now is not pruned", "image/prune.go", "max(unused, grace)", "unused", "TestPrune"},
+	{"store: pruning waits for builds", "image/prune.go", "\talone, err := s.lock(ctx, \"store\", unix.LOCK_EX)", "\talone, err := s.lock(ctx, \"prune\", unix.LOCK_EX)", "TestPruneWaits"},
+	{"store: a build that failed leaves nothing", "image/store.go", "\tdefer removeTree(dir) //nolint:errcheck // what is left is removed at the next Open\n", "", "TestDiskFull"},
+	{"store: what a killed build left is removed", "image/store.go", "\treturn s, s.clean()", "\treturn s, nil", "TestKilledBuild"},
+	{"store: of many one builds", "image/store.go", "\tif o, err := s.known(key); err != nil || o.Digest != \"\" {\n\t\treturn o, err // another process was first\n\t}\n", "", "TestManyBuildOnce"},
+	{"debian: an alternative is inside", "image/debian/root.go", "if path.Clean(link) != link || path.Clean(c.target) != c.target {", "if false {", "TestFetchAndRoot"},
+	{"debian: nobody's signature is none", "image/debian/apt.go", "set(\"APT::Get::AllowUnauthenticated\", \"false\")", "set(\"Acquire::AllowInsecureRepositories\", \"true\")", "TestFetchRefuses"},
+	{"debian: the host's hooks are not run", "image/debian/apt.go", "fmt.Fprintf(&c, \"#clear %s;\\n\", hook)", "_ = hook", "TestConfig"},
+	{"kernel: what is none is refused", "image/linux/linux.go", "if f.Machine != elf.EM_X86_64 || f.Type != elf.ET_EXEC {", "if false {", "TestParseRefuses"},
+	{"kernel: a match lies in its block", "image/linux/lz4.go", "back == 0 || back > len(out)-first", "back == 0 || back > len(out)+0*first", "TestUnpackBlock"},
+	{"kernel: an unpacked block has a bound", "image/linux/lz4.go", "\t\tif len(out)+match > most {", "\t\tif false {", "TestUnpackBlock"},
+}
