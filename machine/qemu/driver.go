@@ -236,9 +236,6 @@ func (d *Driver) Remove(ctx context.Context, dir string) error {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if other := site.DriverOf(dir, recordFile); other != "" && other != name {
-		return nil // it removes its own
-	}
 	held, err := site.Lock(ctx, dir)
 	if err != nil {
 		return err

@@ -43,6 +43,8 @@ type vmm struct {
 	said    microvm.Tape // by QEMU
 	work    sync.WaitGroup
 	ports   [2]port
+
+	patience time.Duration // with one greeting
 }
 
 // port is a serial port on which one wire can be at a time.
@@ -86,10 +88,20 @@ func (p *port) connect() (*portWire, error) {
 	return p.wire, nil
 }
 
+// close frees the port of whoever has it: another process can then have it.
+func (p *port) close() {
+	p.mu.Lock()
+	wire := p.wire
+	p.mu.Unlock()
+	if wire != nil {
+		wire.Close()
+	}
+}
+
 var errPortTaken = errors.New("the port has a wire")
 
 func newVMM(p place, rec record, cgroups string) *vmm {
-	v := &vmm{place: p, rec: rec, cgroups: cgroups}
+	v := &vmm{place: p, rec: rec, cgroups: cgroups, patience: startTimeout}
 	v.ports[0].socket, v.ports[1].socket = p.path(wireSocket), p.path(wire2Socket)
 	return v
 }
@@ -139,7 +151,8 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record) (_ *v
 	if err := v.monitor.do(ctx, "cont"); err != nil { // the guest's first instruction
 		return nil, nil, err
 	}
-	conn, err := v.greet(ctx, &v.ports[0], startTimeout)
+	conn, err := v.greet(ctx, &v.ports[0])
+	v.patience = greetTry
 	return v, conn, err
 }
 
@@ -217,6 +230,7 @@ func (v *vmm) connect(ctx context.Context) error {
 // findVMM finds what another process started.
 func findVMM(ctx context.Context, cgroups string, p place, rec record) (*vmm, error) {
 	v := newVMM(p, rec, cgroups)
+	v.patience = greetTry
 	err := v.find()
 	if err == nil {
 		err = v.connect(ctx)
@@ -228,27 +242,42 @@ func findVMM(ctx context.Context, cgroups string, p place, rec record) (*vmm, er
 	return v, nil
 }
 
-// greet gives the guest's first process a wire at a port. Where it does not answer within
-// the time of a try it is greeted anew, until ctx ends.
-func (v *vmm) greet(ctx context.Context, at *port, try time.Duration) (net.Conn, error) {
+// greet gives the guest's first process a wire at a port.
+func (v *vmm) greet(ctx context.Context, at *port) (net.Conn, error) {
+	conn, err := at.connect()
+	if err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Conn.Close() })
+	deadline := time.Now().Add(v.patience)
+	if last, ok := ctx.Deadline(); ok {
+		deadline = earlier(deadline, last)
+	}
+	greeted, err := wire.Greet(conn, deadline)
+	if stop() && err == nil {
+		return greeted, nil
+	}
+	conn.Close()
+	if ctx.Err() != nil {
+		err = fmt.Errorf("the guest did not answer in time: %w", errors.Join(context.Cause(ctx), err))
+	}
+	return nil, err
+}
+
+// greetFree greets at whatever port is free, until ctx ends.
+func (v *vmm) greetFree(ctx context.Context) (net.Conn, error) {
 	for {
-		conn, err := at.connect()
-		if err != nil {
-			return nil, err
+		err := errPortTaken
+		for i := range v.ports {
+			conn, failed := v.greet(ctx, &v.ports[i])
+			if failed == nil || ctx.Err() != nil {
+				return conn, failed
+			}
+			if !errors.Is(failed, errPortTaken) {
+				err = failed
+			}
 		}
-		deadline := time.Now().Add(try)
-		if last, ok := ctx.Deadline(); ok {
-			deadline = earlier(deadline, last)
-		}
-		stop := context.AfterFunc(ctx, func() { conn.Conn.Close() })
-		greeted, err := wire.Greet(conn, deadline)
-		if stop() && err == nil {
-			return greeted, nil
-		}
-		conn.Close()
-		if ctx.Err() != nil {
-			return nil, fmt.Errorf("the guest did not come up in time: %w", errors.Join(context.Cause(ctx), err))
-		}
+		// It may have missed that a port was closed just before.
 		if !errors.Is(err, os.ErrDeadlineExceeded) || site.Pause(ctx, greetPause) != nil {
 			return nil, err
 		}
@@ -290,6 +319,9 @@ func (v *vmm) letGo() {
 	if v.errors != nil {
 		v.errors.Close()
 	}
+	for i := range v.ports {
+		v.ports[i].close()
+	}
 	v.work.Wait()
 }
 
@@ -319,7 +351,7 @@ func hold(d *Driver, p place, v *vmm, conn net.Conn, held io.Closer) *Machine {
 }
 
 func (m *Machine) awaitDeath() {
-	if errors.Is(m.vmm.process.Ended(), os.ErrClosed) {
+	if m.vmm.process.Ended() != nil {
 		return // the process was let go, which says nothing of it
 	}
 	reason := m.vmm.died()
@@ -392,17 +424,11 @@ func (m *Machine) Rewire(ctx context.Context) (net.Conn, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
 	defer cancel()
-	for i := range m.vmm.ports {
-		conn, err := m.vmm.greet(ctx, &m.vmm.ports[i], greetTry)
-		if errors.Is(err, errPortTaken) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("machine %s: %w", m.vmm.rec.ID, err)
-		}
-		return conn, nil
+	conn, err := m.vmm.greetFree(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("machine %s: %w", m.vmm.rec.ID, err)
 	}
-	return nil, fmt.Errorf("machine %s has two wires, and can have no third: close one", m.vmm.rec.ID)
+	return conn, nil
 }
 
 // Facts implements machine.Machine.

@@ -1,20 +1,22 @@
 package qemu
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
-	"time"
 
 	"cal/image"
 	"cal/internal/confine"
 	"cal/internal/kvm"
+	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/machinetest"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -74,30 +76,75 @@ func newDriver(b bench) *Driver {
 	return emulated
 }
 
-func TestOne(t *testing.T) {
+// host is this host with QEMU's emulated driver.
+func host(t *testing.T) machinetest.Host {
 	b := need(t)
-	d := newDriver(b)
-	for range 3 {
-		base, err := os.MkdirTemp(b.dir, "m")
-		if err != nil {
-			t.Fatal(err)
+	return machinetest.Host{
+		Driver:  func() machine.Driver { return newDriver(b) },
+		Proxy:   b.guest,
+		Image:   b.image,
+		Scratch: b.dir,
+		Disk:    true,
+		Kill:    killVMM,
+		Left:    left,
+	}
+}
+
+func processOf(t *testing.T, dir string) process.Process {
+	t.Helper()
+	rec, err := loadRecord(place(dir))
+	must(t, err)
+	running, err := process.Find(rec.tag(place(dir)))
+	must(t, err)
+	for _, p := range running {
+		t.Cleanup(func() { p.Close() })
+	}
+	if len(running) != 1 {
+		t.Fatalf("%d processes run for %s", len(running), dir)
+	}
+	return running[0]
+}
+
+func killVMM(t *testing.T, dir string) {
+	t.Helper()
+	must(t, processOf(t, dir).Signal(syscall.SIGKILL))
+}
+
+// left lists what a machine must not leave.
+func left(t *testing.T, dir string) (found []string) {
+	t.Helper()
+	entries, err := os.ReadDir("/proc")
+	must(t, err)
+	for _, entry := range entries {
+		data, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cmdline"))
+		if err == nil && filepath.IsAbs(dir) && strings.Contains(string(data), dir+"/") {
+			found = append(found, "process "+entry.Name())
 		}
-		spec := machine.Spec{ID: "one", Dir: base + "/d", Workspace: base + "/w", Proxy: b.guest, Image: b.image}
-		os.Mkdir(spec.Dir, 0o700)
-		os.Mkdir(spec.Workspace, 0o700)
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		began := time.Now()
-		m, err := d.Create(ctx, spec)
-		t.Log("create", time.Since(began))
-		if err != nil {
-			t.Fatal(err)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	must(t, err)
+	if filepath.IsAbs(dir) && strings.Contains(string(mounts), dir) {
+		found = append(found, "a mount")
+	}
+	id := filepath.Base(filepath.Dir(dir)) // as Host.Spec names machines
+	for _, pattern := range []string{"/sys/fs/cgroup/cal-" + id + "-*", "/sys/fs/cgroup/*/cal-" + id + "-*"} {
+		names, err := filepath.Glob(pattern)
+		must(t, err)
+		found = append(found, names...)
+	}
+	for _, name := range append(made, recordFile, site.LockFile) {
+		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+			found = append(found, name)
 		}
-		began = time.Now()
-		fmt.Println(m.Console())
-		if err := m.Destroy(ctx); err != nil {
-			t.Fatal(err)
-		}
-		t.Log("destroy", time.Since(began), m.Reason())
+	}
+	return found
+}
+
+func TestConformance(t *testing.T) { machinetest.Run(t, host(t)) }
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"cal/internal/idmap"
 	"cal/machine"
 	"cal/machine/microvm"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -76,11 +77,14 @@ func (r record) tag(p place) string {
 
 func loadRecord(p place) (record, error) {
 	var rec record
+	if of := site.DriverOf(string(p), recordFile); of != "" && of != name {
+		return rec, fmt.Errorf("%s: %w: %q", p, machine.ErrForeign, of)
+	}
 	if err := durable.Load(p.path(recordFile), &rec); err != nil {
 		return record{}, err
 	}
 	if rec.Driver != name {
-		return record{}, fmt.Errorf("%s is a machine of driver %q", p, rec.Driver)
+		return record{}, fmt.Errorf("%s names no driver", p.path(recordFile))
 	}
 	if rec.Instance == "" || rec.Instance != filepath.Base(rec.Instance) || !strings.HasPrefix(rec.Instance, "cal-") {
 		return record{}, fmt.Errorf("%s: the record names the instance %q, which is none of this driver's", p, rec.Instance)
