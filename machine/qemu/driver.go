@@ -57,8 +57,10 @@ type Config struct {
 	Scratch  string        // where Probe makes and removes a directory; empty: the system's
 	Patience time.Duration // of Probe; 0: 15 s
 
-	// Proxy is the program that Probe boots as the guest's first process.
+	// Proxy is the program that Probe boots as the guest's first process. Fetch lets it fetch
+	// a kernel where none is here yet.
 	Proxy string
+	Fetch bool
 
 	// KVM is what is known of this host's; one for all drivers of a process saves
 	// trying. nil: the drivers' own.

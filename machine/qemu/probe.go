@@ -31,12 +31,15 @@ func (d *Driver) Probe(ctx context.Context) error {
 	if err := d.probeProgram(ctx); err != nil {
 		return err
 	}
+	if !d.config.Fetch && !d.config.Images.HasKernel(d.config.Kernel) {
+		return &machine.ProbeError{Cause: "no kernel was fetched yet", Mend: "cal run --driver qemu fetches Debian's, once, and so does: cal image build kernel"}
+	}
 	kernel, err := d.config.Images.Kernel(ctx, d.config.Kernel, nil)
 	if err == nil {
 		_, err = d.config.Images.Initramfs(ctx, kernel, d.config.Proxy)
 	}
 	if err != nil {
-		return &machine.ProbeError{Cause: "there is no kernel to boot", Mend: "see that Debian's archive is reached, or name a kernel with nucleus-node --kernel", Err: err}
+		return &machine.ProbeError{Cause: "there is no kernel to boot", Mend: "see that Debian's archive is reached, or take a kernel of your own: cal image kernel PATH", Err: err}
 	}
 	return d.probeGuest(ctx)
 }
