@@ -3,7 +3,6 @@ package qemu
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -14,6 +13,7 @@ import (
 	"cal/internal/confine"
 	"cal/internal/kvm"
 	"cal/internal/process"
+	"cal/internal/testenv/vm"
 	"cal/machine"
 	"cal/machine/machinetest"
 	"cal/machine/site"
@@ -30,6 +30,7 @@ type bench struct {
 
 var (
 	shared     bench
+	kernel     sync.Once
 	buildGuest sync.Once
 )
 
@@ -53,20 +54,13 @@ func runMain(m *testing.M) int {
 // need returns what a test of machines needs, or skips it.
 func need(t testing.TB) bench {
 	t.Helper()
-	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
-		t.Skipf("QEMU is not installed: %v", err)
+	kernel.Do(func() { shared.images = vm.StoreIn(t, filepath.Join(shared.dir, "images")) }) // or skip
+	if shared.images == nil {
+		t.Skip("no kernel to boot")
 	}
 	buildGuest.Do(func() {
 		shared.guest = machinetest.TestGuest(t, shared.dir)
 		shared.image = machinetest.SmallImage(t, shared.dir)
-		store := os.Getenv("CAL_TEST_IMAGES")
-		if store == "" {
-			store = filepath.Join(shared.dir, "images")
-		}
-		var err error
-		if shared.images, err = image.Open(store); err != nil {
-			t.Fatal(err)
-		}
 	})
 	return shared
 }
