@@ -346,6 +346,39 @@ func TestAnotherProgram(t *testing.T) {
 	}
 }
 
+// TestConfined: a Firecracker that lacks one of its walls starts no guest.
+func TestConfined(t *testing.T) {
+	d := faked(t)
+	host := fakeHost(t, d)
+	ctx := machinetest.Context(t)
+	rec, err := d.begin(host.Spec(t))
+	must(t, err)
+	t.Cleanup(func() { must(t, d.clear(context.Background(), rec.Jail.Dir)) })
+	must(t, rec.Jail.make())
+	v, err := d.launch(ctx, rec.Jail, d.proved)
+	must(t, err)
+	defer v.letGo()
+	must(t, d.confined(v, d.proved)) // control
+	for name, spoil := range map[string]func(v *vmm, digest *string){
+		"another program":     func(_ *vmm, digest *string) { *digest = strings.Repeat("0", 64) },
+		"another user":        func(v *vmm, _ *string) { v.jail.UID++ },
+		"more memory":         func(v *vmm, _ *string) { v.jail.Limits.Memory *= 2 },
+		"more processors":     func(v *vmm, _ *string) { v.jail.Limits.CPUs++ },
+		"more tasks":          func(v *vmm, _ *string) { v.jail.Limits.Tasks++ },
+		"another group":       func(v *vmm, _ *string) { v.jail.ID = newInstance() },
+		"the host's own user": func(v *vmm, _ *string) { v.process.PID = os.Getpid() },
+	} {
+		spoiled, digest := vmm{jail: v.jail, cgroups: v.cgroups, process: v.process}, d.proved
+		spoil(&spoiled, &digest)
+		if err := d.confined(&spoiled, digest); err == nil {
+			t.Errorf("%s: not seen", name)
+		}
+	}
+	if err := ownNamespaces(os.Getpid()); err == nil {
+		t.Error("the host's namespaces are taken for a jail's")
+	}
+}
+
 // TestForeignRecord: a machine of another driver is not touched.
 func TestForeignRecord(t *testing.T) {
 	dir := t.TempDir()
