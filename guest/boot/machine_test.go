@@ -3,6 +3,7 @@ package boot
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -37,6 +38,14 @@ func TestMain(m *testing.M) {
 		code := m.Run()
 		fmt.Printf("inside: exit code %d\n", code)
 		os.Exit(code)
+	case len(os.Args) > 1 && os.Args[1] == "attach":
+		what, say := vm.Asked()
+		if what != "proof" {
+			fmt.Fprintln(os.Stderr, "no proof, but", what)
+			os.Exit(1)
+		}
+		say("taken")
+		os.Exit(0)
 	case len(os.Args) > 1 && os.Args[1] == "parent": // of an orphan
 		orphan := exec.Command("/proc/self/exe", "-test.run=^$")
 		if err := orphan.Start(); err != nil {
@@ -57,7 +66,8 @@ func hold(say func(string)) int {
 		return 1
 	}
 	say("held")
-	select {}
+	time.Sleep(time.Hour) // the host ends the machine
+	return 1
 }
 
 // mutants take a wall away before the machine is made.
@@ -136,6 +146,7 @@ func TestEnd(t *testing.T) {
 	}
 	m := vm.Start(t, vm.Config{Init: program(t), Workspace: workspace})
 	vm.Wait(t, m.Greet("hold"), "held")
+	laterWires(t, m)
 	if got := vm.ReadFile(t, workspace, "/written"); got != "" { // control: it is the end that flushes
 		t.Errorf("on the disk already: %q", got)
 	}
@@ -145,6 +156,30 @@ func TestEnd(t *testing.T) {
 	m.Ended()
 	if got := vm.ReadFile(t, workspace, "/written"); got != "by the guest" {
 		t.Errorf("after the end: %q", got)
+	}
+}
+
+// laterWires: a new wire is handed to the proxy on either port, again and again, and where the
+// proxy does not take it the host learns why.
+func laterWires(t *testing.T, m *vm.Machine) {
+	for i, port := range []string{"cal.wire2", "cal.wire2", "cal.wire2", "cal.wire"} {
+		wired := m.Wire(port)
+		said, want := "proof", "taken\n"
+		if i == 1 {
+			said, want = "nonsense", "the proxy did not take the new wire: no proof, but nonsense"
+		}
+		if _, err := io.WriteString(wired, said+"\n"); err != nil {
+			t.Fatal(err)
+		}
+		line := make([]byte, 100)
+		n, err := wired.Read(line)
+		if got := string(line[:n]); i == 1 && (err == nil || err.Error() != want) || i != 1 && got != want {
+			t.Errorf("wire %d: %q, %v, want %q", i, got, err, want)
+		}
+		if i == 2 {
+			m.HangUp() // the first wire, in whose place the last comes
+		}
+		wired.Close()
 	}
 }
 

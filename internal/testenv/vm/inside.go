@@ -2,7 +2,9 @@ package vm
 
 import (
 	"bufio"
+	"errors"
 	"io"
+	"net"
 	"os"
 	"strings"
 	"testing"
@@ -17,15 +19,31 @@ import (
 // read from the wire.
 func (m *Machine) Greet(what string) *bufio.Reader {
 	m.t.Helper()
-	conn, err := wire.Greet(m.Dial("cal.wire"), time.Now().Add(Patience))
-	if err == nil {
-		_, err = io.WriteString(conn, what+"\n")
-	}
-	if err != nil {
+	m.first = m.Wire("cal.wire")
+	if _, err := io.WriteString(m.first, what+"\n"); err != nil {
 		m.t.Fatal(err)
 	}
-	return bufio.NewReader(conn)
+	return bufio.NewReader(m.first)
 }
+
+// Wire greets at a port, again where the machine has missed that the port was closed just before.
+func (m *Machine) Wire(port string) net.Conn {
+	m.t.Helper()
+	for deadline := time.Now().Add(Patience); ; time.Sleep(100 * time.Millisecond) {
+		conn := m.Dial(port)
+		wired, err := wire.Greet(conn, time.Now().Add(Patience/12))
+		if err == nil {
+			return wired
+		}
+		conn.Close()
+		if !errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(deadline) {
+			m.t.Fatal(err)
+		}
+	}
+}
+
+// HangUp closes the wire that Greet has made.
+func (m *Machine) HangUp() { m.first.Close() }
 
 // Wait reads until the machine says so.
 func Wait(t testing.TB, from *bufio.Reader, want string) {

@@ -41,6 +41,7 @@ type Machine struct {
 	dir     string
 	cmd     *exec.Cmd
 	console *console
+	first   net.Conn // by Greet
 	ended   chan struct{}
 }
 
