@@ -108,7 +108,7 @@ func Try(t *testing.T, host Host, names ...string) {
 }
 
 // Spec returns a small valid machine.
-func (h Host) Spec(t *testing.T) machine.Spec {
+func (h Host) Spec(t testing.TB) machine.Spec {
 	t.Helper()
 	base, err := os.MkdirTemp(h.Scratch, "m")
 	if err != nil {
@@ -156,13 +156,13 @@ func (h Host) copy(t *testing.T, workspace string) string {
 
 // Guest is a test's end of the wire.
 type Guest struct {
-	t       *testing.T
+	t       testing.TB
 	conn    net.Conn
 	decoder *json.Decoder
 }
 
 // Talk takes conn for the guest's wire.
-func Talk(t *testing.T, conn net.Conn) *Guest {
+func Talk(t testing.TB, conn net.Conn) *Guest {
 	t.Helper()
 	if conn == nil {
 		t.Fatal("machine has no wire")
@@ -221,7 +221,7 @@ func (g *Guest) MustFail(action script.Action) {
 }
 
 // Context ends with the test's patience.
-func Context(t *testing.T) context.Context {
+func Context(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
 	return ctx
