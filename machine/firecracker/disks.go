@@ -79,7 +79,7 @@ func copyFile(source, target string) error {
 		return err
 	}
 	_, err = io.Copy(to, from)
-	return errors.Join(err, to.Close())
+	return errors.Join(err, to.Chmod(0o444), to.Close())
 }
 
 // link puts a file into the jail that must be the very one.

@@ -3,9 +3,11 @@ package firecracker
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cal/internal/durable"
+	"cal/internal/process"
 	"cal/machine"
 )
 
@@ -129,6 +132,34 @@ func TestHostileJail(t *testing.T) {
 	if pipe, err := j.openPipe(consolePipe); err == nil {
 		pipe.Close()
 		t.Error("a link to a pipe was followed")
+	}
+	must(t, os.Remove(j.path(consolePipe)))
+	must(t, os.WriteFile(j.path(consolePipe), []byte("without end"), 0o600))
+	if pipe, err := j.openPipe(consolePipe); err == nil {
+		pipe.Close()
+		t.Error("a file was taken for a pipe")
+	}
+}
+
+// TestStranger: who has read a Firecracker's arguments can use them, but is another user.
+func TestStranger(t *testing.T) {
+	j := jail{Dir: t.TempDir(), ID: newInstance(), Exec: "firecracker", UID: lowestID}
+	shell, err := exec.LookPath("sh")
+	must(t, err)
+	cmd := &exec.Cmd{Path: shell, Args: []string{"/firecracker", "-c", "read x", j.ID}}
+	stdin, err := cmd.StdinPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	defer func() { stdin.Close(); cmd.Wait() }()
+	running, err := process.Find(j.ID)
+	must(t, err)
+	if len(running) != 1 || running[0].Name != "/firecracker" { // control
+		t.Fatalf("found %+v", running)
+	}
+	running[0].Close()
+	if p, err := j.find(); !errors.Is(err, machine.ErrGone) {
+		p.Close()
+		t.Errorf("a stranger is taken for the Firecracker: %v", err)
 	}
 }
 

@@ -112,10 +112,7 @@ func (d *Driver) snapshot(ctx context.Context, rec record, made microvm.Parts, f
 		return "", err
 	}
 	dir := filepath.Join(d.config.Snapshots, shapeKey(shape))
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", err
-	}
-	held, err := lockSnapshot(ctx, dir)
+	held, err := claimSnapshot(ctx, dir)
 	if err != nil {
 		return "", err
 	}
@@ -133,6 +130,19 @@ func (d *Driver) snapshot(ctx context.Context, rec record, made microvm.Parts, f
 	return dir, nil
 }
 
+// claimSnapshot makes the directory and locks it; again, where another removed it meanwhile.
+func claimSnapshot(ctx context.Context, dir string) (io.Closer, error) {
+	for {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+		held, err := lockSnapshot(ctx, dir)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return held, err
+		}
+	}
+}
+
 // lockSnapshot waits for its turn: a snapshot's files have one owner at a time.
 func lockSnapshot(ctx context.Context, dir string) (io.Closer, error) {
 	opened, err := durable.OpenDir(dir)
@@ -142,8 +152,15 @@ func lockSnapshot(ctx context.Context, dir string) (io.Closer, error) {
 	defer opened.Close()
 	for {
 		held, err := opened.Lock(snapshotLock)
-		if err == nil || !errors.Is(err, durable.ErrLocked) {
-			return held, err
+		if err == nil {
+			if _, err := os.Lstat(filepath.Join(dir, snapshotLock)); err != nil { // it was removed
+				held.Close()
+				return nil, err
+			}
+			return held, nil
+		}
+		if !errors.Is(err, durable.ErrLocked) {
+			return nil, err
 		}
 		if site.Pause(ctx, time.Millisecond) != nil {
 			return nil, fmt.Errorf("snapshot %s: %w", dir, context.Cause(ctx))

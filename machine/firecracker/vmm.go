@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"strings"
@@ -181,6 +182,14 @@ func (d *Driver) confined(v *vmm, digest string) error {
 	if err := v.jail.checkUser(pid); err != nil {
 		return err
 	}
+	if err := ownNamespaces(pid); err != nil {
+		return err
+	}
+	return errors.Join(v.jail.checkGroup(d.config.Cgroups, pid), v.jail.withoutNetwork())
+}
+
+// ownNamespaces reads back that a process has none of this one's.
+func ownNamespaces(pid int) error {
 	for _, kind := range []string{"net", "pid", "mnt", "ipc", "uts"} {
 		its, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, kind))
 		own, errOwn := os.Readlink("/proc/self/ns/" + kind)
@@ -191,7 +200,17 @@ func (d *Driver) confined(v *vmm, digest string) error {
 			return fmt.Errorf("firecracker shares the host's %s namespace", kind)
 		}
 	}
-	return v.jail.checkGroup(d.config.Cgroups, pid)
+	return nil
+}
+
+// withoutNetwork takes the device out of a jail with which network interfaces are made.
+// The Firecracker in it has run nothing yet.
+func (j jail) withoutNetwork() error {
+	err := os.Remove(j.path("dev/net/tun"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // checkUser reads back who a process of the jail is.
