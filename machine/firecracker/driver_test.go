@@ -18,6 +18,7 @@ import (
 	"cal/machine/machinetest"
 	"cal/machine/machinetest/script"
 	"cal/machine/microvm"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -193,8 +194,8 @@ func TestWorkspace(t *testing.T) {
 
 	for name, spoil := range map[string]func(dir string) error{
 		"files of the host": func(dir string) error { return os.WriteFile(filepath.Join(dir, "main.go"), nil, 0o644) },
-		"a link":            func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, microvm.WorkspaceFile)) },
-		"a directory":       func(dir string) error { return os.Mkdir(filepath.Join(dir, microvm.WorkspaceFile), 0o700) },
+		"a link":            func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, site.WorkspaceDisk)) },
+		"a directory":       func(dir string) error { return os.Mkdir(filepath.Join(dir, site.WorkspaceDisk), 0o700) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := host.Spec(t)

@@ -24,6 +24,7 @@ import (
 
 	"cal/image"
 	"cal/machine"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -34,9 +35,6 @@ const (
 	Workspace = "workspace" // ext4, what outlives the machine
 	Scratch   = "scratch"   // ext4, blank for each machine
 )
-
-// WorkspaceFile is the disk in a workspace's directory.
-const WorkspaceFile = "workspace.ext4"
 
 // Disk is a file that a machine sees as a disk.
 type Disk struct {
@@ -76,7 +74,7 @@ func (s Source) Parts(ctx context.Context, spec machine.Spec, scratch string, si
 	if err != nil {
 		return Parts{}, err
 	}
-	root, err := s.Images.Root(ctx, usual(spec.Image), s.Host, nil)
+	root, err := s.Images.Root(ctx, spec.Image, s.Host, nil)
 	if err != nil {
 		return Parts{}, refusal(ctx, err)
 	}
@@ -100,14 +98,6 @@ func (s Source) Parts(ctx context.Context, spec machine.Spec, scratch string, si
 	return p, nil
 }
 
-// usual is the image of a machine for which nobody named one.
-func usual(i nucleus.Image) nucleus.Image {
-	if i.Kind == "" {
-		i.Kind = nucleus.ImageDebian
-	}
-	return i
-}
-
 // refusal is of an image that cannot be made, unless the host is at fault.
 func refusal(ctx context.Context, err error) error {
 	if ctx.Err() != nil || errors.Is(err, unix.ENOSPC) || errors.Is(err, image.ErrCorrupt) {
@@ -119,10 +109,10 @@ func refusal(ctx context.Context, err error) error {
 // workspace is the workspace's disk, made where there is none. What is there must be a
 // file of its own with one name: another name may be anybody's.
 func (s Source) workspace(ctx context.Context, dir string, size int64) (Disk, error) {
-	if err := onlyDisk(dir); err != nil {
+	if err := site.OnlyDisk(dir, site.WorkspaceDisk+unfinished); err != nil {
 		return Disk{}, err
 	}
-	path := filepath.Join(dir, WorkspaceFile)
+	path := filepath.Join(dir, site.WorkspaceDisk)
 	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 		if err := s.blankWorkspace(ctx, path, size); err != nil {
 			return Disk{}, fmt.Errorf("workspace's disk: %w", err)
@@ -150,20 +140,6 @@ func (s Source) blankWorkspace(ctx context.Context, path string, size int64) err
 		return err
 	}
 	return os.Rename(path+unfinished, path)
-}
-
-// onlyDisk refuses a workspace in which files lie as they are: another driver made it.
-func onlyDisk(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, entry := range entries {
-		if name := entry.Name(); name != WorkspaceFile && name != WorkspaceFile+unfinished {
-			return machine.Refuse("workspace %s holds %s as a file of the host, so a driver without disks made it; take the work out with cal repo fetch, or name another workspace", dir, entry.Name())
-		}
-	}
-	return nil
 }
 
 // CommandLine is what the kernel is told for its first process. wire is "serial" or

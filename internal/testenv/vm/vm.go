@@ -70,6 +70,39 @@ func Store(t testing.TB) *image.Store {
 	return store
 }
 
+// StoreIn makes a store in dir, which may be another user's in the end, that has the kernel
+// of the tests. It skips as Kernel does.
+func StoreIn(t testing.TB, dir string) *image.Store {
+	t.Helper()
+	kernel := Kernel(t)
+	from := filepath.Dir(filepath.Dir(filepath.Dir(kernel.Image)))
+	object := filepath.Join("objects", filepath.Base(filepath.Dir(kernel.Image)))
+	if _, err := image.Open(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(filepath.Join(dir, object), os.DirFS(filepath.Join(from, object))); err != nil {
+		t.Fatal(err)
+	}
+	inputs, err := filepath.Glob(filepath.Join(from, "inputs", "kernel-default*"))
+	if err != nil || len(inputs) == 0 {
+		t.Fatalf("the store of the kernel does not say which it is: %v", err)
+	}
+	for _, name := range inputs {
+		data, err := os.ReadFile(name)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, "inputs", filepath.Base(name)), data, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	store, err := image.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store
+}
+
 // sharedStore is the one in which the kernel stays that was fetched once.
 func sharedStore(t testing.TB) *image.Store {
 	t.Helper()
