@@ -146,7 +146,7 @@ func TestCompare(t *testing.T) {
 	ending.Data = json.RawMessage(`{"n":1,"of":1,"passage":{"until_ms":1767323105000}}`) // a minute on
 	uncounted := nucleus.Entry{Kind: nucleus.KindApprovalRefuse, Ask: "a-1", Permit: "r-1", Grants: []string{"g-1"}, Data: json.RawMessage(`{"uncounted":true}`)}
 	refusal := uncounted
-	refusal.Data = nil
+	refusal.Data = json.RawMessage(`{"why":"used before"}`)
 	revoked := nucleus.Entry{Kind: nucleus.KindApprovalRevoke, Ask: "a-1", Grants: []string{"g-1"}}
 	otherAsk, otherGrant := ask, grant
 	otherAsk.Digest, otherGrant.Ask = "d-2", "a-2"

@@ -621,7 +621,7 @@ func (a *Authority) undecided(id string, d decision) (keyFile, askRow, nucleus.A
 func (a *Authority) known(id string) (askRow, nucleus.AskRequest, error) {
 	row, err := a.store.ask(id)
 	if errors.Is(err, errUnknown) {
-		return row, nucleus.AskRequest{}, nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", id)
+		return row, nucleus.AskRequest{}, noAsk(id)
 	} else if err != nil {
 		return row, nucleus.AskRequest{}, unavailable(err)
 	}
@@ -637,6 +637,10 @@ func (a *Authority) known(id string) (askRow, nucleus.AskRequest, error) {
 		return row, ask, nucleus.Errorf(nucleus.KindInternal, "ask %s is damaged in the database", id)
 	}
 	return row, ask, nil
+}
+
+func noAsk(id string) *nucleus.Error {
+	return nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", id)
 }
 
 // concluded makes known what has become of an ask.
@@ -661,9 +665,11 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 	if err := a.settle(); err != nil {
 		return client.Used{}, err
 	}
-	row, ask, err := a.known(id)
-	if err != nil {
-		return client.Used{}, err
+	row, err := a.store.ask(id) // its bytes may be long, and who waits here waits three seconds
+	if errors.Is(err, errUnknown) {
+		return client.Used{}, noAsk(id)
+	} else if err != nil {
+		return client.Used{}, unavailable(err)
 	}
 	named := func(e *nucleus.Entry) { e.Grants, e.Permit = u.Grants, u.Permit }
 	refuse := func(format string, args ...any) (client.Used, error) {
@@ -671,7 +677,7 @@ func (a *Authority) Use(id string, u client.Use) (client.Used, error) {
 		if a.roomToAsk() != nil { // who asks fills no disk with refusals
 			return client.Used{}, err
 		}
-		return client.Used{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, ask, row.digest, map[string]any{"why": err.Message}, named))
+		return client.Used{}, errors.Join(err, a.record(nucleus.KindApprovalRefuse, row.ask(), row.digest, map[string]any{"why": err.Message}, named))
 	}
 	given := row.grantIDs()
 	most, until := 1, row.expires
@@ -724,7 +730,7 @@ func (a *Authority) look(id string) (client.Status, int64, <-chan struct{}, erro
 	defer a.mu.Unlock()
 	row, err := a.store.ask(id)
 	if errors.Is(err, errUnknown) {
-		return client.Status{}, 0, nil, nucleus.Errorf(nucleus.KindNotFound, "there is no ask %q", id)
+		return client.Status{}, 0, nil, noAsk(id)
 	} else if err != nil {
 		return client.Status{}, 0, nil, unavailable(err)
 	}

@@ -337,3 +337,42 @@ func TestApprovalsAreBounded(t *testing.T) {
 	_, err = b.client.Approvals(t.Context(), client.ApprovalsOf{Limit: client.MaxApprovals + 1})
 	wantKind(t, "a larger limit", err, nucleus.KindInvalid, "at most 1000")
 }
+
+// Long asks, of what takes longest to read, hold up nobody: neither what is listed, nor
+// taken back, nor a use beside the removal of what has ended.
+func TestLongAsksHoldNobodyUp(t *testing.T) {
+	b := newBench(t, nil)
+	long := func(a *nucleus.AskRequest) {
+		a.Detail = []nucleus.Detail{{Title: "c", Text: strings.Repeat("\u202e\"\\x", 150_000)}}
+	}
+	var used []string
+	for i := range 4 {
+		id := fmt.Sprintf("a-%d", i)
+		b.submit(t, b.asked(t, "p-1", id, long))
+		status, err := b.decide(t, id, typed{Approve: true, Approver: "ann", Passphrase: passphrase})
+		if err != nil {
+			t.Fatal(err)
+		}
+		used = append(used, status.Grants[0].Grant)
+	}
+	quick := func(what string, do func() error) {
+		t.Helper()
+		began := time.Now()
+		err := do()
+		took := time.Since(began)
+		t.Logf("%s: %v", what, took)
+		if err != nil || took > 500*time.Millisecond {
+			t.Errorf("%s took %v: %v", what, took, err)
+		}
+	}
+	quick("listed", func() error {
+		list, err := b.client.Approvals(t.Context(), client.ApprovalsOf{})
+		if len(list) != len(used) {
+			t.Errorf("%d are listed", len(list))
+		}
+		return err
+	})
+	quick("used", func() error { return b.use(t, "a-0", "r-1", used[:1]) })
+	quick("looked at", func() error { _, err := b.Authority.shed(keepFor, 0); return err })
+	quick("taken back", func() error { _, err := b.client.Revoke(t.Context(), client.Revocation{ID: "p-1"}); return err })
+}

@@ -30,6 +30,7 @@ type Config struct {
 	Layers   []AgentLayer      `json:"layers,omitempty"` // of the agent's own root
 	Identity nucleus.Identity  `json:"identity"`
 	MaxPids  int               `json:"max_pids,omitempty"`   // tasks of each user
+	Sync     bool              `json:"sync,omitempty"`       // the workspace after each call that may have changed it, before its outcome is signed
 	WaitAsk  int               `json:"wait_ask_s,omitempty"` // how long an MCP call waits for a person
 }
 

@@ -87,11 +87,31 @@ func startJail(plan jailPlan, setup func(*exec.Cmd)) (*jail, error) {
 		return nil, fmt.Errorf("starting the %s jail: %w", plan.Kind, err)
 	}
 	j := &jail{cmd: cmd, control: ours}
-	if err := j.handshake(plan); err != nil {
+	err = giveWay(cmd.Process.Pid, plan.Kind)
+	if err == nil {
+		err = j.handshake(plan)
+	}
+	if err != nil {
 		j.kill()
 		return nil, fmt.Errorf("setting up the %s jail: %w", plan.Kind, err)
 	}
 	return j, nil
+}
+
+// Where memory ends, what is ended first: a tool's command (package tools says so), then the
+// agent, then the tools' worker, and never the proxy, which the machine's first process has made
+// the last.
+const (
+	workerGivesWay = "0"
+	agentGivesWay  = "300"
+)
+
+func giveWay(pid int, kind string) error {
+	score := workerGivesWay
+	if kind == agentJail {
+		score = agentGivesWay
+	}
+	return os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte(score), 0)
 }
 
 func (j *jail) handshake(plan jailPlan) error {
@@ -237,7 +257,13 @@ func agentRoot(plan jailPlan) error {
 	if err := os.MkdirAll(root, 0o755); err != nil {
 		return err
 	}
-	if err := mount("tmpfs", root, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=755,size=512m"); err != nil {
+	var memory unix.Sysinfo_t
+	if err := unix.Sysinfo(&memory); err != nil {
+		return err
+	}
+	// Files there are memory.
+	size := min(512<<20, memory.Totalram*uint64(memory.Unit)*2/5)
+	if err := mount("tmpfs", root, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("mode=755,size=%d", size)); err != nil {
 		return err
 	}
 	for _, dir := range []string{"proc", "dev", "dev/shm", "dev/pts", "etc", "tmp", "home", "home/agent", "home/agent/work", "old"} {
@@ -448,6 +474,10 @@ func startBounded(cmd *exec.Cmd) error {
 	return <-done
 }
 
+// writable are the places that a jail's user can have files in, and the kernel's own, where files
+// have owners.
+var writable = []string{nucleus.MachineHome, nucleus.MachineWorkspace, "/tmp", "/var/tmp", "/dev", "/proc"}
+
 // dropPrivileges makes the process, all its threads, the jail's user without any
 // capability, for ever: neither it nor what it executes can gain one.
 func dropPrivileges(plan jailPlan) error {
@@ -463,6 +493,9 @@ func dropPrivileges(plan jailPlan) error {
 	}
 	if err := everyThread(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
+	}
+	if err := keepWritesBelow(writable); err != nil {
+		return err
 	}
 	if err := loadSeccomp(plan.Kind); err != nil {
 		return err

@@ -26,6 +26,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cal/egress"
 	"cal/guest/tools"
 	"cal/nucleus"
@@ -74,7 +76,7 @@ type servedState struct {
 }
 
 // Run serves the machine over conn until its node has been gone for a minute.
-func Run(ctx context.Context, conn net.Conn) error {
+func Run(ctx context.Context, conn io.ReadWriteCloser) error {
 	if err := tools.NotDumpable(); err != nil {
 		return err
 	}
@@ -228,7 +230,7 @@ func (p *Proxy) bootWorker() error {
 	defer stream.Close()
 	stream.SetDeadline(time.Now().Add(bootDeadline))
 	if err := stream.SendJSON(wire.FrameJSON, WorkerConfig{
-		Env: p.config.Env, MaxPids: p.config.MaxPids, Policy: p.boot.Policy,
+		Env: p.config.Env, MaxPids: p.config.MaxPids, Sync: p.config.Sync, Policy: p.boot.Policy,
 	}); err != nil {
 		return err
 	}
@@ -381,18 +383,16 @@ func (p *Proxy) attach(conn *net.UnixConn) error {
 		}
 		return fmt.Errorf("%d descriptors, want the wire alone", len(files))
 	}
-	wireConn, err := net.FileConn(files[0])
+	fd, err := unix.FcntlInt(files[0].Fd(), unix.F_DUPFD_CLOEXEC, 3)
 	files[0].Close()
 	if err != nil {
 		return err
 	}
-	quick := wireConn
-	if unixConn, ok := wireConn.(*net.UnixConn); ok {
-		if quick, err = newQuickConn(unixConn); err != nil {
-			return err
-		}
+	newWire, err := wireConn(fd)
+	if err != nil {
+		return err
 	}
-	session, err := wire.Guest(quick)
+	session, err := wire.Guest(newWire)
 	if err != nil {
 		return err
 	}
@@ -473,5 +473,6 @@ func Attach() error {
 type WorkerConfig struct {
 	Env     map[string]string `json:"env,omitempty"`
 	MaxPids int               `json:"max_pids,omitempty"`
+	Sync    bool              `json:"sync,omitempty"` // the workspace after each call that may have changed it
 	Policy  json.RawMessage   `json:"policy"`
 }

@@ -1,25 +1,53 @@
 package guest
 
 import (
+	"fmt"
 	"io"
-	"net"
 	"os"
 	"syscall"
+	"time"
 	"unsafe"
 )
 
-// quickConn is a unix socket whose reads and writes are made without telling Go's
+// quickConn is a socket whose reads and writes are made without telling Go's
 // scheduler. The descriptor is non-blocking, so there is nothing to tell: a call
 // returns at once. Told, the scheduler wakes its watcher thread at the first system call after
 // each idle moment, which under gVisor costs more than the call.
 type quickConn struct {
-	*net.UnixConn
+	socket
 	raw syscall.RawConn
 }
 
-func newQuickConn(conn *net.UnixConn) (quickConn, error) {
-	raw, err := conn.SyscallConn()
-	return quickConn{conn, raw}, err
+// socket is a *net.UnixConn, or an *os.File where Go knows no connection of the family.
+type socket interface {
+	syscall.Conn
+	Close() error
+	SetDeadline(time.Time) error
+	SetReadDeadline(time.Time) error
+	SetWriteDeadline(time.Time) error
+}
+
+func newQuickConn(s socket) (quickConn, error) {
+	raw, err := s.SyscallConn()
+	return quickConn{s, raw}, err
+}
+
+// wireConn takes over a stream socket of any family: a pair's end, or the machine's vsock. It
+// closes what is none.
+func wireConn(fd int) (quickConn, error) {
+	kind, err := syscall.GetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_TYPE)
+	if err == nil && kind != syscall.SOCK_STREAM {
+		err = fmt.Errorf("socket of type %d", kind)
+	}
+	if err == nil {
+		err = syscall.SetNonblock(fd, true)
+	}
+	if err != nil {
+		syscall.Close(fd)
+		return quickConn{}, fmt.Errorf("descriptor %d is no wire: %w", fd, err)
+	}
+	syscall.CloseOnExec(fd)
+	return newQuickConn(os.NewFile(uintptr(fd), "wire"))
 }
 
 func (c quickConn) Read(p []byte) (int, error) {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cal/guest/tools"
 	"cal/nucleus"
 	"cal/policy"
@@ -20,15 +22,11 @@ const (
 
 // Init serves the machine over the inherited wire.
 func Init(ctx context.Context) error {
-	conn, err := fileConn(fdWire, "wire")
+	conn, err := wireConn(fdWire)
 	if err != nil {
 		return err
 	}
-	quick, err := newQuickConn(conn)
-	if err != nil {
-		return err
-	}
-	return Run(ctx, quick)
+	return Run(ctx, conn)
 }
 
 // RunTools is the tools worker: files and commands as the tools' user.
@@ -81,6 +79,21 @@ func workerConfig(sent WorkerConfig) (tools.Config, error) {
 	}
 	return tools.Config{
 		Workspace: nucleus.MachineWorkspace, Home: nucleus.MachineHome, Env: sent.Env, Blocked: p.Blocked,
-		MaxTasks: sent.MaxPids,
+		MaxTasks: sent.MaxPids, Sync: syncing(sent.Sync),
 	}, nil
+}
+
+// syncing writes the workspace out, where it is a disk that the machine's kernel writes later.
+func syncing(needed bool) func() error {
+	if !needed {
+		return nil
+	}
+	return func() error {
+		workspace, err := unix.Open(nucleus.MachineWorkspace, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(workspace)
+		return unix.Syncfs(workspace)
+	}
 }

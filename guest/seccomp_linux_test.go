@@ -12,14 +12,16 @@ import (
 
 // verdict runs a filter on a call. A socket filter reads big-endian words, so the
 // machine's own order is turned round.
-func verdict(t *testing.T, vm *bpf.VM, nr, ofArch uint32, arg uint64) seccomp.Action {
+func verdict(t *testing.T, vm *bpf.VM, nr, ofArch uint32, args ...uint64) seccomp.Action {
 	t.Helper()
 	data := make([]byte, 64)
 	binary.BigEndian.PutUint32(data[0:], nr)
 	binary.BigEndian.PutUint32(data[4:], ofArch)
-	// A filter on a little-endian machine finds the low word of an argument first.
-	binary.BigEndian.PutUint32(data[16:], uint32(arg))
-	binary.BigEndian.PutUint32(data[20:], uint32(arg>>32))
+	for i, arg := range args {
+		// A filter on a little-endian machine finds the low word of an argument first.
+		binary.BigEndian.PutUint32(data[16+8*i:], uint32(arg))
+		binary.BigEndian.PutUint32(data[20+8*i:], uint32(arg>>32))
+	}
 	got, err := vm.Run(data)
 	if err != nil {
 		t.Fatal(err)
@@ -39,23 +41,33 @@ func machineFor(t *testing.T, instructions []bpf.Instruction, err error) *bpf.VM
 	return vm
 }
 
-// TestShortWay: the way past the filter changes no verdict, whatever the number, the
-// numbering or the flags.
-func TestShortWay(t *testing.T) {
+// TestFilter: the gate and the way past the filter change no verdict on a call that the policy
+// knows, whatever its arguments; what it does not know does not pass.
+func TestFilter(t *testing.T) {
 	here, err := arch.GetInfo("")
 	if err != nil {
 		t.Fatal(err)
 	}
+	const absentHere = seccomp.ActionErrno | seccomp.Action(unix.ENOSYS)
 	for _, kind := range []string{agentJail, toolsJail} {
 		policy := seccompPolicy(kind)
 		long, err := policy.Assemble()
 		whole := machineFor(t, long, err)
 		short, err := seccompFilter(kind)
 		fast := machineFor(t, short, err)
-		try := func(nr, ofArch uint32, arg uint64) seccomp.Action {
-			want, got := verdict(t, whole, nr, ofArch, arg), verdict(t, fast, nr, ofArch, arg)
+		want := func(nr, ofArch uint32, args ...uint64) seccomp.Action {
+			switch {
+			case ofArch != uint32(here.ID):
+				return seccomp.ActionKillProcess
+			case nr > newestCall:
+				return absentHere
+			}
+			return verdict(t, whole, nr, ofArch, args...)
+		}
+		try := func(nr, ofArch uint32, args ...uint64) seccomp.Action {
+			want, got := want(nr, ofArch, args...), verdict(t, fast, nr, ofArch, args...)
 			if got != want {
-				t.Errorf("%s: call %#x of %#x with %#x: %#x, without the short way %#x", kind, nr, ofArch, arg, got, want)
+				t.Errorf("%s: call %#x of %#x with %#x: %#x, want %#x", kind, nr, ofArch, args, got, want)
 			}
 			return got
 		}
@@ -68,18 +80,36 @@ func TestShortWay(t *testing.T) {
 				}
 			}
 		}
-		for _, name := range forbidden {
-			if got := try(uint32(here.SyscallNames[name]), uint32(here.ID), 0); got == seccomp.ActionAllow {
+		number := func(name string) uint32 {
+			nr, ok := here.SyscallNames[name]
+			if !ok {
+				t.Errorf("no call is named %s", name)
+			}
+			return uint32(nr)
+		}
+		for _, name := range append(append([]string{}, forbidden...), absent...) {
+			if got := try(number(name), uint32(here.ID), 0); got == seccomp.ActionAllow {
 				t.Errorf("%s: %s is allowed", kind, name)
 			}
 		}
-		for _, allowed := range []string{"read", "openat", "execve", "clone"} {
-			if got := try(uint32(here.SyscallNames[allowed]), uint32(here.ID), uint64(unix.SIGCHLD)); got != seccomp.ActionAllow {
+		for _, allowed := range []string{"read", "openat", "execve", "clone", "socketpair", "mseal"} {
+			if got := try(number(allowed), uint32(here.ID), uint64(unix.SIGCHLD)); got != seccomp.ActionAllow {
 				t.Errorf("%s: %s gets %#x", kind, allowed, got)
 			}
 		}
-		if got := try(uint32(here.SyscallNames["clone"]), uint32(here.ID), unix.CLONE_NEWNET); got == seccomp.ActionAllow {
+		if got := try(number("clone"), uint32(here.ID), unix.CLONE_NEWNET); got == seccomp.ActionAllow {
 			t.Errorf("%s: clone makes a network namespace", kind)
+		}
+		for family := range uint64(64) {
+			for _, protocol := range []uint64{0, 1, unix.NETLINK_GENERIC, 1 << 32} {
+				for _, high := range []uint64{0, 1 << 32} {
+					allowed := high == 0 && (family == unix.AF_UNIX || family == unix.AF_INET || family == unix.AF_INET6 || family == unix.AF_NETLINK && protocol == unix.NETLINK_ROUTE)
+					got := try(number("socket"), uint32(here.ID), family|high, unix.SOCK_STREAM, protocol)
+					if (got == seccomp.ActionAllow) != allowed {
+						t.Errorf("%s: socket of family %d, protocol %d gets %#x", kind, family|high, protocol, got)
+					}
+				}
+			}
 		}
 	}
 }

@@ -90,6 +90,15 @@ func (s *Store) kernel(ctx context.Context, path string, made maker, progress Pr
 	return s.asKernel(o)
 }
 
+// HasKernel says whether Kernel would fetch nothing.
+func (s *Store) HasKernel(path string) bool {
+	if path != "" {
+		return true
+	}
+	o, err := s.known(defaultKernel)
+	return err == nil && o.Digest != ""
+}
+
 func (s *Store) asKernel(o Object) (Kernel, error) {
 	dir := s.object(o.Digest)
 	k := Kernel{

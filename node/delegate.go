@@ -399,7 +399,7 @@ func (n *Node) derive(ctx context.Context, p *Pod, args tools.NewPod, agent bool
 	if err != nil {
 		return nil, err
 	}
-	if driver.Name() != p.record.Driver && !driver.Tier().AtLeast(p.record.Tier) {
+	if !driver.Tier().AtLeast(p.record.Tier) {
 		return nil, refusedDelegation("driver %s has tier %s, this pod has %s", driver.Name(), driver.Tier(), p.record.Tier)
 	}
 	if spec.Policy, err = effective.Canonical(); err != nil {

@@ -148,7 +148,7 @@ func (n *Node) recordPodRefused(actor string, spec nucleus.PodSpec, why error) {
 // create starts the machine of a pod that is worked out.
 func (n *Node) create(ctx context.Context, actor string, p *Pod) error {
 	n.awaitRemoval(ctx, p.record.Workspace)
-	driver, err := n.driver(p.record.Driver)
+	driver, err := n.driver(p.record)
 	if err != nil {
 		return err
 	}
@@ -574,7 +574,7 @@ func (p *Pod) boot(ctx context.Context) (nucleus.BootReply, error) {
 	config, err := json.Marshal(guest.Config{
 		ToolsUID: facts.ToolsUID, ToolsGID: facts.ToolsGID, AgentUID: facts.AgentUID, AgentGID: facts.AgentGID,
 		Mode: spec.Mode, Env: p.toolsEnv(facts), Layers: p.agentLayers(), Identity: spec.Identity,
-		MaxPids: facts.Tasks, WaitAsk: waitAsk(spec.Agent),
+		MaxPids: facts.Tasks, Sync: facts.Sync, WaitAsk: waitAsk(spec.Agent),
 	})
 	if err != nil {
 		return reply, err
@@ -909,7 +909,7 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 	n.mu.Lock()
 	delete(n.pods, id)
 	n.mu.Unlock()
-	if driver, err := n.driver(p.record.Driver); err == nil && live {
+	if driver, err := n.driver(p.record); err == nil && live {
 		n.spares.prepare(driver, p.machineSpec(n), p.record.Spec.Workspace != "")
 	}
 	return nil
@@ -1025,7 +1025,7 @@ func (n *Node) teardown(p *Pod) error {
 
 // removeMachine removes what a start that did not come to a machine may have left.
 func (n *Node) removeMachine(ctx context.Context, p *Pod) error {
-	driver, err := n.driver(p.record.Driver)
+	driver, err := n.driver(p.record)
 	if err != nil {
 		return err
 	}

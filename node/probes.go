@@ -20,26 +20,36 @@ import (
 // probes remembers, for the node's life, which drivers have run guest code here.
 type probes struct {
 	mu      sync.Mutex
-	results map[string]error
+	results map[driverKey]error
 	digest  string
 }
 
-const probeDeadline = 20 * time.Second
+// driverKey tells drivers apart: one name may stand for several kinds of machines, of
+// which the strongest comes first.
+type driverKey struct {
+	name string
+	tier nucleus.Tier
+}
+
+func keyOf(d machine.Driver) driverKey { return driverKey{d.Name(), d.Tier()} }
+
+// probeDeadline leaves time to fetch a kernel, the first time; the guest has the driver's own.
+const probeDeadline = time.Minute
 
 // probe asks the driver once.
 func (n *Node) probe(ctx context.Context, d machine.Driver) error {
 	n.probes.mu.Lock()
 	defer n.probes.mu.Unlock()
-	if err, ok := n.probes.results[d.Name()]; ok && err == nil {
+	if err, ok := n.probes.results[keyOf(d)]; ok && err == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeDeadline)
 	defer cancel()
 	err := d.Probe(ctx)
 	if n.probes.results == nil {
-		n.probes.results = map[string]error{}
+		n.probes.results = map[driverKey]error{}
 	}
-	n.probes.results[d.Name()] = err
+	n.probes.results[keyOf(d)] = err
 	return err
 }
 
@@ -81,13 +91,14 @@ func (n *Node) chooseDriver(ctx context.Context, spec nucleus.PodSpec) (machine.
 	return nil, nucleus.Errorf(nucleus.KindUnavailable, "%s can be started here: %s", what, strings.Join(reasons, "; "))
 }
 
-func (n *Node) driver(name string) (machine.Driver, error) {
+// driver is that of a pod's record.
+func (n *Node) driver(r record) (machine.Driver, error) {
 	for _, d := range n.config.Drivers {
-		if d.Name() == name {
+		if keyOf(d) == (driverKey{r.Driver, r.Tier}) {
 			return d, nil
 		}
 	}
-	return nil, fmt.Errorf("no driver %q", name)
+	return nil, fmt.Errorf("no driver %q of tier %s", r.Driver, r.Tier)
 }
 
 func (n *Node) operatorKeyFile() string { return filepath.Join(n.dirs.Keys(), "operator.key") }

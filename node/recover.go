@@ -167,7 +167,7 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	if err := p.open(); err != nil {
 		return nil, err
 	}
-	driver, err := n.driver(p.record.Driver)
+	driver, err := n.driver(p.record)
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 
 	"cal/guest"
 	"cal/internal/durable"
+	"cal/machine"
 	"cal/nucleus"
 )
 
@@ -241,4 +242,35 @@ func TestOneNode(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	h.serve(h.node, h.signed(h.asOperator(), "GET", "/v1/pods", "", nil)).want(t, "")
+}
+
+// foreign is a driver to which every machine is another's.
+type foreign struct{ machine.Driver }
+
+func (foreign) Remove(context.Context, string) error { return machine.ErrForeign }
+
+// What a driver made is removed by that driver; where none of them made it, it stays.
+func TestRemoveDir(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	own := h.node.config.Drivers
+	dir := filepath.Join(t.TempDir(), "pod")
+	if err := os.MkdirAll(filepath.Join(dir, "machine"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	h.node.config.Drivers = []machine.Driver{foreign{}}
+	if err := h.node.removeDir(t.Context(), dir); !errors.Is(err, machine.ErrForeign) {
+		t.Errorf("a machine of nobody's: %v", err)
+	}
+	if _, err := os.Stat(dir); err != nil {
+		t.Fatalf("a machine of nobody's was deleted: %v", err)
+	}
+	h.node.config.Drivers = append([]machine.Driver{foreign{}}, own...)
+	if err := h.node.removeDir(t.Context(), dir); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the pod's directory is left: %v", err)
+	}
+	h.node.config.Drivers = own
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"cal/internal/confine"
 	"cal/internal/kvm"
 	"cal/nucleus"
 	"cal/workspace/agents"
@@ -32,7 +33,8 @@ const (
 var interrupts = []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
 
 func main() {
-	kvm.Main() // the child that tries whether KVM runs a guest
+	kvm.Main()     // the child that tries whether KVM runs a guest
+	confine.Main() // the child that becomes a VMM
 	ctx, stop := signal.NotifyContext(context.Background(), interrupts...)
 	defer stop()
 	root := newRoot()

@@ -19,15 +19,18 @@ import (
 	approvals "cal/approval/client"
 	"cal/egress/prices"
 	"cal/image"
+	"cal/internal/confine"
 	"cal/internal/kvm"
 	"cal/machine"
 	"cal/machine/firecracker"
 	"cal/machine/gvisor"
+	"cal/machine/qemu"
 	"cal/node"
 )
 
 func main() {
-	kvm.Main() // the child that tries whether KVM runs a guest
+	kvm.Main()     // the child that tries whether KVM runs a guest
+	confine.Main() // the child that becomes a VMM
 	if err := run(os.Args[1:]); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			os.Exit(2)
@@ -50,6 +53,7 @@ func run(args []string) error {
 	runsc := flags.String("runsc", beside("runsc"), "gVisor's runsc")
 	vmm := flags.String("firecracker", onPath("firecracker"), "Firecracker, which wants a node of root's and a KVM that runs guests")
 	jailer := flags.String("jailer", onPath("jailer"), "Firecracker's jailer, of the same version")
+	emulator := flags.String("qemu", onPath("qemu-system-x86_64"), "QEMU for x86-64")
 	forge := flags.String("github-api", "", "base URL of GitHub's API, for GitHub Enterprise")
 	var witnesses []node.Witness
 	flags.Func("witness", "URL and key of a C2SP tlog-witness that must cosign the log, in one argument; may be repeated", func(text string) error {
@@ -81,11 +85,15 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
+	host := new(kvm.Host)
+	accelerated, emulated := qemu.New(qemu.Config{QEMU: *emulator, Images: images, Proxy: *proxy, Fetch: true, Scratch: filepath.Join(*home, "run"), KVM: host})
 	n, err := node.Open(ctx, node.Config{
 		Home: *home,
-		Drivers: []machine.Driver{
-			firecracker.New(firecracker.Config{Firecracker: *vmm, Jailer: *jailer, Images: images, Snapshots: filepath.Join(*home, "run", "warm"), Scratch: filepath.Join(*home, "run")}),
+		Drivers: []machine.Driver{ // the strongest first
+			firecracker.New(firecracker.Config{Firecracker: *vmm, Jailer: *jailer, Images: images, Snapshots: filepath.Join(*home, "run", "warm"), Scratch: filepath.Join(*home, "run"), KVM: host}),
+			accelerated,
 			gvisor.New(gvisor.Config{Runsc: *runsc, Images: images}),
+			emulated,
 		},
 		Images:    images,
 		Proxy:     *proxy,

@@ -49,7 +49,10 @@ func shutDoors(tasks uint64) error {
 			return fmt.Errorf("setting %s: %w", s.name, err)
 		}
 	}
-	// What anything in the machine inherits.
+	// What anything in the machine inherits. Where memory ends the proxy is the last that is ended.
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-900"), 0); err != nil {
+		return err
+	}
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return fmt.Errorf("core dumps: %w", err)
 	}

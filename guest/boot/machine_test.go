@@ -1,9 +1,9 @@
 package boot
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -30,15 +30,22 @@ func TestMain(m *testing.M) {
 		mutate()
 		Main()
 	case len(os.Args) > 1 && os.Args[1] == "init":
-		var code int
-		if asked := hear(); asked == "test" {
-			os.Args = []string{os.Args[0], "-test.run=^TestInside$", "-test.v"}
-			code = m.Run()
-		} else {
-			code = hold()
+		what, say := vm.Asked()
+		if what == "hold" {
+			os.Exit(hold(say))
 		}
+		os.Args = []string{os.Args[0], "-test.run=^TestInside$", "-test.v"}
+		code := m.Run()
 		fmt.Printf("inside: exit code %d\n", code)
 		os.Exit(code)
+	case len(os.Args) > 1 && os.Args[1] == "attach":
+		what, say := vm.Asked()
+		if what != "proof" {
+			fmt.Fprintln(os.Stderr, "no proof, but", what)
+			os.Exit(1)
+		}
+		say("taken")
+		os.Exit(0)
 	case len(os.Args) > 1 && os.Args[1] == "parent": // of an orphan
 		orphan := exec.Command("/proc/self/exe", "-test.run=^$")
 		if err := orphan.Start(); err != nil {
@@ -52,28 +59,15 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// hear reads what the host says on the wire.
-func hear() string {
-	unix.CloseOnExec(3)
-	if err := unix.SetNonblock(3, false); err != nil {
-		panic(err)
-	}
-	line := make([]byte, 16)
-	n, err := unix.Read(3, line)
-	if err != nil {
-		panic(err)
-	}
-	return strings.TrimSpace(string(line[:n]))
-}
-
 // hold writes a file that nobody syncs and waits for the machine's end.
-func hold() int {
+func hold(say func(string)) int {
 	if err := os.WriteFile(nucleus.MachineWorkspace+"/written", []byte("by the guest"), 0o644); err != nil {
 		fmt.Println(err)
 		return 1
 	}
-	unix.Write(3, []byte("held\n"))
-	select {}
+	say("held")
+	time.Sleep(time.Hour) // the host ends the machine
+	return 1
 }
 
 // mutants take a wall away before the machine is made.
@@ -151,16 +145,8 @@ func TestEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := vm.Start(t, vm.Config{Init: program(t), Workspace: workspace})
-	conn, err := wire.Greet(m.Dial("cal.wire"), time.Now().Add(vm.Patience))
-	if err == nil {
-		_, err = conn.Write([]byte("hold\n"))
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || line != "held\n" {
-		t.Fatalf("%q, %v", line, err)
-	}
+	vm.Wait(t, m.Greet("hold"), "held")
+	laterWires(t, m)
 	if got := vm.ReadFile(t, workspace, "/written"); got != "" { // control: it is the end that flushes
 		t.Errorf("on the disk already: %q", got)
 	}
@@ -170,6 +156,30 @@ func TestEnd(t *testing.T) {
 	m.Ended()
 	if got := vm.ReadFile(t, workspace, "/written"); got != "by the guest" {
 		t.Errorf("after the end: %q", got)
+	}
+}
+
+// laterWires: a new wire is handed to the proxy on either port, again and again, and where the
+// proxy does not take it the host learns why.
+func laterWires(t *testing.T, m *vm.Machine) {
+	for i, port := range []string{"cal.wire2", "cal.wire2", "cal.wire2", "cal.wire"} {
+		wired := m.Wire(port)
+		said, want := "proof", "taken\n"
+		if i == 1 {
+			said, want = "nonsense", "the proxy did not take the new wire: no proof, but nonsense"
+		}
+		if _, err := io.WriteString(wired, said+"\n"); err != nil {
+			t.Fatal(err)
+		}
+		line := make([]byte, 100)
+		n, err := wired.Read(line)
+		if got := string(line[:n]); i == 1 && (err == nil || err.Error() != want) || i != 1 && got != want {
+			t.Errorf("wire %d: %q, %v, want %q", i, got, err, want)
+		}
+		if i == 2 {
+			m.HangUp() // the first wire, in whose place the last comes
+		}
+		wired.Close()
 	}
 }
 

@@ -111,6 +111,9 @@ func (w *worker) briefDo(ctx context.Context, call Call, permitted, args []byte)
 	}
 	defer done()
 	value, _, err := p.run(ctx, nil)
+	if changes(call.Op) {
+		err = w.settle(err)
+	}
 	if err != nil {
 		return nil, err
 	}

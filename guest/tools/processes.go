@@ -83,6 +83,7 @@ func (k *children) begin(binary string, argv []string, attr *os.ProcAttr, mark s
 	if p, err := readProcess(c.pid); err == nil {
 		c.start = p.start
 	}
+	giveWay(c.pid)
 	process.Release()
 	k.live[c.pid] = c
 	if k.init {
@@ -97,6 +98,18 @@ func (k *children) begin(binary string, argv []string, attr *os.ProcAttr, mark s
 		})
 	}
 	return c, nil
+}
+
+// giveWay makes a command what is ended where memory ends, before this program. For a moment in
+// its start a process still counts as one that nobody may touch, as this one is.
+func giveWay(pid int) {
+	for range 50 {
+		err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("500"), 0)
+		if !errors.Is(err, unix.EACCES) {
+			return
+		}
+		time.Sleep(200 * time.Microsecond)
+	}
 }
 
 // startLimited starts a program with a lower limit of tasks than this one's, a bound for the

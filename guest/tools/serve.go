@@ -39,6 +39,7 @@ type Config struct {
 	OutputCap      int           // bytes kept of each stream of a command; 0: DefaultOutputCap
 	DefaultTimeout time.Duration // of a command that names none; 0: DefaultTimeout
 	MaxTimeout     time.Duration // 0: MaxTimeout
+	Sync           func() error  // after each call that may have changed the workspace, before its end is told; nil: not needed
 	MaxTasks       int           // that the user may have (RLIMIT_NPROC): a command with three quarters of it is ended; 0: not limited here
 }
 
@@ -155,7 +156,7 @@ func (w *worker) serve(ctx context.Context, stream *wire.Stream) {
 		if err == nil {
 			value, err = w.unbundle(ctx, &frameReader{stream: stream}, header)
 		}
-		w.conclude(c, value, 0, err)
+		w.conclude(c, value, 0, w.settle(err))
 	case StreamIncoming:
 		var header Incoming
 		var value any
@@ -163,7 +164,7 @@ func (w *worker) serve(ctx context.Context, stream *wire.Stream) {
 		if err == nil {
 			value, err = w.incoming(ctx, &frameReader{stream: stream}, header)
 		}
-		w.conclude(c, value, 0, err)
+		w.conclude(c, value, 0, w.settle(err))
 	default:
 		c.finish(Result{Error: nucleus.Errorf(nucleus.KindInvalid, "unknown kind of stream %q", stream.Kind)})
 	}
@@ -285,7 +286,32 @@ func (w *worker) do(ctx context.Context, c *caller) (any, int, error) {
 	if c.call.Op != nucleus.RunBash {
 		c.listen(nil, nil)
 	}
-	return p.run(ctx, c)
+	value, exit, err := p.run(ctx, c)
+	if changes(c.call.Op) {
+		err = w.settle(err)
+	}
+	return value, exit, err
+}
+
+// changes reports whether a call may have changed the workspace, whatever came of it.
+func changes(op nucleus.Op) bool {
+	switch op {
+	case nucleus.WriteFiles, nucleus.EditFiles, nucleus.RunBash, nucleus.GitCommit:
+		return true
+	}
+	return false
+}
+
+// settle has what a call changed written out, where the machine's kernel would do that later: what
+// a finished call wrote outlives the machine. err is the call's own.
+func (w *worker) settle(err error) error {
+	if w.config.Sync == nil {
+		return err
+	}
+	if failed := w.config.Sync(); failed != nil && err == nil {
+		err = nucleus.Errorf(nucleus.KindFailed, "the workspace's disk did not take what was written: %v", failed)
+	}
+	return err
 }
 
 // replan resolves a call again and refuses it unless that is what was permitted, in

@@ -60,6 +60,8 @@ type kind struct {
 	limit, swap string // of memory
 	quota       string
 	period      string // what follows the quota in its file; version 1 keeps it elsewhere
+	weight      string
+	weightOf1   int // the usual one, of a group that has a processor's time
 	throttle    []string
 	rate        string // a line of throttle: device, bytes a second
 	swapIsSum   bool
@@ -68,10 +70,12 @@ type kind struct {
 var (
 	unified = kind{
 		memory: ".", cpu: ".", pids: ".", io: ".", limit: "memory.max", swap: "memory.swap.max", quota: "cpu.max", period: " 100000",
+		weight: "cpu.weight", weightOf1: 100,
 		throttle: []string{"io.max"}, rate: "%s rbps=%d wbps=%[2]d",
 	}
 	separate = kind{
 		memory: "memory", cpu: "cpu", pids: "pids", io: "blkio", limit: "memory.limit_in_bytes", swap: "memory.memsw.limit_in_bytes", quota: "cpu.cfs_quota_us",
+		weight: "cpu.shares", weightOf1: 1024,
 		throttle: []string{"blkio.throttle.read_bps_device", "blkio.throttle.write_bps_device"}, rate: "%s %d", swapIsSum: true,
 	}
 )
@@ -141,6 +145,10 @@ func (g Group) set(mount string, k *kind, want Limits) error {
 		}
 	}
 	if want.CPU > 0 {
+		// Where processors are scarce the group counts for as many as it may use, or it would be one task among all.
+		if err := set(k.file(mount, k.cpu, g.Name, k.weight), strconv.Itoa(want.CPU*k.weightOf1)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 		return set(k.file(mount, k.cpu, g.Name, k.quota), strconv.Itoa(want.CPU*quotaPeriod)+k.period)
 	}
 	return nil

@@ -22,7 +22,11 @@ import (
 )
 
 // image is what qemu starts.
-type image struct{ kernel, initrd string }
+type image struct{ kernel, initrd, disk string }
+
+// diskSize is what the emulated host has for machines, in a file with holes. Their disks must
+// not lie in memory: what a machine writes would be taken from what it may have.
+const diskSize = 32 << 30
 
 // plan is what the emulated host does.
 type plan struct {
@@ -39,8 +43,8 @@ var hostPrograms = []string{
 	"/usr/bin/dd", "/usr/bin/sync", "/usr/bin/stat", "/usr/bin/id", "/usr/bin/env", "/usr/bin/uname",
 }
 
-// hostModules give the emulated host its KVM.
-var hostModules = []string{"kvm_amd"}
+// hostModules give the emulated host its KVM and its disk.
+var hostModules = []string{"kvm_amd", "virtio_pci", "virtio_blk", "ext4"}
 
 const work = "work" // where the tests' files lie in the emulated host
 
@@ -83,11 +87,14 @@ func (b build) make(ctx context.Context, wanted *regexp.Regexp) (image, error) {
 		p.Modules = append(p.Modules, m.Path)
 	}
 	p.Env = []string{"FIRECRACKER=/" + work + "/firecracker", "JAILER=/" + work + "/jailer", "CAL_TESTGUEST=/" + work + "/testguest",
-		"CAL_TEST_IMAGES=/" + work + "/images", "CAL_TEST_PATIENCE=240s", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+		"CAL_TEST_IMAGES=" + machinesAt + "/images", "CAL_TEST_PATIENCE=240s", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	if b.programs["unfiltered"] != "" {
 		p.Env = append(p.Env, "FIRECRACKER_UNFILTERED=/"+work+"/unfiltered")
 	}
-	made := image{kernel, b.path("initrd")}
+	made := image{kernel, b.path("initrd"), b.path("disk")}
+	if err := b.blankDisk(ctx, made.disk); err != nil {
+		return image{}, err
+	}
 	return made, b.archive(made.initrd, p)
 }
 
@@ -125,6 +132,18 @@ func (b build) kernel(ctx context.Context) (string, error) {
 		}
 	}
 	return kernel.Image, nil
+}
+
+// blankDisk makes the emulated host's disk anew.
+func (b build) blankDisk(ctx context.Context, path string) error {
+	store, err := images.Open(b.path("images"))
+	if err != nil {
+		return err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return store.Blank(ctx, path, diskSize)
 }
 
 // archive writes the emulated host's files.

@@ -50,6 +50,9 @@ func serve() error {
 			return fmt.Errorf("module %s: %w", module, err)
 		}
 	}
+	if err := mountDisk(); err != nil {
+		return fmt.Errorf("disk: %w", err)
+	}
 	if err := loopback(); err != nil {
 		return fmt.Errorf("loopback: %w", err)
 	}
@@ -123,6 +126,27 @@ func mountAll() error {
 		}
 	}
 	return os.WriteFile("/sys/fs/cgroup/cgroup.subtree_control", []byte("+cpu +memory +pids +io"), 0)
+}
+
+// machinesAt is where the disk of the emulated host is mounted.
+const machinesAt = "/var/tmp"
+
+// mountDisk mounts it and puts the store of images there, beside the machines: what they
+// share has a second name in each jail.
+func mountDisk() error {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		err := unix.Mount("/dev/vda", machinesAt, "ext4", 0, "")
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) { // the device comes when its driver has looked
+			return err
+		}
+	}
+	if err := os.Chmod(machinesAt, 0o1777); err != nil {
+		return err
+	}
+	return os.CopyFS(machinesAt+"/images", os.DirFS("/"+work+"/images"))
 }
 
 func loadModule(path string) error {

@@ -106,7 +106,7 @@ func tests(ctx context.Context, binary string, wanted *regexp.Regexp) ([]string,
 // boot runs the emulated host and passes on what it prints.
 func boot(ctx context.Context, made image, memory int) error {
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2",
-		"-m", fmt.Sprint(memory), "-kernel", made.kernel, "-initrd", made.initrd, "-append", "console=ttyS0 quiet panic=-1 reboot=t",
+		"-m", fmt.Sprint(memory), "-kernel", made.kernel, "-initrd", made.initrd, "-drive", "file="+made.disk+",if=virtio,format=raw,cache=unsafe,discard=unmap", "-append", "console=ttyS0 quiet panic=-1 reboot=t",
 		"-display", "none", "-nic", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot")
 	var verdict verdict
 	cmd.Stdout, cmd.Stderr = &verdict, os.Stderr

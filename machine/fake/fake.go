@@ -19,6 +19,7 @@ import (
 	"syscall"
 
 	"cal/machine"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -88,6 +89,9 @@ func (d *Driver) Probe(ctx context.Context) error { return errors.Join(d.config.
 // Create implements machine.Driver.
 func (d *Driver) Create(ctx context.Context, spec machine.Spec) (machine.Machine, error) {
 	if err := spec.Check(); err != nil {
+		return nil, err
+	}
+	if err := site.OnlyFiles(spec.Workspace); err != nil {
 		return nil, err
 	}
 	limits := d.limits(spec.Resources)

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cal/internal/cgroup"
 	"cal/machine/site"
 )
@@ -123,10 +125,23 @@ func (j jail) removeGroup(ctx context.Context, mount string) error {
 			return cgroup.Remove(ctx, mount, j.group().Name)
 		}
 		for _, pid := range pids {
-			_ = syscall.Kill(pid, syscall.SIGKILL) // one that has ended is as good
+			j.killMember(mount, pid)
 		}
 		if err := site.Pause(ctx, time.Millisecond); err != nil {
 			return fmt.Errorf("processes %v of machine %s do not end: %w", pids, j.ID, err)
 		}
+	}
+}
+
+// killMember kills a process that is in the group when it is held, so that its number is
+// nobody else's. One that has ended is as good.
+func (j jail) killMember(mount string, pid int) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if pids, err := j.members(mount); err == nil && slices.Contains(pids, pid) {
+		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
 	}
 }

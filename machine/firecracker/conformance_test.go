@@ -40,7 +40,7 @@ func provedOnce(t testing.TB, d *Driver) string {
 
 func suiteHost(t testing.TB, dir string, driver func() machine.Driver) machinetest.Host {
 	return machinetest.Host{
-		Driver: driver, Proxy: machinetest.TestGuest(t, dir), Scratch: dir, Read: machinetest.ReadDisk, Copy: machinetest.CopyDisk, Kill: killVMM, Left: left,
+		Driver: driver, Proxy: machinetest.TestGuest(t, dir), Scratch: dir, Disk: true, Kill: killVMM, Left: left,
 	}
 }
 

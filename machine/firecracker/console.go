@@ -2,37 +2,15 @@ package firecracker
 
 import (
 	"os"
-	"sync"
+
+	"cal/machine/microvm"
 )
 
-const consoleMost = 16 << 10 // bytes kept
-
-// tape keeps the end of what came through a pipe.
-type tape struct {
-	pipe *os.File
-	mu   sync.Mutex
-	text []byte
+// pipe is one of a jail's, and the end of what came through it.
+type pipe struct {
+	file *os.File
+	microvm.Tape
 }
 
 // record reads until the pipe is closed.
-func (t *tape) record() {
-	buffer := make([]byte, 4096)
-	for {
-		n, err := t.pipe.Read(buffer)
-		t.mu.Lock()
-		t.text = append(t.text, buffer[:n]...)
-		if over := len(t.text) - consoleMost; over > 0 {
-			t.text = append(t.text[:0], t.text[over:]...)
-		}
-		t.mu.Unlock()
-		if err != nil {
-			return
-		}
-	}
-}
-
-func (t *tape) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return string(t.text)
-}
+func (p *pipe) record() { p.Record(p.file) }

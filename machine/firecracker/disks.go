@@ -3,96 +3,59 @@ package firecracker
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
-	"path/filepath"
-	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"cal/machine"
+	"cal/machine/microvm"
 )
 
-// The disks of a machine, by their roles, in the order in which the guest finds them.
-const (
-	rootDisk      = "root"
-	layersDisk    = "layers"
-	workspaceDisk = "workspace"
-	scratchDisk   = "scratch"
-)
-
-// workspaceFile is the disk in a workspace's directory.
-const workspaceFile = "workspace.ext4"
-
-// parts are what a machine is made of, in its jail.
-type parts struct {
-	kernel, initramfs string // digests
-	tasks             int    // of a user
-	disks             []part
-	env               map[string]string
+// cmdline tells the kernel where its console is. A guest that wants to end resets the
+// keyboard controller, for which Firecracker ends without an error.
+func cmdline(made microvm.Parts, tasks int) string {
+	return "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd random.trust_cpu=on " +
+		made.CommandLine("vsock", tasks)
 }
 
-type part struct {
-	role     string
-	digest   string // of one that is never written
-	readOnly bool
-	size     int64
-}
-
-// cmdline tells the kernel where its console is and its first process which disk is
-// which. A guest that wants to end resets the keyboard controller, for which
-// Firecracker ends without an error.
-func (p parts) cmdline() string {
-	roles := make([]string, len(p.disks))
-	for i, d := range p.disks {
-		roles[i] = d.role
-	}
-	return "console=ttyS0 quiet reboot=k panic=-1 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.dumbkbd random.trust_cpu=on" +
-		fmt.Sprintf(" cal.disks=%s cal.wire=vsock cal.tasks=%d", strings.Join(roles, ","), p.tasks)
-}
-
-// assemble puts the machine's parts into the jail.
-func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec record) (parts, error) {
-	kernel, err := d.config.Images.Kernel(ctx, d.config.Kernel, nil)
+// assemble puts the machine's parts into the jail, each disk under its role's name.
+func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec record) (microvm.Parts, error) {
+	source := microvm.Source{Images: d.config.Images, Kernel: d.config.Kernel, Host: d.config.Host}
+	made, err := source.Parts(ctx, spec, rec.Jail.path(microvm.Scratch), int64(rec.Shape.DiskMB)<<20)
 	if err != nil {
-		return parts{}, err
+		return microvm.Parts{}, err
 	}
-	initramfs, err := d.config.Images.Initramfs(ctx, kernel, spec.Proxy)
-	if err != nil {
-		return parts{}, err
+	if err := d.config.Images.Hold(spec.Dir, made.Held()...); err != nil {
+		return microvm.Parts{}, err
 	}
-	root, err := d.config.Images.Root(ctx, spec.Image, d.config.Host, nil)
-	if err != nil {
-		return parts{}, machine.Refuse("%v", err)
-	}
-	p := parts{kernel: kernel.Digest, initramfs: initramfs.Digest, env: root.Env, tasks: rec.Facts.Tasks}
-	p.disks = append(p.disks, part{role: rootDisk, digest: root.Digest, readOnly: true, size: root.Size})
-	files := map[string]string{kernelFile: kernel.ELF, initramfsFile: initramfs.Path, rootDisk: root.Path}
-	if layers := slices.Concat(spec.Image.Layers, spec.Agent); len(layers) > 0 {
-		disk, err := d.config.Images.Layers(ctx, layers, nil)
-		if err != nil {
-			return parts{}, machine.Refuse("%v", err)
-		}
-		files[layersDisk] = disk.Path
-		p.disks = append(p.disks, part{role: layersDisk, digest: disk.Digest, readOnly: true, size: disk.Size})
-	}
-	for name, source := range files {
+	for name, source := range shown(made) {
 		if err := rec.Jail.show(source, name); err != nil {
-			return parts{}, err
+			return microvm.Parts{}, err
 		}
 	}
-	workspace, err := d.workspace(ctx, spec, rec)
-	if err != nil {
-		return parts{}, err
+	for _, disk := range made.Disks {
+		if disk.Role == microvm.Workspace {
+			if err := rec.Jail.link(disk.Path, disk.Role); err != nil {
+				return microvm.Parts{}, err
+			}
+		}
+		if !disk.ReadOnly() {
+			err = errors.Join(err, rec.Jail.own(disk.Role))
+		}
 	}
-	scratch := int64(rec.DiskMB) << 20
-	if err := d.config.Images.Blank(ctx, rec.Jail.path(scratchDisk), scratch); err != nil {
-		return parts{}, err
+	return made, err
+}
+
+// shown are the files that are never written, by their names in a jail.
+func shown(made microvm.Parts) map[string]string {
+	files := map[string]string{kernelFile: made.Kernel.ELF, initramfsFile: made.Initramfs.Path}
+	for _, disk := range made.Disks {
+		if disk.ReadOnly() {
+			files[disk.Role] = disk.Path
+		}
 	}
-	p.disks = append(p.disks, part{role: workspaceDisk, size: workspace}, part{role: scratchDisk, size: scratch})
-	return p, errors.Join(rec.Jail.own(workspaceDisk), rec.Jail.own(scratchDisk))
+	return files
 }
 
 // show puts a file that nobody writes into the jail, under a second name where the file
@@ -116,47 +79,26 @@ func copyFile(source, target string) error {
 		return err
 	}
 	_, err = io.Copy(to, from)
-	return errors.Join(err, to.Close())
+	return errors.Join(err, to.Chmod(0o444), to.Close())
 }
 
-// workspace puts the workspace's disk into the jail, made where there is none, and
-// returns its size. The file must be the very one, and one machine's at a time.
-func (d *Driver) workspace(ctx context.Context, spec machine.Spec, rec record) (int64, error) {
-	path := filepath.Join(spec.Workspace, workspaceFile)
-	if err := onlyDisk(spec.Workspace); err != nil {
-		return 0, err
-	}
-	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
-		if err := d.config.Images.Blank(ctx, path, int64(rec.DiskMB)<<20); err != nil {
-			return 0, err
-		}
-	}
-	var stat unix.Stat_t
-	if err := unix.Lstat(path, &stat); err != nil {
-		return 0, &os.PathError{Op: "lstat", Path: path, Err: err}
-	}
-	if stat.Mode&unix.S_IFMT != unix.S_IFREG || stat.Nlink != 1 {
-		return 0, machine.Refuse("%s is of mode %o with %d names, want a file with one: is another machine using it?", path, stat.Mode, stat.Nlink)
-	}
-	err := os.Link(path, rec.Jail.path(workspaceDisk))
+// link puts a file into the jail that must be the very one.
+func (j jail) link(source, name string) error {
+	err := os.Link(source, j.path(name))
 	if errors.Is(err, unix.EXDEV) {
-		return 0, machine.Refuse("workspace %s and machine directory %s lie on different file systems; set CAL_HOME so that they do not", spec.Workspace, spec.Dir)
+		return machine.Refuse("workspace %s and machine directory %s lie on different file systems; set CAL_HOME so that they do not", source, j.Dir)
 	}
-	return stat.Size, err
+	return err
 }
 
-// onlyDisk refuses a workspace in which files lie as they are: another driver made it.
-func onlyDisk(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, entry := range entries {
-		if entry.Name() != workspaceFile {
-			return machine.Refuse("workspace %s holds %s as a file of the host, so it was made by a driver without disks; take the work out with cal repo fetch, or name another workspace", dir, entry.Name())
+// longest is the size of the longest file that a machine may write.
+func longest(made microvm.Parts) (most int64) {
+	for _, disk := range made.Disks {
+		if !disk.ReadOnly() {
+			most = max(most, disk.Size)
 		}
 	}
-	return nil
+	return most
 }
 
 // limit keeps one machine's disks from taking the host's: 200 MB and 10,000 operations a
@@ -170,37 +112,16 @@ func limit(cpus int) *rateLimiter {
 	}
 }
 
-// digests of what is never written.
-func (p parts) digests() map[string]string {
-	digests := map[string]string{kernelFile: p.kernel, initramfsFile: p.initramfs}
-	for _, d := range p.disks {
-		if d.readOnly {
-			digests[d.role] = d.digest
-		}
-	}
-	return digests
-}
-
-// longest is the size of the longest file that may be written.
-func (p parts) longest() (most int64) {
-	for _, d := range p.disks {
-		if !d.readOnly {
-			most = max(most, d.size)
-		}
-	}
-	return most
-}
-
 // drives are the requests for the disks. What a guest flushed of its workspace is on
 // the host's disk; scratch is forgotten with the machine.
-func (p parts) drives(cpus int) []drive {
+func drives(made microvm.Parts, cpus int) []drive {
 	var drives []drive
-	for _, d := range p.disks {
+	for _, disk := range made.Disks {
 		cache := "Unsafe"
-		if d.role == workspaceDisk {
+		if disk.Role == microvm.Workspace {
 			cache = "Writeback"
 		}
-		drives = append(drives, drive{ID: d.role, Path: "/" + d.role, ReadOnly: d.readOnly, Cache: cache, Limit: limit(cpus)})
+		drives = append(drives, drive{ID: disk.Role, Path: "/" + disk.Role, ReadOnly: disk.ReadOnly(), Cache: cache, Limit: limit(cpus)})
 	}
 	return drives
 }

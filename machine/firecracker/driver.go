@@ -31,6 +31,7 @@ import (
 	"cal/internal/kvm"
 	"cal/internal/process"
 	"cal/machine"
+	"cal/machine/microvm"
 	"cal/machine/site"
 	"cal/nucleus"
 )
@@ -99,6 +100,10 @@ func New(config Config) *Driver {
 // Name implements machine.Driver.
 func (d *Driver) Name() string { return name }
 
+// UsualImage implements machine.Imaged: an image holds a copy of all that is in it, and
+// the host's programs are too many for that.
+func (d *Driver) UsualImage() nucleus.Image { return nucleus.Image{Kind: nucleus.ImageDebian} }
+
 // Tier implements machine.Driver.
 func (d *Driver) Tier() nucleus.Tier { return nucleus.TierVM }
 
@@ -159,16 +164,15 @@ func (d *Driver) begin(spec machine.Spec) (record, error) {
 	}
 	rec := record{
 		Driver: name, ID: spec.ID, Created: time.Now().UTC().Format(time.RFC3339Nano),
-		Jail: jail{Dir: spec.Dir, ID: newInstance(), Exec: filepath.Base(exec), UID: uid},
+		Jail: jail{Dir: spec.Dir, ID: newInstance(), Exec: filepath.Base(exec), UID: uid}, Shape: microvm.ShapeOf(spec.Resources, d.usual),
 	}
-	rec.limit(spec.Resources, d.usual)
 	version := cgroupVersion(d.config.Cgroups)
 	if version == 0 {
 		return record{}, machine.Refuse("no cgroups with the controllers %s are at %s", strings.Join(controllers, ", "), d.config.Cgroups)
 	}
 	rec.Jail.Limits = limits{
-		Version: version, Memory: int64(rec.MemoryMB+overheadMB) << 20, NoSwap: canForbidSwap(d.config.Cgroups, version),
-		CPUs: rec.CPUs, Tasks: rec.CPUs + vmmTasks,
+		Version: version, Memory: int64(rec.Shape.MemoryMB+overheadMB) << 20, NoSwap: canForbidSwap(d.config.Cgroups, version),
+		CPUs: rec.Shape.CPUs, Tasks: rec.Shape.CPUs + vmmTasks,
 	}
 	rec.Template = rec.Jail
 	rec.Template.ID = newInstance()
@@ -181,31 +185,6 @@ func (d *Driver) begin(spec machine.Spec) (record, error) {
 // overheadMB is what a machine's cgroup may hold beside the guest's memory: Firecracker
 // itself, 5 MB, and the host's cache of its disks, which the kernel takes back.
 const overheadMB = 64
-
-// limit decides how each resource is kept: the processors and the memory are those
-// that the machine has, and its cgroup holds Firecracker to them; a disk has its size;
-// tasks are the guest's own, and its proxy limits each user of the machine to them.
-func (r *record) limit(want, usual nucleus.Resources) {
-	limits := []nucleus.Limit{machine.NoLimit("cpu")}
-	if want.CPU > 0 {
-		limits[0] = nucleus.Limit{Resource: "cpu", Value: machine.Value(want.CPU, "cores"), How: machine.Enforced}
-	}
-	or := func(want, usual int) int {
-		if want == 0 {
-			return usual
-		}
-		return want
-	}
-	r.CPUs, r.MemoryMB = or(want.CPU, usual.CPU), or(want.MemoryMB, usual.MemoryMB)
-	pids, disk := or(want.Pids, usual.Pids), or(want.DiskMB, usual.DiskMB)
-	r.Limits = append(limits,
-		nucleus.Limit{Resource: "memory", Value: machine.Value(r.MemoryMB, "MB"), How: machine.Enforced},
-		nucleus.Limit{Resource: "pids", Value: machine.Value(pids, "tasks a user"), How: machine.Enforced},
-		nucleus.Limit{Resource: "disk", Value: machine.Value(disk, "MB"), How: machine.Enforced},
-	)
-	r.DiskMB = disk
-	r.Facts = machine.Facts{ToolsUID: machine.ToolsID, ToolsGID: machine.ToolsID, AgentUID: machine.AgentID, AgentGID: machine.AgentID, Tasks: pids, Sync: true}
-}
 
 // Adopt implements machine.Driver.
 func (d *Driver) Adopt(ctx context.Context, dir string) (machine.Machine, error) {

@@ -3,7 +3,9 @@ package firecracker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -15,6 +17,8 @@ import (
 	"cal/machine"
 	"cal/machine/machinetest"
 	"cal/machine/machinetest/script"
+	"cal/machine/microvm"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -77,7 +81,7 @@ func removeAtAnyMoment(t *testing.T, d *Driver, host machinetest.Host) {
 	var ctx context.Context
 	var spec machine.Spec
 	var rec record
-	var made parts
+	var made microvm.Parts
 	var v *vmm
 	steps := []struct {
 		name string
@@ -90,7 +94,7 @@ func removeAtAnyMoment(t *testing.T, d *Driver, host machinetest.Host) {
 		{"a template's jail", func() error { return rec.Template.make() }},
 		{"the parts", func() (err error) {
 			made, err = d.assemble(ctx, spec, rec)
-			rec.Jail.FileSize = made.longest()
+			rec.Jail.FileSize = longest(made)
 			return errors.Join(err, rec.save())
 		}},
 		{"Firecracker", func() (err error) { v, err = d.launch(ctx, rec.Jail, d.proved); return err }},
@@ -190,8 +194,8 @@ func TestWorkspace(t *testing.T) {
 
 	for name, spoil := range map[string]func(dir string) error{
 		"files of the host": func(dir string) error { return os.WriteFile(filepath.Join(dir, "main.go"), nil, 0o644) },
-		"a link":            func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, workspaceFile)) },
-		"a directory":       func(dir string) error { return os.Mkdir(filepath.Join(dir, workspaceFile), 0o700) },
+		"a link":            func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, site.WorkspaceDisk)) },
+		"a directory":       func(dir string) error { return os.Mkdir(filepath.Join(dir, site.WorkspaceDisk), 0o700) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			spec := host.Spec(t)
@@ -345,10 +349,79 @@ func TestAnotherProgram(t *testing.T) {
 	}
 }
 
+// TestConfined: a Firecracker that lacks one of its walls starts no guest.
+func TestConfined(t *testing.T) {
+	d := faked(t)
+	host := fakeHost(t, d)
+	ctx := machinetest.Context(t)
+	rec, err := d.begin(host.Spec(t))
+	must(t, err)
+	t.Cleanup(func() { must(t, d.clear(context.Background(), rec.Jail.Dir)) })
+	must(t, rec.Jail.make())
+	v, err := d.launch(ctx, rec.Jail, d.proved)
+	must(t, err)
+	defer v.letGo()
+	must(t, d.confined(v, d.proved)) // control
+	if _, err := os.Lstat(rec.Jail.path("dev/net/tun")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the jail has the device of which network interfaces are made: %v", err)
+	}
+	for name, spoil := range map[string]func(v *vmm, digest *string){
+		"another program":     func(_ *vmm, digest *string) { *digest = strings.Repeat("0", 64) },
+		"another user":        func(v *vmm, _ *string) { v.jail.UID++ },
+		"more memory":         func(v *vmm, _ *string) { v.jail.Limits.Memory *= 2 },
+		"more processors":     func(v *vmm, _ *string) { v.jail.Limits.CPUs++ },
+		"more tasks":          func(v *vmm, _ *string) { v.jail.Limits.Tasks++ },
+		"another group":       func(v *vmm, _ *string) { v.jail.ID = newInstance() },
+		"the host's own user": func(v *vmm, _ *string) { v.process.PID = os.Getpid() },
+	} {
+		spoiled, digest := vmm{jail: v.jail, cgroups: v.cgroups, process: v.process}, d.proved
+		spoil(&spoiled, &digest)
+		if err := d.confined(&spoiled, digest); err == nil {
+			t.Errorf("%s: not seen", name)
+		}
+	}
+	if err := ownNamespaces(os.Getpid()); err == nil {
+		t.Error("the host's namespaces are taken for a jail's")
+	}
+}
+
+// TestMembers: what is in a machine's group and has no arguments that tell whose it is,
+// as a process between fork and exec, ends with the machine.
+func TestMembers(t *testing.T) {
+	d := faked(t)
+	rec, err := d.begin(fakeHost(t, d).Spec(t))
+	must(t, err)
+	cmd := exec.Command("sh", "-c", "echo in; read x; while :; do read x || sleep 1; done")
+	output, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	for _, setting := range rec.Jail.Limits.settings() {
+		file, _, _ := strings.Cut(setting, "=")
+		controller, _, _ := strings.Cut(file, ".")
+		dir := filepath.Join("/sys/fs/cgroup", controller, rec.Jail.group().Name)
+		if rec.Jail.Limits.Version == 2 {
+			dir = filepath.Join("/sys/fs/cgroup", rec.Jail.group().Name)
+		}
+		must(t, os.MkdirAll(dir, 0o755))
+		must(t, os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(fmt.Sprint(cmd.Process.Pid)), 0))
+	}
+	_, err = output.Read(make([]byte, 1))
+	must(t, err)
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	must(t, d.again().Remove(machinetest.Context(t), rec.Jail.Dir))
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		t.Error("it runs on")
+		must(t, cmd.Process.Kill())
+	}
+}
+
 // TestForeignRecord: a machine of another driver is not touched.
 func TestForeignRecord(t *testing.T) {
 	dir := t.TempDir()
-	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]string{"driver": "gvisor"}))
+	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]any{"driver": "gvisor", "a field of its own": 1}))
 	d := New(Config{})
 	for name, try := range map[string]func() error{
 		"adopt":  func() error { _, err := d.Adopt(context.Background(), dir); return err },
@@ -371,7 +444,7 @@ func TestReasons(t *testing.T) {
 		"x [m:main:ERROR] Shutting down VM after intercepting a bad syscall (59).\n":                        "firecracker ended: x [m:main:ERROR] Shutting down VM after intercepting a bad syscall (59).",
 	} {
 		v := &vmm{cgroups: t.TempDir()}
-		v.log.text = []byte(log)
+		v.log.Record(strings.NewReader(log))
 		if got := v.died(); got != want {
 			t.Errorf("%q: %q, want %q", log, got, want)
 		}

@@ -182,8 +182,15 @@ func startFake(root, program, id string, uid, gid int, args []string) error {
 			return err
 		}
 	}
-	if err := errors.Join(os.Chmod(filepath.Join(root, name), 0o755), os.Mkdir(filepath.Join(root, "dev/kvm"), 0)); err != nil {
-		return err // as mknod of what is there: a jail is used once
+	if err := os.Chmod(filepath.Join(root, name), 0o755); err != nil {
+		return err
+	}
+	for _, device := range []string{"dev/kvm", "dev/net/tun"} {
+		file, err := os.OpenFile(filepath.Join(root, device), os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err // as mknod of what is there: a jail is used once
+		}
+		file.Close()
 	}
 	cmd := &exec.Cmd{
 		Path: "/" + name, Args: append([]string{"/" + name, "--id", id, "--start-time-us", "1", "--start-time-cpu-us", "1", "--parent-cpu-time-us", "1"}, args...),

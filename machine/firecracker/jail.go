@@ -119,11 +119,11 @@ func (j jail) find() (process.Process, error) {
 	}
 	var found []process.Process
 	for _, p := range running {
-		if p.Name == "/"+j.Exec {
+		if p.Name == "/"+j.Exec && j.checkUser(p.PID) == nil {
 			found = append(found, p)
 			continue
 		}
-		p.Close() // the jailer, on its way
+		p.Close() // the jailer, on its way, or somebody who has read the arguments
 	}
 	if len(found) == 1 {
 		return found[0], nil

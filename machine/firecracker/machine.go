@@ -7,11 +7,11 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"slices"
 	"sync"
 	"time"
 
 	"cal/machine"
+	"cal/machine/microvm"
 	"cal/machine/site"
 	"cal/nucleus"
 	"cal/wire"
@@ -52,7 +52,7 @@ func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, hel
 	if err != nil {
 		return nil, err
 	}
-	if err := spec.States(rec.Limits); err != nil {
+	if err := spec.States(rec.Shape.Limits()); err != nil {
 		return nil, err
 	}
 	if err := rec.Jail.make(); err != nil {
@@ -62,9 +62,8 @@ func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, hel
 	if err != nil {
 		return nil, err
 	}
-	rec.Facts.Env, rec.Facts.Digests = made.env, made.digests()
-	rec.Jail.FileSize = made.longest()
-	rec.Template.FileSize = max(made.longest(), int64(rec.MemoryMB)<<20)
+	rec.Facts, rec.Jail.FileSize = rec.Shape.Facts(made), longest(made)
+	rec.Template.FileSize = max(longest(made), int64(rec.Shape.MemoryMB)<<20)
 	if err := rec.save(); err != nil {
 		return nil, err
 	}
@@ -89,7 +88,7 @@ func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, hel
 
 // snapshotOrNone is the snapshot to start from. Where none can be made machines boot from
 // now on: that is slower, and no weaker.
-func (d *Driver) snapshotOrNone(ctx context.Context, rec record, made parts, digest string) string {
+func (d *Driver) snapshotOrNone(ctx context.Context, rec record, made microvm.Parts, digest string) string {
 	dir, err := d.snapshot(ctx, rec, made, digest)
 	if err != nil {
 		d.warm.Store(false)
@@ -100,7 +99,7 @@ func (d *Driver) snapshotOrNone(ctx context.Context, rec record, made parts, dig
 }
 
 // bring starts the guest and greets it.
-func (d *Driver) bring(ctx context.Context, v *vmm, rec record, made parts, snapshot string) (net.Conn, error) {
+func (d *Driver) bring(ctx context.Context, v *vmm, rec record, made microvm.Parts, snapshot string) (net.Conn, error) {
 	if snapshot == "" {
 		if err := v.bootUp(ctx, made, rec); err != nil {
 			return nil, err
@@ -124,7 +123,7 @@ func (d *Driver) bring(ctx context.Context, v *vmm, rec record, made parts, snap
 }
 
 // bootUp starts a guest from its kernel.
-func (v *vmm) bootUp(ctx context.Context, made parts, rec record) error {
+func (v *vmm) bootUp(ctx context.Context, made microvm.Parts, rec record) error {
 	if err := v.serial(ctx); err != nil {
 		return err
 	}
@@ -139,14 +138,14 @@ func (v *vmm) bootUp(ctx context.Context, made parts, rec record) error {
 
 // configure says all that Firecracker must know before it starts the guest. There is
 // no network device, and no metadata service.
-func (v *vmm) configure(ctx context.Context, made parts, rec record) error {
-	if err := v.api.setMachine(ctx, machineConfig{CPUs: rec.CPUs, MemoryMB: rec.MemoryMB}); err != nil {
+func (v *vmm) configure(ctx context.Context, made microvm.Parts, rec record) error {
+	if err := v.api.setMachine(ctx, machineConfig{CPUs: rec.Shape.CPUs, MemoryMB: rec.Shape.MemoryMB}); err != nil {
 		return err
 	}
-	if err := v.api.setBoot(ctx, bootSource{"/" + kernelFile, "/" + initramfsFile, made.cmdline()}); err != nil {
+	if err := v.api.setBoot(ctx, bootSource{"/" + kernelFile, "/" + initramfsFile, cmdline(made, rec.Shape.Pids)}); err != nil {
 		return err
 	}
-	for _, drive := range made.drives(rec.CPUs) {
+	for _, drive := range drives(made, rec.Shape.CPUs) {
 		if err := v.api.addDrive(ctx, drive); err != nil {
 			return err
 		}
@@ -263,7 +262,7 @@ func (m *Machine) Rewire(ctx context.Context) (net.Conn, error) {
 func (m *Machine) Facts() machine.Facts { return m.rec.Facts }
 
 // Limits implements machine.Machine.
-func (m *Machine) Limits() []nucleus.Limit { return slices.Clone(m.rec.Limits) }
+func (m *Machine) Limits() []nucleus.Limit { return m.rec.Shape.Limits() }
 
 // Paused implements machine.Machine.
 func (m *Machine) Paused() <-chan string { return m.paused }

@@ -10,7 +10,8 @@ import (
 
 	"cal/internal/durable"
 	"cal/machine"
-	"cal/nucleus"
+	"cal/machine/microvm"
+	"cal/machine/site"
 )
 
 const recordFile = "machine.json"
@@ -26,22 +27,22 @@ type record struct {
 	// Template is the jail in which a guest of the machine's shape boots for a snapshot.
 	Template jail `json:"template"`
 
-	CPUs     int             `json:"cpus"`
-	MemoryMB int             `json:"memory_mb"`
-	DiskMB   int             `json:"disk_mb"` // of scratch, and of a workspace that is new
-	Facts    machine.Facts   `json:"facts"`
-	Limits   []nucleus.Limit `json:"limits,omitempty"`
+	Shape microvm.Shape `json:"shape"`
+	Facts machine.Facts `json:"facts"`
 }
 
 func (r record) save() error { return durable.Store(filepath.Join(r.Jail.Dir, recordFile), r) }
 
 func loadRecord(dir string) (record, error) {
+	if of := site.DriverOf(dir, recordFile); of != "" && of != name {
+		return record{}, fmt.Errorf("%s: %w: %q", dir, machine.ErrForeign, of)
+	}
 	var rec record
 	if err := durable.Load(filepath.Join(dir, recordFile), &rec); err != nil {
 		return record{}, err
 	}
 	if rec.Driver != name {
-		return record{}, fmt.Errorf("%s: %w: %q", dir, machine.ErrForeign, rec.Driver)
+		return record{}, fmt.Errorf("%s names no driver", filepath.Join(dir, recordFile))
 	}
 	rec.Jail.Dir, rec.Template.Dir = dir, dir
 	return rec, errors.Join(rec.Jail.check(), rec.Template.check())

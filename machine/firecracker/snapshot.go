@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cal/internal/durable"
+	"cal/machine/microvm"
 	"cal/machine/site"
 )
 
@@ -54,18 +55,18 @@ type fileSum struct {
 	Digest   string `json:"digest,omitempty"` // of the state
 }
 
-// shape is all that a guest which has booted depends on.
-func (p parts) shape(rec record, firecracker string) ([]string, error) {
+// shapeOf is all that a guest which has booted depends on.
+func shapeOf(made microvm.Parts, rec record, firecracker string) ([]string, error) {
 	host, err := hostShape()
 	if err != nil {
 		return nil, err
 	}
 	shape := []string{
-		"firecracker " + firecracker, "kernel " + p.kernel, "initramfs " + p.initramfs, "cmdline " + p.cmdline(),
-		fmt.Sprintf("%d processors, %d MB", rec.CPUs, rec.MemoryMB), host,
+		"firecracker " + firecracker, "kernel " + made.Kernel.Digest, "initramfs " + made.Initramfs.Digest, "cmdline " + cmdline(made, rec.Shape.Pids),
+		fmt.Sprintf("%d processors, %d MB", rec.Shape.CPUs, rec.Shape.MemoryMB), host,
 	}
-	for _, d := range p.disks {
-		shape = append(shape, fmt.Sprintf("disk %s of %d bytes, read-only %v: %s", d.role, d.size, d.readOnly, d.digest))
+	for _, disk := range made.Disks {
+		shape = append(shape, fmt.Sprintf("disk %s of %d bytes: %s", disk.Role, disk.Size, disk.Digest))
 	}
 	return shape, nil
 }
@@ -105,16 +106,13 @@ func shapeKey(shape []string) string {
 var errSnapshot = errors.New("snapshot")
 
 // snapshot returns the directory of a snapshot of the shape, made at need.
-func (d *Driver) snapshot(ctx context.Context, rec record, made parts, firecracker string) (string, error) {
-	shape, err := made.shape(rec, firecracker)
+func (d *Driver) snapshot(ctx context.Context, rec record, made microvm.Parts, firecracker string) (string, error) {
+	shape, err := shapeOf(made, rec, firecracker)
 	if err != nil {
 		return "", err
 	}
 	dir := filepath.Join(d.config.Snapshots, shapeKey(shape))
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", err
-	}
-	held, err := lockSnapshot(ctx, dir)
+	held, err := claimSnapshot(ctx, dir)
 	if err != nil {
 		return "", err
 	}
@@ -132,6 +130,19 @@ func (d *Driver) snapshot(ctx context.Context, rec record, made parts, firecrack
 	return dir, nil
 }
 
+// claimSnapshot makes the directory and locks it; again, where another removed it meanwhile.
+func claimSnapshot(ctx context.Context, dir string) (io.Closer, error) {
+	for {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
+		held, err := lockSnapshot(ctx, dir)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return held, err
+		}
+	}
+}
+
 // lockSnapshot waits for its turn: a snapshot's files have one owner at a time.
 func lockSnapshot(ctx context.Context, dir string) (io.Closer, error) {
 	opened, err := durable.OpenDir(dir)
@@ -141,8 +152,15 @@ func lockSnapshot(ctx context.Context, dir string) (io.Closer, error) {
 	defer opened.Close()
 	for {
 		held, err := opened.Lock(snapshotLock)
-		if err == nil || !errors.Is(err, durable.ErrLocked) {
-			return held, err
+		if err == nil {
+			if _, err := os.Lstat(filepath.Join(dir, snapshotLock)); err != nil { // it was removed
+				held.Close()
+				return nil, err
+			}
+			return held, nil
+		}
+		if !errors.Is(err, durable.ErrLocked) {
+			return nil, err
 		}
 		if site.Pause(ctx, time.Millisecond) != nil {
 			return nil, fmt.Errorf("snapshot %s: %w", dir, context.Cause(ctx))
@@ -152,13 +170,13 @@ func lockSnapshot(ctx context.Context, dir string) (io.Closer, error) {
 
 // takeSnapshot boots a guest of the machine's shape in a jail of its own and saves it. Its
 // writable disks are empty: it does not look at them before its first wire.
-func (d *Driver) takeSnapshot(ctx context.Context, rec record, made parts, firecracker, dir string, shape []string) (err error) {
+func (d *Driver) takeSnapshot(ctx context.Context, rec record, made microvm.Parts, firecracker, dir string, shape []string) (err error) {
 	j := rec.Template
 	defer func() { err = errors.Join(err, j.remove(context.WithoutCancel(ctx), d.config.Cgroups)) }()
 	if err := j.make(); err != nil {
 		return err
 	}
-	if err := made.copyTo(rec.Jail, j); err != nil {
+	if err := j.showTemplate(made); err != nil {
 		return err
 	}
 	v, err := d.launch(ctx, j, firecracker)
@@ -193,20 +211,18 @@ func (j jail) snapshotKind() string {
 	return "Full"
 }
 
-// copyTo shows another jail the same parts; in place of writable disks empty files.
-func (p parts) copyTo(from, to jail) error {
-	names := []string{kernelFile, initramfsFile}
-	for _, d := range p.disks {
-		if d.readOnly {
-			names = append(names, d.role)
-			continue
-		}
-		if err := errors.Join(os.WriteFile(to.path(d.role), nil, 0o600), os.Truncate(to.path(d.role), d.size), to.own(d.role)); err != nil {
+// showTemplate shows the template's jail the same parts; in place of writable disks empty files.
+func (j jail) showTemplate(made microvm.Parts) error {
+	for name, source := range shown(made) {
+		if err := j.show(source, name); err != nil {
 			return err
 		}
 	}
-	for _, name := range names {
-		if err := to.show(from.path(name), name); err != nil {
+	for _, disk := range made.Disks {
+		if disk.ReadOnly() {
+			continue
+		}
+		if err := errors.Join(os.WriteFile(j.path(disk.Role), nil, 0o600), os.Truncate(j.path(disk.Role), disk.Size), j.own(disk.Role)); err != nil {
 			return err
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"strings"
@@ -24,7 +25,7 @@ type vmm struct {
 	cgroups      string // where they are mounted
 	api          *api
 	process      process.Process
-	console, log tape
+	console, log pipe
 	work         sync.WaitGroup
 	done         chan struct{} // closed when the process has ended, or was let go
 	failed       error         // that it was let go; to be read when done is closed
@@ -120,11 +121,11 @@ func coreless(pid int) error {
 
 // listen begins to record both pipes.
 func (v *vmm) listen() (err error) {
-	if v.console.pipe, err = v.jail.openPipe(consolePipe); err != nil {
+	if v.console.file, err = v.jail.openPipe(consolePipe); err != nil {
 		return err
 	}
 	v.work.Go(v.console.record)
-	if v.log.pipe, err = v.jail.openPipe(logPipe); err != nil {
+	if v.log.file, err = v.jail.openPipe(logPipe); err != nil {
 		return err
 	}
 	v.work.Go(v.log.record)
@@ -134,8 +135,8 @@ func (v *vmm) listen() (err error) {
 // letGo ends this process's part and leaves the Firecracker as it is.
 func (v *vmm) letGo() {
 	v.process.Close()
-	v.console.pipe.Close()
-	v.log.pipe.Close()
+	v.console.file.Close()
+	v.log.file.Close()
 	v.work.Wait()
 }
 
@@ -181,6 +182,14 @@ func (d *Driver) confined(v *vmm, digest string) error {
 	if err := v.jail.checkUser(pid); err != nil {
 		return err
 	}
+	if err := ownNamespaces(pid); err != nil {
+		return err
+	}
+	return errors.Join(v.jail.checkGroup(d.config.Cgroups, pid), v.jail.withoutNetwork())
+}
+
+// ownNamespaces reads back that a process has none of this one's.
+func ownNamespaces(pid int) error {
 	for _, kind := range []string{"net", "pid", "mnt", "ipc", "uts"} {
 		its, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, kind))
 		own, errOwn := os.Readlink("/proc/self/ns/" + kind)
@@ -191,7 +200,17 @@ func (d *Driver) confined(v *vmm, digest string) error {
 			return fmt.Errorf("firecracker shares the host's %s namespace", kind)
 		}
 	}
-	return v.jail.checkGroup(d.config.Cgroups, pid)
+	return nil
+}
+
+// withoutNetwork takes the device out of a jail with which network interfaces are made.
+// The Firecracker in it has run nothing yet.
+func (j jail) withoutNetwork() error {
+	err := os.Remove(j.path("dev/net/tun"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // checkUser reads back who a process of the jail is.

@@ -98,7 +98,7 @@ func New(config Config) *Driver {
 }
 
 // Name implements machine.Driver.
-func (d *Driver) Name() string { return "gvisor" }
+func (d *Driver) Name() string { return name }
 
 // Tier implements machine.Driver.
 func (d *Driver) Tier() nucleus.Tier { return nucleus.TierKernel }
@@ -143,6 +143,9 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 // made of it.
 func (d *Driver) begin(ctx context.Context, spec machine.Spec) (record, error) {
 	rec := record{Driver: d.Name(), ID: spec.ID, Created: time.Now().UTC().Format(time.RFC3339Nano)}
+	if err := site.OnlyFiles(spec.Workspace); err != nil {
+		return record{}, err
+	}
 	if d.ordinary {
 		if err := d.ordinaryIDs(ctx, &rec, spec.Workspace); err != nil {
 			return record{}, err

@@ -10,6 +10,7 @@ import (
 	"cal/internal/durable"
 	"cal/internal/idmap"
 	"cal/machine"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -29,6 +30,7 @@ func (p place) pid() string     { return filepath.Join(string(p), "pid") }
 func (p place) record() string  { return filepath.Join(string(p), recordFile) }
 
 const (
+	name       = "gvisor"
 	recordFile = "machine.json"
 	container  = "m" // runsc's name for the only container of its root
 )
@@ -106,12 +108,15 @@ func (r record) makeRootfs(place place) (string, error) {
 func (r record) save(place place) error { return durable.Store(place.record(), r) }
 
 func loadRecord(place place) (record, error) {
+	if of := site.DriverOf(string(place), recordFile); of != "" && of != name {
+		return record{}, fmt.Errorf("%s: %w: %q", place, machine.ErrForeign, of)
+	}
 	var rec record
 	if err := durable.Load(place.record(), &rec); err != nil {
 		return record{}, err
 	}
-	if rec.Driver != "gvisor" {
-		return record{}, fmt.Errorf("%s: %w: %q", place, machine.ErrForeign, rec.Driver)
+	if rec.Driver != name {
+		return record{}, fmt.Errorf("%s names no driver", place.record())
 	}
 	return rec, nil
 }

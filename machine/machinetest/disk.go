@@ -15,10 +15,12 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"cal/machine/site"
 )
 
-// ReadDisk is Host.Read where the workspace is a disk, as microVMs have it.
-func ReadDisk(path string) ([]byte, error) {
+// readDisk reads a file of a workspace that is a disk.
+func readDisk(path string) ([]byte, error) {
 	workspace, file := filepath.Split(path)
 	disk, remove, err := settledDisk(workspace)
 	if err != nil {
@@ -35,8 +37,8 @@ func ReadDisk(path string) ([]byte, error) {
 	return output, err
 }
 
-// CopyDisk is Host.Copy where the workspace is a disk.
-func CopyDisk(t *testing.T, workspace string) string {
+// copyDisk copies all of a workspace that is a disk.
+func copyDisk(t *testing.T, workspace string) string {
 	t.Helper()
 	disk, remove, err := settledDisk(workspace)
 	must(t, err)
@@ -90,7 +92,7 @@ func settledDisk(workspace string) (disk string, remove func(), err error) {
 		return "", nil, err
 	}
 	disk, remove = filepath.Join(dir, "disk"), func() { os.RemoveAll(dir) }
-	if err := copySparse(filepath.Join(workspace, "workspace.ext4"), disk); err != nil {
+	if err := copySparse(filepath.Join(workspace, site.WorkspaceDisk), disk); err != nil {
 		remove()
 		return "", nil, err
 	}

@@ -33,8 +33,16 @@ type Host struct {
 	// Proxy is the test guest, as TestGuest builds it.
 	Proxy string
 
+	// Image is of every machine for which a test needs no special one; without a kind: the
+	// host's programs.
+	Image nucleus.Image
+
 	// Scratch is an existing directory, absolute, with a short path.
 	Scratch string
+
+	// Disk says that a workspace is a disk of the machine's own (machine.Facts.Sync). What is
+	// in it is then read off the disk.
+	Disk bool
 
 	// Read reads a file of a workspace, which the machine's users may own. nil:
 	// everybody who tests can.
@@ -75,6 +83,7 @@ var tests = []struct {
 	{"remove", testRemove},
 	{"given up start", testGivenUp},
 	{"several", testSeveral},
+	{"workspace of another kind", testWorkspaceKinds},
 	{"walls", testWalls},
 }
 
@@ -99,7 +108,7 @@ func Try(t *testing.T, host Host, names ...string) {
 }
 
 // Spec returns a small valid machine.
-func (h Host) Spec(t *testing.T) machine.Spec {
+func (h Host) Spec(t testing.TB) machine.Spec {
 	t.Helper()
 	base, err := os.MkdirTemp(h.Scratch, "m")
 	if err != nil {
@@ -112,7 +121,10 @@ func (h Host) Spec(t *testing.T) machine.Spec {
 	})
 	spec := machine.Spec{
 		ID: filepath.Base(base), Dir: filepath.Join(base, "d"), Workspace: filepath.Join(base, "ws"),
-		Proxy: h.Proxy, Image: nucleus.Image{Kind: "host"},
+		Proxy: h.Proxy, Image: h.Image,
+	}
+	if spec.Image.Kind == "" {
+		spec.Image.Kind = nucleus.ImageHost
 	}
 	for _, dir := range []string{spec.Dir, spec.Workspace} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
@@ -123,28 +135,34 @@ func (h Host) Spec(t *testing.T) machine.Spec {
 }
 
 func (h Host) read(path string) ([]byte, error) {
-	if h.Read == nil {
-		return os.ReadFile(path)
+	switch {
+	case h.Read != nil:
+		return h.Read(path)
+	case h.Disk:
+		return readDisk(path)
 	}
-	return h.Read(path)
+	return os.ReadFile(path)
 }
 
 func (h Host) copy(t *testing.T, workspace string) string {
-	if h.Copy == nil {
-		return workspace
+	switch {
+	case h.Copy != nil:
+		return h.Copy(t, workspace)
+	case h.Disk:
+		return copyDisk(t, workspace)
 	}
-	return h.Copy(t, workspace)
+	return workspace
 }
 
 // Guest is a test's end of the wire.
 type Guest struct {
-	t       *testing.T
+	t       testing.TB
 	conn    net.Conn
 	decoder *json.Decoder
 }
 
 // Talk takes conn for the guest's wire.
-func Talk(t *testing.T, conn net.Conn) *Guest {
+func Talk(t testing.TB, conn net.Conn) *Guest {
 	t.Helper()
 	if conn == nil {
 		t.Fatal("machine has no wire")
@@ -203,7 +221,7 @@ func (g *Guest) MustFail(action script.Action) {
 }
 
 // Context ends with the test's patience.
-func Context(t *testing.T) context.Context {
+func Context(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
 	return ctx
@@ -306,6 +324,7 @@ func testRewire(t *testing.T, host Host) {
 
 func testRefusedWire(t *testing.T, host Host) {
 	m, guest := host.Create(t, host.Spec(t))
+	guest.Must(echo("the proxy is up"))
 	conn, err := m.Rewire(Context(t))
 	if err != nil {
 		t.Fatal(err)

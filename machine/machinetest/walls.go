@@ -13,6 +13,7 @@ import (
 
 	"cal/machine"
 	"cal/machine/machinetest/script"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -229,4 +230,28 @@ func testDoorsOfDisk(t *testing.T, host Host, tcpDoor string) {
 	// Vsock reaches the host's side alone, and nothing there listens.
 	guest.MustFail(script.Action{Do: "vsock", N: 1024, UID: -1})
 	guest.MustFail(script.Action{Do: "vsock", N: 22, UID: -1})
+}
+
+// testWorkspaceKinds: a workspace that a driver of the other kind made is refused, and
+// left as it is.
+func testWorkspaceKinds(t *testing.T, host Host) {
+	spec := host.Spec(t)
+	name := site.WorkspaceDisk
+	if host.Disk {
+		name = "main.go"
+	}
+	must(t, os.WriteFile(filepath.Join(spec.Workspace, name), []byte("work"), 0o600))
+	m, err := host.Driver().Create(Context(t), spec)
+	if err == nil {
+		host.destroy(t, m, spec.Dir)
+	}
+	if !errors.Is(err, machine.ErrRefused) || !strings.Contains(err.Error(), "cal repo fetch") {
+		t.Errorf("a workspace that holds %s: %v", name, err)
+	}
+	if data, err := os.ReadFile(filepath.Join(spec.Workspace, name)); err != nil || string(data) != "work" {
+		t.Errorf("%s was changed: %q, %v", name, data, err)
+	}
+	if entries, err := os.ReadDir(spec.Dir); err != nil || len(entries) != 0 {
+		t.Errorf("left in the directory: %v, %v", entries, err)
+	}
 }

@@ -11,6 +11,7 @@ package site
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -168,3 +169,21 @@ func Pause(ctx context.Context, d time.Duration) error {
 		return nil
 	}
 }
+
+// DriverOf says whose machine a directory's record is of: what every driver's record
+// has in "driver". "" where there is none, or none that can be read.
+func DriverOf(path, record string) string {
+	data, err := durable.ReadFile(filepath.Join(path, record), maxRecord)
+	if err != nil {
+		return ""
+	}
+	var of struct {
+		Driver string `json:"driver"`
+	}
+	if json.Unmarshal(data, &of) != nil {
+		return ""
+	}
+	return of.Driver
+}
+
+const maxRecord = 1 << 20

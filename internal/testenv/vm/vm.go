@@ -39,7 +39,9 @@ type Config struct {
 type Machine struct {
 	t       testing.TB
 	dir     string
+	cmd     *exec.Cmd
 	console *console
+	first   net.Conn // by Greet
 	ended   chan struct{}
 }
 
@@ -62,6 +64,39 @@ func Build(t testing.TB, pkg, dir string) string {
 func Store(t testing.TB) *image.Store {
 	t.Helper()
 	store, err := image.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store
+}
+
+// StoreIn makes a store in dir, which may be another user's in the end, that has the kernel
+// of the tests. It skips as Kernel does.
+func StoreIn(t testing.TB, dir string) *image.Store {
+	t.Helper()
+	kernel := Kernel(t)
+	from := filepath.Dir(filepath.Dir(filepath.Dir(kernel.Image)))
+	object := filepath.Join("objects", filepath.Base(filepath.Dir(kernel.Image)))
+	if _, err := image.Open(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(filepath.Join(dir, object), os.DirFS(filepath.Join(from, object))); err != nil {
+		t.Fatal(err)
+	}
+	inputs, err := filepath.Glob(filepath.Join(from, "inputs", "kernel-default*"))
+	if err != nil || len(inputs) == 0 {
+		t.Fatalf("the store of the kernel does not say which it is: %v", err)
+	}
+	for _, name := range inputs {
+		data, err := os.ReadFile(name)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, "inputs", filepath.Base(name)), data, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	store, err := image.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -219,6 +254,7 @@ func (m *Machine) run(args []string) {
 	m.t.Helper()
 	cmd := exec.Command("qemu-system-x86_64", args...)
 	cmd.Stdout, cmd.Stderr = m.console, m.console
+	m.cmd = cmd
 	if err := cmd.Start(); err != nil {
 		m.t.Fatal(err)
 	}

@@ -1,0 +1,126 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"cal/internal/process"
+	"cal/machine"
+	"cal/machine/site"
+	"cal/nucleus"
+)
+
+const install = "install it (Debian, Ubuntu: apt install qemu-system-x86; Fedora: dnf install qemu-system-x86-core)"
+
+// Probe implements machine.Driver: a kernel must boot and its first process answer. What a
+// machine is made of is made first, and may take a while the first time.
+func (d *Driver) Probe(ctx context.Context) error {
+	if !d.emulated {
+		if err := d.config.KVM.Probe(ctx); err != nil {
+			return err
+		}
+	}
+	if err := d.probeProgram(ctx); err != nil {
+		return err
+	}
+	if !d.config.Fetch && !d.config.Images.HasKernel(d.config.Kernel) {
+		return &machine.ProbeError{Cause: "no kernel was fetched yet", Mend: "cal run --driver qemu fetches Debian's, once, and so does: cal image build kernel"}
+	}
+	kernel, err := d.config.Images.Kernel(ctx, d.config.Kernel, nil)
+	if err == nil {
+		_, err = d.config.Images.Initramfs(ctx, kernel, d.config.Proxy)
+	}
+	if err != nil {
+		return &machine.ProbeError{Cause: "there is no kernel to boot", Mend: "see that Debian's archive is reached, or take a kernel of your own: cal image kernel PATH", Err: err}
+	}
+	return d.probeGuest(ctx)
+}
+
+// probeProgram says whether QEMU is there with all that it needs.
+func (d *Driver) probeProgram(ctx context.Context) error {
+	_, err := d.programs.find(ctx, d.config.QEMU)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist):
+		return &machine.ProbeError{Cause: fmt.Sprintf("QEMU is not installed as %s", d.config.QEMU), Mend: install}
+	case errors.Is(err, fs.ErrPermission):
+		return &machine.ProbeError{Cause: fmt.Sprintf("QEMU at %s may not be executed", d.config.QEMU), Mend: "chmod 755 it, and see that its directories can be entered", Err: err}
+	}
+	return &machine.ProbeError{Cause: fmt.Sprintf("QEMU at %s cannot be used", d.config.QEMU), Mend: install, Err: err}
+}
+
+// probeGuest makes a machine of an empty root, and removes it.
+func (d *Driver) probeGuest(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, d.config.Patience)
+	defer cancel()
+	base, err := os.MkdirTemp(d.config.Scratch, "cal-probe-")
+	if err != nil {
+		return &machine.ProbeError{Cause: "no directory for a probe can be made", Mend: "set TMPDIR to a directory that you can write", Err: err}
+	}
+	defer os.RemoveAll(base)
+	spec := machine.Spec{
+		ID: "probe", Dir: filepath.Join(base, "m"), Workspace: filepath.Join(base, "w"), Proxy: d.config.Proxy,
+		Image: nucleus.Image{Kind: "directory", Path: filepath.Join(base, "root")}, Resources: nucleus.Resources{CPU: 1, MemoryMB: 256, DiskMB: 64},
+	}
+	for _, dir := range []string{spec.Dir, spec.Workspace, filepath.Join(spec.Image.Path, "usr")} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if err := os.Chmod(spec.Dir, 0o700); err != nil {
+		return err
+	}
+	m, err := d.Create(ctx, spec)
+	if err != nil {
+		return d.diagnose(ctx, "/proc", err)
+	}
+	end, stop := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
+	defer stop()
+	if err := m.Destroy(end); err != nil {
+		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named qemu-system-x86_64", Err: err}
+	}
+	return nil
+}
+
+// diagnose finds the cause of a machine that did not come up: first what the host says
+// of itself, then what was seen.
+func (d *Driver) diagnose(ctx context.Context, proc string, err error) error {
+	read := func(name string) string {
+		data, err := os.ReadFile(filepath.Join(proc, name))
+		if err != nil {
+			return ""
+		}
+		return strings.TrimSpace(string(data))
+	}
+	ordinary, forbidden := os.Geteuid() != 0, errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || strings.Contains(err.Error(), "operation not permitted")
+	switch {
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return &machine.ProbeError{Cause: fmt.Sprintf("a guest did not answer within %s", d.config.Patience),
+			Mend: "see whether the host is overloaded; `cal doctor` tries again", Err: err}
+	case ordinary && (read("sys/user/max_user_namespaces") == "0" || errors.Is(err, unix.ENOSPC) && forbidden):
+		return &machine.ProbeError{Cause: "user namespaces are switched off (user.max_user_namespaces is 0)",
+			Mend: "sudo sysctl -w user.max_user_namespaces=28633", Err: err}
+	case ordinary && read("sys/kernel/unprivileged_userns_clone") == "0":
+		return &machine.ProbeError{Cause: "user namespaces are for root only (kernel.unprivileged_userns_clone is 0)",
+			Mend: "sudo sysctl -w kernel.unprivileged_userns_clone=1", Err: err}
+	case ordinary && read("sys/kernel/apparmor_restrict_unprivileged_userns") == "1":
+		return &machine.ProbeError{Cause: "AppArmor restricts user namespaces of ordinary users (kernel.apparmor_restrict_unprivileged_userns is 1)",
+			Mend: "give CAL's programs an AppArmor profile with `userns,`, or sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0", Err: err}
+	case forbidden && strings.Contains(read("self/status"), "Seccomp:\t2"):
+		return &machine.ProbeError{Cause: "a seccomp filter around this process, a container's presumably, forbids what confines QEMU",
+			Mend: "start the container with --security-opt seccomp=unconfined, or a profile that allows unshare, clone, mount and pivot_root", Err: err}
+	case forbidden:
+		return &machine.ProbeError{Cause: "this process may not make the namespaces and mounts that confine QEMU",
+			Mend: "in a container give it CAP_SYS_ADMIN or --privileged; else run as an ordinary user of the host", Err: err}
+	}
+	return &machine.ProbeError{Cause: "QEMU runs no guest here", Mend: "run `cal doctor` and report what it prints", Err: errors.New(site.LastLine(err.Error()))}
+}
