@@ -64,15 +64,15 @@ func (s *Store) Resolve(ctx context.Context, image nucleus.Image, host string, p
 	return root, nil
 }
 
-// Renew makes an image anew though it is there: a tag may have moved, packages have newer
-// versions. It returns the object's digest.
-func (s *Store) Renew(ctx context.Context, image nucleus.Image, host string, progress Progress) (string, error) {
+// Renew unpacks an image anew though it is there: a tag may have moved, packages have newer
+// versions. It returns the tree's digest; "" for an image that lies on the host, which
+// needs no renewal.
+func (s *Store) Renew(ctx context.Context, image nucleus.Image, progress Progress) (string, error) {
 	if err := image.Check(); err != nil {
 		return "", err
 	}
 	if !unpacked(image) {
-		disk, err := s.Root(ctx, image, host, progress)
-		return disk.Digest, err
+		return "", nil
 	}
 	o, err := s.tree(ctx, image, s.madeAnew, progress)
 	if err != nil {

@@ -233,14 +233,14 @@ func TestTag(t *testing.T) {
 	if got := read(); got != "one" {
 		t.Errorf("the tag moved by itself: %q", got)
 	}
-	_, err := s.Renew(ctx, image, "/", nil)
+	_, err := s.Renew(ctx, image, nil)
 	must(t, err)
 	if got := read(); got != "two" {
 		t.Errorf("after Renew %q", got)
 	}
 	r.corrupt.Store(true)
 	r.push("app:1", [][]byte{tarOf(t, map[string]string{"usr/x": "three"})})
-	if _, err := s.Renew(ctx, image, "/", nil); err == nil {
+	if _, err := s.Renew(ctx, image, nil); err == nil {
 		t.Error("a corrupt image was taken")
 	}
 	if got := read(); got != "two" {

@@ -143,7 +143,7 @@ func buildImage(ctx context.Context, store *image.Store, text string) (built, er
 	if wanted.Kind == "" {
 		return built{}, usageError{errors.New("an image is to be named: " + imageUsage)}
 	}
-	tree, err := store.Renew(ctx, wanted, "/", progress)
+	tree, err := store.Renew(ctx, wanted, progress)
 	if err != nil {
 		return built{}, err
 	}
