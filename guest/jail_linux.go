@@ -70,8 +70,7 @@ func startJail(plan jailPlan, setup func(*exec.Cmd)) (*jail, error) {
 	}
 	defer theirs.Close()
 	cmd := exec.Command(nucleus.MachineProxy, "jail")
-	// The kernel would give the small heap of a program of Go's pages of two megabytes.
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "GODEBUG=disablethp=1"}
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC,

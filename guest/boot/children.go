@@ -63,7 +63,7 @@ func (c *children) start(wire, said *os.File, program string, args ...string) (<
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			process, err := os.StartProcess(program, append([]string{program}, args...), &os.ProcAttr{
-				Dir: "/", Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "GODEBUG=disablethp=1"},
+				Dir: "/", Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
 				Files: []*os.File{nil, said, said, wire},
 				Sys:   &syscall.SysProcAttr{Setsid: true},
 			})

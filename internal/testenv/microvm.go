@@ -27,5 +27,5 @@ func (e *Env) MicroVM() []string {
 	if err := os.Chmod(filepath.Join(e.CAL, "images"), 0o700); err != nil {
 		e.t.Fatal(err)
 	}
-	return []string{"--driver", "qemu", "--memory", "1024"}
+	return []string{"--driver", "qemu"}
 }
