@@ -27,5 +27,6 @@ func (e *Env) MicroVM() []string {
 	if err := os.Chmod(filepath.Join(e.CAL, "images"), 0o700); err != nil {
 		e.t.Fatal(err)
 	}
+	e.patience = 4 * patience // an emulated machine takes its time
 	return []string{"--driver", "qemu"}
 }

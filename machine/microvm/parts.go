@@ -149,8 +149,7 @@ func (p Parts) CommandLine(wire string, tasks int) string {
 	for i, disk := range p.Disks {
 		roles[i] = disk.Role
 	}
-	// Huge pages for those who ask: unasked, half of what a JavaScript engine reserves becomes
-	// memory (Claude Code did not fit into 1 GB), and a tenth of a small machine goes to the proxy.
+	// Huge pages for those who ask: unasked, a third of the proxy's processes' memory was for nothing.
 	return fmt.Sprintf("cal.disks=%s cal.wire=%s cal.tasks=%d transparent_hugepage=madvise", strings.Join(roles, ","), wire, tasks)
 }
 
