@@ -104,6 +104,15 @@ func (d *Driver) Name() string { return name }
 // the host's programs are too many for that.
 func (d *Driver) UsualImage() nucleus.Image { return nucleus.Image{Kind: nucleus.ImageDebian} }
 
+// Digests implements machine.Copier.
+func (d *Driver) Digests(ctx context.Context, spec machine.Spec) (map[string]string, error) {
+	return d.source().Digests(ctx, spec)
+}
+
+func (d *Driver) source() microvm.Source {
+	return microvm.Source{Images: d.config.Images, Kernel: d.config.Kernel, Host: d.config.Host}
+}
+
 // Tier implements machine.Driver.
 func (d *Driver) Tier() nucleus.Tier { return nucleus.TierVM }
 
