@@ -84,6 +84,9 @@ func (s *Store) kernel(ctx context.Context, path string, made maker, progress Pr
 		build = func(dir string) (Object, error) { return takeKernel(ctx, path, s.modules, dir, progress) }
 	}
 	o, err := made(ctx, key, build)
+	if errors.Is(err, linux.ErrNoKernel) {
+		err = fmt.Errorf("%w; hint: a bzImage, as /boot/vmlinuz-..., or its uncompressed ELF is wanted", err)
+	}
 	if err != nil {
 		return Kernel{}, fmt.Errorf("kernel: %w", err)
 	}
