@@ -18,11 +18,11 @@ func BenchmarkStart(b *testing.B) {
 	d := working(b)
 	provedOnce(b, d)
 	dir := jailDir(b)
+	host := suiteHost(b, dir, nil)
 	for name, snapshots := range map[string]string{"cold": "", "snapshot": filepath.Join(dir, "warm")} {
 		b.Run(name, func(b *testing.B) {
 			d.config.Snapshots = snapshots
 			d.warm.Store(snapshots != "")
-			host := suiteHost(b, dir, nil)
 			if snapshots != "" { // the first machine of a shape makes it
 				b.StopTimer()
 				startOne(b, d, host)

@@ -40,7 +40,7 @@ func provedOnce(t testing.TB, d *Driver) string {
 
 func suiteHost(t testing.TB, dir string, driver func() machine.Driver) machinetest.Host {
 	return machinetest.Host{
-		Driver: driver, Proxy: machinetest.TestGuest(t, dir), Scratch: dir, Disk: true, Kill: killVMM, Left: left,
+		Driver: driver, Proxy: machinetest.TestGuest(t, dir), Image: machinetest.SmallImage(t, dir), Scratch: dir, Disk: true, Kill: killVMM, Left: left,
 	}
 }
 
@@ -278,10 +278,10 @@ func TestLimits(t *testing.T) {
 	if _, err := fmt.Sscanf(guest.Must(script.Action{Do: "read", Path: "/proc/meminfo", UID: -1}), "MemTotal: %d kB", &total); err != nil || total > 300<<10 || total < 200<<10 {
 		t.Errorf("%d kB of memory, %v", total, err)
 	}
-	if reply := shell("dd if=/dev/zero of=/dev/null bs=60M count=1"); reply.Err != "" { // control
+	if reply := guest.Try(script.Action{Do: "fill", N: 60, UID: tools}); reply.Err != "" { // control
 		t.Errorf("60 MB of memory: %+v", reply)
 	}
-	if reply := shell("dd if=/dev/zero of=/dev/null bs=600M count=1"); reply.Err == "" {
+	if reply := guest.Try(script.Action{Do: "fill", N: 600, UID: tools}); reply.Err == "" {
 		t.Errorf("600 MB of memory: %+v", reply)
 	}
 	for _, dir := range []string{nucleus.MachineHome, nucleus.MachineWorkspace} {

@@ -220,6 +220,7 @@ func TestSnapshotOverFake(t *testing.T) {
 		must(t, err)
 		return len(found)
 	}
+	given := map[string]bool{} // entropy
 	create := func(change ...func(*machine.Spec)) {
 		t.Helper()
 		spec := host.Spec(t)
@@ -229,7 +230,11 @@ func TestSnapshotOverFake(t *testing.T) {
 		m, err := reporting{d}.Create(machinetest.Context(t), spec)
 		must(t, err)
 		guest := machinetest.Talk(t, m.Wire())
-		guest.Must(script.Action{Do: "set", Data: "mine", UID: -1})
+		if entropy := guest.Must(script.Action{Do: "entropy", UID: -1}); len(entropy) != 128 || given[entropy] {
+			t.Errorf("a machine that was restored got the entropy %q, as another", entropy)
+		} else {
+			given[entropy] = true
+		}
 		must(t, m.Destroy(machinetest.Context(t)))
 		if found := left(t, spec.Dir); len(found) > 0 {
 			t.Errorf("left: %v", found)

@@ -3,6 +3,7 @@ package firecracker
 import (
 	"bufio"
 	"debug/elf"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -259,6 +260,8 @@ type fakeGuest struct {
 	mu   sync.Mutex
 	kept string
 	used bool // a first wire was taken
+
+	entropy string // of the newest greeting
 }
 
 func (g *fakeGuest) start(config fakeConfig) error {
@@ -298,10 +301,11 @@ func (g *fakeGuest) serve(conn net.Conn) {
 	}
 	fmt.Fprint(conn, "OK 1073741824\n")
 	var later bool
-	greeting, err := wire.AnswerGreeting(conn, func(wire.Greeting) error {
+	greeting, err := wire.AnswerGreeting(conn, func(greeting wire.Greeting) error {
 		g.mu.Lock()
 		defer g.mu.Unlock()
 		later, g.used = g.used, true
+		g.entropy = hex.EncodeToString(greeting.Entropy[:])
 		return nil
 	})
 	if errors.Is(err, wire.ErrEnd) {
@@ -340,6 +344,8 @@ func (g *fakeGuest) do(action script.Action) script.Reply {
 		return script.Reply{}
 	case "get":
 		return script.Reply{Data: g.kept}
+	case "entropy":
+		return script.Reply{Data: g.entropy}
 	}
 	return script.Reply{Err: "the fake guest cannot " + action.Do}
 }
