@@ -41,6 +41,9 @@ func (e *Env) Processes() []Process {
 	return found
 }
 
+// emulator is QEMU's name, of which one runs for each machine of that driver's.
+const emulator = "qemu-system-x86_64"
+
 // spares are the machines that no pod has yet.
 func (e *Env) spares() []string {
 	return names(filepath.Join(e.CAL, "run", "spares"))
@@ -56,7 +59,7 @@ func (e *Env) Sandboxes() []int {
 	var pids []int
 	spares := e.spares()
 	for _, p := range e.Processes() {
-		if p.Name == "runsc-sandbox" && !ofSpare(strings.Join(p.Args, " "), spares) {
+		if (p.Name == "runsc-sandbox" || p.Name == emulator) && !ofSpare(strings.Join(p.Args, " "), spares) {
 			pids = append(pids, p.PID)
 		}
 	}
@@ -117,7 +120,7 @@ func (e *Env) LeftOfMachines() []string {
 	var left []string
 	spares := e.spares()
 	for _, p := range e.Processes() {
-		if strings.HasPrefix(p.Name, "runsc") && !ofSpare(strings.Join(p.Args, " "), spares) {
+		if (strings.HasPrefix(p.Name, "runsc") || p.Name == emulator) && !ofSpare(strings.Join(p.Args, " "), spares) {
 			left = append(left, fmt.Sprintf("process %d: %s", p.PID, strings.Join(p.Args, " ")))
 		}
 	}
