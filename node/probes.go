@@ -34,7 +34,7 @@ type driverKey struct {
 func keyOf(d machine.Driver) driverKey { return driverKey{d.Name(), d.Tier()} }
 
 // probeDeadline leaves time to fetch a kernel, the first time; the guest has the driver's own.
-const probeDeadline = time.Minute
+const probeDeadline = 2 * time.Minute
 
 // probe asks the driver once.
 func (n *Node) probe(ctx context.Context, d machine.Driver) error {

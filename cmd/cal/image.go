@@ -269,33 +269,28 @@ func imagePrune() *cobra.Command {
 // prepareImage makes what a machine will be made of where that takes a while, so that a
 // person sees what is done; the node would do the same and say nothing.
 func prepareImage(ctx context.Context, home workspace.Home, node *client.Client, spec nucleus.PodSpec) error {
-	wanted, tier := spec.Image, nucleus.TierKernel
-	if wanted.Kind == nucleus.ImageHost || wanted.Kind == nucleus.ImageDirectory {
+	if spec.Image.Kind == nucleus.ImageHost || spec.Image.Kind == nucleus.ImageDirectory {
 		return nil
 	}
 	store, err := home.Images()
 	if err != nil {
 		return err
 	}
-	if wanted.Kind == "" {
-		usual, err := store.Unpacked(nucleus.Image{Kind: nucleus.ImageDebian})
-		if err != nil || usual != "" {
-			return err
-		}
-		pod, err := node.PlanPod(ctx, spec)
-		if err != nil {
-			return err
-		}
-		if wanted, err = nucleus.ParseImage(pod.Image); err != nil {
-			return err
-		}
-		tier = pod.Tier
-	}
-	wanted.Layers = nil
-	if wanted.Kind == nucleus.ImageHost || wanted.Kind == nucleus.ImageDirectory {
+	usual := nucleus.Image{Kind: nucleus.ImageDebian}
+	if spec.Image.Kind == "" && store.HasKernel("") && store.HasRoot(usual) {
 		return nil
 	}
-	if tier == nucleus.TierKernel {
+	pod, err := node.PlanPod(ctx, spec) // which knows the driver and its usual image
+	if err != nil {
+		return err
+	}
+	wanted, err := nucleus.ParseImage(pod.Image)
+	switch {
+	case err != nil:
+		return err
+	case wanted.Kind == nucleus.ImageHost || wanted.Kind == nucleus.ImageDirectory:
+		return nil
+	case pod.Tier == nucleus.TierKernel:
 		_, err = store.Resolve(ctx, wanted, "/", progress)
 		return err
 	}

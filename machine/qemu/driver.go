@@ -55,7 +55,7 @@ type Config struct {
 	Host     string        // where the host's root is seen; empty: /
 	Cgroups  string        // where cgroups are mounted; empty: /sys/fs/cgroup
 	Scratch  string        // where Probe makes and removes a directory; empty: the system's
-	Patience time.Duration // of Probe; 0: 15 s
+	Patience time.Duration // of Probe; 0: 10 s with KVM, 45 s without, on a busy host
 
 	// Proxy is the program that Probe boots as the guest's first process. Fetch lets it fetch
 	// a kernel where none is here yet.
@@ -89,9 +89,6 @@ func New(config Config) (accelerated, emulated *Driver) {
 	if config.Cgroups == "" {
 		config.Cgroups = cgroup.Mount
 	}
-	if config.Patience == 0 {
-		config.Patience = 15 * time.Second
-	}
 	if config.KVM == nil {
 		config.KVM = new(kvm.Host)
 	}
@@ -103,8 +100,11 @@ func New(config Config) (accelerated, emulated *Driver) {
 			*field.set = *field.usual
 		}
 	}
-	known := new(programs)
-	return &Driver{config, false, known}, &Driver{config, true, known}
+	known, slow := new(programs), config
+	if config.Patience == 0 {
+		config.Patience, slow.Patience = 10*time.Second, 45*time.Second
+	}
+	return &Driver{config, false, known}, &Driver{slow, true, known}
 }
 
 // Name implements machine.Driver. Both have the same.
