@@ -269,34 +269,38 @@ func imagePrune() *cobra.Command {
 // prepareImage makes what a machine will be made of where that takes a while, so that a
 // person sees what is done; the node would do the same and say nothing.
 func prepareImage(ctx context.Context, home workspace.Home, node *client.Client, spec nucleus.PodSpec) error {
-	if spec.Image.Kind == nucleus.ImageHost || spec.Image.Kind == nucleus.ImageDirectory {
-		return nil
-	}
 	store, err := home.Images()
 	if err != nil {
 		return err
-	}
-	usual := nucleus.Image{Kind: nucleus.ImageDebian}
-	if spec.Image.Kind == "" && store.HasKernel("") && store.HasRoot(usual) {
-		return nil
 	}
 	pod, err := node.PlanPod(ctx, spec) // which knows the driver and its usual image
 	if err != nil {
 		return err
 	}
 	wanted, err := nucleus.ParseImage(pod.Image)
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
-	case wanted.Kind == nucleus.ImageHost || wanted.Kind == nucleus.ImageDirectory:
-		return nil
-	case pod.Tier == nucleus.TierKernel:
+	}
+	lies := wanted.Kind == nucleus.ImageHost || wanted.Kind == nucleus.ImageDirectory
+	if pod.Tier != nucleus.TierVM && pod.Tier != nucleus.TierEmulated {
+		if lies {
+			return nil // and is shown where it lies
+		}
 		_, err = store.Resolve(ctx, wanted, "/", progress)
 		return err
 	}
 	if _, err := store.Kernel(ctx, "", progress); err != nil {
 		return err
 	}
-	_, err = store.Root(ctx, wanted, "/", progress)
+	if _, err := store.Root(ctx, wanted, "/", progress); err != nil {
+		return err
+	}
+	layers := spec.Agent.Places()
+	if wanted.Kind == nucleus.ImageHost {
+		layers = slices.Concat(spec.Image.Layers, layers)
+	}
+	if len(layers) > 0 {
+		_, err = store.Layers(ctx, layers, progress)
+	}
 	return err
 }
