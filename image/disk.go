@@ -43,26 +43,49 @@ const factTree = "tree"
 // rootOfTree finds the disk of what was unpacked without looking at it: a tree is what its
 // digest says. The tree may be gone.
 func (s *Store) rootOfTree(ctx context.Context, image nucleus.Image, host string, progress Progress) (Disk, error) {
-	key := func(digest string) string {
-		return keyOf("root of tree", digest, fmt.Sprint(generated(nil, nil), mountPoints, usual))
-	}
 	digest, err := s.madeOf(treeKey(image))
-	if err == nil && digest != "" {
-		o, err := s.known(key(digest))
-		if err != nil || o.Digest != "" {
-			return s.asDisk(o), err
-		}
+	if err == nil && digest == "" {
+		var root Root
+		root, err = s.Resolve(ctx, image, host, progress)
+		digest = root.Digest
 	}
-	root, err := s.Resolve(ctx, image, host, progress)
 	if err != nil {
 		return Disk{}, err
 	}
-	t, err := root.tree(ctx)
+	o, err := s.made(ctx, rootKey(digest), func(dir string) (Object, error) {
+		root, err := s.Resolve(ctx, image, host, progress)
+		if err == nil && root.Digest != digest {
+			err = fmt.Errorf("it is %s now, and was %s", root.Digest, digest)
+		}
+		if err != nil {
+			return Object{}, err
+		}
+		t, err := root.tree(ctx)
+		if err != nil {
+			return Object{}, err
+		}
+		o := Object{What: image.String(), Env: root.Env, Facts: map[string]string{factTree: digest}}
+		return s.building(ctx, "root", o, t, progress)(dir)
+	})
 	if err != nil {
 		return Disk{}, fmt.Errorf("image %s: %w", image, err)
 	}
-	o, err := s.made(ctx, key(root.Digest), s.building(ctx, "root", Object{What: image.String(), Env: root.Env, Facts: map[string]string{factTree: root.Digest}}, t, progress))
-	return s.asDisk(o), err
+	return s.asDisk(o), nil
+}
+
+// rootKey names the disk of a tree, with all that is added to it.
+func rootKey(tree string) string {
+	return keyOf("root of tree", tree, fmt.Sprint(generated(nil, nil), mountPoints, usual))
+}
+
+// HasRoot says whether Root would have to make nothing, for an image that has to be unpacked.
+func (s *Store) HasRoot(image nucleus.Image) bool {
+	digest, err := s.madeOf(treeKey(image))
+	if err != nil || digest == "" {
+		return false
+	}
+	o, err := s.known(rootKey(digest))
+	return err == nil && o.Digest != ""
 }
 
 // Layers returns an EROFS image of layers: their files and directories by number, and
@@ -155,9 +178,6 @@ func (s *Store) building(ctx context.Context, kind string, o Object, t *tree.Tre
 }
 
 func (s *Store) asDisk(o Object) Disk {
-	if o.Digest == "" {
-		return Disk{}
-	}
 	return Disk{Path: filepath.Join(s.object(o.Digest), o.Files[0].Name), Digest: o.Digest, Size: o.Files[0].Size, Env: o.Env}
 }
 

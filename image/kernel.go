@@ -29,7 +29,8 @@ type Kernel struct {
 	Package string // Debian's package and version; "" for a kernel that was given by path
 	Tried   bool   // CAL was tried with exactly this kernel
 
-	load []string // files in Modules, in the order in which they have to be loaded
+	object string   // digest of the store's object
+	load   []string // files in Modules, in the order in which they have to be loaded
 }
 
 // The kernel that CAL was tried with.
@@ -49,7 +50,9 @@ const (
 	modulesFile = "modules/order"
 )
 
-const defaultKernel = "kernel-default"
+// defaultKernel is the input of the kernel that nobody names; a release that needs other
+// modules has another.
+func defaultKernel() string { return "kernel-" + keyOf(linux.Wanted...) }
 
 // largestKernel bounds a file that is read as a kernel.
 const largestKernel = 512 << 20
@@ -66,7 +69,7 @@ func (s *Store) Kernel(ctx context.Context, path string, progress Progress) (Ker
 func (s *Store) RenewKernel(ctx context.Context, path string, progress Progress) (Kernel, error) {
 	k, err := s.kernel(ctx, path, s.madeAnew, progress)
 	if err == nil && path != "" {
-		err = s.full(durable.Store(filepath.Join(s.inputs(), defaultKernel+".json"), input{k.Digest}))
+		err = s.full(durable.Store(filepath.Join(s.inputs(), defaultKernel()+".json"), input{k.object}))
 	}
 	return k, err
 }
@@ -74,16 +77,19 @@ func (s *Store) RenewKernel(ctx context.Context, path string, progress Progress)
 type maker func(ctx context.Context, key string, build func(dir string) (Object, error)) (Object, error)
 
 func (s *Store) kernel(ctx context.Context, path string, made maker, progress Progress) (Kernel, error) {
-	key, build := defaultKernel, func(dir string) (Object, error) { return s.fetchKernel(ctx, dir, progress) }
+	key, build := defaultKernel(), func(dir string) (Object, error) { return s.fetchKernel(ctx, dir, progress) }
 	if path != "" {
 		id, err := fileid.Of(path)
 		if err != nil {
 			return Kernel{}, fmt.Errorf("kernel: %w", err)
 		}
-		key = keyOf("kernel", path, fmt.Sprint(id))
+		key = keyOf("kernel", path, fmt.Sprint(id, linux.Wanted))
 		build = func(dir string) (Object, error) { return takeKernel(ctx, path, s.modules, dir, progress) }
 	}
 	o, err := made(ctx, key, build)
+	if errors.Is(err, linux.ErrNoKernel) {
+		err = fmt.Errorf("%w; hint: a bzImage, as /boot/vmlinuz-..., or its uncompressed ELF is wanted", err)
+	}
 	if err != nil {
 		return Kernel{}, fmt.Errorf("kernel: %w", err)
 	}
@@ -95,7 +101,7 @@ func (s *Store) HasKernel(path string) bool {
 	if path != "" {
 		return true
 	}
-	o, err := s.known(defaultKernel)
+	o, err := s.known(defaultKernel())
 	return err == nil && o.Digest != ""
 }
 
@@ -103,7 +109,7 @@ func (s *Store) asKernel(o Object) (Kernel, error) {
 	dir := s.object(o.Digest)
 	k := Kernel{
 		Image: filepath.Join(dir, o.Files[0].Name), ELF: filepath.Join(dir, elfFile), Modules: filepath.Join(dir, modulesDir),
-		Version: o.Facts["version"], Digest: o.Digest, Package: o.Facts["package"], Tried: o.Digest == triedDigest,
+		Version: o.Facts["version"], Digest: o.Files[0].Digest, Package: o.Facts["package"], Tried: o.Files[0].Digest == triedDigest, object: o.Digest,
 	}
 	order, err := os.ReadFile(filepath.Join(dir, modulesFile))
 	k.load = strings.Fields(string(order))
@@ -255,7 +261,7 @@ func (s *Store) Initramfs(ctx context.Context, kernel Kernel, proxy string) (Dis
 	if err != nil {
 		return Disk{}, fmt.Errorf("initramfs: %w", err)
 	}
-	o, err := s.made(ctx, keyOf("initramfs 1", kernel.Digest, strings.Join(kernel.load, "\n"), proxy, fmt.Sprint(id)), func(dir string) (Object, error) {
+	o, err := s.made(ctx, keyOf("initramfs 1", kernel.object, proxy, fmt.Sprint(id)), func(dir string) (Object, error) {
 		o := Object{
 			Kind: "initramfs", What: fmt.Sprintf("%s with kernel %s", filepath.Base(proxy), cmp.Or(kernel.Version, kernel.Digest)),
 			Files: []File{{Name: initramfsFile}},

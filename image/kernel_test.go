@@ -86,6 +86,17 @@ func TestKernelAndInitramfs(t *testing.T) {
 	if _, err := s.Initramfs(ctx, k, proxy+"none"); err == nil {
 		t.Error("a program that is not there")
 	}
+	// The same kernel with other modules is another object.
+	must(t, os.WriteFile(s.modules+"/6.1.0-test/kernel/fs/ext4.ko", []byte(testELF(elf.ET_REL, ".modinfo", "depends=\x00x=y\x00")), 0o644))
+	renewed, err := s.RenewKernel(ctx, path, nil)
+	if err != nil || renewed.Digest != k.Digest || renewed.object == k.object {
+		t.Errorf("other modules: %+v, %v", renewed, err)
+	}
+	must(t, s.Hold(t.TempDir(), k.Digest))
+	if list, err := s.List(ctx, false); err != nil || len(list) != 4 || len(list[0].UsedBy)+len(list[1].UsedBy)+len(list[2].UsedBy)+len(list[3].UsedBy) != 2 {
+		t.Errorf("%+v, %v", list, err)
+	}
+	k = renewed
 	must(t, flip(k.ELF, 70))
 	if k, err := s.Kernel(ctx, path, nil); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("a changed kernel: %+v, %v", k, err)

@@ -25,7 +25,8 @@ type hold struct {
 }
 
 // Hold keeps objects from being pruned as long as dir exists, the directory of a machine
-// that uses them. A second call for a directory replaces what the first has said.
+// that uses them: those that have one of the digests, or a file of it. A second call for a
+// directory replaces what the first has said.
 func (s *Store) Hold(dir string, digests ...string) error {
 	for _, digest := range digests {
 		if !isDigest(digest) {
@@ -94,7 +95,7 @@ func (s *Store) List(ctx context.Context, verify bool) ([]Listed, error) {
 		if !isDigest(digest) {
 			continue
 		}
-		list = append(list, s.look(ctx, digest, held[digest], verify))
+		list = append(list, s.look(ctx, digest, held, verify))
 	}
 	slices.SortStableFunc(list, func(a, b Listed) int { return b.Used.Compare(a.Used) })
 	return list, nil
@@ -120,18 +121,20 @@ func (s *Store) Inspect(ctx context.Context, digest string) (Listed, error) {
 	if len(found) != 1 || digest == "" {
 		return Listed{}, fmt.Errorf("digest %q: %d objects have it, want one (cal image list)", digest, len(found))
 	}
-	return s.look(ctx, found[0], held[found[0]], true), nil
+	return s.look(ctx, found[0], held, true), nil
 }
 
-func (s *Store) look(ctx context.Context, digest string, by []string, verify bool) Listed {
-	l := Listed{UsedBy: by}
-	if by == nil {
-		l.UsedBy = []string{}
-	}
+func (s *Store) look(ctx context.Context, digest string, held map[string][]string, verify bool) Listed {
+	l := Listed{UsedBy: slices.Clone(held[digest])}
 	var err error
 	if l.Object, err = s.load(digest); err == nil && verify {
 		err = s.verify(ctx, l.Object)
 	}
+	for _, f := range l.Files {
+		l.UsedBy = append(l.UsedBy, held[f.Digest]...)
+	}
+	slices.Sort(l.UsedBy)
+	l.UsedBy = append([]string{}, slices.Compact(l.UsedBy)...) // a list, in JSON too
 	if err != nil {
 		l.Object.Digest, l.Wrong = digest, err.Error()
 	}

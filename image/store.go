@@ -42,7 +42,7 @@ type Store struct {
 // Object says what lies in a directory of the store.
 type Object struct {
 	Kind   string            `json:"kind"`   // "kernel", "initramfs", "root", "layers", "tree"
-	Digest string            `json:"digest"` // "sha256:..." of its first file; of a tree, of all that is in it
+	Digest string            `json:"digest"` // "sha256:..." of its one file; of a tree or a kernel, of all that is in it
 	What   string            `json:"what"`   // made from, for people
 	Files  []File            `json:"files"`
 	Env    map[string]string `json:"env,omitempty"`
@@ -303,8 +303,12 @@ func (s *Store) commit(dir string, o Object) (Object, error) {
 			return o, err
 		}
 	}
-	if o.Digest == "" {
+	switch {
+	case o.Digest != "":
+	case len(o.Files) == 1:
 		o.Digest = o.Files[0].Digest
+	default:
+		o.Digest = digestOf(o.Files)
 	}
 	if err := durable.Store(filepath.Join(dir, objectFile), o); err != nil {
 		return o, err
@@ -325,6 +329,15 @@ func (s *Store) commit(dir string, o Object) (Object, error) {
 		return o, &os.LinkError{Op: "rename", Old: dir, New: place, Err: err}
 	}
 	return o, syncDir(s.objects())
+}
+
+// digestOf is that of several files, names included.
+func digestOf(files []File) string {
+	sum := sha256.New()
+	for _, f := range files {
+		fmt.Fprintf(sum, "%s %s\n", f.Digest, f.Name)
+	}
+	return digestPrefix + hex.EncodeToString(sum.Sum(nil))
 }
 
 // keep makes a finished file read-only and durable and takes its record.

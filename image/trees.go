@@ -1,6 +1,7 @@
 package image
 
 import (
+	"archive/tar"
 	"context"
 	"encoding/json"
 	"errors"
@@ -239,7 +240,11 @@ func fillTarball(ctx context.Context, path, place string, limits unpack.Limits, 
 	if err != nil {
 		return err
 	}
-	return errors.Join(into.Add(ctx, plain, unpack.Plain), into.Close())
+	err = into.Add(ctx, plain, unpack.Plain)
+	if errors.Is(err, tar.ErrHeader) {
+		err = fmt.Errorf("%w; hint: a tar of a root file system is wanted, as docker export writes it", err)
+	}
+	return errors.Join(err, into.Close())
 }
 
 func fillOCI(ctx context.Context, ref, place string, limits unpack.Limits, o *Object, progress Progress) error {

@@ -111,6 +111,13 @@ type Driver interface {
 	Remove(ctx context.Context, dir string) error
 }
 
+// Copier is implemented by a driver whose machines hold copies of what a Spec names on the
+// host, made when they start. Digests says of what a machine of spec would be made now, as
+// Facts.Digests does of one that was made.
+type Copier interface {
+	Digests(ctx context.Context, spec Spec) (map[string]string, error)
+}
+
 // Imaged is implemented by a driver whose machines have another image than the host's
 // programs where nobody names one.
 type Imaged interface {

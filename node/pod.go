@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -281,17 +282,17 @@ func (n *Node) newPod(spec nucleus.PodSpec, driver machine.Driver) *Pod {
 	return p
 }
 
-// usualImage is the image, or the driver's usual one with the same layers where none is named.
+// usualImage is the image, or the driver's usual one where none is named. The layers are the
+// host's and fit the host's programs: no other image gets them by itself.
 func usualImage(image nucleus.Image, driver machine.Driver) nucleus.Image {
 	if image.Kind != "" {
 		return image
 	}
-	usual := nucleus.Image{Kind: nucleus.ImageHost}
 	if own, ok := driver.(machine.Imaged); ok {
-		usual = own.UsualImage()
+		return own.UsualImage()
 	}
-	usual.Layers = image.Layers
-	return usual
+	image.Kind = nucleus.ImageHost
+	return image
 }
 
 // checkResources holds limits to what a machine can have; 0 leaves the default.
@@ -537,24 +538,17 @@ func filesDir(work string) string    { return filepath.Join(work, "files") }
 
 func (p *Pod) machineSpec(n *Node) machine.Spec {
 	spec := p.record.Spec
-	m := machine.Spec{
-		ID: p.record.ID, Dir: machineDir(p.dir), Proxy: n.config.Proxy, Image: spec.Image,
+	return machine.Spec{
+		ID: p.record.ID, Dir: machineDir(p.dir), Proxy: n.config.Proxy, Image: spec.Image, Agent: spec.Agent.Places(),
 		Workspace: filesDir(p.record.Workspace), Resources: spec.Resources, Watched: spec.Watched,
 	}
-	for i, l := range p.agentLayers() {
-		m.Agent = append(m.Agent, nucleus.Layer{Name: l.Path, Host: spec.Agent.Root[i].Host, Guest: l.Source})
-	}
-	return m
 }
 
 // agentLayers says where in the machine each layer of the agent's root lies.
 func (p *Pod) agentLayers() []guest.AgentLayer {
-	if p.record.Spec.Agent == nil {
-		return nil
-	}
 	var layers []guest.AgentLayer
-	for _, l := range p.record.Spec.Agent.Root {
-		layers = append(layers, guest.AgentLayer{Source: nucleus.MachineAgent + l.Guest, Path: l.Guest})
+	for _, l := range p.record.Spec.Agent.Places() {
+		layers = append(layers, guest.AgentLayer{Source: l.Guest, Path: l.Name})
 	}
 	return layers
 }
@@ -626,18 +620,16 @@ func waitAsk(agent *nucleus.Agent) int {
 	return agent.WaitAsk()
 }
 
-// toolsEnv is the environment of tools: the image's, then what the person handed over.
+// toolsEnv is the environment of tools: the image's, its layers', then what the person
+// handed over.
 func (p *Pod) toolsEnv(facts machine.Facts) map[string]string {
 	env := map[string]string{
 		"ALL_PROXY": "socks5h://" + guest.SOCKSAddr, "HTTP_PROXY": "http://" + guest.ProxyAddr, "HTTPS_PROXY": "http://" + guest.ProxyAddr,
 		"http_proxy": "http://" + guest.ProxyAddr, "https_proxy": "http://" + guest.ProxyAddr,
 		"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
 	}
-	for name, value := range facts.Env {
-		env[name] = value
-	}
-	for name, value := range p.record.Spec.Env {
-		env[name] = value
+	for _, more := range []map[string]string{facts.Env, p.record.Spec.Image.Env, p.record.Spec.Env} {
+		maps.Copy(env, more)
 	}
 	return env
 }

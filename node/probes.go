@@ -27,8 +27,8 @@ type probes struct {
 // driverKey tells drivers apart: one name may stand for several kinds of machines, of
 // which the strongest comes first.
 type driverKey struct {
-	name string
-	tier nucleus.Tier
+	Name string
+	Tier nucleus.Tier
 }
 
 func keyOf(d machine.Driver) driverKey { return driverKey{d.Name(), d.Tier()} }

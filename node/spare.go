@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -88,11 +89,24 @@ func (s *spares) take(ctx context.Context, driver machine.Driver, spec machine.S
 		select {
 		case <-taken.machine.Done():
 		default:
-			return taken
+			if taken.current(ctx, spec) {
+				return taken
+			}
 		}
 	}
 	s.discard(taken)
 	return nil
+}
+
+// current reports whether what the spare holds copies of is still what a machine made now
+// would hold.
+func (s *spare) current(ctx context.Context, spec machine.Spec) bool {
+	copier, ok := s.driver.(machine.Copier)
+	if !ok {
+		return true
+	}
+	digests, err := copier.Digests(ctx, spec)
+	return err == nil && maps.Equal(digests, s.machine.Facts().Digests)
 }
 
 // prepare begins to make a spare like spec, in place of the one that waits. A named
@@ -308,10 +322,10 @@ func (s *spares) shapeOf(driver machine.Driver, spec machine.Spec, named bool) (
 		}
 	}
 	raw, err := json.Marshal(struct {
-		Driver   string
+		Driver   driverKey
 		Spec     machine.Spec
 		Paths    []fileid.ID
 		Unpacked string
-	}{driver.Name(), spec, found, unpacked})
+	}{keyOf(driver), spec, found, unpacked})
 	return nucleus.SHA256(raw), err
 }

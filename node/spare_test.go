@@ -1,12 +1,16 @@
 package node
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
+	"cal/machine"
+	"cal/machine/fake"
 	"cal/nucleus"
 )
 
@@ -144,5 +148,43 @@ func TestNoSpare(t *testing.T) {
 	h.delete(h.pod(specOf("", policyOf(all)), nil))
 	if made := h.waitingSpare(); made != nil {
 		t.Errorf("%+v", made)
+	}
+}
+
+// copier is a driver whose machines hold copies.
+type copier struct {
+	machine.Driver
+	now map[string]string
+	err error
+}
+
+func (c copier) Digests(context.Context, machine.Spec) (map[string]string, error) {
+	return c.now, c.err
+}
+
+// made is a machine of which no more is asked than its facts.
+type made struct {
+	machine.Machine
+	facts machine.Facts
+}
+
+func (m made) Facts() machine.Facts { return m.facts }
+
+// A spare that holds a copy of files that have changed since is none.
+func TestSpareOfOldCopies(t *testing.T) {
+	m := made{facts: machine.Facts{Digests: map[string]string{"root": "sha256:1", "layers": "sha256:2"}}}
+	for name, test := range map[string]struct {
+		driver machine.Driver
+		want   bool
+	}{
+		"no copies":      {fake.New(fake.Config{}), true},
+		"as it was":      {copier{now: map[string]string{"layers": "sha256:2", "root": "sha256:1"}}, true},
+		"another root":   {copier{now: map[string]string{"layers": "sha256:2", "root": "sha256:3"}}, false},
+		"a layer less":   {copier{now: map[string]string{"root": "sha256:1"}}, false},
+		"nobody can say": {copier{now: m.facts.Digests, err: errors.New("gone")}, false},
+	} {
+		if got := (&spare{driver: test.driver, machine: m}).current(t.Context(), machine.Spec{}); got != test.want {
+			t.Errorf("%s: %v", name, got)
+		}
 	}
 }

@@ -13,6 +13,9 @@ type Image struct {
 	Suite    string   `json:"suite,omitempty"`    // of ImageDebian; empty: the host's sources
 	Packages []string `json:"packages,omitempty"` // of ImageDebian, beside the usual ones
 	Layers   []Layer  `json:"layers,omitempty"`   // toolchains and caches, read-only
+
+	// Env is what makes tools find and use the layers.
+	Env map[string]string `json:"env,omitempty"`
 }
 
 // The kinds of images.

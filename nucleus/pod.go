@@ -101,6 +101,18 @@ type Agent struct {
 	CallS int `json:"call_s,omitempty"`
 }
 
+// Places are the layers of the agent's root where they lie in a machine.
+func (a *Agent) Places() []Layer {
+	if a == nil {
+		return nil
+	}
+	var layers []Layer
+	for _, l := range a.Root {
+		layers = append(layers, Layer{Name: l.Guest, Host: l.Host, Guest: MachineAgent + l.Guest})
+	}
+	return layers
+}
+
 // CallSeconds is what a client of MCP waits for a call unless it is told otherwise.
 const CallSeconds = 60
 

@@ -67,6 +67,9 @@ func (p *Plan) Confirmation(pod nucleus.PodStatus, approvals string) string {
 		hand("variables of %s: %s", p.envFile, strings.Join(p.handed, ", "))
 	}
 	for _, l := range p.Spec.Image.Layers {
+		if pod.Image != nucleus.ImageHost {
+			break // they fit the host's programs, and are left out
+		}
 		hand("%s, read-only: %s", l.Name, l.Host)
 	}
 	if m := p.Spec.Model; m != nil {

@@ -209,17 +209,9 @@ func (h Home) planRoot(ctx context.Context, p *Plan, o RunOptions, env map[strin
 	if err != nil {
 		return err
 	}
-	p.Spec.Image.Layers = found.Layers
+	p.Spec.Image.Layers, p.Spec.Image.Env = found.Layers, found.Env
 	if o.Agent != "" {
 		p.Notes = append(p.Notes, found.Notes...)
-	}
-	if p.Spec.Env == nil {
-		p.Spec.Env = map[string]string{}
-	}
-	for name, value := range found.Env {
-		if _, set := p.Spec.Env[name]; !set {
-			p.Spec.Env[name] = value
-		}
 	}
 	return nil
 }

@@ -269,39 +269,38 @@ func imagePrune() *cobra.Command {
 // prepareImage makes what a machine will be made of where that takes a while, so that a
 // person sees what is done; the node would do the same and say nothing.
 func prepareImage(ctx context.Context, home workspace.Home, node *client.Client, spec nucleus.PodSpec) error {
-	wanted, tier := spec.Image, nucleus.TierKernel
-	if wanted.Kind == nucleus.ImageHost || wanted.Kind == nucleus.ImageDirectory {
-		return nil
-	}
 	store, err := home.Images()
 	if err != nil {
 		return err
 	}
-	if wanted.Kind == "" {
-		usual, err := store.Unpacked(nucleus.Image{Kind: nucleus.ImageDebian})
-		if err != nil || usual != "" {
-			return err
-		}
-		pod, err := node.PlanPod(ctx, spec)
-		if err != nil {
-			return err
-		}
-		if wanted, err = nucleus.ParseImage(pod.Image); err != nil {
-			return err
-		}
-		tier = pod.Tier
+	pod, err := node.PlanPod(ctx, spec) // which knows the driver and its usual image
+	if err != nil {
+		return err
 	}
-	wanted.Layers = nil
-	if wanted.Kind == nucleus.ImageHost || wanted.Kind == nucleus.ImageDirectory {
-		return nil
+	wanted, err := nucleus.ParseImage(pod.Image)
+	if err != nil {
+		return err
 	}
-	if tier == nucleus.TierKernel {
+	lies := wanted.Kind == nucleus.ImageHost || wanted.Kind == nucleus.ImageDirectory
+	if pod.Tier != nucleus.TierVM && pod.Tier != nucleus.TierEmulated {
+		if lies {
+			return nil // and is shown where it lies
+		}
 		_, err = store.Resolve(ctx, wanted, "/", progress)
 		return err
 	}
 	if _, err := store.Kernel(ctx, "", progress); err != nil {
 		return err
 	}
-	_, err = store.Root(ctx, wanted, "/", progress)
+	if _, err := store.Root(ctx, wanted, "/", progress); err != nil {
+		return err
+	}
+	layers := spec.Agent.Places()
+	if wanted.Kind == nucleus.ImageHost {
+		layers = slices.Concat(spec.Image.Layers, layers)
+	}
+	if len(layers) > 0 {
+		_, err = store.Layers(ctx, layers, progress)
+	}
 	return err
 }

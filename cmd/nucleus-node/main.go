@@ -64,6 +64,7 @@ func run(args []string) error {
 		witnesses = append(witnesses, node.Witness{URL: url, Key: key})
 		return nil
 	})
+	patience := flags.Duration("probe-patience", 0, "how long a guest may take to show that KVM runs it, longer on a host that is emulated itself (default: the drivers' own)")
 	spare := flags.Duration("spare", 5*time.Minute, "how long a machine made ahead waits for the next pod of its shape; 0 makes none")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -85,12 +86,12 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	host := new(kvm.Host)
+	host := &kvm.Host{Patience: *patience}
 	accelerated, emulated := qemu.New(qemu.Config{QEMU: *emulator, Images: images, Proxy: *proxy, Fetch: true, Scratch: filepath.Join(*home, "run"), KVM: host})
 	n, err := node.Open(ctx, node.Config{
 		Home: *home,
 		Drivers: []machine.Driver{ // the strongest first
-			firecracker.New(firecracker.Config{Firecracker: *vmm, Jailer: *jailer, Images: images, Snapshots: filepath.Join(*home, "run", "warm"), Scratch: filepath.Join(*home, "run"), KVM: host}),
+			firecracker.New(firecracker.Config{Firecracker: *vmm, Jailer: *jailer, Images: images, Snapshots: filepath.Join(*home, "run", "warm"), Scratch: filepath.Join(*home, "run"), KVM: host, Patience: *patience}),
 			accelerated,
 			gvisor.New(gvisor.Config{Runsc: *runsc, Images: images}),
 			emulated,

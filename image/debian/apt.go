@@ -69,10 +69,25 @@ func open(ctx context.Context, dir, list string) (*Apt, error) {
 	if err := os.WriteFile(a.configFile(), []byte(a.config(list != "")), 0o644); err != nil {
 		return nil, err
 	}
-	if _, err := a.run(ctx, dir, "apt-get", "update"); err != nil {
-		return nil, err
+	return a, a.update(ctx)
+}
+
+// update fetches the lists. apt takes it lightly where some, or all, cannot be had.
+func (a *Apt) update(ctx context.Context) error {
+	said, err := a.run(ctx, a.dir, "apt-get", "update")
+	if err != nil {
+		return err
 	}
-	return a, nil
+	lists, err := filepath.Glob(filepath.Join(a.dir, "lists", "*Packages*"))
+	if err == nil && len(lists) == 0 {
+		err = fmt.Errorf("no archive of packages could be reached; hint: sources and proxies are those of apt, or http_proxy: %s", lastLines(string(said), 3))
+	}
+	return err
+}
+
+func lastLines(text string, n int) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "; ")
 }
 
 func (a *Apt) configFile() string  { return filepath.Join(a.dir, "apt.conf") }
@@ -187,10 +202,11 @@ func environment() []string {
 }
 
 // mostSaid bounds what is shown of a failed program.
-const mostSaid = 2000
+const mostSaid = 1000
 
 func output(ctx context.Context, cmd *exec.Cmd) ([]byte, error) {
-	var out, said bytes.Buffer
+	var out bytes.Buffer
+	said := bounded{most: mostSaid}
 	cmd.Stdout, cmd.Stderr, cmd.Env = &out, &said, environment()
 	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) } // its fetchers too
@@ -202,9 +218,18 @@ func output(ctx context.Context, cmd *exec.Cmd) ([]byte, error) {
 	if ctx.Err() != nil {
 		err = ctx.Err()
 	}
-	text := strings.TrimSpace(said.String())
-	if len(text) > mostSaid {
-		text = "..." + text[len(text)-mostSaid:]
+	return nil, fmt.Errorf("%s: %w: %s", filepath.Base(cmd.Path), err, strings.TrimSpace(said.String()))
+}
+
+// bounded keeps the beginning of what a program says.
+type bounded struct {
+	bytes.Buffer
+	most int
+}
+
+func (b *bounded) Write(p []byte) (int, error) {
+	if room := b.most - b.Len(); room > 0 {
+		b.Buffer.Write(p[:min(room, len(p))])
 	}
-	return nil, fmt.Errorf("%s: %w: %s", filepath.Base(cmd.Path), err, text)
+	return len(p), nil
 }

@@ -165,6 +165,9 @@ func TestFetchRefuses(t *testing.T) {
 	} else if depends, err := Field(ctx, files[0], "Depends"); err != nil || depends != "base" {
 		t.Errorf("field %q, %v", depends, err)
 	}
+	if _, err := open(ctx, aptDir(t), "deb [trusted=yes] http://127.0.0.1:1/debian bookworm main\n"); err == nil || !strings.Contains(err.Error(), "hint:") {
+		t.Errorf("an archive that cannot be reached: %v", err)
+	}
 	ended, cancel := context.WithCancel(ctx)
 	cancel()
 	if _, err := apt.Fetch(ended, []string{"awk-two"}); err == nil {

@@ -119,7 +119,7 @@ func packageOf(deb string) (Package, error) {
 
 func add(ctx context.Context, deb string, into *unpack.Into) error {
 	cmd := exec.CommandContext(ctx, "dpkg-deb", "--fsys-tarfile", deb)
-	var said bytes.Buffer
+	said := bounded{most: mostSaid}
 	cmd.Stderr, cmd.Env = &said, environment()
 	out, err := cmd.StdoutPipe()
 	if err != nil {

@@ -67,9 +67,8 @@ func ownerOf(t *testing.T, path string) uint32 {
 	return stat.Uid
 }
 
-// mainPath is what a person does first, as the user ordinary; tools is the id of the
-// tools in a machine of that user's.
-func mainPath(t *testing.T, e *testenv.Env, tools string) {
+// asOrdinary has all commands run as a user without rights, who owns what is there.
+func asOrdinary(t *testing.T, e *testenv.Env) {
 	t.Helper()
 	e.Credential = &syscall.Credential{Uid: ordinary, Gid: ordinary}
 	bin := filepath.Join(e.Dir, "bin") // the built ones may lie where others cannot walk
@@ -80,6 +79,14 @@ func mainPath(t *testing.T, e *testenv.Env, tools string) {
 	if err := os.Chmod(e.Dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	e.Own()
+}
+
+// mainPath is what a person does first, as the user ordinary; tools is the id of the
+// tools in a machine of that user's.
+func mainPath(t *testing.T, e *testenv.Env, tools string) {
+	t.Helper()
+	asOrdinary(t, e)
 	e.Vars["PATH"] = "/usr/local/bin:/usr/bin:/bin"
 	repo := e.Repo("greeter", greeter())
 	if r := e.Cal("doctor"); r.Code != 0 {
@@ -116,16 +123,7 @@ func TestWithoutNamespaces(t *testing.T) {
 		t.Skip("only root may become another user in a namespace of its own")
 	}
 	e := testenv.New(t)
-	e.Credential = &syscall.Credential{Uid: ordinary, Gid: ordinary}
-	bin := filepath.Join(e.Dir, "bin")
-	if out, err := exec.Command("cp", "-r", e.Bin, bin).CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	e.Bin = bin
-	if err := os.Chmod(e.Dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	e.Own()
+	asOrdinary(t, e)
 	within := func(limit string) {
 		e.As = []string{"setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups", "unshare", "--user", "--map-user=54321", "--map-group=54321", "--keep-caps", "sh", "-c",
 			`echo ` + limit + ` >/proc/sys/user/max_user_namespaces && exec setpriv --inh-caps=-all --ambient-caps=-all -- "$@"`, "sh"}

@@ -53,10 +53,14 @@ func (b build) make(ctx context.Context, wanted *regexp.Regexp) (image, error) {
 		return image{}, errors.New("no qemu-system-x86_64; hint: apt install qemu-system-x86")
 	}
 	p := plan{Binary: "/" + work + "/driver.test"}
+	if err := os.MkdirAll(b.path("bin"), 0o755); err != nil {
+		return image{}, err
+	}
 	for _, target := range [][]string{
 		{"test", "-c", "-o", b.path("driver.test"), "cal/machine/firecracker"},
 		{"build", "-o", b.path("testguest"), "cal/machine/machinetest/testguest"},
 		{"build", "-o", b.path("init"), "cal/internal/nested"},
+		{"build", "-o", b.path("bin") + "/", "cal/cmd/cal", "cal/cmd/nucleus-node", "cal/cmd/nucleus-authority", "cal/cmd/nucleus-tool-proxy"},
 	} {
 		cmd := exec.CommandContext(ctx, "go", target...)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -86,7 +90,7 @@ func (b build) make(ctx context.Context, wanted *regexp.Regexp) (image, error) {
 		}
 		p.Modules = append(p.Modules, m.Path)
 	}
-	p.Env = []string{"FIRECRACKER=/" + work + "/firecracker", "JAILER=/" + work + "/jailer", "CAL_TESTGUEST=/" + work + "/testguest",
+	p.Env = []string{"FIRECRACKER=/" + work + "/firecracker", "JAILER=/" + work + "/jailer", "CAL_TESTGUEST=/" + work + "/testguest", "CAL_TEST_PROGRAMS=/" + work + "/bin", "HOME=/root",
 		"CAL_TEST_IMAGES=" + machinesAt + "/images", "CAL_TEST_PATIENCE=240s", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	if b.programs["unfiltered"] != "" {
 		p.Env = append(p.Env, "FIRECRACKER_UNFILTERED=/"+work+"/unfiltered")
@@ -149,7 +153,7 @@ func (b build) blankDisk(ctx context.Context, path string) error {
 // archive writes the emulated host's files.
 func (b build) archive(name string, p plan) error {
 	files := map[string]string{"init": b.path("init")}
-	for _, program := range []string{"driver.test", "testguest"} {
+	for _, program := range []string{"driver.test", "testguest", "bin/cal", "bin/nucleus-node", "bin/nucleus-authority", "bin/nucleus-tool-proxy"} {
 		files[work+"/"+program] = b.path(program)
 	}
 	for name, path := range b.programs {

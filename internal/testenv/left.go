@@ -41,7 +41,8 @@ func (e *Env) Processes() []Process {
 	return found
 }
 
-const qemu = "qemu-system-x86_64"
+// emulator is QEMU's name, of which one runs for each machine of that driver's.
+const emulator = "qemu-system-x86_64"
 
 // spares are the machines that no pod has yet.
 func (e *Env) spares() []string {
@@ -53,12 +54,12 @@ func ofSpare(text string, spares []string) bool {
 	return slices.ContainsFunc(spares, func(id string) bool { return strings.Contains(text, id) })
 }
 
-// Sandboxes are the process ids of machines that a pod has: gVisor's sandboxes, QEMUs.
+// Sandboxes are the process ids of machines that a pod has.
 func (e *Env) Sandboxes() []int {
 	var pids []int
 	spares := e.spares()
 	for _, p := range e.Processes() {
-		if (p.Name == "runsc-sandbox" || p.Name == qemu) && !ofSpare(strings.Join(p.Args, " "), spares) {
+		if (p.Name == "runsc-sandbox" || p.Name == emulator) && !ofSpare(strings.Join(p.Args, " "), spares) {
 			pids = append(pids, p.PID)
 		}
 	}
@@ -119,7 +120,7 @@ func (e *Env) LeftOfMachines() []string {
 	var left []string
 	spares := e.spares()
 	for _, p := range e.Processes() {
-		if (strings.HasPrefix(p.Name, "runsc") || p.Name == qemu) && !ofSpare(strings.Join(p.Args, " "), spares) {
+		if (strings.HasPrefix(p.Name, "runsc") || p.Name == emulator) && !ofSpare(strings.Join(p.Args, " "), spares) {
 			left = append(left, fmt.Sprintf("process %d: %s", p.PID, strings.Join(p.Args, " ")))
 		}
 	}

@@ -2,6 +2,7 @@ package firecracker
 
 import (
 	"context"
+	_ "embed"
 	"errors"
 	"net"
 	"net/http"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 // serveFake returns a fake API and a client that speaks to it over a unix socket.
@@ -153,12 +155,13 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+//go:embed api.go
+var apiSource string
+
 // TestNeverSent: the description knows requests that the driver must never make.
 func TestNeverSent(t *testing.T) {
-	source, err := os.ReadFile("api.go")
-	must(t, err)
 	for _, never := range []string{"network-interfaces", "mmds", "balloon", "vhost", "Uffd"} {
-		if strings.Contains(string(source), never) {
+		if strings.Contains(apiSource, never) {
 			t.Errorf("api.go speaks of %s", never)
 		}
 	}
@@ -197,4 +200,16 @@ func TestStrangeAnswers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// FuzzFault: what Firecracker says is one short line for a terminal, whoever speaks for it.
+func FuzzFault(f *testing.F) {
+	f.Add([]byte(`{"fault_message": "no"}`))
+	f.Add([]byte("\x1b[2J\xff\r\n"))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		text := fault(body)
+		if len(text) > 500 || !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+			t.Errorf("%q of %q", text, body)
+		}
+	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -311,5 +312,59 @@ func TestLimits(t *testing.T) {
 	}
 	if got := guest.Must(script.Action{Do: "list", Path: nucleus.MachineWorkspace, UID: -1}); got != "part" {
 		t.Errorf("the workspace holds %q, want what was left in it", got)
+	}
+}
+
+// TestCal runs commands as a person does, with the real proxy: cal, the node, a machine
+// of Firecracker's, and what the first command wrote found by the second.
+func TestCal(t *testing.T) {
+	d := working(t)
+	programs := os.Getenv("CAL_TEST_PROGRAMS")
+	if programs == "" {
+		t.Skip("CAL_TEST_PROGRAMS names no directory with CAL's programs; make test-firecracker does")
+	}
+	home := jailDir(t)
+	if images := os.Getenv("CAL_TEST_IMAGES"); images != "" { // where no kernel can be fetched
+		must(t, os.CopyFS(filepath.Join(home, "images"), os.DirFS(images)))
+	}
+	var said strings.Builder
+	node := exec.Command(filepath.Join(programs, "nucleus-node"), "--home", home, "--firecracker", d.config.Firecracker, "--jailer", d.config.Jailer,
+		"--probe-patience", "1m", "--spare", "0")
+	node.Stdout, node.Stderr = &said, &said
+	must(t, node.Start())
+	t.Cleanup(func() {
+		must(t, node.Process.Signal(os.Interrupt))
+		must(t, node.Wait())
+		if t.Failed() {
+			t.Log(said.String())
+		}
+	})
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		if _, err := os.Stat(filepath.Join(home, "run", "node.sock")); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the node does not come up")
+		}
+	}
+	image := machinetest.SmallImage(t, jailDir(t))
+	cal := func(command string) string {
+		t.Helper()
+		started := time.Now()
+		cmd := exec.Command(filepath.Join(programs, "cal"), "run", "--driver", "firecracker", "--image", image.String(), "--workspace", "w", "--memory", "512", "--cpu", "1",
+			"--yes", "--no-tty", "--", "/bin/sh", "-c", command)
+		cmd.Env = append(os.Environ(), "CAL_HOME="+home)
+		output, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("cal run: %v: %s", err, output)
+		}
+		t.Logf("%s: %v", command, time.Since(started))
+		return string(output)
+	}
+	if got := cal("echo written > file && uname -r && echo in the machine"); !strings.Contains(got, "in the machine") || !strings.Contains(got, "cloud-amd64") {
+		t.Errorf("the first command: %q", got)
+	}
+	if got := cal("cat file; echo > /usr/x || echo read-only"); !strings.Contains(got, "written") || !strings.Contains(got, "read-only") {
+		t.Errorf("the second command: %q", got)
 	}
 }

@@ -21,7 +21,7 @@ func cmdline(made microvm.Parts, tasks int) string {
 
 // assemble puts the machine's parts into the jail, each disk under its role's name.
 func (d *Driver) assemble(ctx context.Context, spec machine.Spec, rec record) (microvm.Parts, error) {
-	source := microvm.Source{Images: d.config.Images, Kernel: d.config.Kernel, Host: d.config.Host}
+	source := d.source()
 	made, err := source.Parts(ctx, spec, rec.Jail.path(microvm.Scratch), int64(rec.Shape.DiskMB)<<20)
 	if err != nil {
 		return microvm.Parts{}, err

@@ -92,7 +92,7 @@ func New(config Config) *Driver {
 	if config.KVM == nil {
 		config.KVM = new(kvm.Host)
 	}
-	d := &Driver{config: config, usual: nucleus.Resources{CPU: min(runtime.NumCPU(), 32), MemoryMB: 2048, Pids: 2048, DiskMB: 10 << 10}}
+	d := &Driver{config: config, usual: nucleus.Resources{CPU: min(runtime.NumCPU(), 4), MemoryMB: 2048, Pids: 2048, DiskMB: 10 << 10}}
 	d.warm.Store(config.Snapshots != "")
 	return d
 }
@@ -103,6 +103,15 @@ func (d *Driver) Name() string { return name }
 // UsualImage implements machine.Imaged: an image holds a copy of all that is in it, and
 // the host's programs are too many for that.
 func (d *Driver) UsualImage() nucleus.Image { return nucleus.Image{Kind: nucleus.ImageDebian} }
+
+// Digests implements machine.Copier.
+func (d *Driver) Digests(ctx context.Context, spec machine.Spec) (map[string]string, error) {
+	return d.source().Digests(ctx, spec)
+}
+
+func (d *Driver) source() microvm.Source {
+	return microvm.Source{Images: d.config.Images, Kernel: d.config.Kernel, Host: d.config.Host}
+}
 
 // Tier implements machine.Driver.
 func (d *Driver) Tier() nucleus.Tier { return nucleus.TierVM }

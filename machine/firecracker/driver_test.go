@@ -59,14 +59,14 @@ func fakeHost(t testing.TB, d *Driver) machinetest.Host {
 	dir := jailDir(t)
 	proxy := filepath.Join(dir, "proxy")
 	must(t, os.WriteFile(proxy, []byte("#!"), 0o755))
-	return machinetest.Host{Driver: func() machine.Driver { return reporting{d.again()} }, Proxy: proxy, Scratch: dir, Kill: killVMM, Left: left}
+	return machinetest.Host{Driver: func() machine.Driver { return reporting{d.again()} }, Proxy: proxy, Scratch: dir, Disk: true, Kill: killVMM, Left: left}
 }
 
 // TestSuiteOverFake: what the suite asks of a driver's life, with Firecracker and its
 // guest replaced.
 func TestSuiteOverFake(t *testing.T) {
 	d := faked(t)
-	machinetest.Try(t, fakeHost(t, d), "refused", "limits are stated", "new wire", "wire refused", "adopt", "remove", "given up start")
+	machinetest.Try(t, fakeHost(t, d), "refused", "limits are stated", "new wire", "wire refused", "adopt", "remove", "given up start", "workspace of another kind")
 }
 
 // TestRemoveAtAnyMoment tries it over the fake programs.

@@ -78,10 +78,8 @@ var tests = []struct {
 	{"life", testLife},
 	{"workspace survives kill", testKill},
 	{"new wire", testRewire},
-	{"wire refused", testRefusedWire},
 	{"adopt", testAdopt},
 	{"remove", testRemove},
-	{"given up start", testGivenUp},
 	{"several", testSeveral},
 	{"workspace of another kind", testWorkspaceKinds},
 	{"walls", testWalls},
@@ -282,6 +280,12 @@ func testLife(t *testing.T, host Host) {
 	if facts.AgentUID == facts.ToolsUID || facts.AgentUID == 0 || facts.OneID != (facts.ToolsUID == 0) || facts.Env["PATH"] == "" {
 		t.Errorf("facts: %+v", facts)
 	}
+	for _, limit := range m.Limits() {
+		bounded := limit.Resource == "memory" || limit.Resource == "pids"
+		if bounded && host.Driver().Tier() != nucleus.TierNone && limit.How == machine.Unlimited {
+			t.Errorf("without a limit in the Spec: %+v", limit)
+		}
+	}
 	guest.Must(script.Action{Do: "write", Path: nucleus.MachineWorkspace + "/by-tools", Data: "1", UID: facts.ToolsUID})
 	if data, err := host.read(spec.Workspace + "/by-tools"); err != nil || string(data) != "1" {
 		t.Errorf("workspace on the host: %q, %v", data, err)
@@ -308,6 +312,8 @@ func testLife(t *testing.T, host Host) {
 func testRewire(t *testing.T, host Host) {
 	m, guest := host.Create(t, host.Spec(t))
 	guest.Must(script.Action{Do: "set", Data: "same machine", UID: -1})
+	refusedWire(t, m)
+	guest.Must(echo("the old wire stays"))
 	guest.conn.Close()
 	for range 2 {
 		conn, err := m.Rewire(Context(t))
@@ -322,18 +328,18 @@ func testRewire(t *testing.T, host Host) {
 	}
 }
 
-func testRefusedWire(t *testing.T, host Host) {
-	m, guest := host.Create(t, host.Spec(t))
-	guest.Must(echo("the proxy is up"))
+// refusedWire has a stranger take a new wire.
+func refusedWire(t *testing.T, m machine.Machine) {
+	t.Helper()
 	conn, err := m.Rewire(Context(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	stranger := Talk(t, conn)
+	defer conn.Close()
 	if _, err := stranger.Send(echo("no proof of mine")); err == nil || !strings.Contains(err.Error(), "did not take the new wire") {
 		t.Errorf("a stranger's wire: %v", err)
 	}
-	guest.Must(echo("the old wire stays"))
 }
 
 func testAdopt(t *testing.T, host Host) {
@@ -390,7 +396,8 @@ func testRemove(t *testing.T, host Host) {
 	if err := host.Driver().Remove(Context(t), filepath.Join(spec.Dir, "never")); err != nil {
 		t.Errorf("removing what never was: %v", err)
 	}
-	m, err := host.Driver().Create(Context(t), spec)
+	givenUp(t, host, spec)
+	m, err := host.Driver().Create(Context(t), spec) // it can be tried again
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -422,8 +429,9 @@ func testRemove(t *testing.T, host Host) {
 	host.nothingLeft(t, spec.Dir)
 }
 
-func testGivenUp(t *testing.T, host Host) {
-	spec := host.Spec(t)
+// givenUp has a start end before it has begun.
+func givenUp(t *testing.T, host Host, spec machine.Spec) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	if m, err := host.Driver().Create(ctx, spec); err == nil {
@@ -434,12 +442,10 @@ func testGivenUp(t *testing.T, host Host) {
 		t.Errorf("left in the directory: %v, %v", entries, err)
 	}
 	host.nothingLeft(t, spec.Dir)
-	_, guest := host.Create(t, spec) // and it can be tried again
-	guest.Must(echo(""))
 }
 
 func testSeveral(t *testing.T, host Host) {
-	const n = 3
+	const n = 2
 	var group sync.WaitGroup
 	machines, errs := make([]machine.Machine, n), make([]error, n)
 	specs := make([]machine.Spec, n)
@@ -467,5 +473,5 @@ func testSeveral(t *testing.T, host Host) {
 	}
 	host.Kill(t, specs[0].Dir)
 	wait(t, "Done", machines[0].Done())
-	guests[1].Must(echo("the others live"))
+	guests[1].Must(echo("the other lives"))
 }

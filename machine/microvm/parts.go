@@ -66,6 +66,29 @@ type Source struct {
 // that and a workspace that is new get size bytes. What it makes outside of the store is
 // the scratch disk and a workspace's first disk.
 func (s Source) Parts(ctx context.Context, spec machine.Spec, scratch string, size int64) (Parts, error) {
+	p, err := s.fixed(ctx, spec)
+	if err != nil {
+		return Parts{}, err
+	}
+	workspace, err := s.workspace(ctx, spec.Workspace, size)
+	if err != nil {
+		return Parts{}, err
+	}
+	if err := s.Images.Blank(ctx, scratch, size); err != nil {
+		return Parts{}, fmt.Errorf("scratch disk: %w", err)
+	}
+	p.Disks = append(p.Disks, workspace, Disk{Role: Scratch, Path: scratch, Size: size})
+	return p, nil
+}
+
+// Digests is machine.Copier's for the driver.
+func (s Source) Digests(ctx context.Context, spec machine.Spec) (map[string]string, error) {
+	p, err := s.fixed(ctx, spec)
+	return p.Digests(), err
+}
+
+// fixed are the parts that are never written.
+func (s Source) fixed(ctx context.Context, spec machine.Spec) (Parts, error) {
 	kernel, err := s.Images.Kernel(ctx, s.Kernel, nil)
 	if err != nil {
 		return Parts{}, err
@@ -87,14 +110,6 @@ func (s Source) Parts(ctx context.Context, spec machine.Spec, scratch string, si
 		}
 		p.Disks = append(p.Disks, Disk{Layers, disk.Path, disk.Digest, disk.Size})
 	}
-	workspace, err := s.workspace(ctx, spec.Workspace, size)
-	if err != nil {
-		return Parts{}, err
-	}
-	if err := s.Images.Blank(ctx, scratch, size); err != nil {
-		return Parts{}, fmt.Errorf("scratch disk: %w", err)
-	}
-	p.Disks = append(p.Disks, workspace, Disk{Role: Scratch, Path: scratch, Size: size})
 	return p, nil
 }
 

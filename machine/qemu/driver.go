@@ -122,6 +122,11 @@ func (d *Driver) Tier() nucleus.Tier {
 // may be many.
 func (d *Driver) UsualImage() nucleus.Image { return nucleus.Image{Kind: nucleus.ImageDebian} }
 
+// Digests implements machine.Copier.
+func (d *Driver) Digests(ctx context.Context, spec machine.Spec) (map[string]string, error) {
+	return d.source().Digests(ctx, spec)
+}
+
 func (d *Driver) source() microvm.Source {
 	return microvm.Source{Images: d.config.Images, Kernel: d.config.Kernel, Host: d.config.Host}
 }

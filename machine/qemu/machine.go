@@ -182,6 +182,7 @@ func (v *vmm) launch(ctx context.Context, qemu program, parts microvm.Parts) err
 	}
 	cmd, err := confine.Start(ctx, child)
 	out.Close()
+	fds.close() // else a QEMU that has ended would still be listening
 	if err != nil {
 		return fmt.Errorf("starting QEMU confined: %w", err)
 	}
@@ -250,7 +251,8 @@ func (v *vmm) greet(ctx context.Context, at *port) (net.Conn, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Conn.Close() })
 	deadline := time.Now().Add(v.patience)
-	if last, ok := ctx.Deadline(); ok {
+	last, bounded := ctx.Deadline()
+	if bounded {
 		deadline = earlier(deadline, last)
 	}
 	greeted, err := wire.Greet(conn, deadline)
@@ -258,8 +260,10 @@ func (v *vmm) greet(ctx context.Context, at *port) (net.Conn, error) {
 		return greeted, nil
 	}
 	conn.Close()
-	if ctx.Err() != nil {
-		err = fmt.Errorf("the guest did not answer in time: %w", errors.Join(context.Cause(ctx), err))
+	if bounded && !time.Now().Before(last) { // the connection's deadline may come a moment before that of ctx
+		err = errors.Join(context.DeadlineExceeded, err)
+	} else if ctx.Err() != nil {
+		err = errors.Join(context.Cause(ctx), err)
 	}
 	return nil, err
 }

@@ -1,9 +1,13 @@
 package qemu
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -13,6 +17,7 @@ import (
 	"cal/internal/confine"
 	"cal/internal/kvm"
 	"cal/internal/process"
+	"cal/internal/testenv/subids"
 	"cal/internal/testenv/vm"
 	"cal/machine"
 	"cal/machine/machinetest"
@@ -35,12 +40,32 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	switch { // as the impostor of a test
+	case len(os.Args) == 3 && os.Args[1] == "-L" && os.Args[2] == "help":
+		said, _ := os.ReadFile(os.Args[0] + ".help")
+		os.Stdout.Write(said)
+		os.Exit(0)
+	case os.Args[0] == "qemu-system-x86_64":
+		fmt.Fprintln(os.Stderr, "I am no emulator")
+		os.Exit(1)
+	}
 	confine.Main()
 	kvm.Main()
 	os.Exit(runMain(m))
 }
 
 func runMain(m *testing.M) int {
+	if dir := os.Getenv("CAL_TEST_DIR"); dir != "" { // a child of a test uses its bench
+		shared = bench{dir: dir, guest: filepath.Join(dir, "testguest"), image: nucleus.Image{Kind: nucleus.ImageDirectory, Path: filepath.Join(dir, "root")}}
+		var err error
+		if shared.images, err = image.Open(filepath.Join(dir, "images")); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		kernel.Do(func() {})
+		buildGuest.Do(func() {})
+		return m.Run()
+	}
 	dir, err := os.MkdirTemp("", "calq")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -132,6 +157,68 @@ func left(t *testing.T, dir string) (found []string) {
 		}
 	}
 	return found
+}
+
+// The tests of asUser run again as an ordinary user, by a copy of this program with
+// this in its environment: the directory that holds what they need.
+const (
+	asOrdinary = "CAL_TEST_ORDINARY"
+	ordinaryID = 64323
+)
+
+// TestOrdinaryUser runs some of the tests as a user without rights, and as one with
+// subordinate ids.
+func TestOrdinaryUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("this is the ordinary user")
+	}
+	need(t)
+	t.Run("without rights", func(t *testing.T) {
+		again := asUser(t, "user")
+		again.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinaryID, Gid: ordinaryID}}
+		runAgain(t, again)
+	})
+	t.Run("with subordinate ids", func(t *testing.T) {
+		again := asUser(t, "sub")
+		as, err := subids.As(again.Dir, ordinaryID, 300000, 400000)
+		if err != nil {
+			t.Skipf("no subordinate ids on this host: %v", err)
+		}
+		again.Args = slices.Concat(as, []string{again.Path}, again.Args[1:])
+		again.Path, err = exec.LookPath(as[0])
+		must(t, err)
+		runAgain(t, again)
+	})
+}
+
+// asUser prepares a directory and a command.
+func asUser(t *testing.T, name string) *exec.Cmd {
+	dir := filepath.Join(shared.dir, name)
+	must(t, os.Chmod(shared.dir, 0o755))
+	must(t, os.Mkdir(dir, 0o755))
+	for name, source := range map[string]string{"testguest": shared.guest, "tests": "/proc/self/exe"} {
+		data, err := os.ReadFile(source)
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(dir, name), data, 0o755))
+	}
+	must(t, os.CopyFS(filepath.Join(dir, "root"), os.DirFS(shared.image.Path)))
+	vm.StoreIn(t, filepath.Join(dir, "images"))
+	must(t, filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		return errors.Join(err, os.Lchown(path, ordinaryID, ordinaryID))
+	}))
+	again := exec.CommandContext(t.Context(), filepath.Join(dir, "tests"), "-test.v", "-test.timeout=5m", "-test.run=^(TestConformance|TestClaims)$/^(adopt|walls of QEMU|fixed disks)$")
+	again.Dir = dir
+	again.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "TMPDIR=" + dir, asOrdinary + "=1", "CAL_TEST_DIR=" + dir}
+	return again
+}
+
+func runAgain(t *testing.T, again *exec.Cmd) {
+	t.Helper()
+	output, err := again.CombinedOutput()
+	t.Logf("%s", output)
+	if err != nil || !strings.Contains(string(output), "--- PASS: TestClaims/walls_of_QEMU") {
+		t.Errorf("as user %d: %v", ordinaryID, err)
+	}
 }
 
 func TestConformance(t *testing.T) { machinetest.Run(t, host(t)) }

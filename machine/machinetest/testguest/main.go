@@ -251,6 +251,7 @@ var actions = map[string]func(script.Action) (string, error){
 		return "", err
 	},
 	"vsock":      vsock,
+	"raw":        raw,
 	"interfaces": interfaces,
 	"mknod": func(a script.Action) (string, error) {
 		return "", unix.Mknod(a.Path, unix.S_IFBLK|0o666, int(unix.Mkdev(8, 0)))
@@ -275,6 +276,42 @@ var actions = map[string]func(script.Action) (string, error){
 	"overlay": func(a script.Action) (string, error) {
 		return "", unix.Mount("overlay", a.Path, "overlay", unix.MS_NOSUID|unix.MS_NODEV, a.Data)
 	},
+}
+
+// raw writes over the beginning of a disk, past all that the machine's kernel has mounted:
+// the device is made anew, and the kernel is told that it may be written.
+func raw(a script.Action) (string, error) {
+	number, err := os.ReadFile("/sys/block/" + a.Path + "/dev")
+	if err != nil {
+		return "", err
+	}
+	var major, minor uint32
+	if _, err := fmt.Sscanf(string(number), "%d:%d", &major, &minor); err != nil {
+		return "", err
+	}
+	const place = "/opt"
+	if err := unix.Mount("tmpfs", place, "tmpfs", 0, ""); err != nil {
+		return "", err
+	}
+	defer unix.Unmount(place, unix.MNT_DETACH)
+	if err := unix.Mknod(place+"/raw", unix.S_IFBLK|0o600, int(unix.Mkdev(major, minor))); err != nil {
+		return "", err
+	}
+	device, err := os.OpenFile(place+"/raw", os.O_RDONLY, 0)
+	if err != nil {
+		return "", err
+	}
+	defer device.Close()
+	if err := unix.IoctlSetPointerInt(int(device.Fd()), unix.BLKROSET, 0); err != nil {
+		return "", err
+	}
+	writable, err := os.OpenFile(place+"/raw", os.O_WRONLY|os.O_SYNC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer writable.Close()
+	_, err = writable.WriteAt([]byte(a.Data), 0)
+	return "", err
 }
 
 func list(a script.Action) (string, error) {

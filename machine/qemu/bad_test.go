@@ -1,0 +1,214 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"cal/image"
+	"cal/internal/kvm"
+	"cal/machine"
+	"cal/machine/machinetest"
+	"cal/machine/site"
+	"cal/nucleus"
+)
+
+// TestBadStart: what cannot become a machine is an error that says why, and leaves nothing.
+func TestBadStart(t *testing.T) {
+	b := need(t)
+	h := host(t)
+	file := func(t *testing.T, content string, mode os.FileMode) string {
+		path := filepath.Join(t.TempDir(), "file")
+		must(t, os.WriteFile(path, []byte(content), mode))
+		return path
+	}
+	for name, test := range map[string]struct {
+		config func(*testing.T, *Config)
+		spec   func(*testing.T, *machine.Spec)
+		want   string
+	}{
+		"no QEMU":               {config: func(t *testing.T, c *Config) { c.QEMU = "/nowhere/qemu" }, want: "/nowhere/qemu"},
+		"QEMU is no program":    {config: func(t *testing.T, c *Config) { c.QEMU = file(t, "echo hello", 0o755) }, want: "is no program"},
+		"another program":       {config: func(t *testing.T, c *Config) { c.QEMU = "/bin/true" }, want: "lacks its firmware"},
+		"QEMU that ends":        {config: func(t *testing.T, c *Config) { c.QEMU = impostor(t) }, want: "QEMU said last: I am no emulator"},
+		"no kernel":             {config: func(t *testing.T, c *Config) { c.Kernel = "/nowhere/vmlinuz" }, want: "/nowhere/vmlinuz"},
+		"a kernel that is none": {config: func(t *testing.T, c *Config) { c.Kernel = file(t, strings.Repeat("no kernel", 1000), 0o644) }, want: "kernel"},
+		"no image":              {spec: func(t *testing.T, s *machine.Spec) { s.Image.Path = "/nowhere" }, want: "/nowhere"},
+		"workspace is a link": {spec: func(t *testing.T, s *machine.Spec) {
+			must(t, os.Symlink(file(t, "", 0o600), filepath.Join(s.Workspace, site.WorkspaceDisk)))
+		}, want: "want a file with one"},
+		"workspace has another name": {spec: func(t *testing.T, s *machine.Spec) {
+			must(t, os.WriteFile(filepath.Join(s.Workspace, site.WorkspaceDisk), nil, 0o600))
+			must(t, os.Link(filepath.Join(s.Workspace, site.WorkspaceDisk), filepath.Join(filepath.Dir(s.Workspace), "second")))
+		}, want: "2 names"},
+		"long directory": {spec: func(t *testing.T, s *machine.Spec) {
+			s.Dir = filepath.Join(s.Dir, strings.Repeat("x", 100))
+			must(t, os.Mkdir(s.Dir, 0o700))
+		}, want: "too long"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := Config{Images: b.images, Proxy: b.guest, Usual: nucleus.Resources{CPU: 1, MemoryMB: 512, DiskMB: 64}}
+			if test.config != nil {
+				test.config(t, &config)
+			}
+			spec := h.Spec(t)
+			if test.spec != nil {
+				test.spec(t, &spec)
+			}
+			_, d := New(config)
+			wantRefusal(t, d, spec, test.want)
+		})
+	}
+}
+
+// wantRefusal tries to make a machine, which must fail with these words and leave nothing.
+func wantRefusal(t *testing.T, d *Driver, spec machine.Spec, want string) {
+	t.Helper()
+	m, err := d.Create(machinetest.Context(t), spec)
+	if err == nil {
+		m.Destroy(machinetest.Context(t))
+		t.Fatal("there is a machine")
+	}
+	if !strings.Contains(err.Error(), want) {
+		t.Errorf("got %v, want %q in it", err, want)
+	}
+	if len(err.Error()) > 2000 {
+		t.Errorf("an error of %d bytes", len(err.Error()))
+	}
+	if found := left(t, spec.Dir); found != nil {
+		t.Errorf("left: %v", found)
+	}
+}
+
+// impostor is a program with QEMU's firmware that is no QEMU; see TestMain.
+func impostor(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "qemu-system-x86_64")
+	data, err := os.ReadFile("/proc/self/exe")
+	must(t, err)
+	must(t, os.WriteFile(path, data, 0o755))
+	help, err := exec.Command("qemu-system-x86_64", "-L", "help").Output()
+	must(t, err)
+	must(t, os.WriteFile(path+".help", help, 0o644))
+	return path
+}
+
+// TestCorruptImage: an image that is not what was recorded of it is used for nothing.
+func TestCorruptImage(t *testing.T) {
+	b := need(t)
+	h := host(t)
+	spec := h.Spec(t)
+	root := filepath.Join(t.TempDir(), "root")
+	must(t, os.MkdirAll(filepath.Join(root, "usr"), 0o755))
+	must(t, os.WriteFile(filepath.Join(root, "usr", "file"), []byte(t.Name()), 0o644))
+	spec.Image = nucleus.Image{Kind: nucleus.ImageDirectory, Path: root}
+	disk, err := b.images.Root(t.Context(), spec.Image, "/", nil)
+	must(t, err)
+	must(t, os.Chmod(disk.Path, 0o644))
+	f, err := os.OpenFile(disk.Path, os.O_RDWR, 0)
+	must(t, err)
+	_, err = f.WriteAt([]byte("spoilt"), disk.Size/2)
+	must(t, errors.Join(err, f.Close()))
+	m, err := newDriver(b).Create(machinetest.Context(t), spec)
+	if err == nil {
+		m.Destroy(machinetest.Context(t))
+	}
+	if !errors.Is(err, image.ErrCorrupt) {
+		t.Errorf("a corrupt image: %v", err)
+	}
+	if found := left(t, spec.Dir); found != nil {
+		t.Errorf("left: %v", found)
+	}
+}
+
+// TestCorruptWorkspace: the host does not read the disk; the guest's kernel does, refuses to
+// serve, and the error has its words.
+func TestCorruptWorkspace(t *testing.T) {
+	h := host(t)
+	spec := h.Spec(t)
+	must(t, os.WriteFile(filepath.Join(spec.Workspace, site.WorkspaceDisk), []byte(strings.Repeat("no file system", 1<<18)), 0o600))
+	wantRefusal(t, newDriver(need(t)), spec, "the guest refuses to serve: workspace disk")
+}
+
+// TestSilentGuest: a guest that does not answer is given up when the start's time is over.
+func TestSilentGuest(t *testing.T) {
+	h := host(t)
+	spec := h.Spec(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // no kernel boots in that
+	defer cancel()
+	m, err := h.Driver().Create(ctx, spec)
+	if err == nil {
+		m.Destroy(machinetest.Context(t))
+	}
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v, want that the time is over", err)
+	}
+	if found := left(t, spec.Dir); found != nil {
+		t.Errorf("left: %v", found)
+	}
+}
+
+// TestProbe: where KVM runs a guest its driver passes; else it says why within two seconds.
+// The emulated one passes everywhere.
+func TestProbe(t *testing.T) {
+	b := need(t)
+	accelerated, emulated := New(Config{Images: b.images, Proxy: b.guest, Scratch: b.dir, KVM: new(kvm.Host), Patience: time.Minute})
+	if accelerated.Tier() != nucleus.TierVM || emulated.Tier() != nucleus.TierEmulated || accelerated.Name() != emulated.Name() {
+		t.Errorf("%s of tier %s, %s of tier %s", accelerated.Name(), accelerated.Tier(), emulated.Name(), emulated.Tier())
+	}
+	began := time.Now()
+	err := accelerated.Probe(t.Context())
+	var failed *machine.ProbeError
+	switch {
+	case err == nil:
+		t.Log("KVM runs guests here")
+	case !errors.As(err, &failed) || failed.Mend == "" || !strings.Contains(err.Error(), "kvm"):
+		t.Errorf("without a usable KVM: %v", err)
+	case time.Since(began) > 4*time.Second:
+		t.Errorf("it took %s to say: %v", time.Since(began), err)
+	default:
+		t.Logf("no KVM: %v (%s)", err, failed.Mend)
+	}
+	must(t, emulated.Probe(t.Context()))
+	if entries, err := filepath.Glob(filepath.Join(b.dir, "cal-probe-*")); err != nil || len(entries) > 0 {
+		t.Errorf("left: %q, %v", entries, err)
+	}
+}
+
+// TestProbeSaysWhy: each cause has its mend.
+func TestProbeSaysWhy(t *testing.T) {
+	b := need(t)
+	empty, err := image.Open(t.TempDir())
+	must(t, err)
+	for name, test := range map[string]struct {
+		config      Config
+		cause, mend string
+	}{
+		"not installed":  {Config{QEMU: "qemu-that-is-none", Images: b.images}, "not installed", "apt install"},
+		"not executable": {Config{QEMU: "/etc/passwd", Images: b.images}, "may not be executed", "chmod"},
+		"not QEMU":       {Config{QEMU: "/bin/true", Images: b.images}, "cannot be used", "apt install"},
+		"no kernel":      {Config{Images: empty}, "no kernel was fetched", "cal image build kernel"},
+	} {
+		_, d := New(test.config)
+		err := d.Probe(t.Context())
+		var failed *machine.ProbeError
+		if !errors.As(err, &failed) || !strings.Contains(err.Error(), test.cause) || !strings.Contains(failed.Mend, test.mend) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	proc := t.TempDir()
+	must(t, os.MkdirAll(filepath.Join(proc, "self"), 0o755))
+	must(t, os.WriteFile(filepath.Join(proc, "self/status"), []byte("Seccomp:\t2\n"), 0o644))
+	_, d := New(Config{Images: b.images})
+	if err := d.diagnose(t.Context(), proc, errors.New("namespaces: fork/exec /proc/self/fd/4: operation not permitted")); !strings.Contains(err.Error(), "seccomp filter") {
+		t.Errorf("in a container: %v", err)
+	}
+	if err := d.diagnose(t.Context(), "/nowhere", errors.New("namespaces: operation not permitted")); !strings.Contains(err.Error(), "namespaces and mounts") {
+		t.Errorf("without rights: %v", err)
+	}
+}
