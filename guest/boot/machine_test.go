@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -32,7 +33,8 @@ func TestMain(m *testing.M) {
 	case len(os.Args) > 1 && os.Args[1] == "init":
 		what, say := vm.Asked()
 		if what == "hold" {
-			os.Exit(hold(say))
+			say("held")
+			time.Sleep(time.Hour) // the host ends the machine
 		}
 		os.Args = []string{os.Args[0], "-test.run=^TestInside$", "-test.v"}
 		code := m.Run()
@@ -40,11 +42,18 @@ func TestMain(m *testing.M) {
 		os.Exit(code)
 	case len(os.Args) > 1 && os.Args[1] == "attach":
 		what, say := vm.Asked()
-		if what != "proof" {
+		switch what {
+		case "proof":
+			say("taken")
+		case "write": // a file that nobody syncs
+			if err := os.WriteFile(nucleus.MachineWorkspace+"/written", []byte("by the guest"), 0o644); err != nil {
+				panic(err)
+			}
+			say("written")
+		default:
 			fmt.Fprintln(os.Stderr, "no proof, but", what)
 			os.Exit(1)
 		}
-		say("taken")
 		os.Exit(0)
 	case len(os.Args) > 1 && os.Args[1] == "parent": // of an orphan
 		orphan := exec.Command("/proc/self/exe", "-test.run=^$")
@@ -57,17 +66,6 @@ func TestMain(m *testing.M) {
 	code := m.Run()
 	os.RemoveAll(built.dir)
 	os.Exit(code)
-}
-
-// hold writes a file that nobody syncs and waits for the machine's end.
-func hold(say func(string)) int {
-	if err := os.WriteFile(nucleus.MachineWorkspace+"/written", []byte("by the guest"), 0o644); err != nil {
-		fmt.Println(err)
-		return 1
-	}
-	say("held")
-	time.Sleep(time.Hour) // the host ends the machine
-	return 1
 }
 
 // mutants take a wall away before the machine is made.
@@ -147,10 +145,15 @@ func TestEnd(t *testing.T) {
 	m := vm.Start(t, vm.Config{Init: program(t), Workspace: workspace})
 	vm.Wait(t, m.Greet("hold"), "held")
 	laterWires(t, m)
+	last := m.Wire("cal.wire2")
+	if _, err := io.WriteString(last, "write\n"); err != nil {
+		t.Fatal(err)
+	}
+	vm.Wait(t, bufio.NewReader(last), "written")
 	if got := vm.ReadFile(t, workspace, "/written"); got != "" { // control: it is the end that flushes
 		t.Errorf("on the disk already: %q", got)
 	}
-	if err := wire.SayEnd(m.Dial("cal.wire2"), time.Now().Add(vm.Patience)); err != nil {
+	if err := wire.SayEnd(m.Dial("cal.wire"), time.Now().Add(vm.Patience)); err != nil {
 		t.Fatal(err)
 	}
 	m.Ended()

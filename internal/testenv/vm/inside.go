@@ -29,9 +29,10 @@ func (m *Machine) Greet(what string) *bufio.Reader {
 // Wire greets at a port, again where the machine has missed that the port was closed just before.
 func (m *Machine) Wire(port string) net.Conn {
 	m.t.Helper()
-	for deadline := time.Now().Add(Patience); ; time.Sleep(100 * time.Millisecond) {
+	deadline := time.Now().Add(Patience)
+	for try := 2 * time.Second; ; try *= 2 {
 		conn := m.Dial(port)
-		wired, err := wire.Greet(conn, time.Now().Add(Patience/12))
+		wired, err := wire.Greet(conn, time.Now().Add(try))
 		if err == nil {
 			return wired
 		}
@@ -39,6 +40,7 @@ func (m *Machine) Wire(port string) net.Conn {
 		if !errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(deadline) {
 			m.t.Fatal(err)
 		}
+		time.Sleep(100 * time.Millisecond)
 	}
 }
 
