@@ -19,17 +19,17 @@ const writes = unix.LANDLOCK_ACCESS_FS_WRITE_FILE | unix.LANDLOCK_ACCESS_FS_REMO
 
 const devices = unix.LANDLOCK_ACCESS_FS_MAKE_CHAR | unix.LANDLOCK_ACCESS_FS_MAKE_BLOCK
 
-// keepWritesBelow has the kernel refuse, for ever and to all that is started from here, to change
+// keepWritesBelow has the kernel refuse this thread, for ever and to all that it starts, to change
 // anything but what lies below dirs. It is a second line behind mounts and owners; a kernel that
-// has no Landlock, as gVisor, or none that is good enough, does without. Every thread must have
-// no_new_privs.
+// has no Landlock, as gVisor, or none that is good enough, does without. The thread must have
+// no_new_privs and be locked.
+//
+// What two threads confine by themselves is apart for Landlock: neither may look at the other's
+// processes.
 func keepWritesBelow(dirs []string) error {
-	version, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
-	if errno == unix.ENOSYS || errno == unix.EOPNOTSUPP || errno == 0 && version < 2 {
+	version := landlock()
+	if version == 0 {
 		return nil
-	}
-	if errno != 0 {
-		return fmt.Errorf("landlock: %w", errno)
 	}
 	handled := unix.LandlockRulesetAttr{Handled_access_fs: writes}
 	if version >= 3 {
@@ -46,10 +46,19 @@ func keepWritesBelow(dirs []string) error {
 			return fmt.Errorf("landlock: %s: %w", dir, err)
 		}
 	}
-	if err := everyThread(unix.SYS_LANDLOCK_RESTRICT_SELF, rules, 0, 0); err != nil {
-		return fmt.Errorf("landlock: %w", err)
+	if _, _, errno := unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, rules, 0, 0); errno != 0 {
+		return fmt.Errorf("landlock: %w", errno)
 	}
 	return nil
+}
+
+// landlock is the version that the kernel has, 0 for none that is of use.
+func landlock() int {
+	version, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
+	if errno != 0 || version < 2 {
+		return 0
+	}
+	return int(version)
 }
 
 func addRule(rules int, dir string, allowed uint64) error {

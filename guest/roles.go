@@ -79,8 +79,16 @@ func workerConfig(sent WorkerConfig) (tools.Config, error) {
 	}
 	return tools.Config{
 		Workspace: nucleus.MachineWorkspace, Home: nucleus.MachineHome, Env: sent.Env, Blocked: p.Blocked,
-		MaxTasks: sent.MaxPids, Sync: syncing(sent.Sync),
+		MaxTasks: sent.MaxPids, Sync: syncing(sent.Sync), Confine: confining(),
 	}, nil
+}
+
+// confining keeps a thread, and what it starts, to the places of the tools, where the kernel can.
+func confining() func() error {
+	if landlock() == 0 {
+		return nil
+	}
+	return func() error { return keepWritesBelow(writable) }
 }
 
 // syncing writes the workspace out, where it is a disk that the machine's kernel writes later.

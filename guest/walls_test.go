@@ -158,6 +158,7 @@ func TestInside(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Run("walls", func(t *testing.T) { insideWalls(t, p) })
+	t.Run("neighbours", func(t *testing.T) { insideNeighbours(t, p) })
 	t.Run("limits", func(t *testing.T) { insideLimits(t, p) })
 }
 
@@ -407,6 +408,11 @@ func init() {
 			_, _, err := unix.NameToHandleAt(unix.AT_FDCWD, "/tmp", 0)
 			return err
 		},
+		"leave behind": func() error {
+			left := exec.Command("/proc/self/exe", "try", "sleep")
+			left.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+			return left.Start()
+		},
 		"memfd":                 func() error { _, err := unix.MemfdCreate("x", 0); return err },
 		"ptrace":                traced,
 		"newer than the filter": func() error { return call(newestCall + 1) },
@@ -426,6 +432,7 @@ func init() {
 		"interfaces": interfaces,
 		"processes":  processesInSight,
 		"fork":       fork,
+		"neighbours": neighbours,
 		"child": func(args []string) (string, error) { // in a process of its own, for what ends it
 			return "", childOf(syscall.SysProcAttr{}, strings.Join(args, " "))
 		},
@@ -546,6 +553,19 @@ func processesInSight([]string) (string, error) {
 	return "many", err
 }
 
+// neighbours counts the processes whose environment can be read, beside this one.
+func neighbours([]string) (string, error) {
+	names, err := filepath.Glob("/proc/[0-9]*/environ")
+	n := 0
+	for _, name := range names {
+		env, err := os.ReadFile(name)
+		if err == nil && len(env) > 0 && !strings.Contains(name, fmt.Sprintf("/%d/", os.Getpid())) {
+			n++
+		}
+	}
+	return fmt.Sprint(n), err
+}
+
 // fork starts processes until there can be no more.
 func fork([]string) (string, error) {
 	for n := 0; ; n++ {
@@ -575,6 +595,35 @@ func int80(args []string) error {
 		return syscall.Errno(-got)
 	}
 	return nil
+}
+
+// insideNeighbours: one command can look at another, as a debugger does, and what a command leaves
+// behind ends with it, for the worker can look at all.
+func insideNeighbours(t *testing.T, p *Proxy) {
+	raw, err := json.Marshal(tools.RunArgs{Argv: []string{nucleus.MachineProxy, "try", "sleep"}, Background: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var background tools.RunResult
+	result := asCall(t, p, nucleus.RunBash, raw)
+	if result.Error != nil || json.Unmarshal(result.Value, &background) != nil {
+		t.Fatalf("%+v", result)
+	}
+	if output, _ := asTools(t, p, []string{"try", "neighbours"}); output != "1\n" {
+		t.Errorf("a command can look at %q others, want 1", output)
+	}
+	if raw, err = json.Marshal(tools.RunArgs{Stop: background.ID}); err != nil {
+		t.Fatal(err)
+	}
+	if result := asCall(t, p, nucleus.RunBash, raw); result.Error != nil {
+		t.Error(result.Error)
+	}
+	if output, _ := asTools(t, p, []string{"try", "leave behind"}); output != "done\n" {
+		t.Errorf("leaving a process behind: %q", output)
+	}
+	if output, _ := asTools(t, p, []string{"try", "neighbours"}); output != "0\n" {
+		t.Errorf("%q processes were left behind", output)
+	}
 }
 
 // insideLimits: what is said, and who goes on, where limits are reached.

@@ -29,18 +29,24 @@ type Executor struct {
 	config   Config
 	children *children
 	jobs     jobs
+	stop     func() // of what starts commands
 }
 
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-func newExecutor(box *Sandbox, c Config) *Executor {
-	return &Executor{box: box, config: c, children: newChildren(c.MaxTasks), jobs: jobs{all: map[string]*job{}}}
+func newExecutor(box *Sandbox, c Config) (*Executor, error) {
+	start, stop, err := confined(c.Confine)
+	if err != nil {
+		return nil, fmt.Errorf("confining commands: %w", err)
+	}
+	return &Executor{box: box, config: c, children: newChildren(c.MaxTasks, start), jobs: jobs{all: map[string]*job{}}, stop: stop}, nil
 }
 
 // close ends every command and returns when none is left.
 func (x *Executor) close() {
 	x.children.close()
 	x.jobs.wait()
+	x.stop()
 }
 
 // command is one program to run.

@@ -330,7 +330,8 @@ func TestPlumbingRunsNothing(t *testing.T) {
 	box, err := OpenSandbox(b.workspace, nil)
 	check(t, err)
 	defer box.Close()
-	x := newExecutor(box, Config{}.withDefaults())
+	x, err := newExecutor(box, Config{}.withDefaults())
+	check(t, err)
 	defer x.close()
 	if out, err := x.plumbing("app").run(t.Context(), "", "cat-file", "-p", blob); err == nil {
 		t.Errorf("a missing object was read: %q", out)

@@ -34,6 +34,7 @@ type children struct {
 	work   sync.WaitGroup
 	tasks  int // that the user may have (RLIMIT_NPROC); 0: not limited here
 	limit  int // processes of one call, or 0
+	start  starter
 }
 
 // child is one process that was asked for, the leader of a session of its own.
@@ -52,9 +53,9 @@ var errClosed = errors.New("the tools worker is ending")
 // watchEvery is how often the number of processes is looked at.
 const watchEvery = 200 * time.Millisecond
 
-func newChildren(tasks int) *children {
+func newChildren(tasks int, start starter) *children {
 	k := &children{
-		init: os.Getpid() == 1, live: map[int]*child{}, tasks: tasks,
+		init: os.Getpid() == 1, live: map[int]*child{}, tasks: tasks, start: start,
 		forked: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	if k.init {
@@ -119,13 +120,13 @@ func giveWay(pid int) {
 func (k *children) startLimited(binary string, argv []string, attr *os.ProcAttr) (*os.Process, error) {
 	var own unix.Rlimit
 	if k.tasks == 0 || unix.Getrlimit(unix.RLIMIT_NPROC, &own) != nil {
-		return os.StartProcess(binary, argv, attr)
+		return k.start(binary, argv, attr)
 	}
 	most := min(uint64(max(1, k.tasks-spareThreads)), own.Cur)
 	if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: most, Max: own.Max}); err != nil {
 		return nil, err
 	}
-	process, err := os.StartProcess(binary, argv, attr)
+	process, err := k.start(binary, argv, attr)
 	if e := unix.Setrlimit(unix.RLIMIT_NPROC, &own); err == nil && e != nil {
 		process.Kill()
 		return nil, e

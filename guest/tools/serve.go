@@ -39,6 +39,7 @@ type Config struct {
 	OutputCap      int           // bytes kept of each stream of a command; 0: DefaultOutputCap
 	DefaultTimeout time.Duration // of a command that names none; 0: DefaultTimeout
 	MaxTimeout     time.Duration // 0: MaxTimeout
+	Confine        func() error  // confines the thread that it is called on, and so what that starts: commands are; nil: no more than this program
 	Sync           func() error  // after each call that may have changed the workspace, before its end is told; nil: not needed
 	MaxTasks       int           // that the user may have (RLIMIT_NPROC): a command with three quarters of it is ended; 0: not limited here
 }
@@ -78,7 +79,11 @@ func Serve(ctx context.Context, session *wire.Session, c Config) error {
 		return err
 	}
 	defer box.Close()
-	w := &worker{config: c, box: box, exec: newExecutor(box, c)}
+	executor, err := newExecutor(box, c)
+	if err != nil {
+		return err
+	}
+	w := &worker{config: c, box: box, exec: executor}
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { session.Close() })
 	session.Handle(w.brief)

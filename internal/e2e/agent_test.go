@@ -48,13 +48,17 @@ func (p provider) start(t *testing.T, e *testenv.Env, key string, m script.Model
 // and nobody can approve; once the repository itself cannot be trusted, and the person
 // says no.
 func TestAgent(t *testing.T) {
-	t.Run("claude-code", func(t *testing.T) { agentStory(t, providers["claude-code"], true) })
-	t.Run("codex", func(t *testing.T) { agentStory(t, providers["codex"], false) })
-	t.Run("opencode", func(t *testing.T) { agentStory(t, providers["opencode"], false) })
+	t.Run("claude-code", func(t *testing.T) { agentStory(t, providers["claude-code"], true, false) })
+	t.Run("codex", func(t *testing.T) { agentStory(t, providers["codex"], false, false) })
+	t.Run("opencode", func(t *testing.T) { agentStory(t, providers["opencode"], false, false) })
 }
 
-func agentStory(t *testing.T, p provider, trusted bool) {
+func agentStory(t *testing.T, p provider, trusted, microVM bool) {
 	e := testenv.New(t)
+	var machine []string
+	if microVM {
+		machine = e.MicroVM()
+	}
 	e.Agents()
 	refused := `"kind":"approval_required"`
 	if !trusted {
@@ -112,6 +116,7 @@ func agentStory(t *testing.T, p provider, trusted bool) {
 	if trusted {
 		args = append(args, "--trust")
 	}
+	args = append(args, machine...)
 	run := e.Cal(args...).Want(t, 0, "1 commit", "greet.sh", "The typo is mended")
 
 	got := results(t, model)

@@ -113,16 +113,9 @@ func memory(t *testing.T, e *testenv.Env, want map[string]string) (found []strin
 	t.Helper()
 	files := 0
 	for _, pid := range e.Sandboxes() {
-		fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, fd := range fds {
-			if target, err := os.Readlink(fd); err != nil || !strings.HasPrefix(target, "/memfd:runsc-memory") {
-				continue
-			}
+		for _, part := range guestMemory(t, pid) {
 			files++
-			where, err := scan(fd, want)
+			where, err := scan(part, want)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -136,16 +129,66 @@ func memory(t *testing.T, e *testenv.Env, want map[string]string) (found []strin
 	return slices.Compact(found)
 }
 
-// scan looks for strings in the parts of a sparse file that hold data.
-func scan(path string, want map[string]string) ([]string, error) {
-	f, err := os.Open(path)
+// extent is a part of a file, up to its end where size is 0.
+type extent struct {
+	path        string
+	start, size int64
+}
+
+// guestMemory finds a machine's memory in its sandbox: gVisor's in a file of memory, that of QEMU's
+// guest as the largest part of its own.
+func guestMemory(t *testing.T, pid int) []extent {
+	t.Helper()
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var parts []extent
+	for _, fd := range fds {
+		if target, err := os.Readlink(fd); err == nil && strings.HasPrefix(target, "/memfd:runsc-memory") {
+			parts = append(parts, extent{path: fd})
+		}
+	}
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil || len(parts) > 0 {
+		return parts
+	}
+	largest := extent{path: fmt.Sprintf("/proc/%d/mem", pid)}
+	for line := range strings.Lines(string(maps)) {
+		var from, to int64
+		if n, _ := fmt.Sscanf(line, "%x-%x rw-p 00000000 00:00 0", &from, &to); n == 2 && to-from > largest.size {
+			largest.start, largest.size = from, to-from
+		}
+	}
+	return []extent{largest}
+}
+
+// scan looks for strings in a part of a file, of a sparse file where it holds data.
+func scan(where extent, want map[string]string) (found []string, err error) {
+	f, err := os.Open(where.path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	const piece, overlap = 4 << 20, 512
-	buf := make([]byte, piece+overlap)
-	var found []string
+	look := func(start, end int64) {
+		const piece, overlap = 4 << 20, 512
+		buf := make([]byte, piece+overlap)
+		for off := start; off < end; off += piece {
+			n, err := f.ReadAt(buf[:min(int64(len(buf)), end-off)], off)
+			if n == 0 && err != nil {
+				break // the guest gave it back meanwhile
+			}
+			for name, secret := range want {
+				if bytes.Contains(buf[:n], []byte(secret)) && !slices.Contains(found, name) {
+					found = append(found, name)
+				}
+			}
+		}
+	}
+	if where.size > 0 {
+		look(where.start, where.start+where.size)
+		return found, nil
+	}
 	for at := int64(0); ; {
 		start, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
 		if errors.Is(err, unix.ENXIO) {
@@ -158,17 +201,7 @@ func scan(path string, want map[string]string) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		for off := start; off < end; off += piece {
-			n, err := f.ReadAt(buf[:min(int64(len(buf)), end-off)], off)
-			if n == 0 && err != nil {
-				break // the guest gave it back meanwhile
-			}
-			for name, secret := range want {
-				if bytes.Contains(buf[:n], []byte(secret)) && !slices.Contains(found, name) {
-					found = append(found, name)
-				}
-			}
-		}
+		look(start, end)
 		at = end
 	}
 }

@@ -55,7 +55,7 @@ func (e *Env) Lines(name string, args ...string) *exec.Cmd {
 // Until waits for a text that has not been passed yet.
 func (t *Terminal) Until(text string) {
 	t.env.t.Helper()
-	deadline := time.After(patience)
+	deadline := time.After(t.env.patience)
 	for {
 		_, changed := t.Screen.look("")
 		screen := t.Screen.String()
@@ -83,7 +83,7 @@ func (t *Terminal) Wait() int {
 	t.env.t.Helper()
 	select {
 	case <-t.ended:
-	case <-time.After(patience):
+	case <-time.After(t.env.patience):
 		t.env.t.Fatalf("%v does not end; the screen:\n%s", t.cmd.Args, clip(t.Screen.String()))
 	}
 	return t.cmd.ProcessState.ExitCode()

@@ -50,7 +50,8 @@ type Env struct {
 	// As, where set, runs the commands given to it as Credential; see SubIDs.
 	As []string
 
-	t *testing.T
+	patience time.Duration
+	t        *testing.T
 }
 
 // Programs are what a run needs, in $CAL_BIN or the module's bin.
@@ -66,7 +67,7 @@ func New(t *testing.T) *Env {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &Env{Dir: dir, Home: filepath.Join(dir, "home"), CAL: filepath.Join(dir, "cal"), Bin: bin, t: t}
+	e := &Env{Dir: dir, Home: filepath.Join(dir, "home"), CAL: filepath.Join(dir, "cal"), Bin: bin, patience: patience, t: t}
 	e.Vars = map[string]string{
 		"PATH": os.Getenv("PATH"), "HOME": e.Home, "CAL_HOME": e.CAL, "LC_ALL": "C.UTF-8", "TERM": "xterm", "GIT_CONFIG_NOSYSTEM": "1",
 	}
@@ -235,7 +236,7 @@ func (e *Env) Start(cmd *exec.Cmd) *Running {
 	if err := cmd.Start(); err != nil {
 		e.t.Fatal(err)
 	}
-	killer := time.AfterFunc(patience, func() { cmd.Process.Kill() })
+	killer := time.AfterFunc(e.patience, func() { cmd.Process.Kill() })
 	go func() {
 		defer close(r.ended)
 		defer killer.Stop()
@@ -338,7 +339,7 @@ func (e *Env) Socket() string { return filepath.Join(e.CAL, "run", "node.sock") 
 
 // Context ends with the test, or when its patience does.
 func (e *Env) Context() context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), e.patience)
 	e.t.Cleanup(cancel)
 	return ctx
 }

@@ -165,7 +165,8 @@ func (p Parts) CommandLine(wire string, tasks int) string {
 	for i, disk := range p.Disks {
 		roles[i] = disk.Role
 	}
-	return fmt.Sprintf("cal.disks=%s cal.wire=%s cal.tasks=%d", strings.Join(roles, ","), wire, tasks)
+	// Huge pages for those who ask: unasked, a third of the proxy's processes' memory was for nothing.
+	return fmt.Sprintf("cal.disks=%s cal.wire=%s cal.tasks=%d transparent_hugepage=madvise", strings.Join(roles, ","), wire, tasks)
 }
 
 // Digests are of what is never written.

@@ -103,8 +103,8 @@ func StoreIn(t testing.TB, dir string) *image.Store {
 	return store
 }
 
-// sharedStore is the one in which the kernel stays that was fetched once.
-func sharedStore(t testing.TB) *image.Store {
+// SharedStore is the one in which stays what was fetched once, and its directory.
+func SharedStore(t testing.TB) (*image.Store, string) {
 	t.Helper()
 	dir := os.Getenv("CAL_TEST_IMAGES")
 	if dir == "" {
@@ -123,7 +123,7 @@ func sharedStore(t testing.TB) *image.Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return store
+	return store, dir
 }
 
 func exists(name string) bool {
@@ -139,7 +139,8 @@ func Kernel(t testing.TB) image.Kernel {
 	}
 	for _, tool := range []string{"mkfs.ext4", "/sbin/mkfs.ext4"} {
 		if _, err := exec.LookPath(tool); err == nil {
-			kernel, err := sharedStore(t).Kernel(context.Background(), "", nil)
+			store, _ := SharedStore(t)
+			kernel, err := store.Kernel(context.Background(), "", nil)
 			if err != nil {
 				t.Skipf("no kernel to boot: %v", err)
 			}
