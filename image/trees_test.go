@@ -268,7 +268,7 @@ func TestOCIRefuses(t *testing.T) {
 		"another machine":  r.push("arm:1", [][]byte{good}, changeConfig(func(c *v1.ConfigFile) { c.Architecture = "arm64" })),
 		"another system":   r.push("windows:1", [][]byte{good}, changeConfig(func(c *v1.ConfigFile) { c.OS = "windows" })),
 		"no layers":        r.push("none:1", nil),
-		"too many layers":  r.push("many:1", slices.Repeat([][]byte{good}, 501)),
+		"too many layers":  doctored(t, r, "many", func(m *v1.Manifest) { m.Layers = slices.Repeat(m.Layers, 501) }),
 		"no root":          r.push("empty:1", [][]byte{tarOf(t, map[string]string{"file": "x"})}),
 		"no tar":           r.push("text:1", [][]byte{bytes.Repeat([]byte("text"), 1000)}),
 		"upwards":          r.push("up:1", [][]byte{gzipped(t, tarOf(t, map[string]string{"usr/x": "x", "../../../../x": "x"}))}),
@@ -277,7 +277,7 @@ func TestOCIRefuses(t *testing.T) {
 		"not there":        r.address + "/test/missing:1",
 		"another's digest": r.address + "/test/app@sha256:" + strings.Repeat("0", 64),
 		"no such registry": "127.0.0.1:1/test/app:1",
-		"a foreign layer":  foreign(t, r, elsewhere.URL),
+		"a foreign layer":  doctored(t, r, "foreign", func(m *v1.Manifest) { m.Layers[0].URLs = []string{elsewhere.URL + "/layer"} }),
 	}
 	old := unpackLimits
 	unpackLimits = unpack.Limits{Bytes: 1 << 20, Entries: 1000}
@@ -305,10 +305,10 @@ func TestOCIRefuses(t *testing.T) {
 	}
 }
 
-// foreign pushes a manifest that names another place for its layer.
-func foreign(t *testing.T, r *testRegistry, url string) string {
+// doctored pushes a manifest that was changed.
+func doctored(t *testing.T, r *testRegistry, repository string, change func(*v1.Manifest)) string {
 	t.Helper()
-	ref := r.push("foreign:1", [][]byte{gzipped(t, tarOf(t, map[string]string{"usr/x": "x"}))})
+	ref := r.push(repository+":1", [][]byte{gzipped(t, tarOf(t, map[string]string{"usr/x": "x"}))})
 	parsed, err := name.ParseReference(ref)
 	must(t, err)
 	image, err := remote.Image(parsed)
@@ -316,10 +316,10 @@ func foreign(t *testing.T, r *testRegistry, url string) string {
 	manifest, err := image.Manifest()
 	must(t, err)
 	manifest = manifest.DeepCopy()
-	manifest.Layers[0].URLs = []string{url + "/layer"}
+	change(manifest)
 	raw, err := json.Marshal(manifest)
 	must(t, err)
-	q, err := http.NewRequest(http.MethodPut, "http://"+r.address+"/v2/test/foreign/manifests/2", bytes.NewReader(raw))
+	q, err := http.NewRequest(http.MethodPut, "http://"+r.address+"/v2/test/"+repository+"/manifests/2", bytes.NewReader(raw))
 	must(t, err)
 	q.Header.Set("Content-Type", string(types.OCIManifestSchema1))
 	answer, err := http.DefaultClient.Do(q)
@@ -328,7 +328,7 @@ func foreign(t *testing.T, r *testRegistry, url string) string {
 	if answer.StatusCode != http.StatusCreated {
 		t.Fatal(answer.Status)
 	}
-	return r.address + "/test/foreign:2"
+	return r.address + "/test/" + repository + ":2"
 }
 
 // nothingLeft fails where a build that failed has left anything but locks.

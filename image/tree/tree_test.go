@@ -138,6 +138,10 @@ func TestOthersReadTheImage(t *testing.T) {
 	for i := range 600 { // a directory of several blocks
 		must(t, tree.File("/many/"+strings.Repeat(string(rune('a'+i%26)), 20+i/26), many[:i], i%2 == 0))
 	}
+	for _, name := range []string{"new\nline", "back\\slash", "\xff\xfe no UTF-8", strings.Repeat("ä", 127) + "x", "...", " ", "-rf", "a:b*?"} {
+		must(t, tree.File("/names/"+name, []byte(name), false))
+	}
+	must(t, tree.Link("/names/long", strings.Repeat("x/", 2047)))
 	image := filepath.Join(t.TempDir(), "image")
 	must(t, os.WriteFile(image, written(t, tree), 0o600))
 	t.Run("fsck", func(t *testing.T) {
@@ -157,8 +161,22 @@ func TestOthersReadTheImage(t *testing.T) {
 		defer exec.Command("umount", at).Run()
 		want, err := erofs.Open(bytes.NewReader(written(t, tree)))
 		must(t, err)
-		same(t, listing(t, os.DirFS(at)), listing(t, want))
+		same(t, listing(t, mounted(at)), listing(t, want))
 	})
+}
+
+// mounted is a directory as an fs.FS that takes names which are no UTF-8, too.
+type mounted string
+
+func (m mounted) Open(name string) (fs.File, error) { return os.Open(filepath.Join(string(m), name)) }
+func (m mounted) ReadLink(name string) (string, error) {
+	return os.Readlink(filepath.Join(string(m), name))
+}
+func (m mounted) Lstat(name string) (fs.FileInfo, error) {
+	return os.Lstat(filepath.Join(string(m), name))
+}
+func (m mounted) ReadDir(name string) ([]fs.DirEntry, error) {
+	return os.ReadDir(filepath.Join(string(m), name))
 }
 
 func TestCopyRefuses(t *testing.T) {

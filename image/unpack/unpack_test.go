@@ -302,3 +302,39 @@ func packed(t *testing.T, text string, command ...string) ([]byte, bool) {
 	must(t, err)
 	return out, true
 }
+
+// Whatever an archive holds, nothing outside changes, and nothing inside is more than
+// directories, links and files without special bits, within the limits.
+func FuzzAdd(f *testing.F) {
+	t := &testing.T{}
+	for _, lines := range [][]string{
+		{"usr/", "usr/a=A", "l->/usr", "l/b=B", "h=>usr/a"}, {"../x=x"}, {"a->b", "b->a", "a/x=x"}, {"d/ 700", "d/.wh..wh..opq=", ".wh.d="}, {"abs->/etc", "abs/passwd=x", "device:d", "fifo:f"},
+	} {
+		f.Add(archive(t, lines...), 0)
+		f.Add(archive(t, lines...), 1)
+		f.Add(archive(t, lines...), 2)
+	}
+	f.Fuzz(func(t *testing.T, data []byte, way int) {
+		b := newBox(t)
+		b.add(Way((way%3+3)%3), data)
+		b.intact("fuzzed")
+		var size int64
+		must(t, filepath.WalkDir(b.dir, func(name string, entry fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			info, err := entry.Info()
+			must(t, err)
+			if mode := info.Mode(); !mode.IsDir() && !mode.IsRegular() && mode.Type() != fs.ModeSymlink || mode&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 {
+				t.Errorf("%s is %v", name, mode)
+			}
+			if info.Mode().IsRegular() {
+				size += info.Size()
+			}
+			return nil
+		}))
+		if size > usual.Bytes {
+			t.Errorf("%d bytes", size)
+		}
+	})
+}

@@ -21,7 +21,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -92,7 +91,7 @@ func New(config Config) *Driver {
 	if config.KVM == nil {
 		config.KVM = new(kvm.Host)
 	}
-	d := &Driver{config: config, usual: nucleus.Resources{CPU: min(runtime.NumCPU(), 4), MemoryMB: 2048, Pids: 2048, DiskMB: 10 << 10}}
+	d := &Driver{config: config, usual: microvm.Usual()}
 	d.warm.Store(config.Snapshots != "")
 	return d
 }

@@ -17,6 +17,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 
@@ -188,6 +189,11 @@ type Shape struct {
 	MemoryMB int `json:"memory_mb"`
 	DiskMB   int `json:"disk_mb"` // of scratch, and of a workspace that is new
 	Pids     int `json:"pids"`    // tasks that each user of the machine may have
+}
+
+// Usual is the size of machines for which nobody states one.
+func Usual() nucleus.Resources {
+	return nucleus.Resources{CPU: min(runtime.NumCPU(), 4), MemoryMB: 2048, Pids: 2048, DiskMB: 10 << 10}
 }
 
 // ShapeOf is what a Spec asks for, and for the rest what is usual.

@@ -24,7 +24,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"runtime"
 	"time"
 
 	"cal/image"
@@ -66,7 +65,8 @@ type Config struct {
 	// trying. nil: the drivers' own.
 	KVM *kvm.Host
 
-	// Usual is the size of machines whose Spec does not say; a zero field: see usual.
+	// Usual is the size of machines whose Spec does not say; a zero field: see
+	// microvm.Usual.
 	Usual nucleus.Resources
 }
 
@@ -92,7 +92,7 @@ func New(config Config) (accelerated, emulated *Driver) {
 	if config.KVM == nil {
 		config.KVM = new(kvm.Host)
 	}
-	usual := nucleus.Resources{CPU: min(runtime.NumCPU(), 4), MemoryMB: 2048, Pids: 2048, DiskMB: 10 << 10}
+	usual := microvm.Usual()
 	for _, field := range []struct{ set, usual *int }{
 		{&config.Usual.CPU, &usual.CPU}, {&config.Usual.MemoryMB, &usual.MemoryMB}, {&config.Usual.Pids, &usual.Pids}, {&config.Usual.DiskMB, &usual.DiskMB},
 	} {

@@ -43,12 +43,13 @@ func startOpencode(d Definition, l Launch) (start, error) {
 		"share":             "disabled",
 		"enabled_providers": []string{"anthropic"},
 		"provider": map[string]any{"anthropic": map[string]any{
-			"options": map[string]any{"baseURL": l.ModelURL + "/v1", "apiKey": Placeholder},
+			"options": map[string]any{"baseURL": l.ModelURL + "/v1"},
 		}},
 		"permission": map[string]any{"*": "allow"}, // the machine is the sandbox
 	}
 	s := start{
 		env: map[string]string{
+			"ANTHROPIC_API_KEY":                Placeholder,
 			"OPENCODE_DISABLE_AUTOUPDATE":      "1",
 			"OPENCODE_DISABLE_DEFAULT_PLUGINS": "1", // they would be fetched
 			"OPENCODE_DISABLE_LSP_DOWNLOAD":    "1",
