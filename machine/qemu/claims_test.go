@@ -129,6 +129,12 @@ func tryWalls(t *testing.T, rec record, pid int) {
 		return
 	}
 	limits := rec.cgroupLimits("/nowhere", "/nowhere")
+	possible, err := cgroup.Make(cgroup.Mount, nucleus.NewID("cal-test-"), limits)
+	must(t, err)
+	must(t, cgroup.Remove(t.Context(), cgroup.Mount, possible.Name))
+	if member, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid)); err != nil || possible.Name != "" && !strings.Contains(string(member), "/"+rec.Instance) {
+		t.Errorf("QEMU is in no cgroup of its own, which this host can make: %q, %v", member, err)
+	}
 	must(t, rec.group().Check(cgroup.Mount, pid, limits))
 	t.Logf("kept by its cgroup beside memory and processors: %v", rec.Kept)
 }

@@ -1,6 +1,8 @@
 package site
 
 import (
+	"errors"
+	"io/fs"
 	"os"
 	"slices"
 
@@ -28,9 +30,13 @@ func OnlyDisk(dir string, beside ...string) error {
 	return nil
 }
 
-// OnlyFiles refuses a workspace that is a disk.
+// OnlyFiles refuses a workspace that is a disk. One that belongs to a machine's ids, into which
+// this process may not look, is none: the directory of a disk stays the person's.
 func OnlyFiles(dir string) error {
 	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}

@@ -83,7 +83,7 @@ func StoreIn(t testing.TB, dir string) *image.Store {
 	if err := os.CopyFS(filepath.Join(dir, object), os.DirFS(filepath.Join(from, object))); err != nil {
 		t.Fatal(err)
 	}
-	inputs, err := filepath.Glob(filepath.Join(from, "inputs", "kernel-default*"))
+	inputs, err := filepath.Glob(filepath.Join(from, "inputs", "kernel-*"))
 	if err != nil || len(inputs) == 0 {
 		t.Fatalf("the store of the kernel does not say which it is: %v", err)
 	}
