@@ -14,5 +14,5 @@ fi
 go build -o .cache/testreport ./internal/testreport
 go vet ./...
 set +e
-go test "${race[@]}" -json -timeout 20m "$@" | .cache/testreport
+go test "${race[@]}" -json -timeout 45m "$@" | .cache/testreport
 exit "${PIPESTATUS[1]}"
