@@ -110,6 +110,7 @@ type Held struct {
 	paused chan string
 	done   chan struct{}
 
+	removal  sync.Mutex // of Destroy and Release, one after the other
 	mu       sync.Mutex
 	wire     net.Conn
 	reason   string
@@ -191,34 +192,41 @@ func (h *Held) Reason() string {
 	return h.reason
 }
 
-// Destroy implements machine.Machine.
+// Destroy implements machine.Machine. A second one waits for the first.
 func (h *Held) Destroy(ctx context.Context) error {
-	h.mu.Lock()
-	if h.removed || h.released {
-		h.mu.Unlock()
+	h.removal.Lock()
+	defer h.removal.Unlock()
+	if !h.begin("destroyed") {
 		return nil
 	}
-	if h.reason == "" {
-		h.reason = "destroyed"
-	}
-	h.mu.Unlock()
 	if err := h.clear(ctx, h.dir); err != nil {
 		return err
 	}
 	<-h.done
 	h.mu.Lock()
-	first := !h.removed
 	h.removed = true
 	h.mu.Unlock()
-	if !first {
-		return nil
-	}
 	h.leave()
 	return Discard(h.dir, h.lock)
 }
 
+// begin says whether the machine is still held, and if so why it is about to end.
+func (h *Held) begin(reason string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.removed || h.released {
+		return false
+	}
+	if h.reason == "" {
+		h.reason = reason
+	}
+	return true
+}
+
 // Release implements machine.Machine.
 func (h *Held) Release() {
+	h.removal.Lock()
+	defer h.removal.Unlock()
 	h.mu.Lock()
 	first := !h.released && !h.removed
 	h.released = h.released || first
