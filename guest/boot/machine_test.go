@@ -28,7 +28,9 @@ import (
 func TestMain(m *testing.M) {
 	switch {
 	case IsInit():
-		mutate()
+		if mutate() {
+			serveTwin()
+		}
 		Main()
 	case len(os.Args) > 1 && os.Args[1] == "init":
 		what, say := vm.Asked()
@@ -83,7 +85,8 @@ var mutants = map[string]struct {
 	}, "mount at /var: it is tmpfs"},
 }
 
-func mutate() {
+// mutate says whether the machine is one of TestTwins.
+func mutate() (twin bool) {
 	unix.Mkdir("/proc", 0o755)
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		panic(err)
@@ -97,7 +100,9 @@ func mutate() {
 		if name, ok := strings.CutPrefix(word, "cal.mutant="); ok {
 			mutants[strings.ReplaceAll(name, "_", " ")].change()
 		}
+		twin = twin || word == "cal.twin"
 	}
+	return twin
 }
 
 // program is this test program as a static one, built once.

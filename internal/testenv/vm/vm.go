@@ -5,6 +5,7 @@ package vm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,8 +30,9 @@ type Config struct {
 	NIC        bool     // a network interface
 	Writable   []string // roles of disks that the machine may write though it should not
 	Without    []string // roles of disks that it does not get
-	Modules    []string // names of further modules
+	CPUs       int      // 0: 2
 	MemoryMB   int
+	Memory     string // as another machine like it has saved it, from which this one goes on; "": it boots
 	Workspace  string // image file; "": a blank one
 	LayersDisk string // "": none
 }
@@ -167,10 +169,10 @@ func Start(t testing.TB, c Config) *Machine {
 	}
 	m := &Machine{t: t, dir: dir, console: &console{}, ended: make(chan struct{})}
 	args := []string{
-		"-M", "microvm,acpi=on", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", fmt.Sprint(max(c.MemoryMB, 512)),
+		"-M", "microvm,acpi=on", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", fmt.Sprint(cmp.Or(c.CPUs, 2)), "-m", fmt.Sprint(max(c.MemoryMB, 512)),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", kernel.Image, "-initrd", initramfs.Path,
-		"-device", "virtio-serial-device,max_ports=3",
+		"-device", "virtio-serial-device,max_ports=3", "-qmp", "unix:" + m.socket("qmp") + ",server=on,wait=off",
 	}
 	for _, name := range []string{"cal.wire", "cal.wire2"} {
 		args = append(args, "-chardev", fmt.Sprintf("socket,id=%s,path=%s,server=on,wait=off", strings.ReplaceAll(name, ".", ""), m.socket(name)),
@@ -182,7 +184,14 @@ func Start(t testing.TB, c Config) *Machine {
 		args = append(args, "-device", "virtio-net-device")
 	}
 	line := "console=ttyS0 quiet panic=-1 reboot=t lpj=4000000 no_timer_check tsc_early_khz=2000000 cal.wire=serial cal.disks=" + roles + " " + c.Line
-	m.run(append(args, "-append", line))
+	args = append(args, "-append", line)
+	if c.Memory != "" {
+		args = append(args, "-incoming", "exec:cat "+c.Memory)
+	}
+	m.run(args)
+	if c.Memory != "" {
+		m.goOn()
+	}
 	return m
 }
 
