@@ -1,7 +1,6 @@
 package boot
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
@@ -9,7 +8,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -265,86 +263,10 @@ func addOnly(entropy []byte) error {
 	return creditEntropy(pool, entropy)
 }
 
-// serveTwin is Main without disks and without a proxy, for a machine whose host looks at its random numbers.
-func serveTwin() {
-	err := earlyMounts()
-	if err == nil {
-		loadModules()
-		var line commandLine
-		var ports []transport
-		if line, err = readCommandLine(); err == nil {
-			ports, err = line.wires()
-		}
-		f := &first{prepared: true, random: addEntropy, stop: make(chan error, 8)}
-		for _, p := range ports {
-			go func() {
-				f.stop <- p.serve(func(conn io.ReadWriter) (wire.Greeting, error) {
-					return f.answer(&shown{conn, f, nil})
-				}, func(wire.Greeting, *os.File) error { return nil })
-			}()
-		}
-		if err == nil {
-			err = <-f.stop
-		}
-	}
-	fmt.Println("the machine ends:", err)
-	unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
-}
-
-// shown draws random numbers when the host says "draw WAY", and at the very moment at which it says ok; the
-// host can read which.
-type shown struct {
-	io.ReadWriter
-	f    *first
-	line []byte // as far as it was read
-}
-
-func (s *shown) Read(p []byte) (int, error) {
-	n, err := s.ReadWriter.Read(p)
-	for _, b := range p[:n] {
-		if s.line = append(s.line, b); b != '\n' {
-			continue
-		}
-		if way, asked := strings.CutPrefix(strings.TrimSpace(string(s.line)), "draw "); asked {
-			s.f.random = ways[way].take
-			s.draw()
-		}
-		s.line = nil
-	}
-	return n, err
-}
-
-func (s *shown) Write(p []byte) (int, error) {
-	if bytes.HasSuffix(p, []byte(" ok\n")) {
-		s.draw()
-	}
-	return s.ReadWriter.Write(p)
-}
-
-func (s *shown) draw() {
-	var drawn [32]byte
-	if n, err := unix.Getrandom(drawn[:], 0); err != nil || n != len(drawn) {
-		panic(fmt.Sprint(n, err))
-	}
-	fmt.Fprintf(s.ReadWriter, "\nrandom %x\n", drawn)
-}
-
-// drawn asks a machine for random numbers; it will then take entropy in that way.
+// drawn asks a machine for random numbers.
 func drawn(t *testing.T, m *vm.Machine, way string) string {
 	t.Helper()
-	conn := m.Dial("cal.wire")
-	defer conn.Close()
-	if _, err := io.WriteString(conn, "\ndraw "+way+"\n"); err != nil {
-		t.Fatal(err)
-	}
-	conn.SetReadDeadline(time.Now().Add(vm.Patience))
-	for lines := bufio.NewScanner(conn); lines.Scan(); {
-		if number, ok := strings.CutPrefix(lines.Text(), "random "); ok {
-			return number
-		}
-	}
-	t.Fatalf("the machine draws no random numbers:\n%s", m.Console())
-	return ""
+	return asked(t, m, "draw "+way, "random ")
 }
 
 // drawnAtOK greets, and returns what the machine drew when it said ok.
@@ -375,11 +297,7 @@ func (r *read) Read(p []byte) (int, error) {
 // TestTwins: two machines that go on from one memory draw the same random numbers, the control, until they are
 // greeted: from ok on they have nothing in common, and owe that to the greeting alone.
 func TestTwins(t *testing.T) {
-	config := vm.Config{Init: program(t), CPUs: 1, Line: "cal.twin"}
-	parent := vm.Start(t, config)
-	drawn(t, parent, "as it is") // if the kernel has to begin anew by itself it does so here, and not soon again
-	config.Memory = filepath.Join(t.TempDir(), "memory")
-	parent.Save(config.Memory)
+	config := remembered(t)
 	for way, want := range ways {
 		t.Run(way, func(t *testing.T) {
 			for left := 4; ; left-- {
