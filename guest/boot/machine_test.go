@@ -29,8 +29,11 @@ import (
 func TestMain(m *testing.M) {
 	switch {
 	case IsInit():
-		if commandLineHas("cal.asked") {
+		switch {
+		case commandLineHas("cal.asked"):
 			serveAsked()
+		case commandLineHas("cal.loopback"):
+			serveLoopback()
 		}
 		Main()
 	case len(os.Args) > 1 && os.Args[1] == "init":

@@ -1,14 +1,22 @@
 package boot
 
 import (
+	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
+	"os"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"cal/internal/testenv/vm"
 	"cal/wire"
 )
 
@@ -123,4 +131,126 @@ func role(f *first, g wire.Greeting) string {
 		return "init"
 	}
 	return "attach"
+}
+
+// TestVsock is of the door through which Firecracker's host comes: in a machine whose kernel can also dial
+// itself, which is what tries the door here.
+func TestVsock(t *testing.T) {
+	m := vm.Start(t, vm.Config{Init: program(t), Line: "cal.wire=vsock cal.loopback", Modules: []string{"vsock_loopback"}})
+	m.Ended()
+	said := m.Console()
+	for _, step := range loopback {
+		if !strings.Contains(said, "vsock: "+step.what+": <nil>") {
+			t.Errorf("%s: not so", step.what)
+		}
+	}
+	if !strings.Contains(said, wire.ErrEnd.Error()) {
+		t.Error("the machine did not end because it was asked to")
+	}
+}
+
+// The door at the second port takes for the host who dials from the machine itself: the control.
+const loopbackPort = vsockPort + 1
+
+// loopback is what somebody in the machine then tries, in this order.
+var loopback = []struct {
+	what string
+	try  func() error
+}{
+	{"a program of the machine is not answered", func() error {
+		conn, err := dialLoopback(vsockPort)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		if _, err := wire.Greet(conn, time.Now().Add(vm.Patience)); !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, unix.EPIPE) {
+			return fmt.Errorf("greeted: %v", err)
+		}
+		return nil
+	}},
+	{"the first wire", func() error { return talk("hold", "held") }},
+	{"a new wire", func() error { return talk("proof", "taken") }},
+	{"a stranger's wire", func() error {
+		err := talk("nonsense", "")
+		if err == nil || err.Error() != "the proxy did not take the new wire: no proof, but nonsense" {
+			return fmt.Errorf("it ends with: %w", err)
+		}
+		return nil
+	}},
+	{"another one", func() error { return talk("proof", "taken") }},
+	{"the end", func() error {
+		conn, err := dialLoopback(loopbackPort)
+		if err != nil {
+			return err
+		}
+		return wire.SayEnd(conn, time.Now().Add(vm.Patience))
+	}},
+}
+
+// talk says something on a wire of its own, which stays open.
+func talk(what, want string) error {
+	conn, err := dialLoopback(loopbackPort)
+	if err != nil {
+		return err
+	}
+	wired, err := wire.Greet(conn, time.Now().Add(vm.Patience))
+	if err != nil {
+		return err
+	}
+	if _, err := io.WriteString(wired, what+"\n"); err != nil {
+		return err
+	}
+	said, err := bufio.NewReader(wired).ReadString('\n')
+	if err == nil && said != want+"\n" {
+		err = fmt.Errorf("it says %q, want %q", said, want)
+	}
+	return err
+}
+
+// fileConn is a socket that package net does not know.
+type fileConn struct{ *os.File }
+
+func (fileConn) LocalAddr() net.Addr  { return nil }
+func (fileConn) RemoteAddr() net.Addr { return nil }
+
+func dialLoopback(port uint32) (net.Conn, error) {
+	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_LOCAL, Port: port}); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("dialling port %d: %w", port, err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		return nil, err
+	}
+	return fileConn{os.NewFile(uintptr(fd), "loopback")}, nil
+}
+
+// serveLoopback is Main with a second door, and somebody who tries both.
+func serveLoopback() {
+	err := earlyMounts()
+	line := commandLine{}
+	if err == nil {
+		line, err = readCommandLine()
+	}
+	loadModules()
+	f := &first{line: line, children: newChildren(), stop: make(chan error, 8), random: addEntropy}
+	doors, errs := line.wires()
+	door, errd := listenVsock(loopbackPort)
+	door.host = unix.VMADDR_CID_LOCAL
+	if err = errors.Join(err, errs, errd); err == nil {
+		for _, d := range append(doors, door) {
+			go func() { f.stop <- d.serve(f.answer, f.take) }()
+		}
+		go func() {
+			for _, step := range loopback {
+				fmt.Printf("vsock: %s: %v\n", step.what, step.try())
+			}
+		}()
+		err = <-f.stop
+	}
+	slog.Error("the machine ends", "reason", err)
+	end()
 }

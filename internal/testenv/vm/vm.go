@@ -14,12 +14,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"cal/image"
+	"cal/image/linux"
 	"cal/nucleus"
 )
 
@@ -30,6 +32,7 @@ type Config struct {
 	NIC        bool     // a network interface
 	Writable   []string // roles of disks that the machine may write though it should not
 	Without    []string // roles of disks that it does not get
+	Modules    []string // of the kernel, beside those of every machine
 	CPUs       int      // 0: 2
 	MemoryMB   int
 	Memory     string // as another machine like it has saved it, from which this one goes on; "": it boots
@@ -141,22 +144,34 @@ func Kernel(t testing.TB) image.Kernel {
 	}
 	for _, tool := range []string{"mkfs.ext4", "/sbin/mkfs.ext4"} {
 		if _, err := exec.LookPath(tool); err == nil {
-			store, _ := SharedStore(t)
-			kernel, err := store.Kernel(context.Background(), "", nil)
-			if err != nil {
-				t.Skipf("no kernel to boot: %v", err)
-			}
-			return kernel
+			return kernelWith(t)
 		}
 	}
 	t.Skip("no mkfs.ext4 here (apt install e2fsprogs): a machine has no disks")
 	return image.Kernel{}
 }
 
+// kernelWith is the kernel with further modules, which is fetched apart.
+func kernelWith(t testing.TB, modules ...string) image.Kernel {
+	t.Helper()
+	of := linux.Wanted
+	defer func() { linux.Wanted = of }()
+	linux.Wanted = slices.Concat(of, modules)
+	store, _ := SharedStore(t)
+	kernel, err := store.Kernel(context.Background(), "", nil)
+	if err != nil {
+		t.Skipf("no kernel to boot: %v", err)
+	}
+	return kernel
+}
+
 // Start starts a machine, which ends with the test.
 func Start(t testing.TB, c Config) *Machine {
 	t.Helper()
 	kernel := Kernel(t)
+	if len(c.Modules) > 0 {
+		kernel = kernelWith(t, c.Modules...)
+	}
 	dir, err := os.MkdirTemp("", "cal-vm-") // the path of a socket has 107 bytes at most
 	if err != nil {
 		t.Fatal(err)
