@@ -151,13 +151,20 @@ func Kernel(t testing.TB) image.Kernel {
 	return image.Kernel{}
 }
 
-// kernelWith is the kernel with further modules, which is fetched apart.
+// kernelWith is the kernel with further modules, which is fetched apart and kept apart: the shared store is
+// copied by who needs it.
 func kernelWith(t testing.TB, modules ...string) image.Kernel {
 	t.Helper()
 	of := linux.Wanted
 	defer func() { linux.Wanted = of }()
 	linux.Wanted = slices.Concat(of, modules)
-	store, _ := SharedStore(t)
+	store, dir := SharedStore(t)
+	if len(modules) > 0 {
+		var err error
+		if store, err = image.Open(dir + "-" + strings.Join(modules, "-")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	kernel, err := store.Kernel(context.Background(), "", nil)
 	if err != nil {
 		t.Skipf("no kernel to boot: %v", err)
