@@ -238,7 +238,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	if spec.Ref != "" && !podRef.MatchString(spec.Ref) {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "ref %q: want \"r-\" and 1 to 64 letters and digits", spec.Ref)
 	}
-	if err := checkResources(spec.Resources); err != nil {
+	if err := spec.Resources.Check(); err != nil {
 		return nil, err
 	}
 	if err := spec.Image.Check(); err != nil {
@@ -293,19 +293,6 @@ func usualImage(image nucleus.Image, driver machine.Driver) nucleus.Image {
 	}
 	image.Kind = nucleus.ImageHost
 	return image
-}
-
-// checkResources holds limits to what a machine can have; 0 leaves the default.
-func checkResources(r nucleus.Resources) error {
-	for _, limit := range []struct {
-		name             string
-		value, low, high int
-	}{{"cpu", r.CPU, 1, 32}, {"memory_mb", r.MemoryMB, 256, 65536}, {"pids", r.Pids, 16, 1 << 20}, {"disk_mb", r.DiskMB, 64, 512000}} {
-		if limit.value != 0 && (limit.value < limit.low || limit.value > limit.high) {
-			return nucleus.Errorf(nucleus.KindInvalid, "resources.%s is %d, want %d to %d", limit.name, limit.value, limit.low, limit.high)
-		}
-	}
-	return nil
 }
 
 func (p *Pod) setPolicy(effective *policy.Policy) error {

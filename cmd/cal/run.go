@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/term"
 
 	approvals "cal/approval/client"
@@ -43,6 +44,9 @@ func runCommand() *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, given []string) error {
 			o.Command = given
+			if err := checkLimits(cmd.Flags(), nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB, Pids: o.Pids, DiskMB: o.DiskMB}); err != nil {
+				return err
+			}
 			return run(cmd.Context(), o, yes)
 		},
 	}
@@ -68,6 +72,17 @@ func runCommand() *cobra.Command {
 	f.StringSliceVar(&o.AllowWatched, "allow-watched", nil, "resources whose limit may be watched where it cannot be enforced")
 	f.BoolVarP(&yes, "yes", "y", false, "answer the launch confirmation (never an approval)")
 	return cmd
+}
+
+// checkLimits holds the limits that are given to what a machine can have, before anything is
+// made: 0 is then no default.
+func checkLimits(flags *pflag.FlagSet, limits nucleus.Resources) error {
+	for _, b := range limits.Bounds() {
+		if name := strings.TrimSuffix(b.Name, "_mb"); flags.Changed(name) && !b.Holds() {
+			return usageError{fmt.Errorf("--%s is %v", name, b)}
+		}
+	}
+	return nil
 }
 
 func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
