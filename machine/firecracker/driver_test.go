@@ -94,7 +94,7 @@ func removeAtAnyMoment(t *testing.T, d *Driver, host machinetest.Host) {
 		{"a template's jail", func() error { return rec.Template.make() }},
 		{"the parts", func() (err error) {
 			made, err = d.assemble(ctx, spec, rec)
-			rec.Jail.FileSize = longest(made)
+			rec.Jail.FileSize = int64(made.Longest())
 			return errors.Join(err, rec.save())
 		}},
 		{"Firecracker", func() (err error) { v, err = d.launch(ctx, rec.Jail, d.proved); return err }},
