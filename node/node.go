@@ -103,6 +103,7 @@ func (d Dirs) Log() string                  { return filepath.Join(d.Home, "log"
 func (d Dirs) Keys() string                 { return filepath.Join(d.Home, "keys") }
 func (d Dirs) Pods() string                 { return filepath.Join(d.Run(), "pods") }
 func (d Dirs) Spares() string               { return filepath.Join(d.Run(), "spares") }
+func (d Dirs) Probes() string               { return filepath.Join(d.Run(), "probes") }
 func (d Dirs) Pod(id string) string         { return filepath.Join(d.Pods(), id) }
 func (d Dirs) Workspace(name string) string { return filepath.Join(d.Home, "isolation", "vms", name) }
 

@@ -148,8 +148,11 @@ func (s *session) whole(ctx context.Context, run func() (int, error)) (err error
 	defer func() {
 		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
-		if delErr := s.node.DeletePod(ending, s.pod.ID); delErr != nil && err == nil {
-			err = delErr
+		endErr := s.end(ending)
+		if endErr != nil && err != nil {
+			fmt.Fprintln(os.Stderr, "cal:", endErr)
+		} else if endErr != nil {
+			err = endErr
 		}
 	}()
 	code, err := run()
@@ -173,6 +176,21 @@ func (s *session) whole(ctx context.Context, run func() (int, error)) (err error
 		return exitCode(code)
 	}
 	return nil
+}
+
+// end ends the machine, by another node where this one is gone.
+func (s *session) end(ctx context.Context) error {
+	err := s.node.DeletePod(ctx, s.pod.ID)
+	if err != nil && unanswered(err) {
+		node, startErr := s.home.Node(ctx)
+		if startErr == nil {
+			s.node, err = node, node.DeletePod(ctx, s.pod.ID)
+		}
+	}
+	if err == nil || nucleus.AsError(err).Kind == nucleus.KindNotFound {
+		return nil
+	}
+	return fmt.Errorf("machine %s may still run: %w; hint: cal vm stop %s", s.pod.ID, err, s.pod.ID)
 }
 
 // spentOf is err where it says that the budget is spent: the work up to there is brought
@@ -273,7 +291,11 @@ func (s *session) run(ctx context.Context, o workspace.RunOptions) (int, error) 
 		return 0, err
 	}
 	defer stream.Close()
-	return s.relay(ctx, stream)
+	code, err := s.relay(ctx, stream)
+	if errors.Is(err, errNodeGone) {
+		err = fmt.Errorf("%w; whether the command came to its end is not known; hint: cal audit log --pod %s", err, s.pod.ID)
+	}
+	return code, err
 }
 
 // agent starts or joins the agent and stays with it: when the node ends, another is

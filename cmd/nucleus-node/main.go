@@ -86,14 +86,14 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	host := &kvm.Host{Patience: *patience}
-	accelerated, emulated := qemu.New(qemu.Config{QEMU: *emulator, Images: images, Proxy: *proxy, Fetch: true, Scratch: filepath.Join(*home, "run"), KVM: host})
+	host, probes := &kvm.Host{Patience: *patience}, node.Dirs{Home: *home}.Probes()
+	accelerated, emulated := qemu.New(qemu.Config{QEMU: *emulator, Images: images, Proxy: *proxy, Fetch: true, Scratch: probes, KVM: host})
 	n, err := node.Open(ctx, node.Config{
 		Home: *home,
 		Drivers: []machine.Driver{ // the strongest first
-			firecracker.New(firecracker.Config{Firecracker: *vmm, Jailer: *jailer, Images: images, Snapshots: filepath.Join(*home, "run", "warm"), Scratch: filepath.Join(*home, "run"), KVM: host, Patience: *patience}),
+			firecracker.New(firecracker.Config{Firecracker: *vmm, Jailer: *jailer, Images: images, Snapshots: filepath.Join(*home, "run", "warm"), Scratch: probes, KVM: host, Patience: *patience}),
 			accelerated,
-			gvisor.New(gvisor.Config{Runsc: *runsc, Images: images}),
+			gvisor.New(gvisor.Config{Runsc: *runsc, Images: images, Scratch: probes}),
 			emulated,
 		},
 		Images:    images,

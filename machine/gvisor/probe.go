@@ -14,7 +14,6 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"cal/image"
-	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/site"
 	"cal/nucleus"
@@ -37,15 +36,13 @@ func (d *Driver) Probe(ctx context.Context) error {
 			return err
 		}
 	}
-	dir, err := os.MkdirTemp(d.config.Scratch, "cal-probe-")
+	trial, err := site.BeginTrial(ctx, d.config.Scratch, d)
 	if err != nil {
 		return &machine.ProbeError{Cause: "no directory for a probe can be made", Mend: "set TMPDIR to a directory that you can write", Err: err}
 	}
-	output, err := d.probeGuest(ctx, place(dir))
-	end, stop := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
-	defer stop()
-	if cleared := errors.Join(d.clear(end, dir), os.RemoveAll(dir)); cleared != nil {
-		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named runsc-sandbox", Err: cleared}
+	output, err := d.probeGuest(ctx, place(trial.Machine()))
+	if ended := trial.End(ctx); ended != nil {
+		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named runsc-sandbox", Err: ended}
 	}
 	if err == nil && strings.Contains(output, "cal-probe: ") && strings.Contains(output, "gvisor") {
 		return nil

@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/site"
 	"cal/nucleus"
@@ -62,32 +61,33 @@ func (d *Driver) probeProgram(ctx context.Context) error {
 func (d *Driver) probeGuest(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, d.config.Patience)
 	defer cancel()
-	base, err := os.MkdirTemp(d.config.Scratch, "cal-probe-")
+	trial, err := site.BeginTrial(ctx, d.config.Scratch, d)
 	if err != nil {
 		return &machine.ProbeError{Cause: "no directory for a probe can be made", Mend: "set TMPDIR to a directory that you can write", Err: err}
 	}
-	defer os.RemoveAll(base)
-	spec := machine.Spec{
-		ID: "probe", Dir: filepath.Join(base, "m"), Workspace: filepath.Join(base, "w"), Proxy: d.config.Proxy,
-		Image: nucleus.Image{Kind: "directory", Path: filepath.Join(base, "root")}, Resources: nucleus.Resources{CPU: 1, MemoryMB: 256, DiskMB: 64},
+	err = d.tryGuest(ctx, trial)
+	if ended := trial.End(ctx); ended != nil {
+		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named qemu-system-x86_64", Err: errors.Join(err, ended)}
 	}
-	for _, dir := range []string{spec.Dir, spec.Workspace, filepath.Join(spec.Image.Path, "usr")} {
+	return err
+}
+
+// tryGuest has a guest answer.
+func (d *Driver) tryGuest(ctx context.Context, trial *site.Trial) error {
+	spec := machine.Spec{
+		ID: "probe", Dir: trial.Machine(), Workspace: filepath.Join(trial.Dir, "w"), Proxy: d.config.Proxy,
+		Image: nucleus.Image{Kind: "directory", Path: filepath.Join(trial.Dir, "root")}, Resources: nucleus.Resources{CPU: 1, MemoryMB: 256, DiskMB: 64},
+	}
+	for _, dir := range []string{spec.Workspace, filepath.Join(spec.Image.Path, "usr")} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
-	}
-	if err := os.Chmod(spec.Dir, 0o700); err != nil {
-		return err
 	}
 	m, err := d.Create(ctx, spec)
 	if err != nil {
 		return d.diagnose(ctx, "/proc", err)
 	}
-	end, stop := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
-	defer stop()
-	if err := m.Destroy(end); err != nil {
-		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named qemu-system-x86_64", Err: err}
-	}
+	m.Release() // the trial's end removes it
 	return nil
 }
 

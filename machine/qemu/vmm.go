@@ -222,7 +222,9 @@ func (v *vmm) arguments(ctx context.Context, parts microvm.Parts, fds *descripto
 			"-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, i+1),
 			"-blockdev", fmt.Sprintf("driver=file,node-name=%s-file,filename=/dev/fdset/%d,locking=off,aio=threads,cache.no-flush=%s,%s", disk.Role, i+1, flush, options),
 			"-blockdev", fmt.Sprintf("driver=throttle,node-name=%s,throttle-group=rate,file=%[1]s-file,%s", disk.Role, options),
-			"-device", fmt.Sprintf("virtio-blk-device,drive=%s,serial=%[1]s", disk.Role),
+			// A write that the host's disk has no room for fails in the guest, too; by itself QEMU would
+			// stop the machine, until somebody lets it go on.
+			"-device", fmt.Sprintf("virtio-blk-device,drive=%s,serial=%[1]s,werror=report,rerror=report", disk.Role),
 		)
 	}
 	return args, nil
@@ -258,18 +260,18 @@ func (r record) cgroupLimits(p place, workspace string) cgroup.Limits {
 
 const (
 	vmmThreads  = 96      // QEMU has up to 64 for disks
-	addressesMB = 8 << 10 // of address space beside the guest's memory, most of it never touched
+	addressesMB = 2 << 10 // of address space beside the guest's memory, most of it never touched
 )
 
 // plan confines QEMU.
 func (r record) plan(qemu program, parts microvm.Parts, args []string) confine.Plan {
 	plan := confine.Plan{
-		Program: qemu.path, Args: append([]string{"qemu-system-x86_64"}, args...), Env: []string{"QEMU_MODULE_DIR=" + modulesPlace},
+		Program: qemu.path, Args: append([]string{"qemu-system-x86_64"}, args...), Env: []string{"QEMU_MODULE_DIR=" + modulesPlace, "MALLOC_ARENA_MAX=2"}, // else its threads take addresses by the GB
 		Files: slices.Concat(qemu.files, []confine.File{
 			{Host: parts.Kernel.Image, Guest: kernelPlace}, {Host: parts.Initramfs.Path, Guest: initramfsPlace},
 		}),
 		Devices: []string{"/dev/null", "/dev/urandom"}, ID: r.User,
-		Memory: uint64(r.Shape.MemoryMB+addressesMB) << 20,
+		Memory: uint64(r.Shape.MemoryMB+addressesMB) << 20, FileSize: parts.Longest(),
 	}
 	if !r.Emulated {
 		plan.Devices = append(plan.Devices, "/dev/kvm")
