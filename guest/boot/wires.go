@@ -30,7 +30,7 @@ type (
 
 func (l commandLine) wires() ([]transport, error) {
 	if l.wire == wireVsock {
-		v, err := listenVsock()
+		v, err := listenVsock(vsockPort)
 		return []transport{v}, err
 	}
 	var ports []transport
@@ -60,20 +60,23 @@ const (
 )
 
 // vsock is a socket that only the host reaches.
-type vsock struct{ fd int }
+type vsock struct {
+	fd   int
+	host uint32 // the host's address
+}
 
-func listenVsock() (vsock, error) {
+func listenVsock(port uint32) (vsock, error) {
 	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return vsock{}, fmt.Errorf("vsock: %w", err)
 	}
-	if err := unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: vsockPort}); err != nil {
+	if err := unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: port}); err != nil {
 		return vsock{}, fmt.Errorf("vsock: bind: %w", err)
 	}
 	if err := unix.Listen(fd, 4); err != nil {
 		return vsock{}, fmt.Errorf("vsock: listen: %w", err)
 	}
-	return vsock{fd}, nil
+	return vsock{fd, unix.VMADDR_CID_HOST}, nil
 }
 
 // greetPatience is how long a connection that says nothing is held.
@@ -89,7 +92,7 @@ func (v vsock) serve(answer answerer, take taker) error {
 			return fmt.Errorf("vsock: accept: %w", err)
 		}
 		// A program of this machine could dial its own kernel.
-		if peer, ok := from.(*unix.SockaddrVM); !ok || peer.CID != unix.VMADDR_CID_HOST {
+		if peer, ok := from.(*unix.SockaddrVM); !ok || peer.CID != v.host {
 			slog.Warn("a connection that is not the host's was closed")
 			unix.Close(fd)
 			continue

@@ -66,7 +66,7 @@ func fakeHost(t testing.TB, d *Driver) machinetest.Host {
 // guest replaced.
 func TestSuiteOverFake(t *testing.T) {
 	d := faked(t)
-	machinetest.Try(t, fakeHost(t, d), "refused", "limits are stated", "new wire", "wire refused", "adopt", "remove", "given up start", "workspace of another kind")
+	machinetest.Try(t, fakeHost(t, d), "refused", "limits are stated", "new wire", "adopt", "remove", "workspace of another kind")
 }
 
 // TestRemoveAtAnyMoment tries it over the fake programs.
