@@ -182,7 +182,7 @@ func (h *host) kill() {
 	close(n.closing)
 	if spare := n.spares.waiting; spare != nil {
 		<-spare.ready
-		n.spares.forget()
+		n.spares.dismiss()
 		spare.machine.Wire().Close()
 		spare.machine.Release()
 	}

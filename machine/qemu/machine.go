@@ -153,7 +153,11 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record) (_ *v
 	if err := v.monitor.do(ctx, "cont"); err != nil { // the guest's first instruction
 		return nil, nil, err
 	}
+	began := time.Now()
 	conn, err := v.greet(ctx, &v.ports[0])
+	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("its guest has not come up in %s; hint: cal image list says which kernel it is, uptime whether the host is busy: %w", time.Since(began).Round(time.Second), err)
+	}
 	v.patience = greetTry
 	return v, conn, err
 }

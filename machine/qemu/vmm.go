@@ -299,12 +299,21 @@ func checkWalls(rec record, pid int) error {
 	if filters, told := status["Seccomp_filters"]; told && (filters == "0" || filters == "1") {
 		return fmt.Errorf("qemu runs with %s seccomp filters, want its own too", filters)
 	}
-	if rec.User != 0 && rec.Map == nil {
-		if ids := strings.Fields(status["Uid"]); len(ids) != 4 || slices.ContainsFunc(ids, func(id string) bool { return id != strconv.FormatUint(uint64(rec.User), 10) }) {
-			return fmt.Errorf("qemu is user %q, want %d", status["Uid"], rec.User)
-		}
+	user := uint32(os.Getuid())
+	switch {
+	case rec.Map != nil:
+		user = rec.Map.Outer(rec.User)
+	case rec.User != 0:
+		user = rec.User
 	}
-	for _, space := range []string{"mnt", "pid", "net", "ipc", "uts"} {
+	if ids := strings.Fields(status["Uid"]); len(ids) != 4 || slices.ContainsFunc(ids, func(id string) bool { return id != strconv.FormatUint(uint64(user), 10) }) {
+		return fmt.Errorf("qemu is user %q, want %d", status["Uid"], user)
+	}
+	spaces := []string{"mnt", "pid", "net", "ipc", "uts"}
+	if os.Geteuid() != 0 {
+		spaces = append(spaces, "user")
+	}
+	for _, space := range spaces {
 		own, err := os.Readlink("/proc/self/ns/" + space)
 		if err != nil {
 			return err
