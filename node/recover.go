@@ -142,7 +142,7 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	if left.err != nil {
 		return nil, left.err
 	}
-	p := &Pod{node: n, dir: left.dir, record: left.record, state: stateRunning, logged: true, gone: make(chan struct{})}
+	p := &Pod{node: n, dir: left.dir, record: left.record, state: stateRunning, logged: true, gone: make(chan struct{}), failed: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			p.leaveSession()

@@ -42,7 +42,7 @@ const (
 	maxStale     = 512 << 10 // bytes that the host passes over
 )
 
-const takenPatience = time.Second // with a guest that was told to go, past the deadline of the greeting
+const takenPatience = time.Second // at least, with a guest that was told to go
 
 // Greeting is what the host says on a new wire.
 type Greeting struct {

@@ -163,6 +163,35 @@ func TestGreetingInOrder(t *testing.T) {
 	})
 }
 
+// TestGreetingTakenLate: a guest that was told to go, be it just before the deadline, has a second to say that
+// it has heard it, and no more.
+func TestGreetingTakenLate(t *testing.T) {
+	for late, want := range map[time.Duration]error{takenPatience / 2: nil, 2 * takenPatience: os.ErrDeadlineExceeded} {
+		synctest.Test(t, func(t *testing.T) {
+			host, guest := net.Pipe()
+			deadline, over := soon(), make(chan struct{})
+			go func() {
+				defer close(over)
+				ready := func(Greeting) error { time.Sleep(time.Until(deadline) - takenPatience/10); return nil }
+				AnswerGreeting(guest, ready, func(Greeting) { time.Sleep(late) })
+			}()
+			defer func() { host.Close(); <-over }()
+			wired, err := Greet(host, deadline)
+			if !errors.Is(err, want) {
+				t.Errorf("taken %s late: %v, want %v", late, err, want)
+			}
+			if err != nil {
+				return
+			}
+			time.Sleep(time.Minute) // of the bubble's: no deadline is left on the wire
+			go guest.Write([]byte("x"))
+			if _, err := wired.Read(make([]byte, 1)); err != nil {
+				t.Errorf("taken %s late: the wire ends: %v", late, err)
+			}
+		})
+	}
+}
+
 // TestSayEnd: the host can ask for the end where the guest waits for a greeting, and nobody
 // takes the wire's own bytes for that.
 func TestSayEnd(t *testing.T) {

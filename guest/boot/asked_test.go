@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -25,7 +26,7 @@ import (
 // remembered is what a machine that goes on from the memory is started with.
 func remembered(t *testing.T) vm.Config {
 	t.Helper()
-	config := vm.Config{Init: program(t), CPUs: 1, Line: "cal.asked"}
+	config := vm.Config{Init: program(t), CPUs: processors, Line: "cal.asked"}
 	memory := filepath.Join(built.dir, "memory")
 	if _, err := os.Stat(memory); errors.Is(err, os.ErrNotExist) {
 		m := vm.Start(t, config)
@@ -119,10 +120,28 @@ func (a *asking) Write(p []byte) (int, error) {
 	return a.ReadWriter.Write(p)
 }
 
+// draw draws on each processor: the kernel has random numbers for each.
 func (a *asking) draw() {
-	var drawn [32]byte
-	if n, err := unix.Getrandom(drawn[:], 0); err != nil || n != len(drawn) {
-		panic(fmt.Sprint(n, err))
+	var drawn [processors * 16]byte
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var all unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &all); err != nil {
+		panic(err)
+	}
+	defer unix.SchedSetaffinity(0, &all)
+	for cpu := range processors {
+		var one unix.CPUSet
+		one.Set(cpu)
+		if err := unix.SchedSetaffinity(0, &one); err != nil {
+			panic(err)
+		}
+		part := drawn[cpu*16 : (cpu+1)*16]
+		if n, err := unix.Getrandom(part, 0); err != nil || n != len(part) {
+			panic(fmt.Sprint(n, err))
+		}
 	}
 	fmt.Fprintf(a.ReadWriter, "\nrandom %x\n", drawn)
 }
+
+const processors = 2

@@ -114,6 +114,8 @@ type writer func([]byte) (int, error)
 
 func (w writer) Write(p []byte) (int, error) { return w(p) }
 
+var errNoWitness = errors.New("the kernel hands over no system calls (seccomp_unotify)")
+
 // watch does what is watched in a thread of its own.
 func (w *witness) watch(do func() error) error {
 	ready, over := make(chan int), make(chan error, 1)
@@ -121,7 +123,7 @@ func (w *witness) watch(do func() error) error {
 		runtime.LockOSThread() // never unlocked: the filter goes with the thread
 		fd, err := askFirst(unix.RNDADDENTROPY, unix.RNDRESEEDCRNG)
 		if err != nil {
-			over <- fmt.Errorf("seccomp: %w", err)
+			over <- fmt.Errorf("%w: %w", errNoWitness, err)
 			close(ready)
 			return
 		}
@@ -130,7 +132,11 @@ func (w *witness) watch(do func() error) error {
 	}()
 	fd, ok := <-ready
 	if !ok {
-		return <-over
+		err := <-over
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EBUSY) { // before Linux 5.0, or in a container that has a witness of its own
+			w.t.Skip(err)
+		}
+		return err
 	}
 	defer unix.Close(fd)
 	stopped, stop, err := os.Pipe()
@@ -245,12 +251,12 @@ func askFirst(requests ...uint32) (int, error) {
 
 // ways to take entropy: the product's, and those that leave something out.
 var ways = map[string]struct {
-	take func([]byte) error
-	same bool // twins then go on alike
+	take     func([]byte) error
+	inCommon int // on how many processors twins then go on alike
 }{
-	"as it is":          {addEntropy, false},
-	"nothing is taken":  {func([]byte) error { return nil }, true},
-	"without beginning": {addOnly, true},
+	"as it is":          {addEntropy, 0},
+	"nothing is taken":  {func([]byte) error { return nil }, processors},
+	"without beginning": {addOnly, processors},
 }
 
 // addOnly leaves it to the kernel when it takes up what was added.
@@ -302,19 +308,28 @@ func TestTwins(t *testing.T) {
 		t.Run(way, func(t *testing.T) {
 			for left := 4; ; left-- {
 				before, after := twins(t, config, way)
-				alike, same := before[0] == before[1], after[0] == after[1]
-				if alike && same == want.same {
+				if inCommon(before) == processors && inCommon(after) == want.inCommon {
 					break
 				}
 				// On a busy host the kernel began anew by itself, which makes twins differ.
-				if by := !alike || want.same; by && left > 0 {
+				if itself := inCommon(before) < processors || want.inCommon > inCommon(after); itself && left > 0 {
 					t.Logf("again: asked they draw %q, greeted %q", before, after)
 					continue
 				}
-				t.Fatalf("asked they draw %q, greeted %q: want the same before, and after: %v", before, after, want.same)
+				t.Fatalf("asked they draw %q, and greeted %q: want that they are alike first, and then on %d of %d processors", before, after, want.inCommon, processors)
 			}
 		})
 	}
+}
+
+// inCommon is on how many processors two machines drew the same.
+func inCommon(drawn [2]string) (n int) {
+	for size, cpu := len(drawn[0])/processors, 0; cpu < processors; cpu++ {
+		if drawn[0][cpu*size:(cpu+1)*size] == drawn[1][cpu*size:(cpu+1)*size] {
+			n++
+		}
+	}
+	return n
 }
 
 // twins are what two machines of one memory draw when they are asked, and when they say ok.

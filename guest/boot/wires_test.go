@@ -9,6 +9,8 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -123,6 +125,38 @@ func TestFirstWire(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// TestFindPorts: a machine waits until both its ports are there, else one is never listened at.
+func TestFindPorts(t *testing.T) {
+	class := filepath.Join(t.TempDir(), "virtio-ports")
+	for _, step := range []struct {
+		device, name string
+		want         []string
+		all          bool
+	}{
+		{"", "", nil, false}, // not even the class is there
+		{"vport0p1", "cal.wire", []string{"vport0p1"}, false},
+		{"vport0p0", "console", []string{"vport0p1"}, false},
+		{"vport0p2", "", []string{"vport0p1"}, false}, // being made
+		{"vport0p2", "cal.wire2", []string{"vport0p1", "vport0p2"}, true},
+		{"vport0p3", "cal.wire3", []string{"vport0p1", "vport0p2"}, true},
+	} {
+		if step.device != "" {
+			dir := filepath.Join(class, step.device)
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if step.name != "" {
+				if err := os.WriteFile(filepath.Join(dir, "name"), []byte(step.name+"\n"), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if got, all, err := findPorts(class); err != nil || !slices.Equal(got, step.want) || all != step.all {
+			t.Errorf("with %s %q: %q, all %v, %v, want %q, %v", step.device, step.name, got, all, err, step.want, step.all)
+		}
 	}
 }
 

@@ -408,3 +408,18 @@ func TestCalDiesUnderAgent(t *testing.T) {
 	}
 	e.Verify()
 }
+
+// Who runs a command in a machine that dies is told so, with what to do next.
+func TestSandboxDiesInRequest(t *testing.T) {
+	e := testenv.New(t)
+	run := e.Start(e.Command("cal", "run", "--", "sh", "-c", "echo has begun; sleep 600"))
+	run.Until("has begun")
+	pod := e.Pods()[0]
+	for _, pid := range e.Sandboxes() {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run.Wait().Want(t, 1, "pod "+pod+" is failed: the machine ended: ", "hint: cal audit log --pod "+pod)
+	e.Cal("audit", "log", "--pod", pod).Want(t, 0, "the machine ended: ")
+}
