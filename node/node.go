@@ -54,6 +54,8 @@ type Config struct {
 	Images    *image.Store     // the drivers'; nil: they have none
 	Now       func() time.Time // nil: the system's clock
 
+	SpareEmulated bool // a machine is made ahead where it is emulated too, though it costs processor time all the while
+
 	Monotonic func() time.Duration // on this host, for all its processes; nil: the system's clock
 
 	RequireApprovals string // see approvals.CheckRequirement: no pod starts where that is not so; "": any

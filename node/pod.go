@@ -929,7 +929,7 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 	n.mu.Lock()
 	delete(n.pods, id)
 	n.mu.Unlock()
-	if driver, err := n.driver(p.record); err == nil && live {
+	if driver, err := n.driver(p.record); err == nil && live && (driver.Tier() != nucleus.TierEmulated || n.config.SpareEmulated) {
 		n.spares.prepare(driver, p.machineSpec(n), p.record.Spec.Workspace != "")
 	}
 	return nil

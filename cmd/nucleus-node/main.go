@@ -66,6 +66,7 @@ func run(args []string) error {
 	})
 	patience := flags.Duration("probe-patience", 0, "how long a guest may take to show that KVM runs it, longer on a host that is emulated itself (default: the drivers' own)")
 	spare := flags.Duration("spare", 5*time.Minute, "how long a machine made ahead waits for the next pod of its shape; 0 makes none")
+	spareEmulated := flags.Bool("spare-emulated", false, "make machines of tier emulated ahead too: one takes some 350 MB and a part of a processor all the while it waits")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -105,6 +106,7 @@ func run(args []string) error {
 		SpareLife: *spare,
 		Prices:    table,
 
+		SpareEmulated:    *spareEmulated,
 		RequireApprovals: *require,
 	})
 	if err != nil {
