@@ -2,10 +2,12 @@ package boot
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -174,6 +176,9 @@ func TestEnd(t *testing.T) {
 // laterWires: a new wire is handed to the proxy on either port, again and again, and where the
 // proxy does not take it the host learns why.
 func laterWires(t *testing.T, m *vm.Machine) {
+	if _, err := wire.Greet(dying{m.Dial("cal.wire2")}, time.Now().Add(vm.Patience)); err == nil {
+		t.Error("a host that died was heard")
+	}
 	for i, port := range []string{"cal.wire2", "cal.wire2", "cal.wire2", "cal.wire"} {
 		wired := m.Wire(port)
 		said, want := "proof", "taken\n"
@@ -193,6 +198,18 @@ func laterWires(t *testing.T, m *vm.Machine) {
 		}
 		wired.Close()
 	}
+}
+
+// dying is a host that dies when it has told the machine to go: what it greeted on goes nowhere, and the
+// machine takes the next.
+type dying struct{ net.Conn }
+
+func (d dying) Write(p []byte) (int, error) {
+	n, err := d.Conn.Write(p)
+	if bytes.Contains(p, []byte(" go ")) {
+		d.Close()
+	}
+	return n, err
 }
 
 // TestRefuses takes the promises away one after the other: such a machine serves nobody, and
