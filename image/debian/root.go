@@ -44,6 +44,11 @@ type Package struct {
 // sorted by name.
 func (a *Apt) Fetch(ctx context.Context, names []string) ([]string, error) {
 	if _, err := a.run(ctx, a.dir, "apt-get", append([]string{"--yes", "--download-only", "install", "--"}, names...)...); err != nil {
+		for _, unknown := range []string{"Unable to locate package", "was not found", "no installation candidate"} {
+			if strings.Contains(err.Error(), unknown) {
+				return nil, fmt.Errorf("%w; hint: names and versions are those of the image's suite (packages.debian.org); another one is debian@SUITE", err)
+			}
+		}
 		return nil, err
 	}
 	files, err := filepath.Glob(filepath.Join(a.dir, "archives", "*.deb"))
