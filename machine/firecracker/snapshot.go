@@ -1,6 +1,7 @@
 package firecracker
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -77,18 +78,21 @@ func hostShape() (string, error) {
 	if err := unix.Uname(&name); err != nil {
 		return "", err
 	}
-	info, err := os.ReadFile("/proc/cpuinfo")
+	info, err := os.Open("/proc/cpuinfo")
 	if err != nil {
 		return "", err
 	}
-	first, _, _ := strings.Cut(string(info), "\n\n")
+	defer info.Close()
 	var processor []string
-	for _, key := range []string{"vendor_id", "cpu family", "model", "stepping", "microcode", "flags"} {
-		for line := range strings.Lines(first) {
-			if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == key {
-				processor = append(processor, strings.TrimSpace(value))
-			}
+	lines := bufio.NewScanner(info)
+	for lines.Scan() && lines.Text() != "" { // of the first: a host may have hundreds
+		name, value, _ := strings.Cut(lines.Text(), ":")
+		if slices.Contains([]string{"vendor_id", "cpu family", "model", "stepping", "microcode", "flags"}, strings.TrimSpace(name)) {
+			processor = append(processor, strings.TrimSpace(value))
 		}
+	}
+	if err := lines.Err(); err != nil {
+		return "", err
 	}
 	return "host " + unix.ByteSliceToString(name.Release[:]) + " " + unix.ByteSliceToString(name.Version[:]) + " on " + strings.Join(processor, " "), nil
 }
