@@ -119,6 +119,26 @@ func (p Process) Ended() error {
 	})
 }
 
+// Sweep ends what has the argument, calls clean to delete what it used, and does both again while
+// more appear: a start that was caught between fork and exec shows up late.
+func Sweep(ctx context.Context, argument string, clean func() error) error {
+	for {
+		if err := End(ctx, argument); err != nil {
+			return err
+		}
+		if err := clean(); err != nil {
+			return err
+		}
+		left, err := Find(argument)
+		for _, p := range left {
+			p.Close()
+		}
+		if err != nil || len(left) == 0 {
+			return err
+		}
+	}
+}
+
 // End kills all that have this argument and waits until they are gone.
 func End(ctx context.Context, argument string) error {
 	deadline := time.Now().Add(EndTimeout)

@@ -18,6 +18,7 @@ import (
 	"cal/machine"
 	"cal/machine/machinetest"
 	"cal/machine/machinetest/script"
+	"cal/machine/site"
 	"cal/nucleus"
 )
 
@@ -102,7 +103,7 @@ func left(t *testing.T, dir string) (found []string) {
 	}
 	if entries, err := os.ReadDir(dir); err == nil {
 		for _, entry := range entries {
-			if entry.Name() == "firecracker" || entry.Name() == recordFile {
+			if entry.Name() == "firecracker" || entry.Name() == site.RecordFile {
 				found = append(found, entry.Name())
 			}
 		}

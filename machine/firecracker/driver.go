@@ -16,10 +16,9 @@ package firecracker
 import (
 	"context"
 	"errors"
-	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -28,7 +27,6 @@ import (
 
 	"cal/image"
 	"cal/internal/kvm"
-	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/microvm"
 	"cal/machine/site"
@@ -39,8 +37,6 @@ import (
 const Version = "1.16.1"
 
 const name = "firecracker"
-
-const startTimeout = 60 * time.Second // of a start whose context has no deadline
 
 // Config is what the driver depends on. Every field but the first three has a default.
 type Config struct {
@@ -116,47 +112,28 @@ func (d *Driver) source() microvm.Source {
 func (d *Driver) Tier() nucleus.Tier { return nucleus.TierVM }
 
 // Create implements machine.Driver.
-func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machine, err error) {
+func (d *Driver) Create(ctx context.Context, spec machine.Spec) (machine.Machine, error) {
 	if err := spec.Check(); err != nil {
 		return nil, err
 	}
 	if err := checkFS(spec.Dir); err != nil {
 		return nil, err
 	}
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, startTimeout)
-		defer cancel()
-	}
 	digest, err := d.prove(ctx)
 	if err != nil {
 		return nil, err
 	}
-	held, err := site.Claim(ctx, spec.Dir, recordFile)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err == nil {
-			return
+	return site.Create(ctx, spec.Dir, d.clear, func(lock io.Closer) (*Machine, error) {
+		m, err := d.make(ctx, spec, digest, lock, d.warm.Load())
+		if !errors.Is(err, errSnapshot) {
+			return m, err
 		}
-		// What ended the start must not end the cleaning up.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
-		defer cancel()
-		err = errors.Join(err, d.clear(ctx, spec.Dir), site.Unlock(spec.Dir, held))
-	}()
-	m, err := d.make(ctx, spec, digest, held, d.warm.Load())
-	if errors.Is(err, errSnapshot) {
 		slog.Warn("a machine could not start from its snapshot; it is booted", "machine", spec.ID, "error", err)
 		if err := d.clear(ctx, spec.Dir); err != nil {
 			return nil, err
 		}
-		m, err = d.make(ctx, spec, digest, held, false)
-	}
-	if err != nil {
-		return nil, err // no machine, rather than an interface that holds none
-	}
-	return m, nil
+		return d.make(ctx, spec, digest, lock, false)
+	})
 }
 
 // begin decides what the machine will be, and writes it down before anything is made
@@ -196,52 +173,23 @@ const overheadMB = 64
 
 // Adopt implements machine.Driver.
 func (d *Driver) Adopt(ctx context.Context, dir string) (machine.Machine, error) {
-	rec, err := loadRecord(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w", dir, machine.ErrGone)
-	}
-	if err != nil {
-		return nil, err
-	}
-	held, err := site.Lock(ctx, dir)
-	if err != nil {
-		return nil, err
-	}
-	v, err := rec.Jail.hold(d.config.Cgroups)
-	if err != nil {
-		held.Close()
-		return nil, fmt.Errorf("%s: %w", dir, err)
-	}
-	m := d.hold(rec, v, held)
-	if m.wire, err = m.Rewire(ctx); err != nil {
-		m.Release()
-		return nil, err
-	}
-	return m, nil
+	return site.Adopt(ctx, dir, loadRecord, func(rec record, lock io.Closer) (*Machine, error) {
+		v, err := rec.Jail.hold(d.config.Cgroups)
+		if err != nil {
+			return nil, err
+		}
+		return d.hold(rec, v, lock), nil
+	})
 }
 
 // Remove implements machine.Driver.
-func (d *Driver) Remove(ctx context.Context, dir string) error {
-	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	held, err := site.Lock(ctx, dir)
-	if err != nil {
-		return err
-	}
-	if err := d.clear(ctx, dir); err != nil {
-		held.Close()
-		return err
-	}
-	return site.Discard(dir, held)
-}
+func (d *Driver) Remove(ctx context.Context, dir string) error { return site.Remove(ctx, dir, d.clear) }
 
-// clear ends all that runs for a machine and deletes what was made for it, the record
-// last: while it is there, what else is left is known.
+// clear ends all that runs for a machine and deletes what was made for it.
 func (d *Driver) clear(ctx context.Context, dir string) error {
 	rec, err := loadRecord(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return site.DeleteRecord(dir, recordFile) // one that was being written
+		return site.DeleteRecord(dir) // one that was being written
 	}
 	if err != nil {
 		return err
@@ -251,5 +199,5 @@ func (d *Driver) clear(ctx context.Context, dir string) error {
 			return err
 		}
 	}
-	return site.DeleteRecord(dir, recordFile)
+	return site.DeleteRecord(dir)
 }

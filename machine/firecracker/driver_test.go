@@ -426,7 +426,7 @@ func TestMembers(t *testing.T) {
 // TestForeignRecord: a machine of another driver is not touched.
 func TestForeignRecord(t *testing.T) {
 	dir := t.TempDir()
-	must(t, durable.Store(filepath.Join(dir, recordFile), map[string]any{"driver": "gvisor", "a field of its own": 1}))
+	must(t, durable.Store(filepath.Join(dir, site.RecordFile), map[string]any{"driver": "gvisor", "a field of its own": 1}))
 	d := New(Config{})
 	for name, try := range map[string]func() error{
 		"adopt":  func() error { _, err := d.Adopt(context.Background(), dir); return err },
@@ -436,7 +436,7 @@ func TestForeignRecord(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := os.Stat(filepath.Join(dir, recordFile)); err != nil {
+	if _, err := os.Stat(filepath.Join(dir, site.RecordFile)); err != nil {
 		t.Error(err)
 	}
 }

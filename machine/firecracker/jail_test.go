@@ -18,6 +18,7 @@ import (
 	"cal/internal/durable"
 	"cal/internal/process"
 	"cal/machine"
+	"cal/machine/site"
 )
 
 // TestJailerArguments are golden: they are the wall.
@@ -288,7 +289,7 @@ func TestDamagedRecord(t *testing.T) {
 			if spoil != nil {
 				spoil(&rec)
 			}
-			must(t, durable.Store(filepath.Join(dir, recordFile), rec))
+			must(t, durable.Store(filepath.Join(dir, site.RecordFile), rec))
 			if _, err := loadRecord(dir); (err == nil) != (spoil == nil) {
 				t.Errorf("%+v: %v", rec, err)
 			}

@@ -30,24 +30,14 @@ const (
 
 // Machine is a Firecracker that this process holds.
 type Machine struct {
-	driver *Driver
-	rec    record
-	vmm    *vmm
-	held   io.Closer // the lock of the directory
-
-	paused chan string // nothing is watched, so nothing comes
-	done   chan struct{}
-	work   sync.WaitGroup
-
-	mu       sync.Mutex
-	wire     net.Conn
-	reason   string
-	released bool
-	gone     bool // Destroy has removed everything
+	*site.Held
+	rec  record
+	vmm  *vmm
+	work sync.WaitGroup
 }
 
 // make makes a machine and waits for its first word. digest is that of the program.
-func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, held io.Closer, warm bool) (*Machine, error) {
+func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, lock io.Closer, warm bool) (*Machine, error) {
 	rec, err := d.begin(spec)
 	if err != nil {
 		return nil, err
@@ -67,6 +57,8 @@ func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, hel
 	if err := rec.save(); err != nil {
 		return nil, err
 	}
+	ctx, cancel := site.StartContext(ctx) // of what it is made may take longer
+	defer cancel()
 	snapshot := ""
 	if warm {
 		snapshot = d.snapshotOrNone(ctx, rec, made, digest)
@@ -81,8 +73,8 @@ func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, hel
 		v.letGo()
 		return nil, err
 	}
-	m := d.hold(rec, v, held)
-	m.wire = conn
+	m := d.hold(rec, v, lock)
+	m.Give(conn)
 	return m, nil
 }
 
@@ -207,47 +199,28 @@ func deadlineOf(ctx context.Context) time.Time {
 }
 
 // hold begins to watch a Firecracker.
-func (d *Driver) hold(rec record, v *vmm, held io.Closer) *Machine {
-	m := &Machine{driver: d, rec: rec, vmm: v, held: held, paused: make(chan string), done: make(chan struct{})}
+func (d *Driver) hold(rec record, v *vmm, lock io.Closer) *Machine {
+	m := &Machine{rec: rec, vmm: v}
+	m.Held = site.Hold(rec.Jail.Dir, lock, func(ctx context.Context, dir string) error {
+		m.askToEnd(ctx)
+		return d.clear(ctx, dir)
+	}, m.letGo)
 	m.work.Go(m.awaitDeath)
 	return m
 }
 
 func (m *Machine) awaitDeath() {
 	<-m.vmm.done
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.released || !m.vmm.ended() {
-		return // the process was let go, which says nothing of it
+	if m.vmm.ended() { // else it was let go, which says nothing of it
+		m.Died(m.vmm.died())
 	}
-	if m.reason == "" {
-		m.reason = m.vmm.died()
-	}
-	close(m.done)
-}
-
-// Wire implements machine.Machine.
-func (m *Machine) Wire() net.Conn {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	conn := m.wire
-	m.wire = nil
-	return conn
 }
 
 // Rewire implements machine.Machine. The old wire stays in use until the proxy has
 // taken the new one.
 func (m *Machine) Rewire(ctx context.Context) (net.Conn, error) {
-	m.mu.Lock()
-	ended := m.released || m.gone
-	m.mu.Unlock()
-	select {
-	case <-m.done:
-		return nil, fmt.Errorf("%s: %w: %s", m.rec.Jail.Dir, machine.ErrGone, m.Reason())
-	default:
-	}
-	if ended {
-		return nil, fmt.Errorf("%s: %w", m.rec.Jail.Dir, machine.ErrGone)
+	if err := m.Alive(nil); err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
 	defer cancel()
@@ -264,51 +237,11 @@ func (m *Machine) Facts() machine.Facts { return m.rec.Facts }
 // Limits implements machine.Machine.
 func (m *Machine) Limits() []nucleus.Limit { return m.rec.Shape.Limits() }
 
-// Paused implements machine.Machine.
-func (m *Machine) Paused() <-chan string { return m.paused }
-
 // Resume implements machine.Machine: nothing is watched, so nothing was paused.
 func (m *Machine) Resume(context.Context) error { return nil }
 
-// Done implements machine.Machine.
-func (m *Machine) Done() <-chan struct{} { return m.done }
-
-// Reason implements machine.Machine.
-func (m *Machine) Reason() string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.reason
-}
-
 // Console implements machine.Machine.
 func (m *Machine) Console() string { return m.vmm.console.String() }
-
-// Destroy implements machine.Machine.
-func (m *Machine) Destroy(ctx context.Context) error {
-	m.mu.Lock()
-	if m.gone || m.released {
-		m.mu.Unlock()
-		return nil
-	}
-	if m.reason == "" {
-		m.reason = "destroyed"
-	}
-	m.mu.Unlock()
-	m.askToEnd(ctx)
-	if err := m.driver.clear(ctx, m.rec.Jail.Dir); err != nil {
-		return err
-	}
-	<-m.done
-	m.mu.Lock()
-	first := !m.gone
-	m.gone = true
-	m.mu.Unlock()
-	if !first {
-		return nil
-	}
-	m.letGo()
-	return site.Discard(m.rec.Jail.Dir, m.held)
-}
 
 // askToEnd has the guest flush what programs in the background wrote and end by itself. It
 // may refuse, and is killed then.
@@ -324,29 +257,13 @@ func (m *Machine) askToEnd(ctx context.Context) {
 		return
 	}
 	select {
-	case <-m.done:
+	case <-m.Done():
 	case <-ctx.Done():
 	}
 }
 
-// Release implements machine.Machine.
-func (m *Machine) Release() {
-	m.mu.Lock()
-	if m.released || m.gone {
-		m.mu.Unlock()
-		return
-	}
-	m.released = true
-	m.mu.Unlock()
-	m.letGo()
-	m.held.Close()
-}
-
 // letGo ends this process's part and waits for it.
 func (m *Machine) letGo() {
-	if conn := m.Wire(); conn != nil {
-		conn.Close()
-	}
 	m.vmm.letGo()
 	m.work.Wait()
 }

@@ -89,6 +89,8 @@ func (d *Driver) prove(ctx context.Context) (string, error) {
 	if d.proved == digest {
 		return digest, nil
 	}
+	ctx, cancel := site.StartContext(ctx)
+	defer cancel()
 	d.clearOldProbes(ctx)
 	dir, err := os.MkdirTemp(d.config.Scratch, probePrefix)
 	if err != nil {

@@ -14,10 +14,7 @@ import (
 	"cal/machine/site"
 )
 
-const recordFile = "machine.json"
-
-// record is what another process needs to adopt or remove the machine. It is on the
-// disk before what it names is made.
+// record is the machine's, see site.RecordFile.
 type record struct {
 	Driver  string `json:"driver"`
 	ID      string `json:"id"`
@@ -31,18 +28,11 @@ type record struct {
 	Facts machine.Facts `json:"facts"`
 }
 
-func (r record) save() error { return durable.Store(filepath.Join(r.Jail.Dir, recordFile), r) }
+func (r record) save() error { return durable.Store(filepath.Join(r.Jail.Dir, site.RecordFile), r) }
 
-func loadRecord(dir string) (record, error) {
-	if of := site.DriverOf(dir, recordFile); of != "" && of != name {
-		return record{}, fmt.Errorf("%s: %w: %q", dir, machine.ErrForeign, of)
-	}
-	var rec record
-	if err := durable.Load(filepath.Join(dir, recordFile), &rec); err != nil {
+func loadRecord(dir string) (rec record, err error) {
+	if err := site.LoadRecord(dir, name, &rec); err != nil {
 		return record{}, err
-	}
-	if rec.Driver != name {
-		return record{}, fmt.Errorf("%s names no driver", filepath.Join(dir, recordFile))
 	}
 	rec.Jail.Dir, rec.Template.Dir = dir, dir
 	return rec, errors.Join(rec.Jail.check(), rec.Template.check())

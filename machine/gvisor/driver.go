@@ -19,6 +19,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -104,7 +105,7 @@ func (d *Driver) Name() string { return name }
 func (d *Driver) Tier() nucleus.Tier { return nucleus.TierKernel }
 
 // Create implements machine.Driver.
-func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machine, err error) {
+func (d *Driver) Create(ctx context.Context, spec machine.Spec) (machine.Machine, error) {
 	if err := spec.Check(); err != nil {
 		return nil, err
 	}
@@ -112,31 +113,16 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 	if err := place.check(); err != nil {
 		return nil, err
 	}
-	held, err := site.Claim(ctx, spec.Dir, recordFile)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err == nil {
-			return
+	return site.Create(ctx, spec.Dir, d.clear, func(lock io.Closer) (*Machine, error) {
+		rec, err := d.begin(ctx, spec)
+		if err != nil {
+			return nil, err
 		}
-		// What ended the start must not end the cleaning up.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
-		defer cancel()
-		err = errors.Join(err, d.clear(ctx, place), site.Unlock(spec.Dir, held))
-	}()
-	rec, err := d.begin(ctx, spec)
-	if err != nil {
-		return nil, err
-	}
-	if err := d.assemble(ctx, spec, &rec); err != nil {
-		return nil, err
-	}
-	m, err := d.start(ctx, place, rec, held)
-	if err != nil {
-		return nil, err // no machine, rather than an interface that holds none
-	}
-	return m, nil
+		if err := d.assemble(ctx, spec, &rec); err != nil {
+			return nil, err
+		}
+		return d.start(ctx, place, rec, lock)
+	})
 }
 
 // begin decides what the machine will be, and writes it down before anything is
@@ -191,69 +177,21 @@ func (r record) facts() machine.Facts {
 }
 
 // Adopt implements machine.Driver.
-func (d *Driver) Adopt(ctx context.Context, dir string) (_ machine.Machine, err error) {
-	place := place(dir)
-	rec, err := loadRecord(place)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w", dir, machine.ErrGone)
-	}
-	if err != nil {
-		return nil, err
-	}
-	held, err := site.Lock(ctx, dir)
-	if err != nil {
-		return nil, err
-	}
-	m, err := d.hold(place, rec, held)
-	if err != nil {
-		held.Close()
-		return nil, err
-	}
-	conn, err := m.Rewire(ctx)
-	if err != nil {
-		m.Release()
-		return nil, err
-	}
-	m.wire = conn
-	return m, nil
+func (d *Driver) Adopt(ctx context.Context, dir string) (machine.Machine, error) {
+	return site.Adopt(ctx, dir, loadRecord, func(rec record, lock io.Closer) (*Machine, error) { return d.hold(place(dir), rec, lock) })
 }
 
 // Remove implements machine.Driver.
-func (d *Driver) Remove(ctx context.Context, dir string) error {
-	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	held, err := site.Lock(ctx, dir)
-	if err != nil {
-		return err
-	}
-	if err := d.clear(ctx, place(dir)); err != nil {
-		held.Close()
-		return err
-	}
-	return site.Discard(dir, held)
-}
+func (d *Driver) Remove(ctx context.Context, dir string) error { return site.Remove(ctx, dir, d.clear) }
 
-// clear ends every process of a machine and deletes what was made for it, the
-// record last. It starts again while processes appear: a start that was caught
-// between fork and exec shows up late.
-func (d *Driver) clear(ctx context.Context, place place) error {
-	for {
-		if err := process.End(ctx, place.argument()); err != nil {
-			return err
-		}
-		if err := d.delete(ctx, place); err != nil {
-			return err
-		}
-		left, err := process.Find(place.argument())
-		if err != nil || len(left) == 0 {
-			return err
-		}
-	}
+// clear ends every process of a machine and deletes what was made for it.
+func (d *Driver) clear(ctx context.Context, dir string) error {
+	place := place(dir)
+	return process.Sweep(ctx, place.argument(), func() error { return d.delete(ctx, place) })
 }
 
 func (d *Driver) delete(ctx context.Context, place place) error {
-	rec, err := loadRecord(place)
+	rec, err := loadRecord(string(place))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -263,7 +201,7 @@ func (d *Driver) delete(ctx context.Context, place place) error {
 	if err := cgroup.Remove(ctx, d.config.Cgroups, rec.Cgroup); err != nil {
 		return err
 	}
-	return site.DeleteRecord(string(place), recordFile)
+	return site.DeleteRecord(string(place))
 }
 
 // deleteRoot removes a skeleton outside the place. A record that names anything

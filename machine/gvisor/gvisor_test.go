@@ -186,7 +186,7 @@ func left(t *testing.T, dir string) (found []string) {
 		}
 		found = append(found, names...)
 	}
-	for _, name := range append(made, recordFile, site.LockFile) {
+	for _, name := range append(made, site.RecordFile, site.LockFile) {
 		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
 			found = append(found, name)
 		}

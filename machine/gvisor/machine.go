@@ -2,7 +2,6 @@ package gvisor
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -22,36 +21,27 @@ import (
 )
 
 const (
-	startTimeout  = 60 * time.Second // of a start whose context has no deadline
 	attachTimeout = 30 * time.Second
 	watchEvery    = 250 * time.Millisecond // a guest takes no more than some hundred MB in that time
 	shortenEvery  = 4                      // rounds of watching
 	resumeGrace   = 2 * time.Second        // for the holder to make the guest smaller
-
 )
 
 // Machine is a sandbox that this process holds.
 type Machine struct {
+	*site.Held
 	driver  *Driver
 	place   place
 	rec     record
 	sandbox process.Process
-	memory  gauge     // of the goroutine that watches
-	held    io.Closer // the lock of the place
+	memory  gauge           // of the goroutine that watches
+	ctx     context.Context // ends with Release and Destroy
+	cancel  context.CancelFunc
+	work    sync.WaitGroup
 
-	paused chan string
-	done   chan struct{}
-	ctx    context.Context // ends with Release and Destroy
-	cancel context.CancelFunc
-	work   sync.WaitGroup
-
-	mu       sync.Mutex
-	wire     net.Conn
-	reason   string
-	stopped  bool      // by a watched limit
-	grace    time.Time // no watching before
-	released bool
-	gone     bool // Destroy has removed everything
+	mu      sync.Mutex
+	stopped bool      // by a watched limit
+	grace   time.Time // no watching before
 }
 
 // flags of every runsc command. Without --overlay2=none what a call wrote would
@@ -71,7 +61,7 @@ func (d *Driver) flags(place place, rec record) []string {
 	return flags
 }
 
-func (d *Driver) start(ctx context.Context, place place, rec record, held io.Closer) (*Machine, error) {
+func (d *Driver) start(ctx context.Context, place place, rec record, lock io.Closer) (*Machine, error) {
 	host, guest, err := socketPair()
 	if err != nil {
 		return nil, err
@@ -81,7 +71,7 @@ func (d *Driver) start(ctx context.Context, place place, rec record, held io.Clo
 		host.Close()
 		return nil, err
 	}
-	m, err := d.hold(place, rec, held)
+	m, err := d.hold(place, rec, lock)
 	if err != nil {
 		host.Close()
 		return nil, err
@@ -91,14 +81,14 @@ func (d *Driver) start(ctx context.Context, place place, rec record, held io.Clo
 		m.letGo()
 		return nil, err
 	}
-	m.wire = host
+	m.Give(host)
 	return m, nil
 }
 
 // run starts the sandbox in a session of its own: the death of the node, or of
 // the terminal it runs on, ends no machine.
 func (d *Driver) run(ctx context.Context, place place, rec record, guest *os.File) error {
-	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	ctx, cancel := site.StartContext(ctx)
 	defer cancel()
 	console, err := os.OpenFile(place.console(), os.O_CREATE|os.O_EXCL|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
@@ -144,7 +134,7 @@ func (r record) processors() int {
 }
 
 // hold finds the running sandbox of a place and begins to watch it.
-func (d *Driver) hold(place place, rec record, held io.Closer) (*Machine, error) {
+func (d *Driver) hold(place place, rec record, lock io.Closer) (*Machine, error) {
 	running, err := process.Find(place.argument())
 	if err != nil {
 		return nil, err
@@ -156,12 +146,10 @@ func (d *Driver) hold(place place, rec record, held io.Closer) (*Machine, error)
 		}
 	}
 	if at < 0 {
-		return nil, fmt.Errorf("%s: %w: %s", place, machine.ErrGone, site.LastLine(site.Tail(place.console())))
+		return nil, fmt.Errorf("%w: %s", machine.ErrGone, site.LastLine(site.Tail(place.console())))
 	}
-	m := &Machine{
-		driver: d, place: place, rec: rec, sandbox: running[at], held: held,
-		paused: make(chan string, 1), done: make(chan struct{}),
-	}
+	m := &Machine{driver: d, place: place, rec: rec, sandbox: running[at]}
+	m.Held = site.Hold(string(place), lock, d.clear, m.letGo)
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.work.Go(m.awaitDeath)
 	m.work.Go(m.watch)
@@ -170,20 +158,14 @@ func (d *Driver) hold(place place, rec record, held io.Closer) (*Machine, error)
 
 // awaitDeath believes the process, not `runsc list`, which calls zombies running.
 func (m *Machine) awaitDeath() {
-	err := m.sandbox.Ended()
-	m.mu.Lock()
-	if m.released || errors.Is(err, os.ErrClosed) {
-		m.mu.Unlock() // the file was closed, which says nothing of the process
-		return
+	if m.sandbox.Ended() != nil {
+		return // it was let go, which says nothing of it
 	}
-	if m.reason == "" {
-		m.reason = "the sandbox ended"
-		if m.rec.group().OutOfMemory(m.driver.config.Cgroups) {
-			m.reason = fmt.Sprintf("the kernel killed the sandbox: it exceeded its memory limit of %d MB", m.rec.Memory>>20)
-		}
+	reason := "the sandbox ended"
+	if m.rec.group().OutOfMemory(m.driver.config.Cgroups) {
+		reason = fmt.Sprintf("the kernel killed the sandbox: it exceeded its memory limit of %d MB", m.rec.Memory>>20)
 	}
-	m.mu.Unlock()
-	close(m.done)
+	m.Died(reason)
 }
 
 // watch keeps the console small and the watched memory below its limit.
@@ -195,7 +177,7 @@ func (m *Machine) watch() {
 		select {
 		case <-m.ctx.Done():
 			return
-		case <-m.done:
+		case <-m.Done():
 			return
 		case now := <-tick.C:
 			if round%shortenEvery == 0 {
@@ -230,10 +212,7 @@ func (m *Machine) halt(reason string) {
 		return // it has ended, or ends
 	}
 	m.stopped = true
-	select {
-	case m.paused <- reason:
-	default:
-	}
+	m.Pause(reason)
 }
 
 // Resume implements machine.Machine. Watching begins anew after a few seconds.
@@ -250,49 +229,26 @@ func (m *Machine) Resume(context.Context) error {
 	return nil
 }
 
-// Wire implements machine.Machine.
-func (m *Machine) Wire() net.Conn {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	conn := m.wire
-	m.wire = nil
-	return conn
-}
-
 // Facts implements machine.Machine.
 func (m *Machine) Facts() machine.Facts { return m.rec.Facts }
 
 // Limits implements machine.Machine.
 func (m *Machine) Limits() []nucleus.Limit { return slices.Clone(m.rec.Limits) }
 
-// Paused implements machine.Machine.
-func (m *Machine) Paused() <-chan string { return m.paused }
-
-// Done implements machine.Machine.
-func (m *Machine) Done() <-chan struct{} { return m.done }
-
-// Reason implements machine.Machine.
-func (m *Machine) Reason() string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.reason
-}
-
 // Console implements machine.Machine.
 func (m *Machine) Console() string { return site.Tail(m.place.console()) }
 
 // Rewire implements machine.Machine.
-func (m *Machine) Rewire(context.Context) (net.Conn, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.released || m.gone {
-		return nil, fmt.Errorf("%s: %w", m.place, machine.ErrGone)
-	}
-	select {
-	case <-m.done:
-		return nil, fmt.Errorf("%s: %w: %s", m.place, machine.ErrGone, m.reason)
-	default:
-	}
+func (m *Machine) Rewire(context.Context) (conn net.Conn, err error) {
+	err = m.Alive(func() error {
+		conn, err = m.handIn()
+		return err
+	})
+	return conn, err
+}
+
+// handIn begins to hand in a new wire.
+func (m *Machine) handIn() (net.Conn, error) {
 	host, guest, err := socketPair()
 	if err != nil {
 		return nil, err
@@ -321,51 +277,9 @@ func (m *Machine) Rewire(context.Context) (net.Conn, error) {
 	return handed, nil
 }
 
-// Destroy implements machine.Machine.
-func (m *Machine) Destroy(ctx context.Context) error {
-	m.mu.Lock()
-	if m.gone || m.released {
-		m.mu.Unlock()
-		return nil
-	}
-	if m.reason == "" {
-		m.reason = "destroyed"
-	}
-	m.mu.Unlock()
-	if err := m.driver.clear(ctx, m.place); err != nil {
-		return err
-	}
-	<-m.done
-	m.mu.Lock()
-	first := !m.gone
-	m.gone = true
-	m.mu.Unlock()
-	if !first {
-		return nil
-	}
-	m.letGo()
-	return site.Discard(string(m.place), m.held)
-}
-
-// Release implements machine.Machine.
-func (m *Machine) Release() {
-	m.mu.Lock()
-	if m.released || m.gone {
-		m.mu.Unlock()
-		return
-	}
-	m.released = true
-	m.mu.Unlock()
-	m.letGo()
-	m.held.Close()
-}
-
 // letGo ends this process's part and waits for it.
 func (m *Machine) letGo() {
 	m.cancel()
 	m.sandbox.Close()
-	if conn := m.Wire(); conn != nil {
-		conn.Close()
-	}
 	m.work.Wait()
 }

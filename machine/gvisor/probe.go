@@ -44,7 +44,7 @@ func (d *Driver) Probe(ctx context.Context) error {
 	output, err := d.probeGuest(ctx, place(dir))
 	end, stop := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
 	defer stop()
-	if cleared := errors.Join(d.clear(end, place(dir)), os.RemoveAll(dir)); cleared != nil {
+	if cleared := errors.Join(d.clear(end, dir), os.RemoveAll(dir)); cleared != nil {
 		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named runsc-sandbox", Err: cleared}
 	}
 	if err == nil && strings.Contains(output, "cal-probe: ") && strings.Contains(output, "gvisor") {

@@ -1,7 +1,6 @@
 package gvisor
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -27,16 +26,14 @@ func (p place) empty() string   { return filepath.Join(string(p), "empty") }
 func (p place) config() string  { return filepath.Join(string(p), "config.json") }
 func (p place) console() string { return filepath.Join(string(p), "console") }
 func (p place) pid() string     { return filepath.Join(string(p), "pid") }
-func (p place) record() string  { return filepath.Join(string(p), recordFile) }
+func (p place) record() string  { return filepath.Join(string(p), site.RecordFile) }
 
 const (
-	name       = "gvisor"
-	recordFile = "machine.json"
-	container  = "m" // runsc's name for the only container of its root
+	name      = "gvisor"
+	container = "m" // runsc's name for the only container of its root
 )
 
-// made are all names in a place but the record, which goes last: while it is
-// there, what else is left is known.
+// made are all names in a place but the record.
 var made = []string{"r", "rootfs", "empty", "config.json", "console", "pid"}
 
 // check refuses a directory in which runsc could not put its control socket:
@@ -49,8 +46,7 @@ func (p place) check() error {
 	return nil
 }
 
-// record is what another process needs to adopt or remove the machine. It is
-// on the disk before what it names is made.
+// record is the machine's, see site.RecordFile.
 type record struct {
 	Driver  string   `json:"driver"`
 	ID      string   `json:"id"`
@@ -107,16 +103,4 @@ func (r record) makeRootfs(place place) (string, error) {
 
 func (r record) save(place place) error { return durable.Store(place.record(), r) }
 
-func loadRecord(place place) (record, error) {
-	if of := site.DriverOf(string(place), recordFile); of != "" && of != name {
-		return record{}, fmt.Errorf("%s: %w: %q", place, machine.ErrForeign, of)
-	}
-	var rec record
-	if err := durable.Load(place.record(), &rec); err != nil {
-		return record{}, err
-	}
-	if rec.Driver != name {
-		return record{}, fmt.Errorf("%s names no driver", place.record())
-	}
-	return rec, nil
-}
+func loadRecord(dir string) (rec record, err error) { return rec, site.LoadRecord(dir, name, &rec) }

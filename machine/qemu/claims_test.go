@@ -81,7 +81,7 @@ func TestClaims(t *testing.T) {
 
 func recordOf(t *testing.T, dir string) record {
 	t.Helper()
-	rec, err := loadRecord(place(dir))
+	rec, err := loadRecord(dir)
 	must(t, err)
 	return rec
 }
@@ -182,7 +182,7 @@ func tryFixedDisks(t *testing.T, m machine.Machine, guest *machinetest.Guest) {
 		t.Errorf("the root's image has %s, want %s", got, root)
 	}
 	guest.Must(script.Action{Do: "raw", Path: "vdc", Data: spoilt, UID: -1}) // control: scratch, of which 1 KiB is nobody's
-	scratch, err := os.ReadFile(filepath.Join(string(m.(*Machine).place), scratchFile))
+	scratch, err := os.ReadFile(filepath.Join(string(m.(*Machine).vmm.place), scratchFile))
 	if err != nil || !strings.HasPrefix(string(scratch), spoilt) {
 		t.Errorf("the guest's write is not in the file of its scratch disk: %v", err)
 	}

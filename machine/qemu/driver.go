@@ -21,7 +21,7 @@ package qemu
 import (
 	"context"
 	"errors"
-	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"time"
@@ -41,8 +41,7 @@ import (
 const name = "qemu"
 
 const (
-	startTimeout = 60 * time.Second // of a start whose context has no deadline
-	lockPatience = 5 * time.Second  // with another machine that gives a disk up
+	lockPatience = 5 * time.Second // with another machine that gives a disk up
 	lockEvery    = 20 * time.Millisecond
 )
 
@@ -132,7 +131,7 @@ func (d *Driver) source() microvm.Source {
 }
 
 // Create implements machine.Driver.
-func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machine, err error) {
+func (d *Driver) Create(ctx context.Context, spec machine.Spec) (machine.Machine, error) {
 	if err := spec.Check(); err != nil {
 		return nil, err
 	}
@@ -140,33 +139,19 @@ func (d *Driver) Create(ctx context.Context, spec machine.Spec) (_ machine.Machi
 	if err := p.check(); err != nil {
 		return nil, err
 	}
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, startTimeout)
-		defer cancel()
-	}
-	held, err := site.Claim(ctx, spec.Dir, recordFile)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err == nil {
-			return
+	return site.Create(ctx, spec.Dir, d.clear, func(lock io.Closer) (*Machine, error) {
+		rec, err := d.begin(ctx, spec)
+		if err != nil {
+			return nil, err
 		}
-		// What ended the start must not end the cleaning up.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
-		defer cancel()
-		err = errors.Join(err, d.clear(ctx, p), site.Unlock(spec.Dir, held))
-	}()
-	rec, err := d.begin(ctx, spec)
-	if err != nil {
-		return nil, err
-	}
-	v, conn, err := d.start(ctx, spec, rec)
-	if err != nil {
-		return nil, err // no machine, rather than an interface that holds none
-	}
-	return hold(d, p, v, conn, held), nil
+		v, conn, err := d.start(ctx, spec, rec)
+		if err != nil {
+			return nil, err
+		}
+		m := d.hold(v, lock)
+		m.Give(conn)
+		return m, nil
+	})
 }
 
 // begin decides what the machine will be, and writes it down before anything is made
@@ -211,76 +196,32 @@ func forEverybody(device string) bool {
 
 // Adopt implements machine.Driver.
 func (d *Driver) Adopt(ctx context.Context, dir string) (machine.Machine, error) {
-	p := place(dir)
-	rec, err := loadRecord(p)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w", dir, machine.ErrGone)
-	}
-	if err != nil {
-		return nil, err
-	}
-	held, err := site.Lock(ctx, dir)
-	if err != nil {
-		return nil, err
-	}
-	v, err := findVMM(ctx, d.config.Cgroups, p, rec)
-	if err != nil {
-		held.Close()
-		return nil, err
-	}
-	m := hold(d, p, v, nil, held)
-	conn, err := m.Rewire(ctx)
-	if err != nil {
-		m.Release()
-		return nil, err
-	}
-	m.wire = conn
-	return m, nil
+	return site.Adopt(ctx, dir, loadRecord, func(rec record, lock io.Closer) (*Machine, error) {
+		v, err := findVMM(ctx, d.config.Cgroups, place(dir), rec)
+		if err != nil {
+			return nil, err
+		}
+		return d.hold(v, lock), nil
+	})
 }
 
 // Remove implements machine.Driver.
-func (d *Driver) Remove(ctx context.Context, dir string) error {
-	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	held, err := site.Lock(ctx, dir)
-	if err != nil {
-		return err
-	}
-	if err := d.clear(ctx, place(dir)); err != nil {
-		held.Close()
-		return err
-	}
-	return site.Discard(dir, held)
-}
+func (d *Driver) Remove(ctx context.Context, dir string) error { return site.Remove(ctx, dir, d.clear) }
 
-// clear ends all that runs for a machine and deletes what was made for it, the record last. It
-// starts again while processes appear: a start that was caught between fork and exec shows
-// up late.
-func (d *Driver) clear(ctx context.Context, p place) error {
-	rec, err := loadRecord(p)
+// clear ends all that runs for a machine and deletes what was made for it.
+func (d *Driver) clear(ctx context.Context, dir string) error {
+	rec, err := loadRecord(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(site.Delete(string(p), made...), site.DeleteRecord(string(p), recordFile)) // one that was being written
+		return errors.Join(site.Delete(dir, made...), site.DeleteRecord(dir)) // one that was being written
 	}
 	if err != nil {
 		return err
 	}
-	for {
-		if err := process.End(ctx, rec.tag(p)); err != nil {
-			return err
-		}
-		if err := site.Delete(string(p), made...); err != nil {
-			return err
-		}
-		if err := cgroup.Remove(ctx, d.config.Cgroups, rec.group().Name); err != nil {
-			return err
-		}
-		left, err := process.Find(rec.tag(p))
-		for _, p := range left {
-			p.Close()
-		}
-		if err != nil || len(left) == 0 {
-			return errors.Join(err, site.DeleteRecord(string(p), recordFile))
-		}
+	err = process.Sweep(ctx, rec.tag(place(dir)), func() error {
+		return errors.Join(site.Delete(dir, made...), cgroup.Remove(ctx, d.config.Cgroups, rec.group().Name))
+	})
+	if err != nil {
+		return err
 	}
+	return site.DeleteRecord(dir)
 }

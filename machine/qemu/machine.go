@@ -101,7 +101,7 @@ func (p *port) close() {
 var errPortTaken = errors.New("the port has a wire")
 
 func newVMM(p place, rec record, cgroups string) *vmm {
-	v := &vmm{place: p, rec: rec, cgroups: cgroups, patience: startTimeout}
+	v := &vmm{place: p, rec: rec, cgroups: cgroups, patience: site.StartTimeout}
 	v.ports[0].socket, v.ports[1].socket = p.path(wireSocket), p.path(wire2Socket)
 	return v
 }
@@ -120,6 +120,8 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record) (_ *v
 	if err := d.config.Images.Hold(spec.Dir, parts.Held()...); err != nil {
 		return nil, nil, err
 	}
+	ctx, cancel := site.StartContext(ctx) // of what it is made may take longer
+	defer cancel()
 	rec.Facts = rec.Shape.Facts(parts)
 	limits := rec.cgroupLimits(p, spec.Workspace)
 	if rec.Cgroup {
@@ -206,7 +208,7 @@ func (v *vmm) find() error {
 		p.Close()
 	}
 	if len(running) == 0 {
-		return fmt.Errorf("%s: %w", v.place, machine.ErrGone)
+		return machine.ErrGone
 	}
 	v.process = running[0]
 	return nil
@@ -331,40 +333,26 @@ func (v *vmm) letGo() {
 
 // Machine is a QEMU that this process holds.
 type Machine struct {
-	driver *Driver
-	place  place
-	vmm    *vmm
-	held   io.Closer // the lock of the directory
-
-	paused chan string // nothing is watched, so nothing comes
-	done   chan struct{}
-	work   sync.WaitGroup
-
-	mu       sync.Mutex
-	wire     net.Conn
-	reason   string
-	released bool
-	gone     bool // Destroy has removed everything
+	*site.Held
+	vmm  *vmm
+	work sync.WaitGroup
 }
 
 // hold begins to watch a machine.
-func hold(d *Driver, p place, v *vmm, conn net.Conn, held io.Closer) *Machine {
-	m := &Machine{driver: d, place: p, vmm: v, held: held, wire: conn, paused: make(chan string), done: make(chan struct{})}
+func (d *Driver) hold(v *vmm, lock io.Closer) *Machine {
+	m := &Machine{vmm: v}
+	m.Held = site.Hold(string(v.place), lock, func(ctx context.Context, dir string) error {
+		m.askToEnd(ctx)
+		return d.clear(ctx, dir)
+	}, m.letGo)
 	m.work.Go(m.awaitDeath)
 	return m
 }
 
 func (m *Machine) awaitDeath() {
-	if m.vmm.process.Ended() != nil {
-		return // the process was let go, which says nothing of it
+	if m.vmm.process.Ended() == nil { // else it was let go, which says nothing of it
+		m.Died(m.vmm.died())
 	}
-	reason := m.vmm.died()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.reason == "" {
-		m.reason = reason
-	}
-	close(m.done)
 }
 
 // died says why QEMU ended, as far as the host can know.
@@ -403,28 +391,11 @@ func (v *vmm) settle() {
 	}
 }
 
-// Wire implements machine.Machine.
-func (m *Machine) Wire() net.Conn {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	conn := m.wire
-	m.wire = nil
-	return conn
-}
-
 // Rewire implements machine.Machine. The old wire stays in use until the proxy has
 // taken the new one.
 func (m *Machine) Rewire(ctx context.Context) (net.Conn, error) {
-	m.mu.Lock()
-	ended := m.released || m.gone
-	m.mu.Unlock()
-	select {
-	case <-m.done:
-		return nil, fmt.Errorf("%s: %w: %s", m.place, machine.ErrGone, m.Reason())
-	default:
-	}
-	if ended {
-		return nil, fmt.Errorf("%s: %w", m.place, machine.ErrGone)
+	if err := m.Alive(nil); err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, greetTimeout)
 	defer cancel()
@@ -441,51 +412,11 @@ func (m *Machine) Facts() machine.Facts { return m.vmm.rec.Facts }
 // Limits implements machine.Machine.
 func (m *Machine) Limits() []nucleus.Limit { return slices.Clone(m.vmm.rec.Limits) }
 
-// Paused implements machine.Machine.
-func (m *Machine) Paused() <-chan string { return m.paused }
-
 // Resume implements machine.Machine: nothing is watched, so nothing was paused.
 func (m *Machine) Resume(context.Context) error { return nil }
 
-// Done implements machine.Machine.
-func (m *Machine) Done() <-chan struct{} { return m.done }
-
-// Reason implements machine.Machine.
-func (m *Machine) Reason() string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.reason
-}
-
 // Console implements machine.Machine.
 func (m *Machine) Console() string { return m.vmm.printed.String() }
-
-// Destroy implements machine.Machine.
-func (m *Machine) Destroy(ctx context.Context) error {
-	m.mu.Lock()
-	if m.gone || m.released {
-		m.mu.Unlock()
-		return nil
-	}
-	if m.reason == "" {
-		m.reason = "destroyed"
-	}
-	m.mu.Unlock()
-	m.askToEnd(ctx)
-	if err := m.driver.clear(ctx, m.place); err != nil {
-		return err
-	}
-	<-m.done
-	m.mu.Lock()
-	first := !m.gone
-	m.gone = true
-	m.mu.Unlock()
-	if !first {
-		return nil
-	}
-	m.letGo()
-	return site.Discard(string(m.place), m.held)
-}
 
 // askToEnd has the guest flush what programs in the background wrote and end by itself. It
 // may refuse, and is killed then.
@@ -503,32 +434,16 @@ func (m *Machine) askToEnd(ctx context.Context) {
 			continue
 		}
 		select {
-		case <-m.done:
+		case <-m.Done():
 		case <-ctx.Done():
 		}
 		return
 	}
 }
 
-// Release implements machine.Machine.
-func (m *Machine) Release() {
-	m.mu.Lock()
-	if m.released || m.gone {
-		m.mu.Unlock()
-		return
-	}
-	m.released = true
-	m.mu.Unlock()
-	m.letGo()
-	m.held.Close()
-}
-
 // letGo ends this process's part and waits for it.
 func (m *Machine) letGo() {
 	m.vmm.process.Close()
-	if conn := m.Wire(); conn != nil {
-		conn.Close()
-	}
 	m.work.Wait()
 	m.vmm.letGo()
 }

@@ -111,7 +111,7 @@ func host(t *testing.T) machinetest.Host {
 
 func processOf(t *testing.T, dir string) process.Process {
 	t.Helper()
-	rec, err := loadRecord(place(dir))
+	rec, err := loadRecord(dir)
 	must(t, err)
 	running, err := process.Find(rec.tag(place(dir)))
 	must(t, err)
@@ -151,7 +151,7 @@ func left(t *testing.T, dir string) (found []string) {
 		must(t, err)
 		found = append(found, names...)
 	}
-	for _, name := range append(made, recordFile, site.LockFile) {
+	for _, name := range append(made, site.RecordFile, site.LockFile) {
 		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
 			found = append(found, name)
 		}

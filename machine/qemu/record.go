@@ -17,7 +17,6 @@ import (
 
 // The names in a machine's directory.
 const (
-	recordFile    = "machine.json"
 	scratchFile   = "scratch.ext4"
 	wireSocket    = "wire"
 	wire2Socket   = "wire2" // a new wire comes here while the old one is in use
@@ -25,8 +24,7 @@ const (
 	consoleSocket = "console"
 )
 
-// made are all names but the record, which goes last: while it is there, what else is
-// left is known.
+// made are all names but the record.
 var made = []string{scratchFile, wireSocket, wire2Socket, monitorSocket, consoleSocket}
 
 // place is a machine's directory.
@@ -43,8 +41,7 @@ func (p place) check() error {
 	return nil
 }
 
-// record is what another process needs to adopt or remove the machine. It is on the
-// disk before what it names is made.
+// record is the machine's, see site.RecordFile.
 type record struct {
 	Driver   string        `json:"driver"`
 	Emulated bool          `json:"emulated,omitempty"`
@@ -61,7 +58,7 @@ type record struct {
 	Limits []nucleus.Limit `json:"limits,omitempty"`
 }
 
-func (r record) save(p place) error { return durable.Store(p.path(recordFile), r) }
+func (r record) save(p place) error { return durable.Store(p.path(site.RecordFile), r) }
 
 func (r record) group() cgroup.Group {
 	if !r.Cgroup {
@@ -75,19 +72,12 @@ func (r record) tag(p place) string {
 	return strings.ReplaceAll(p.path(r.Instance), ",", ",,") // as QEMU reads a name
 }
 
-func loadRecord(p place) (record, error) {
-	var rec record
-	if of := site.DriverOf(string(p), recordFile); of != "" && of != name {
-		return rec, fmt.Errorf("%s: %w: %q", p, machine.ErrForeign, of)
-	}
-	if err := durable.Load(p.path(recordFile), &rec); err != nil {
+func loadRecord(dir string) (rec record, err error) {
+	if err := site.LoadRecord(dir, name, &rec); err != nil {
 		return record{}, err
 	}
-	if rec.Driver != name {
-		return record{}, fmt.Errorf("%s names no driver", p.path(recordFile))
-	}
 	if rec.Instance == "" || rec.Instance != filepath.Base(rec.Instance) || !strings.HasPrefix(rec.Instance, "cal-") {
-		return record{}, fmt.Errorf("%s: the record names the instance %q, which is none of this driver's", p, rec.Instance)
+		return record{}, fmt.Errorf("%s: the record names the instance %q, which is none of this driver's", dir, rec.Instance)
 	}
 	return rec, nil
 }

@@ -1,5 +1,5 @@
 // Package site is what every driver does with a machine's directory on the host:
-// lock it, give it back, delete what was made in it, keep the console small.
+// hold it and the machine in it, give it back, delete what was made in it, keep the console small.
 //
 // Claim: one process at a time holds a directory, and what is deleted is what the
 // machine had, never what is mounted there. Threat: the holder is killed at any
@@ -11,7 +11,6 @@ package site
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -55,22 +54,21 @@ func Lock(ctx context.Context, path string) (io.Closer, error) {
 	}
 }
 
-// Claim is Lock of a directory in which no machine may be: record, a name in it,
-// is not there.
-func Claim(ctx context.Context, path, record string) (io.Closer, error) {
-	if used(path, record) {
+// claim is Lock of a directory in which no machine may be.
+func claim(ctx context.Context, path string) (io.Closer, error) {
+	if used(path) {
 		return nil, errUsed(path)
 	}
 	held, err := Lock(ctx, path)
-	if err == nil && used(path, record) { // meanwhile
+	if err == nil && used(path) { // meanwhile
 		held.Close()
 		return nil, errUsed(path)
 	}
 	return held, err
 }
 
-func used(path, record string) bool {
-	_, err := os.Lstat(filepath.Join(path, record))
+func used(path string) bool {
+	_, err := os.Lstat(filepath.Join(path, RecordFile))
 	return err == nil
 }
 
@@ -78,8 +76,8 @@ func errUsed(path string) error {
 	return machine.Refuse("machine directory %s is in use; Adopt or Remove it", path)
 }
 
-// Unlock gives the directory back as it was before Lock.
-func Unlock(path string, held io.Closer) error {
+// unlock gives the directory back as it was before Lock.
+func unlock(path string, held io.Closer) error {
 	err := os.Remove(filepath.Join(path, LockFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
@@ -90,7 +88,7 @@ func Unlock(path string, held io.Closer) error {
 // Discard removes the emptied directory. One that holds anything else is its
 // owner's and stays.
 func Discard(path string, held io.Closer) error {
-	if err := Unlock(path, held); err != nil {
+	if err := unlock(path, held); err != nil {
 		return err
 	}
 	err := os.Remove(path)
@@ -114,9 +112,10 @@ func Delete(dir string, names ...string) error {
 	return nil
 }
 
-// DeleteRecord removes the record of a machine, and one that was being written.
-func DeleteRecord(path, record string) error {
-	if err := Delete(path, record); err != nil {
+// DeleteRecord removes the record of a machine, and one that was being written. It goes
+// last: while it is there, what else is left is known.
+func DeleteRecord(path string) error {
+	if err := Delete(path, RecordFile); err != nil {
 		return err
 	}
 	dir, err := durable.OpenDir(path)
@@ -169,21 +168,3 @@ func Pause(ctx context.Context, d time.Duration) error {
 		return nil
 	}
 }
-
-// DriverOf says whose machine a directory's record is of: what every driver's record
-// has in "driver". "" where there is none, or none that can be read.
-func DriverOf(path, record string) string {
-	data, err := durable.ReadFile(filepath.Join(path, record), maxRecord)
-	if err != nil {
-		return ""
-	}
-	var of struct {
-		Driver string `json:"driver"`
-	}
-	if json.Unmarshal(data, &of) != nil {
-		return ""
-	}
-	return of.Driver
-}
-
-const maxRecord = 1 << 20
