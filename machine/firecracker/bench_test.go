@@ -2,11 +2,14 @@ package firecracker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"cal/machine"
 	"cal/machine/machinetest"
@@ -50,6 +53,84 @@ func startOne(b *testing.B, d *Driver, host machinetest.Host) {
 	b.StartTimer()
 }
 
+// BenchmarkHost measures what this host does for a start from a snapshot, step by step, on
+// any host: with the fake programs, which are larger than the real ones, and where these are
+// named with them as far as they come without a guest.
+func BenchmarkHost(b *testing.B) {
+	b.Run("fake", func(b *testing.B) {
+		d := faked(b, func(c *Config) { c.Snapshots = filepath.Join(jailDir(b), "snapshots") })
+		benchmarkSteps(b, d)
+	})
+	b.Run("real", func(b *testing.B) {
+		firecracker, jailer := programs(b)
+		d := faked(b)
+		var err error
+		d.config.Firecracker, d.config.Jailer = firecracker, jailer
+		d.proved, err = fileDigest(firecracker)
+		must(b, err)
+		benchmarkSteps(b, d)
+	})
+}
+
+func benchmarkSteps(b *testing.B, d *Driver) {
+	host := fakeHost(b, d)
+	took := steps{}
+	workspace := host.Spec(b).Workspace
+	startInSteps(b, d, host, workspace, steps{}) // the first makes what the others find
+	for b.Loop() {
+		startInSteps(b, d, host, workspace, took)
+	}
+	for step, all := range took {
+		slices.Sort(all)
+		b.ReportMetric(float64(all[len(all)/2].Microseconds())/1e3, step+"-ms")
+	}
+	b.ReportMetric(0, "ns/op") // making a directory and removing all are in it
+}
+
+// steps are what each step of a start took, each time.
+type steps map[string][]time.Duration
+
+// startInSteps does what make does and notes what each step took, and "all".
+func startInSteps(b *testing.B, d *Driver, host machinetest.Host, workspace string, took steps) {
+	b.Helper()
+	ctx, spec := machinetest.Context(b), host.Spec(b)
+	spec.Workspace = workspace
+	started := time.Now()
+	last := started
+	done := func(step string, err error) {
+		b.Helper()
+		must(b, err)
+		now := time.Now()
+		took[step] = append(took[step], now.Sub(last))
+		last = now
+	}
+	digest, err := d.prove(ctx)
+	done("proof", err)
+	rec, err := d.begin(spec)
+	done("record", errors.Join(err, rec.Jail.make()))
+	made, err := d.assemble(ctx, spec, rec)
+	rec.Jail.FileSize = longest(made)
+	rec.Template.FileSize = max(longest(made), int64(rec.Shape.MemoryMB)<<20)
+	done("parts", errors.Join(err, rec.save()))
+	snapshot := ""
+	if d.warm.Load() {
+		if snapshot = d.snapshotOrNone(ctx, rec, made, digest); snapshot == "" {
+			b.Fatal("no snapshot")
+		}
+		done("snapshot", nil)
+	}
+	v, err := d.launch(ctx, rec.Jail, digest)
+	done("jail", err)
+	if snapshot != "" {
+		conn, err := d.bring(ctx, v, rec, made, snapshot)
+		done("guest", err)
+		conn.Close()
+	}
+	took["all"] = append(took["all"], last.Sub(started))
+	v.letGo()
+	must(b, d.again().Remove(ctx, spec.Dir))
+}
+
 // mostBeside is what a machine may take of the host's memory beside that of its guest.
 const mostBeside = 8 << 20
 
@@ -65,7 +146,7 @@ func (b beside) String() string {
 
 func besideGuest(t testing.TB, m *Machine) (b beside) {
 	t.Helper()
-	mount := m.driver.config.Cgroups
+	mount := m.vmm.cgroups
 	pids, err := m.rec.Jail.members(mount)
 	must(t, err)
 	guests := 0

@@ -339,6 +339,41 @@ func TestUnprovedFilter(t *testing.T) {
 	}
 }
 
+// TestReplacedProgram: what was proved of a program is not said of another in its place.
+func TestReplacedProgram(t *testing.T) {
+	d := faked(t)
+	proved := d.proved
+	for range 2 {
+		if digest, err := d.prove(machinetest.Context(t)); err != nil || digest != proved { // control
+			t.Fatalf("%s, %v, want %s", digest, err, proved)
+		}
+	}
+	must(t, copyFile(d.config.Firecracker, d.config.Firecracker+".new"))
+	file, err := os.OpenFile(d.config.Firecracker+".new", os.O_WRONLY|os.O_APPEND, 0)
+	must(t, err)
+	_, err = file.WriteString("another")
+	must(t, errors.Join(err, file.Close(), os.Chmod(file.Name(), 0o755), os.Rename(file.Name(), d.config.Firecracker)))
+	if digest, err := d.prove(machinetest.Context(t)); !errors.Is(err, errAllowed) {
+		t.Errorf("%s, %v, want %v: it allows everything", digest, err, errAllowed)
+	}
+}
+
+// TestDiesAtOnce: a Firecracker that ends before it listens is not waited for.
+func TestDiesAtOnce(t *testing.T) {
+	d := faked(t)
+	dead := filepath.Join(filepath.Dir(d.config.Firecracker), "dead") // under this name the fake is none
+	must(t, os.Rename(d.config.Firecracker, dead))
+	d.config.Firecracker = dead
+	started := time.Now()
+	m, err := d.Create(machinetest.Context(t), fakeHost(t, d).Spec(t))
+	if m != nil || !errors.Is(err, machine.ErrGone) || !strings.Contains(err.Error(), "before it listened") {
+		t.Errorf("%v, %v", m, err)
+	}
+	if took := time.Since(started); took > 20*time.Second {
+		t.Errorf("it was waited for %v", took)
+	}
+}
+
 // TestAnotherProgram: what runs in the jail must be what was proved.
 func TestAnotherProgram(t *testing.T) {
 	d := faked(t)

@@ -25,6 +25,7 @@ import (
 	seccomp "github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
 
+	"cal/internal/cgroup"
 	"cal/machine/machinetest/script"
 	"cal/wire"
 )
@@ -41,7 +42,7 @@ func fakePrograms(t testing.TB) (firecracker, jailer string) {
 	if os.Geteuid() != 0 {
 		t.Skip("firecracker's jailer must be started as root")
 	}
-	if cgroupVersion("/sys/fs/cgroup") == 0 {
+	if cgroup.Version(cgroup.Mount) == 0 {
 		t.Skip("no cgroups with memory, cpu and pids here")
 	}
 	dir := jailDir(t)
