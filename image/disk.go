@@ -23,11 +23,23 @@ var (
 
 // Root returns an EROFS image of an image's root file system, without its layers.
 func (s *Store) Root(ctx context.Context, image nucleus.Image, host string, progress Progress) (Disk, error) {
+	return s.rootDisk(ctx, image, host, s.made, progress)
+}
+
+// RenewRoot is Renew and Root. What there is and is corrupt is made again.
+func (s *Store) RenewRoot(ctx context.Context, image nucleus.Image, host string, progress Progress) (tree string, root Disk, err error) {
+	if tree, err = s.Renew(ctx, image, progress); err == nil {
+		root, err = s.rootDisk(ctx, image, host, s.mended, progress)
+	}
+	return tree, root, err
+}
+
+func (s *Store) rootDisk(ctx context.Context, image nucleus.Image, host string, made maker, progress Progress) (Disk, error) {
 	image.Layers = nil
 	if unpacked(image) {
-		return s.rootOfTree(ctx, image, host, progress)
+		return s.rootOfTree(ctx, image, host, made, progress)
 	}
-	return s.disk(ctx, "root", func() (*tree.Tree, Object, error) {
+	return s.disk(ctx, "root", made, func() (*tree.Tree, Object, error) {
 		root, err := Resolve(image, host)
 		if err != nil {
 			return nil, Object{}, err
@@ -42,7 +54,7 @@ const factTree = "tree"
 
 // rootOfTree finds the disk of what was unpacked without looking at it: a tree is what its
 // digest says. The tree may be gone.
-func (s *Store) rootOfTree(ctx context.Context, image nucleus.Image, host string, progress Progress) (Disk, error) {
+func (s *Store) rootOfTree(ctx context.Context, image nucleus.Image, host string, made maker, progress Progress) (Disk, error) {
 	digest, err := s.madeOf(treeKey(image))
 	if err == nil && digest == "" {
 		var root Root
@@ -52,7 +64,7 @@ func (s *Store) rootOfTree(ctx context.Context, image nucleus.Image, host string
 	if err != nil {
 		return Disk{}, err
 	}
-	o, err := s.made(ctx, rootKey(digest), func(dir string) (Object, error) {
+	o, err := made(ctx, rootKey(digest), func(dir string) (Object, error) {
 		root, err := s.Resolve(ctx, image, host, progress)
 		if err == nil && root.Digest != digest {
 			err = fmt.Errorf("it is %s now, and was %s", root.Digest, digest)
@@ -91,7 +103,7 @@ func (s *Store) HasRoot(image nucleus.Image) bool {
 // Layers returns an EROFS image of layers: their files and directories by number, and
 // layers.json, a list of LayerAt.
 func (s *Store) Layers(ctx context.Context, layers []nucleus.Layer, progress Progress) (Disk, error) {
-	return s.disk(ctx, "layers", func() (*tree.Tree, Object, error) {
+	return s.disk(ctx, "layers", s.made, func() (*tree.Tree, Object, error) {
 		t := tree.New()
 		sources, at, err := placed(layers)
 		if err != nil {
@@ -147,15 +159,15 @@ func (r Root) tree(ctx context.Context) (*tree.Tree, error) {
 const attempts = 3
 
 // disk returns the EROFS image of a tree, made at need.
-func (s *Store) disk(ctx context.Context, kind string, look func() (*tree.Tree, Object, error), progress Progress) (Disk, error) {
-	var made Object
+func (s *Store) disk(ctx context.Context, kind string, made maker, look func() (*tree.Tree, Object, error), progress Progress) (Disk, error) {
+	var o Object
 	var err error
 	for range attempts {
 		var t *tree.Tree
-		if t, made, err = look(); err != nil {
+		if t, o, err = look(); err != nil {
 			return Disk{}, fmt.Errorf("%s image: %w", kind, err)
 		}
-		made, err = s.made(ctx, keyOf(kind, t.Fingerprint(), made.What, fmt.Sprint(made.Env)), s.building(ctx, kind, made, t, progress))
+		o, err = made(ctx, keyOf(kind, t.Fingerprint(), o.What, fmt.Sprint(o.Env)), s.building(ctx, kind, o, t, progress))
 		if !errors.Is(err, tree.ErrChanged) {
 			break
 		}
@@ -163,7 +175,7 @@ func (s *Store) disk(ctx context.Context, kind string, look func() (*tree.Tree, 
 	if err != nil {
 		return Disk{}, fmt.Errorf("%s image: %w", kind, err)
 	}
-	return s.asDisk(made), nil
+	return s.asDisk(o), nil
 }
 
 const diskFile = "disk.erofs"

@@ -39,6 +39,13 @@ const (
 	newestPackage = "linux-image-cloud-amd64" // needs the newest of its kind
 )
 
+// kindKernel is the kind of an object that holds a kernel; factPackage is of one out of a
+// package.
+const (
+	kindKernel  = "kernel"
+	factPackage = "package"
+)
+
 // The files of a kernel's object.
 const (
 	kernelFile  = "vmlinuz"
@@ -106,7 +113,7 @@ func (s *Store) asKernel(o Object) (Kernel, error) {
 	dir := s.object(o.Digest)
 	k := Kernel{
 		Image: filepath.Join(dir, o.Files[0].Name), ELF: filepath.Join(dir, elfFile), Modules: filepath.Join(dir, modulesDir),
-		Version: o.Facts["version"], Digest: o.Files[0].Digest, Package: o.Facts["package"], Tried: o.Files[0].Digest == triedDigest, object: o.Digest,
+		Version: o.Facts["version"], Digest: o.Files[0].Digest, Package: o.Facts[factPackage], Tried: o.Files[0].Digest == triedDigest, object: o.Digest,
 	}
 	order, err := os.ReadFile(filepath.Join(dir, modulesFile))
 	k.load = strings.Fields(string(order))
@@ -148,7 +155,7 @@ func (s *Store) fetchKernel(ctx context.Context, dir string, progress Progress) 
 	if err != nil {
 		return Object{}, err
 	}
-	o.What, o.Facts["package"] = name, name
+	o.What, o.Facts[factPackage] = name, name
 	digest, err := digestFile(filepath.Join(dir, o.Files[0].Name))
 	if err == nil && name == triedPackage+"="+triedVersion && digest != triedDigest {
 		err = fmt.Errorf("%s holds a kernel with %s, want %s", name, digest, triedDigest)
@@ -215,7 +222,7 @@ func takeKernel(ctx context.Context, path, modules, dir string, progress Progres
 	if err != nil {
 		return Object{}, fmt.Errorf("%s: %w", path, err)
 	}
-	o := Object{Kind: "kernel", What: path, Facts: map[string]string{"version": k.Version}}
+	o := Object{Kind: kindKernel, What: path, Facts: map[string]string{"version": k.Version}}
 	put := func(name string, data []byte) error {
 		o.Files = append(o.Files, File{Name: name})
 		file := filepath.Join(dir, name)

@@ -78,6 +78,15 @@ type Listed struct {
 
 // List returns all objects, the one used last first. With verify all of each is read.
 func (s *Store) List(ctx context.Context, verify bool) ([]Listed, error) {
+	if verify {
+		return s.list(ctx, s.verify)
+	}
+	return s.list(ctx, nil)
+}
+
+// list looks at all objects and holds each to its record; check says what more is wrong, if
+// it is not nil.
+func (s *Store) list(ctx context.Context, check func(context.Context, Object) error) ([]Listed, error) {
 	held, err := s.held()
 	if err != nil {
 		return nil, err
@@ -95,7 +104,10 @@ func (s *Store) List(ctx context.Context, verify bool) ([]Listed, error) {
 		if !isDigest(digest) {
 			continue
 		}
-		list = append(list, s.look(ctx, digest, held, verify))
+		list = append(list, s.look(ctx, digest, held, check))
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err // which would stand in the last ones as what is wrong
 	}
 	slices.SortStableFunc(list, func(a, b Listed) int { return b.Used.Compare(a.Used) })
 	return list, nil
@@ -121,14 +133,15 @@ func (s *Store) Inspect(ctx context.Context, digest string) (Listed, error) {
 	if len(found) != 1 || digest == "" {
 		return Listed{}, fmt.Errorf("digest %q: %d objects have it, want one (cal image list)", digest, len(found))
 	}
-	return s.look(ctx, found[0], held, true), nil
+	l := s.look(ctx, found[0], held, s.verify)
+	return l, ctx.Err()
 }
 
-func (s *Store) look(ctx context.Context, digest string, held map[string][]string, verify bool) Listed {
+func (s *Store) look(ctx context.Context, digest string, held map[string][]string, check func(context.Context, Object) error) Listed {
 	l := Listed{UsedBy: slices.Clone(held[digest])}
 	var err error
-	if l.Object, err = s.load(digest); err == nil && verify {
-		err = s.verify(ctx, l.Object)
+	if l.Object, err = s.load(digest); err == nil && check != nil {
+		err = check(ctx, l.Object)
 	}
 	for _, f := range l.Files {
 		l.UsedBy = append(l.UsedBy, held[f.Digest]...)
@@ -151,11 +164,21 @@ func (s *Store) look(ctx context.Context, digest string, held map[string][]strin
 
 // verify reads all of an object.
 func (s *Store) verify(ctx context.Context, o Object) error {
-	for _, f := range o.Files {
-		if err := f.check(s.object(o.Digest), true); err != nil {
-			return err
-		}
+	err := ctx.Err()
+	for i := 0; i < len(o.Files) && err == nil; i++ {
+		err = errors.Join(o.Files[i].check(s.object(o.Digest), true), ctx.Err())
 	}
+	if err == nil && o.Kind == kindTree {
+		err = s.readTree(ctx, o)
+	}
+	if errors.Is(err, ErrCorrupt) {
+		err = fmt.Errorf("%w; hint: cal image prune --verify removes it, and it is made again at the next start", err)
+	}
+	return err
+}
+
+// sight is what an object is held to before it is used, beside its record.
+func (s *Store) sight(ctx context.Context, o Object) error {
 	if o.Kind == kindTree {
 		return s.checkTree(ctx, o)
 	}
@@ -181,29 +204,116 @@ func onDisk(dir string) int64 {
 // was given its path has not said yet that a machine uses it.
 const grace = 10 * time.Minute
 
+// Pruned is what Prune did with an object.
+type Pruned struct {
+	Listed
+	Removed bool   `json:"removed"`
+	Why     string `json:"why"` // it was removed or kept
+}
+
 // Prune removes the objects that no machine uses and that were not wanted for the time `unused`,
-// and those that are corrupt, and returns them.
-func (s *Store) Prune(ctx context.Context, unused time.Duration, now time.Time) ([]Listed, error) {
+// and whatever is corrupt; with verify all of each object is read for that. It returns all
+// that there was.
+//
+// A corrupt object goes though a machine uses it, so that it can be made again. Such a machine
+// has it open, or, of a tree, its directory: what it shows lies aside until the machine is
+// gone.
+func (s *Store) Prune(ctx context.Context, unused time.Duration, verify bool, now time.Time) ([]Pruned, error) {
 	alone, err := s.lock(ctx, "store", unix.LOCK_EX)
 	if err != nil {
 		return nil, err
 	}
 	defer alone.Close()
-	list, err := s.List(ctx, false)
+	check := s.sight
+	if verify {
+		check = s.verify
+	}
+	list, err := s.list(ctx, check)
 	if err != nil {
 		return nil, err
 	}
-	removed := []Listed{}
+	done := []Pruned{}
 	for _, l := range list {
-		if len(l.UsedBy) > 0 || l.Wrong == "" && now.Sub(l.Used) < max(unused, grace) {
+		p := Pruned{Listed: l}
+		stays := max(unused, grace)
+		switch ago := now.Sub(l.Used).Round(time.Second); {
+		case l.Wrong != "" && len(l.UsedBy) > 0:
+			p.Removed, p.Why = true, "it is corrupt; it takes up room until the machine has ended that uses it: "+strings.Join(l.UsedBy, ", ")
+			err = s.retire(l.Digest)
+		case l.Wrong != "":
+			p.Removed, p.Why = true, "it is corrupt"
+			err = s.remove(l.Digest)
+		case len(l.UsedBy) > 0:
+			p.Why = "a machine uses it: " + strings.Join(l.UsedBy, ", ")
+		case ago < stays:
+			p.Why = fmt.Sprintf("it was wanted %s ago, and stays for %s", ago, stays)
+		default:
+			p.Removed, p.Why = true, fmt.Sprintf("no machine uses it, and it was wanted %s ago", ago)
+			err = s.remove(l.Digest)
+		}
+		if err != nil {
+			return done, err
+		}
+		done = append(done, p)
+	}
+	return done, s.sweep(ctx)
+}
+
+// retire takes a corrupt object out of the store in one step, and leaves it to the machines
+// that use it.
+func (s *Store) retire(digest string) error {
+	aside, err := os.MkdirTemp(s.retired(), strings.TrimPrefix(digest, digestPrefix)+".")
+	if err != nil {
+		return err
+	}
+	err = os.Rename(s.object(digest), filepath.Join(aside, "object"))
+	if errors.Is(err, fs.ErrNotExist) { // another process did it
+		return os.Remove(aside)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(aside))
+	}
+	return syncDir(s.objects())
+}
+
+// Retired changes whenever a corrupt object was taken from the machines that use it: a machine
+// that was made before may be one of them.
+func (s *Store) Retired() (time.Time, error) {
+	info, err := os.Stat(s.retired())
+	if err != nil {
+		return time.Time{}, err
+	}
+	return info.ModTime(), nil
+}
+
+// clearRetired removes what was retired and no machine uses any more. The caller is alone.
+func (s *Store) clearRetired() error {
+	entries, err := os.ReadDir(s.retired())
+	if err != nil || len(entries) == 0 {
+		return err
+	}
+	held, err := s.held()
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		dir := filepath.Join(s.retired(), entry.Name())
+		sum, _, _ := strings.Cut(entry.Name(), ".")
+		users := len(held[digestPrefix+sum])
+		var o Object
+		if err := durable.Load(filepath.Join(dir, "object", objectFile), &o); err == nil {
+			for _, f := range o.Files {
+				users += len(held[f.Digest])
+			}
+		}
+		if users > 0 {
 			continue
 		}
-		if err := s.remove(l.Digest); err != nil {
-			return removed, err
+		if err := removeTree(dir); err != nil {
+			return err
 		}
-		removed = append(removed, l)
 	}
-	return removed, s.sweep(ctx)
+	return nil
 }
 
 // remove takes an object out of the store in one step, then deletes it.
@@ -260,5 +370,5 @@ func (s *Store) sweep(ctx context.Context) error {
 			}
 		}
 	}
-	return nil
+	return s.clearRetired()
 }

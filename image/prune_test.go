@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -46,15 +47,23 @@ func TestPrune(t *testing.T) {
 			t.Errorf("%+v", l)
 		}
 	}
-	removed, err := s.Prune(ctx, 24*time.Hour, time.Now())
+	done, err := s.Prune(ctx, 24*time.Hour, false, time.Now())
 	must(t, err)
 	for digest, want := range map[string]bool{old: false, recent: true, now: true, used: true, corrupt: false, gone: false} {
 		if present(s, digest) != want {
 			t.Errorf("%s: there is %v, want %v", digest, !want, want)
 		}
 	}
-	if len(removed) != 3 {
-		t.Errorf("removed: %+v", removed)
+	for _, p := range done {
+		if p.Removed == present(s, p.Digest) || p.Why == "" {
+			t.Errorf("%+v", p)
+		}
+		if p.Digest == used && !strings.Contains(p.Why, machine) {
+			t.Errorf("kept by a machine: %s", p.Why)
+		}
+	}
+	if len(done) != 6 {
+		t.Errorf("%+v", done)
 	}
 	if entries, err := os.ReadDir(s.inputs()); err != nil || len(entries) != 3 {
 		t.Errorf("inputs %v, %v", entries, err)
@@ -62,13 +71,13 @@ func TestPrune(t *testing.T) {
 	if entries, err := os.ReadDir(s.unfinished()); err != nil || len(entries) > 0 {
 		t.Errorf("unfinished %v, %v", entries, err)
 	}
-	_, err = s.Prune(ctx, 0, time.Now())
+	_, err = s.Prune(ctx, 0, false, time.Now())
 	must(t, err)
 	if present(s, recent) || !present(s, now) || !present(s, used) {
 		t.Error("with no time: what was wanted an hour ago stays, or what is used or was wanted now goes")
 	}
 	must(t, os.Remove(machine))
-	_, err = s.Prune(ctx, 0, time.Now().Add(time.Hour))
+	_, err = s.Prune(ctx, 0, false, time.Now().Add(time.Hour))
 	must(t, err)
 	if present(s, used) || present(s, now) {
 		t.Error("after the machine's end and an hour it is still there")
@@ -82,7 +91,7 @@ func TestPruneWaits(t *testing.T) {
 	_, err := s.made(context.Background(), "key", func(dir string) (Object, error) {
 		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 		defer cancel()
-		if _, err := s.Prune(ctx, 0, time.Now()); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := s.Prune(ctx, 0, false, time.Now()); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("%v", err)
 		}
 		return Object{Kind: "root", Files: []File{{Name: "disk"}}}, os.WriteFile(dir+"/disk", nil, 0o600)
@@ -98,7 +107,7 @@ func TestPruneFailsClosed(t *testing.T) {
 	s := testStore(t)
 	old := aged(t, s, "old", 48*time.Hour)
 	must(t, os.WriteFile(filepath.Join(s.holds(), "bad.json"), []byte("{"), 0o600))
-	if _, err := s.Prune(context.Background(), 0, time.Now()); err == nil || !present(s, old) {
+	if _, err := s.Prune(context.Background(), 0, false, time.Now()); err == nil || !present(s, old) {
 		t.Errorf("%v", err)
 	}
 	if err := s.Hold(t.TempDir(), "no digest"); err == nil {
@@ -118,7 +127,7 @@ func TestDiskOutlivesItsTree(t *testing.T) {
 	must(t, err)
 	at := time.Now().Add(-time.Hour)
 	must(t, os.Chtimes(filepath.Join(s.object(tree), objectFile), at, at))
-	_, err = s.Prune(ctx, time.Hour-time.Minute, time.Now())
+	_, err = s.Prune(ctx, time.Hour-time.Minute, false, time.Now())
 	must(t, err)
 	if present(s, tree) {
 		t.Fatal("the tree is still there")

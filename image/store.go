@@ -84,7 +84,7 @@ func Open(dir string) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{dir: dir, modules: "/lib/modules"}
-	for _, part := range []string{s.objects(), s.inputs(), s.unfinished(), s.locks(), s.holds()} {
+	for _, part := range []string{s.objects(), s.inputs(), s.unfinished(), s.locks(), s.holds(), s.retired()} {
 		if err := durable.MkdirAll(part, 0o700); err != nil {
 			return nil, fmt.Errorf("image store: %w", err)
 		}
@@ -97,6 +97,7 @@ func (s *Store) inputs() string     { return filepath.Join(s.dir, "inputs") }
 func (s *Store) unfinished() string { return filepath.Join(s.dir, "unfinished") }
 func (s *Store) locks() string      { return filepath.Join(s.dir, "locks") }
 func (s *Store) holds() string      { return filepath.Join(s.dir, "holds") }
+func (s *Store) retired() string    { return filepath.Join(s.dir, "retired") }
 
 // object is the directory of a digest.
 func (s *Store) object(digest string) string {
@@ -153,7 +154,7 @@ func (s *Store) made(ctx context.Context, key string, build func(dir string) (Ob
 	if o, err := s.known(key); err != nil || o.Digest != "" {
 		return o, err // another process was first
 	}
-	return s.make(key, build)
+	return s.make(ctx, key, build)
 }
 
 // madeAnew is made, whether there is something or not. Until it has succeeded, what there
@@ -169,11 +170,20 @@ func (s *Store) madeAnew(ctx context.Context, key string, build func(dir string)
 		}
 		defer held.Close()
 	}
-	return s.make(key, build)
+	return s.make(ctx, key, build)
+}
+
+// mended is made, where what there is is corrupt.
+func (s *Store) mended(ctx context.Context, key string, build func(dir string) (Object, error)) (Object, error) {
+	_, err := s.known(key)
+	if errors.Is(err, ErrCorrupt) {
+		return s.madeAnew(ctx, key, build)
+	}
+	return s.made(ctx, key, build)
 }
 
 // make builds and keeps an object. The caller holds the locks.
-func (s *Store) make(key string, build func(dir string) (Object, error)) (Object, error) {
+func (s *Store) make(ctx context.Context, key string, build func(dir string) (Object, error)) (Object, error) {
 	dir, err := os.MkdirTemp(s.unfinished(), "")
 	if err != nil {
 		return Object{}, s.full(err)
@@ -183,7 +193,7 @@ func (s *Store) make(key string, build func(dir string) (Object, error)) (Object
 	if err != nil {
 		return Object{}, s.full(err)
 	}
-	if o, err = s.commit(dir, o); err != nil {
+	if o, err = s.commit(ctx, dir, o); err != nil {
 		return Object{}, s.full(err)
 	}
 	return o, s.full(durable.Store(filepath.Join(s.inputs(), key+".json"), input{o.Digest}))
@@ -197,7 +207,7 @@ func (s *Store) madeOf(key string) (string, error) {
 		return "", nil
 	}
 	if err != nil {
-		return "", fmt.Errorf("%w: %v", ErrCorrupt, err)
+		return "", fmt.Errorf("%w: %v; hint: cal image prune removes it, and it is made again at the next start", ErrCorrupt, err)
 	}
 	return in.Object, nil
 }
@@ -231,17 +241,25 @@ func (s *Store) load(digest string) (Object, error) {
 				return o, err
 			}
 		}
-		return o, fmt.Errorf("%w: %s: %v", ErrCorrupt, digest, err)
+		return o, fmt.Errorf("%w: %s: %v; hint: %s", ErrCorrupt, digest, err, o.remedy())
 	}
 	if o.Digest != digest {
-		return o, fmt.Errorf("%w: %s says that it is %s", ErrCorrupt, digest, o.Digest)
+		return o, fmt.Errorf("%w: %s says that it is %s; hint: %s", ErrCorrupt, digest, o.Digest, o.remedy())
 	}
 	for _, f := range o.Files {
 		if err := f.check(dir, false); err != nil {
-			return Object{}, fmt.Errorf("%w (of %s, made from %s); hint: cal image prune removes it, and it is made again at the next start", err, digest, o.What)
+			return Object{}, fmt.Errorf("%w (of %s, made from %s); hint: %s", err, digest, o.What, o.remedy())
 		}
 	}
 	return o, nil
+}
+
+// remedy is what a person does about a corrupt object.
+func (o Object) remedy() string {
+	if o.Kind == kindKernel && o.Facts[factPackage] == "" {
+		return fmt.Sprintf("cal image build kernel:%s makes it again; cal image prune removes it, and machines then start with Debian's kernel", o.What)
+	}
+	return "cal image prune removes it, and it is made again at the next start"
 }
 
 // check holds a file to its record. One that seems untouched is not read, unless all is
@@ -299,7 +317,7 @@ func digestFile(name string) (string, error) {
 
 // commit records the files of a finished directory, puts all of it onto the disk, and
 // gives it its name.
-func (s *Store) commit(dir string, o Object) (Object, error) {
+func (s *Store) commit(ctx context.Context, dir string, o Object) (Object, error) {
 	for i := range o.Files {
 		if err := o.Files[i].keep(dir); err != nil {
 			return o, err
@@ -320,12 +338,22 @@ func (s *Store) commit(dir string, o Object) (Object, error) {
 	}
 	place := s.object(o.Digest)
 	err := unix.Renameat2(unix.AT_FDCWD, dir, unix.AT_FDCWD, place, unix.RENAME_NOREPLACE)
-	if errors.Is(err, unix.EEXIST) { // the same content, made of another input
-		have, err := s.load(o.Digest)
-		if err == nil {
-			s.used(o.Digest)
+	if errors.Is(err, unix.EEXIST) { // the same content, made of another input or once more
+		have, loadErr := s.load(o.Digest)
+		if loadErr == nil {
+			loadErr = s.verify(ctx, have)
 		}
-		return have, err
+		if loadErr == nil {
+			s.used(o.Digest)
+			return have, nil
+		}
+		if !errors.Is(loadErr, ErrCorrupt) {
+			return have, loadErr
+		}
+		if err := s.retire(o.Digest); err != nil {
+			return o, err
+		}
+		err = unix.Renameat2(unix.AT_FDCWD, dir, unix.AT_FDCWD, place, unix.RENAME_NOREPLACE)
 	}
 	if err != nil {
 		return o, &os.LinkError{Op: "rename", Old: dir, New: place, Err: err}
@@ -436,8 +464,11 @@ func (s *Store) lock(ctx context.Context, name string, how int) (io.Closer, erro
 
 // clean removes what builds that died have left. While any process builds it does nothing.
 func (s *Store) clean() error {
-	entries, err := os.ReadDir(s.unfinished())
-	if err != nil || len(entries) == 0 {
+	unfinished, err := os.ReadDir(s.unfinished())
+	if err != nil {
+		return err
+	}
+	if retired, err := os.ReadDir(s.retired()); err != nil || len(unfinished)+len(retired) == 0 {
 		return err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -450,15 +481,15 @@ func (s *Store) clean() error {
 		return err
 	}
 	defer alone.Close()
-	if entries, err = os.ReadDir(s.unfinished()); err != nil {
+	if unfinished, err = os.ReadDir(s.unfinished()); err != nil {
 		return err
 	}
-	for _, entry := range entries {
+	for _, entry := range unfinished {
 		if err := removeTree(filepath.Join(s.unfinished(), entry.Name())); err != nil {
 			return err
 		}
 	}
-	return nil
+	return s.clearRetired()
 }
 
 // removeTree removes a directory, also one whose own directories forbid it.

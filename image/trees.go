@@ -176,21 +176,40 @@ const factFingerprint = "fingerprint"
 // checkTree holds what lies in a tree to what was unpacked, by what the host's file system
 // says of each file, and where that differs by all that is in them.
 func (s *Store) checkTree(ctx context.Context, o Object) error {
-	t := tree.New()
-	if err := t.Copy(ctx, s.treeOf(o), "/"); err != nil {
-		return fmt.Errorf("%w: %v", ErrCorrupt, err)
+	t, err := s.treeIn(ctx, o)
+	if err == nil && t.Fingerprint() != o.Facts[factFingerprint] {
+		err = s.digestTree(ctx, t, o)
 	}
-	if t.Fingerprint() == o.Facts[factFingerprint] {
-		return nil
+	if errors.Is(err, ErrCorrupt) {
+		err = fmt.Errorf("%w; hint: %s", err, o.remedy())
 	}
-	digest, err := t.Digest(ctx)
+	return err
+}
+
+// readTree is checkTree for who reads all.
+func (s *Store) readTree(ctx context.Context, o Object) error {
+	t, err := s.treeIn(ctx, o)
 	if err != nil {
 		return err
 	}
-	if digestPrefix+digest != o.Digest {
-		return fmt.Errorf("%w: %s has sha256:%s, want %s; hint: cal image prune removes it, and it is made again at the next start", ErrCorrupt, s.treeOf(o), digest, o.Digest)
+	return s.digestTree(ctx, t, o)
+}
+
+func (s *Store) treeIn(ctx context.Context, o Object) (*tree.Tree, error) {
+	t := tree.New()
+	err := t.Copy(ctx, s.treeOf(o), "/")
+	if err != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %v", ErrCorrupt, err)
 	}
-	return nil
+	return t, err
+}
+
+func (s *Store) digestTree(ctx context.Context, t *tree.Tree, o Object) error {
+	digest, err := t.Digest(ctx)
+	if err == nil && digestPrefix+digest != o.Digest {
+		err = fmt.Errorf("%w: %s has sha256:%s, want %s", ErrCorrupt, s.treeOf(o), digest, o.Digest)
+	}
+	return err
 }
 
 // fill puts a root file system into dir/root.

@@ -287,7 +287,8 @@ func (p *Pod) become(s *spare) {
 
 // shapeOf is the digest of all that a machine is made of: the spec without what is
 // its own, what the host's paths in it lead to now, and what its image was last unpacked
-// to. A cache that was deleted and filled anew, or a program that was replaced, is
+// to; and how things stood with corrupt images, for one may be what the machine has open.
+// A cache that was deleted and filled anew, or a program that was replaced, is
 // another shape.
 func (s *spares) shapeOf(driver machine.Driver, spec machine.Spec, named bool) (string, error) {
 	spec.ID, spec.Dir = "", ""
@@ -315,9 +316,13 @@ func (s *spares) shapeOf(driver machine.Driver, spec machine.Spec, named bool) (
 		found = append(found, id)
 	}
 	var unpacked string
+	var retired time.Time
 	if s.images != nil {
 		var err error
 		if unpacked, err = s.images.Unpacked(spec.Image); err != nil {
+			return "", err
+		}
+		if retired, err = s.images.Retired(); err != nil {
 			return "", err
 		}
 	}
@@ -326,6 +331,7 @@ func (s *spares) shapeOf(driver machine.Driver, spec machine.Spec, named bool) (
 		Spec     machine.Spec
 		Paths    []fileid.ID
 		Unpacked string
-	}{keyOf(driver), spec, found, unpacked})
+		Retired  time.Time
+	}{keyOf(driver), spec, found, unpacked, retired})
 	return nucleus.SHA256(raw), err
 }

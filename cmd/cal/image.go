@@ -143,11 +143,7 @@ func buildImage(ctx context.Context, store *image.Store, text string) (built, er
 	if wanted.Kind == "" {
 		return built{}, usageError{errors.New("an image is to be named: " + imageUsage)}
 	}
-	tree, err := store.Renew(ctx, wanted, progress)
-	if err != nil {
-		return built{}, err
-	}
-	disk, err := store.Root(ctx, wanted, "/", progress)
+	tree, disk, err := store.RenewRoot(ctx, wanted, "/", progress)
 	return built{Image: wanted.String(), Kind: "root", Digest: disk.Digest, Size: disk.Size, Path: disk.Path, Tree: tree}, err
 }
 
@@ -232,13 +228,25 @@ func showImage(l image.Listed) {
 	}
 }
 
+const prunedHeader = "OUTCOME\tKIND\tDIGEST\tSIZE\tWHY\tWHAT"
+
+func prunedRow(p image.Pruned) string {
+	outcome := "kept"
+	if p.Removed {
+		outcome = "removed"
+	}
+	return fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s", outcome, orDash(p.Kind), short(p.Digest), mebibytes(p.Size), workspace.Shown(p.Why), workspace.Shown(orDash(p.What)))
+}
+
 func imagePrune() *cobra.Command {
-	var asJSON, all bool
+	var asJSON, all, verify bool
 	unused := 7 * 24 * time.Hour
 	cmd := &cobra.Command{
 		Use: "prune", Short: "Remove what no machine uses and was not wanted for a while, and what is corrupt",
-		Long:    "What was wanted in the last ten minutes stays in any case.",
-		Example: "  cal image prune --unused 24h\n  cal image prune --all", Args: args(cobra.NoArgs),
+		Long: `What was wanted in the last ten minutes stays in any case, unless it is corrupt. A corrupt
+object goes even while a machine uses it; the machine goes on with what it has open. All that
+there is is listed, with why it was removed or kept.`,
+		Example: "  cal image prune --unused 24h\n  cal image prune --all\n  cal image prune --verify --json", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if unused < 0 {
 				return usageError{fmt.Errorf("--unused is %s, want 0 or more", unused)}
@@ -247,21 +255,24 @@ func imagePrune() *cobra.Command {
 				unused = 0
 			}
 			return withImages(func(store *image.Store) error {
-				removed, err := store.Prune(cmd.Context(), unused, time.Now())
-				if printErr := printList(removed, asJSON, imageHeader, imageRow); err == nil {
+				done, err := store.Prune(cmd.Context(), unused, verify, time.Now())
+				if printErr := printList(done, asJSON, prunedHeader, prunedRow); err == nil {
 					err = printErr
 				}
-				var size int64
-				for _, l := range removed {
-					size += l.Size
+				removed, size := 0, int64(0)
+				for _, p := range done {
+					if p.Removed {
+						removed, size = removed+1, size+p.Size
+					}
 				}
-				fmt.Fprintf(os.Stderr, "cal: %s removed, %s\n", count(len(removed), "object"), mebibytes(size))
+				fmt.Fprintf(os.Stderr, "cal: %s removed, %s; %d kept\n", count(removed, "object"), mebibytes(size), len(done)-removed)
 				return err
 			})
 		},
 	}
 	cmd.Flags().DurationVar(&unused, "unused", unused, "for how long it was not wanted")
 	cmd.Flags().BoolVar(&all, "all", false, "whatever no machine uses")
+	cmd.Flags().BoolVar(&verify, "verify", false, "read all of each object to find what is corrupt")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
 	return cmd
 }

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
@@ -130,6 +131,39 @@ func TestImages(t *testing.T) {
 	e.Cal("image", "build").Want(t, 2)
 	e.Cal("run", "--image", "oci:127.0.0.1:1/nowhere:1", "--", "true").Want(t, 1, "127.0.0.1:1")
 	e.Cal("run", "--image", "debian:--allow-unauthenticated", "--", "true").Want(t, 2, "package")
+}
+
+// What is corrupt is not used; who follows the hint can go on, though a machine holds it.
+func TestCorruptImage(t *testing.T) {
+	e := testenv.New(t)
+	tarball := filepath.Join(e.Dir, "root.tar")
+	if err := os.WriteFile(tarball, rootTar(t, e), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run := func() testenv.Result { return e.Cal("run", "--image", tarball, "--", "only-here", "version") }
+	run().Want(t, 0, nucleus.Version)
+	list := func() (list []image.Listed) {
+		t.Helper()
+		got := e.Cal("image", "list", "--json").Want(t, 0)
+		if err := json.Unmarshal([]byte(got.Stdout), &list); err != nil || len(list) != 1 {
+			t.Fatalf("%v\n%v", err, got)
+		}
+		return list
+	}
+	testenv.Eventually(t, time.Minute, "a machine that holds the image", func() bool { return len(list()[0].UsedBy) > 0 }) // a spare one
+	holder := list()[0].UsedBy[0]
+	object := filepath.Join(e.CAL, "images", "objects", strings.TrimPrefix(list()[0].Digest, "sha256:"))
+	if err := os.WriteFile(filepath.Join(object, "root/app/bin/only-here"), []byte("#!/bin/sh\necho no\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run().Want(t, 1, "corrupt image", "hint: cal image prune removes it, and it is made again at the next start")
+	pruned := e.Cal("image", "prune", "--json").Want(t, 0, "1 object removed")
+	var done []image.Pruned
+	if err := json.Unmarshal([]byte(pruned.Stdout), &done); err != nil || len(done) != 1 || !done[0].Removed || !strings.Contains(done[0].Why, holder) {
+		t.Errorf("%v, want %s\n%v", err, holder, pruned)
+	}
+	run().Want(t, 0, nucleus.Version, "unpacking")
+	e.Cal("image", "prune").Want(t, 0, "kept", "a machine uses it", "0 objects removed", "1 kept")
 }
 
 // An image of Debian's packages has what a day's work takes.
