@@ -59,7 +59,7 @@ func startOne(b *testing.B, d *Driver, host machinetest.Host) {
 func BenchmarkHost(b *testing.B) {
 	b.Run("fake", func(b *testing.B) {
 		d := faked(b, func(c *Config) { c.Snapshots = filepath.Join(jailDir(b), "snapshots") })
-		benchmarkSteps(b, d)
+		benchmarkSteps(b, d, false)
 	})
 	b.Run("real", func(b *testing.B) {
 		firecracker, jailer := programs(b)
@@ -68,17 +68,17 @@ func BenchmarkHost(b *testing.B) {
 		d.config.Firecracker, d.config.Jailer = firecracker, jailer
 		d.proved, err = fileDigest(firecracker)
 		must(b, err)
-		benchmarkSteps(b, d)
+		benchmarkSteps(b, d, true)
 	})
 }
 
-func benchmarkSteps(b *testing.B, d *Driver) {
+func benchmarkSteps(b *testing.B, d *Driver, guestless bool) {
 	host := fakeHost(b, d)
 	took := steps{}
 	workspace := host.Spec(b).Workspace
-	startInSteps(b, d, host, workspace, steps{}) // the first makes what the others find
+	startInSteps(b, d, host, workspace, guestless, steps{}) // the first makes what the others find
 	for b.Loop() {
-		startInSteps(b, d, host, workspace, took)
+		startInSteps(b, d, host, workspace, guestless, took)
 	}
 	for step, all := range took {
 		slices.Sort(all)
@@ -90,16 +90,17 @@ func benchmarkSteps(b *testing.B, d *Driver) {
 // steps are what each step of a start took, each time.
 type steps map[string][]time.Duration
 
-// startInSteps does what make does and notes what each step took, and "all".
-func startInSteps(b *testing.B, d *Driver, host machinetest.Host, workspace string, took steps) {
-	b.Helper()
-	ctx, spec := machinetest.Context(b), host.Spec(b)
+// startInSteps does what make does and notes what each step took, and "all". A guest that
+// cannot run is not started.
+func startInSteps(t testing.TB, d *Driver, host machinetest.Host, workspace string, guestless bool, took steps) {
+	t.Helper()
+	ctx, spec := machinetest.Context(t), host.Spec(t)
 	spec.Workspace = workspace
 	started := time.Now()
 	last := started
 	done := func(step string, err error) {
-		b.Helper()
-		must(b, err)
+		t.Helper()
+		must(t, err)
 		now := time.Now()
 		took[step] = append(took[step], now.Sub(last))
 		last = now
@@ -107,6 +108,7 @@ func startInSteps(b *testing.B, d *Driver, host machinetest.Host, workspace stri
 	digest, err := d.prove(ctx)
 	done("proof", err)
 	rec, err := d.begin(spec)
+	defer func() { must(t, d.again().Remove(ctx, spec.Dir)) }()
 	done("record", errors.Join(err, rec.Jail.make()))
 	made, err := d.assemble(ctx, spec, rec)
 	rec.Jail.FileSize = longest(made)
@@ -115,20 +117,48 @@ func startInSteps(b *testing.B, d *Driver, host machinetest.Host, workspace stri
 	snapshot := ""
 	if d.warm.Load() {
 		if snapshot = d.snapshotOrNone(ctx, rec, made, digest); snapshot == "" {
-			b.Fatal("no snapshot")
+			t.Fatal("no snapshot")
 		}
 		done("snapshot", nil)
 	}
 	v, err := d.launch(ctx, rec.Jail, digest)
 	done("jail", err)
-	if snapshot != "" {
-		conn, err := d.bring(ctx, v, rec, made, snapshot)
-		done("guest", err)
-		conn.Close()
+	defer v.letGo()
+	switch {
+	case guestless:
+		took["all"] = append(took["all"], last.Sub(started))
+		return
+	case snapshot == "":
+		done("boot", v.bootUp(ctx, made, rec))
+	default:
+		done("load", errors.Join(v.serial(ctx), v.restore(ctx, snapshot), filtered(v.process.PID)))
+		done("resume", v.api.resume(ctx))
 	}
+	conn, err := v.greet(ctx)
+	done("greeting", err)
+	machinetest.Talk(t, conn).Must(script.Action{Do: "echo", UID: -1})
+	done("answer", nil)
+	conn.Close()
 	took["all"] = append(took["all"], last.Sub(started))
-	v.letGo()
-	must(b, d.again().Remove(ctx, spec.Dir))
+}
+
+// TestSteps says what each step of a start took, booted and from a snapshot. In an emulated
+// host only what they are beside one another says something.
+func TestSteps(t *testing.T) {
+	d := working(t)
+	provedOnce(t, d)
+	dir := jailDir(t)
+	host := suiteHost(t, dir, nil)
+	d.config.Snapshots = filepath.Join(dir, "warm")
+	for _, warm := range []bool{false, true} {
+		d.warm.Store(warm)
+		workspace, took := host.Spec(t).Workspace, steps{}
+		for range 2 { // the first makes what the other finds
+			took = steps{}
+			startInSteps(t, d, host, workspace, false, took)
+		}
+		t.Logf("from a snapshot %v: %v", warm, took)
+	}
 }
 
 // mostBeside is what a machine may take of the host's memory beside that of its guest.
