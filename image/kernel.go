@@ -92,7 +92,7 @@ func (s *Store) kernel(ctx context.Context, path string, made maker, progress Pr
 	}
 	o, err := made(ctx, key, build)
 	if errors.Is(err, linux.ErrNoKernel) {
-		err = fmt.Errorf("%w; hint: a bzImage, as /boot/vmlinuz-..., or its uncompressed ELF is wanted", err)
+		err = fmt.Errorf("%w; the kernel is the one it was; hint: a bzImage, as /boot/vmlinuz-..., or its uncompressed ELF is wanted; cal image build kernel takes Debian's", err)
 	}
 	if err != nil {
 		return Kernel{}, fmt.Errorf("kernel: %w", err)

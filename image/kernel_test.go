@@ -15,19 +15,27 @@ import (
 	"cal/image/linux"
 )
 
-// testELF is a small ELF with one section.
+// testELF is a small ELF with one section, which is loaded to 16 MiB and entered there; QEMU's
+// way in too.
 func testELF(kind elf.Type, section, content string) string {
 	var out bytes.Buffer
 	names := "\x00" + section + "\x00.shstrtab\x00"
+	note := "\x04\x00\x00\x00\x04\x00\x00\x00\x12\x00\x00\x00Xen\x00\x00\x00\x00\x01"
+	const at, start = 16 << 20, 64 + 2*56
+	begin := start + len(note)
 	header := elf.Header64{
 		Ident: [16]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), 1}, Type: uint16(kind), Machine: uint16(elf.EM_X86_64),
-		Version: 1, Ehsize: 64, Shentsize: 64, Shnum: 3, Shstrndx: 2, Shoff: uint64(64 + len(content) + len(names)),
+		Version: 1, Entry: at, Ehsize: 64, Phoff: 64, Phentsize: 56, Phnum: 2, Shentsize: 64, Shnum: 3, Shstrndx: 2, Shoff: uint64(begin + len(content) + len(names)),
 	}
 	binary.Write(&out, binary.LittleEndian, header)
-	out.WriteString(content + names)
+	binary.Write(&out, binary.LittleEndian, []elf.Prog64{
+		{Type: uint32(elf.PT_NOTE), Off: start, Filesz: uint64(len(note)), Memsz: uint64(len(note))},
+		{Type: uint32(elf.PT_LOAD), Off: uint64(begin), Filesz: uint64(len(content)), Memsz: uint64(len(content)), Paddr: at, Vaddr: at},
+	})
+	out.WriteString(note + content + names)
 	binary.Write(&out, binary.LittleEndian, []elf.Section64{
-		{}, {Name: 1, Type: uint32(elf.SHT_PROGBITS), Off: 64, Size: uint64(len(content))},
-		{Name: uint32(2 + len(section)), Type: uint32(elf.SHT_STRTAB), Off: uint64(64 + len(content)), Size: uint64(len(names))},
+		{}, {Name: 1, Type: uint32(elf.SHT_PROGBITS), Off: uint64(begin), Size: uint64(len(content))},
+		{Name: uint32(2 + len(section)), Type: uint32(elf.SHT_STRTAB), Off: uint64(begin + len(content)), Size: uint64(len(names))},
 	})
 	return out.String()
 }
@@ -136,6 +144,21 @@ func TestKernelRefuses(t *testing.T) {
 	must(t, os.RemoveAll(s.modules))
 	if _, err := s.Kernel(context.Background(), whole, func(line string) { said = line }); err != nil || !strings.Contains(said, "no modules") {
 		t.Errorf("without any modules: %q, %v", said, err)
+	}
+}
+
+// A program is an ELF too: it does not become the kernel of all machines.
+func TestProgramIsNoKernel(t *testing.T) {
+	s, ctx := testStore(t), context.Background()
+	usual, err := s.RenewKernel(ctx, plantKernel(t, s, "6.1.0-test"), nil)
+	must(t, err)
+	program, err := os.Executable()
+	must(t, err)
+	if k, err := s.RenewKernel(ctx, program, nil); !errors.Is(err, linux.ErrNoKernel) || !strings.Contains(hint(err), "cal image build kernel takes Debian's") {
+		t.Errorf("%+v, %v", k, err)
+	}
+	if k, err := s.Kernel(ctx, "", nil); err != nil || k.Digest != usual.Digest {
+		t.Errorf("afterwards: %+v, %v", k, err)
 	}
 }
 

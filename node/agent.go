@@ -99,6 +99,7 @@ func (n *Node) relayAgent(p *Pod, actor string, start nucleus.Entry, person, mac
 	for {
 		kind, payload, err := machine.Recv(1 << 20)
 		if err != nil {
+			p.awaitDeath()
 			if _, gone := p.wire(); gone != nil { // not the wire alone: the machine
 				n.endRuns(p, nucleus.AsError(gone))
 				sendExit(person, p.endOf(guest.AgentExit{ExitCode: -1, Error: nucleus.AsError(gone)}).Error)

@@ -472,7 +472,7 @@ func narrowResources(from, want nucleus.Resources) (nucleus.Resources, error) {
 			return want, refusedDelegation("resources.%s is %d, this pod has %d", r.name, *r.asked, r.from)
 		}
 	}
-	return want, checkResources(want)
+	return want, want.Check()
 }
 
 // prepareCreate resolves a pod without an agent.

@@ -55,6 +55,8 @@ type host struct {
 	clock     *clock
 	ticks     atomic.Int64  // nanoseconds that the host's monotonic clock is ahead
 	spare     time.Duration // Config.SpareLife
+	emulated  bool          // the driver is of tier emulated
+	ahead     bool          // Config.SpareEmulated
 	node      *Node
 	operator  ed25519.PrivateKey
 
@@ -140,7 +142,10 @@ func (h *host) open() (*Node, error) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare, Monotonic: h.monotonic, Witnesses: h.witnesses}
+	c := Config{Home: h.home, Drivers: []machine.Driver{h.driver}, Proxy: proxy, GitHub: h.forge, Storage: h.storage, Now: h.clock.now, SpareLife: h.spare, SpareEmulated: h.ahead, Monotonic: h.monotonic, Witnesses: h.witnesses}
+	if h.emulated {
+		c.Drivers[0] = emulated{h.driver}
+	}
 	if h.authority != nil {
 		c.Authority = h.authority.socket
 	}
@@ -182,7 +187,7 @@ func (h *host) kill() {
 	close(n.closing)
 	if spare := n.spares.waiting; spare != nil {
 		<-spare.ready
-		n.spares.forget()
+		n.spares.dismiss()
 		spare.machine.Wire().Close()
 		spare.machine.Release()
 	}

@@ -54,6 +54,8 @@ type Config struct {
 	Images    *image.Store     // the drivers'; nil: they have none
 	Now       func() time.Time // nil: the system's clock
 
+	SpareEmulated bool // a machine is made ahead where it is emulated too, though it costs processor time all the while
+
 	Monotonic func() time.Duration // on this host, for all its processes; nil: the system's clock
 
 	RequireApprovals string // see approvals.CheckRequirement: no pod starts where that is not so; "": any
@@ -103,6 +105,7 @@ func (d Dirs) Log() string                  { return filepath.Join(d.Home, "log"
 func (d Dirs) Keys() string                 { return filepath.Join(d.Home, "keys") }
 func (d Dirs) Pods() string                 { return filepath.Join(d.Run(), "pods") }
 func (d Dirs) Spares() string               { return filepath.Join(d.Run(), "spares") }
+func (d Dirs) Probes() string               { return filepath.Join(d.Run(), "probes") }
 func (d Dirs) Pod(id string) string         { return filepath.Join(d.Pods(), id) }
 func (d Dirs) Workspace(name string) string { return filepath.Join(d.Home, "isolation", "vms", name) }
 

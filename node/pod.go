@@ -13,10 +13,12 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"cal/egress"
@@ -82,6 +84,7 @@ type Pod struct {
 
 	started chan struct{} // closed when the start has come to an end
 	gone    chan struct{} // closed when removed
+	failed  chan struct{} // closed when it cannot go on
 }
 
 // record is pod.json: all that the next node needs to take the pod up again or to
@@ -238,7 +241,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	if spec.Ref != "" && !podRef.MatchString(spec.Ref) {
 		return nil, nucleus.Errorf(nucleus.KindInvalid, "ref %q: want \"r-\" and 1 to 64 letters and digits", spec.Ref)
 	}
-	if err := checkResources(spec.Resources); err != nil {
+	if err := spec.Resources.Check(); err != nil {
 		return nil, err
 	}
 	if err := spec.Image.Check(); err != nil {
@@ -269,7 +272,7 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 func (n *Node) newPod(spec nucleus.PodSpec, driver machine.Driver) *Pod {
 	id := podID()
 	spec.Image = usualImage(spec.Image, driver)
-	p := &Pod{node: n, dir: n.dirs.Pod(id), state: stateStarting, started: make(chan struct{}), gone: make(chan struct{})}
+	p := &Pod{node: n, dir: n.dirs.Pod(id), state: stateStarting, started: make(chan struct{}), gone: make(chan struct{}), failed: make(chan struct{})}
 	p.record = record{
 		ID: id, Spec: spec, Driver: driver.Name(), Tier: driver.Tier(),
 		Session: nucleus.NewID("s-"), Boot: nucleus.NewID("b-"), Epoch: 1,
@@ -293,19 +296,6 @@ func usualImage(image nucleus.Image, driver machine.Driver) nucleus.Image {
 	}
 	image.Kind = nucleus.ImageHost
 	return image
-}
-
-// checkResources holds limits to what a machine can have; 0 leaves the default.
-func checkResources(r nucleus.Resources) error {
-	for _, limit := range []struct {
-		name             string
-		value, low, high int
-	}{{"cpu", r.CPU, 1, 32}, {"memory_mb", r.MemoryMB, 256, 65536}, {"pids", r.Pids, 16, 1 << 20}, {"disk_mb", r.DiskMB, 64, 512000}} {
-		if limit.value != 0 && (limit.value < limit.low || limit.value > limit.high) {
-			return nucleus.Errorf(nucleus.KindInvalid, "resources.%s is %d, want %d to %d", limit.name, limit.value, limit.low, limit.high)
-		}
-	}
-	return nil
 }
 
 func (p *Pod) setPolicy(effective *policy.Policy) error {
@@ -502,10 +492,40 @@ func (p *Pod) policyEntry(actor string) nucleus.Entry {
 const shownPolicy = 60_000
 
 func consoleHint(m machine.Machine) string {
-	if text := m.Console(); text != "" {
+	if text := lastLines(m.Console()); text != "" {
 		return "; the machine's console ends with:\n" + text
 	}
 	return ""
+}
+
+// Bounds of what is said of a console.
+const (
+	consoleLines = 12
+	consoleLine  = 200 // bytes
+)
+
+// lastLines are the last lines of a console in printable characters: the guest wrote it, and
+// a person's terminal may show it.
+func lastLines(text string) string {
+	lines := strings.Split(strings.TrimRight(text, "\r\n"), "\n")
+	lines = lines[max(0, len(lines)-consoleLines):]
+	for i, line := range lines {
+		line = strings.TrimRight(line, "\r")
+		if len(line) > consoleLine {
+			line = line[:consoleLine] + "..."
+		}
+		var b strings.Builder
+		for _, r := range line {
+			switch {
+			case unicode.IsPrint(r) && r != utf8.RuneError || r == '\t':
+				b.WriteRune(r)
+			default:
+				b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
+			}
+		}
+		lines[i] = b.String()
+	}
+	return strings.Join(lines, "\n")
 }
 
 // data marshals what a kind adds to an entry; the argument is always our own.
@@ -812,6 +832,9 @@ func (p *Pod) wire() (*wire.Session, error) {
 		if reason != "" {
 			reason = ": " + reason
 		}
+		if p.state == stateFailed {
+			reason += "\nhint: cal audit log --pod " + p.record.ID + " shows what it did"
+		}
 		return nil, nucleus.Errorf(nucleus.KindUnavailable, "pod %s is %s%s", p.record.ID, p.state, reason)
 	}
 	return p.session, nil
@@ -842,9 +865,14 @@ func (n *Node) failPod(p *Pod, cause error) {
 		return
 	}
 	p.state, p.reason = stateFailed, cause.Error()
+	select {
+	case <-p.failed:
+	default:
+		close(p.failed)
+	}
 	p.mu.Unlock()
 	slog.Error("pod failed", "pod", p.record.ID, "cause", cause)
-	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": logged(cause.Error(), 2000)})})
+	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Kind: nucleus.KindPodFail, Data: data(map[string]any{"reason": logged(cause.Error(), 4000)})})
 	n.failSubs(p)
 	if err := n.teardown(p); err != nil {
 		slog.Error("removing a failed pod", "pod", p.record.ID, "error", err)
@@ -901,7 +929,7 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 	n.mu.Lock()
 	delete(n.pods, id)
 	n.mu.Unlock()
-	if driver, err := n.driver(p.record); err == nil && live {
+	if driver, err := n.driver(p.record); err == nil && live && (driver.Tier() != nucleus.TierEmulated || n.config.SpareEmulated) {
 		n.spares.prepare(driver, p.machineSpec(n), p.record.Spec.Workspace != "")
 	}
 	return nil

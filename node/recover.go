@@ -14,7 +14,7 @@ import (
 	"cal/guest"
 	"cal/internal/durable"
 	"cal/internal/idmap"
-	"cal/machine"
+	"cal/machine/site"
 	"cal/nucleus"
 	"cal/policy"
 	"cal/wire"
@@ -31,6 +31,9 @@ func (n *Node) recover(ctx context.Context) error {
 		return err
 	}
 	n.removeGone(ctx)
+	if err := site.ClearTrials(ctx, n.dirs.Probes(), n.config.Drivers...); err != nil {
+		slog.Warn("what an earlier node left that ended while it probed is still there", "error", err)
+	}
 	entries, err := os.ReadDir(n.dirs.Pods())
 	if err != nil {
 		return err
@@ -139,7 +142,7 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	if left.err != nil {
 		return nil, left.err
 	}
-	p := &Pod{node: n, dir: left.dir, record: left.record, state: stateRunning, logged: true, gone: make(chan struct{})}
+	p := &Pod{node: n, dir: left.dir, record: left.record, state: stateRunning, logged: true, gone: make(chan struct{}), failed: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			p.leaveSession()
@@ -288,20 +291,8 @@ func (n *Node) remove(ctx context.Context, left leftPod, cause error) error {
 // directory. Which driver that was, the drivers know; where it is none of them,
 // nothing is touched.
 func (n *Node) removeDir(ctx context.Context, dir string) error {
-	var foreign error
-	removed := false
-	for _, d := range n.config.Drivers {
-		switch err := d.Remove(ctx, machineDir(dir)); {
-		case errors.Is(err, machine.ErrForeign):
-			foreign = err
-		case err != nil:
-			return err
-		default:
-			removed = true
-		}
-	}
-	if !removed && foreign != nil {
-		return foreign
+	if err := site.RemoveAny(ctx, machineDir(dir), n.config.Drivers...); err != nil {
+		return err
 	}
 	return idmap.RemoveAll(ctx, dir)
 }

@@ -553,8 +553,49 @@ func (p *Pod) unanswered(ctx context.Context, err error) error {
 	return p.lost(err)
 }
 
+// How long a request whose wire ended waits for the word that the machine did: a wire may
+// end alone, and a stream without its wire.
+const (
+	wirePatience  = 500 * time.Millisecond
+	deathPatience = 3 * time.Second
+)
+
+// lost says why a call has no answer.
 func (p *Pod) lost(err error) error {
+	if p.awaitDeath() {
+		_, err := p.wire()
+		return err
+	}
 	return nucleus.Errorf(nucleus.KindUnavailable, "pod %s: the wire to the machine ended: %v", p.record.ID, err)
+}
+
+// awaitDeath waits a moment for the word that the machine has died, which breaks the wire
+// first, and says whether the pod has failed.
+func (p *Pod) awaitDeath() bool {
+	p.mu.Lock()
+	session := p.session
+	p.mu.Unlock()
+	patience := time.NewTimer(wirePatience)
+	defer patience.Stop()
+	select {
+	case <-p.failed:
+	case <-session.Done():
+		patience.Reset(deathPatience)
+	case <-patience.C:
+		return false
+	}
+	select {
+	case <-p.failed:
+	case <-p.gone:
+	case <-p.node.closing:
+	case <-patience.C:
+	}
+	select {
+	case <-p.failed: // and gone by now, it may be
+		return true
+	default:
+		return false
+	}
 }
 
 func copyFrames(to, from *wire.Stream) {

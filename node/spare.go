@@ -40,6 +40,7 @@ type spare struct {
 	ready   chan struct{} // closed when machine or err is there
 	machine machine.Machine
 	err     error
+	gone    chan struct{} // closed when it was discarded
 }
 
 // spares keeps one spare at most.
@@ -50,6 +51,7 @@ type spares struct {
 
 	mu      sync.Mutex
 	waiting *spare
+	leaving map[*spare]bool // being discarded
 	expiry  *time.Timer
 	closed  bool
 	work    sync.WaitGroup
@@ -71,13 +73,16 @@ func (s *spares) take(ctx context.Context, driver machine.Driver, spec machine.S
 		if taken != nil && named && taken.spec.Workspace == spec.Workspace {
 			// The pod will write there, and a machine that was started before may
 			// hold what its kernel has seen of the workspace for how it is.
-			s.forget()
+			s.dismiss()
 			s.work.Go(func() { s.discard(taken) })
 		}
 		s.mu.Unlock()
+		if named {
+			s.awaitLeaving(ctx, spec.Workspace)
+		}
 		return nil
 	}
-	s.forget()
+	s.dismiss()
 	s.mu.Unlock()
 	select {
 	case <-taken.ready:
@@ -90,12 +95,33 @@ func (s *spares) take(ctx context.Context, driver machine.Driver, spec machine.S
 		case <-taken.machine.Done():
 		default:
 			if taken.current(ctx, spec) {
+				s.left(taken) // to the pod
 				return taken
 			}
 		}
 	}
 	s.discard(taken)
 	return nil
+}
+
+// awaitLeaving waits until no spare that is being discarded has the workspace: some drivers
+// let one machine at a time have it.
+func (s *spares) awaitLeaving(ctx context.Context, workspace string) {
+	s.mu.Lock()
+	var leaving []*spare
+	for old := range s.leaving {
+		if old.spec.Workspace == workspace {
+			leaving = append(leaving, old)
+		}
+	}
+	s.mu.Unlock()
+	for _, old := range leaving {
+		select {
+		case <-old.gone:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // current reports whether what the spare holds copies of is still what a machine made now
@@ -116,7 +142,7 @@ func (s *spares) prepare(driver machine.Driver, spec machine.Spec, named bool) {
 		return
 	}
 	id := podID()
-	made := &spare{id: id, note: filepath.Join(s.dirs.Spares(), id), dir: s.dirs.Pod(id), driver: driver, ready: make(chan struct{})}
+	made := &spare{id: id, note: filepath.Join(s.dirs.Spares(), id), dir: s.dirs.Pod(id), driver: driver, ready: make(chan struct{}), gone: make(chan struct{})}
 	made.spec = spec
 	made.spec.ID, made.spec.Dir = id, machineDir(made.dir)
 	if !named {
@@ -135,7 +161,7 @@ func (s *spares) prepare(driver machine.Driver, spec machine.Spec, named bool) {
 		if old.shape == made.shape {
 			return
 		}
-		s.forget()
+		s.dismiss()
 		s.work.Go(func() { s.discard(old) })
 	}
 	s.waiting = made
@@ -155,11 +181,11 @@ func (s *spares) drop(workspace string) {
 	held := s.waiting
 	if held == nil || held.spec.Workspace != filesDir(workspace) {
 		s.mu.Unlock()
+		s.awaitLeaving(context.Background(), filesDir(workspace))
 		return
 	}
-	s.forget()
+	s.dismiss()
 	s.mu.Unlock()
-	<-held.ready
 	s.discard(held)
 }
 
@@ -178,10 +204,22 @@ func (s *spares) status() string {
 	}
 }
 
-// forget lets the waiting spare go, to whoever asked. s.mu is held.
-func (s *spares) forget() {
+// dismiss lets the waiting spare go, to a pod or to be discarded. s.mu is held.
+func (s *spares) dismiss() {
+	if s.leaving == nil {
+		s.leaving = map[*spare]bool{}
+	}
 	s.expiry.Stop()
+	s.leaving[s.waiting] = true
 	s.waiting = nil
+}
+
+// left says that a spare is one no more.
+func (s *spares) left(old *spare) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.leaving, old)
+	close(old.gone)
 }
 
 func (s *spares) expire(old *spare) {
@@ -190,7 +228,7 @@ func (s *spares) expire(old *spare) {
 		s.mu.Unlock()
 		return
 	}
-	s.forget()
+	s.dismiss()
 	s.work.Add(1)
 	s.mu.Unlock()
 	defer s.work.Done()
@@ -203,7 +241,7 @@ func (s *spares) close() {
 	s.closed = true
 	old := s.waiting
 	if old != nil {
-		s.forget()
+		s.dismiss()
 	}
 	s.mu.Unlock()
 	if old != nil {
@@ -215,6 +253,7 @@ func (s *spares) close() {
 // discard removes a spare that no pod will have. What it fails to remove the next
 // node does.
 func (s *spares) discard(old *spare) {
+	defer s.left(old)
 	<-old.ready
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()

@@ -151,6 +151,25 @@ func TestNoSpare(t *testing.T) {
 	}
 }
 
+// emulated is a driver whose machines cost processor time while they do nothing.
+type emulated struct{ machine.Driver }
+
+func (emulated) Tier() nucleus.Tier { return nucleus.TierEmulated }
+
+// Of an emulated machine none is made ahead unless that is wanted.
+func TestNoEmulatedSpare(t *testing.T) {
+	t.Parallel()
+	for _, wanted := range []bool{false, true} {
+		h := newHost(t, withSpares, func(h *host) { h.emulated, h.ahead = true, wanted })
+		spec := specOf("", policyOf(all))
+		spec.Driver = "fake"
+		h.delete(h.pod(spec, nil))
+		if made := h.waitingSpare(); (made != nil) != wanted {
+			t.Errorf("wanted %v: %+v", wanted, made)
+		}
+	}
+}
+
 // copier is a driver whose machines hold copies.
 type copier struct {
 	machine.Driver

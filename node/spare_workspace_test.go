@@ -2,6 +2,8 @@ package node
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
@@ -16,7 +18,10 @@ import (
 // outlast a pod that got another machine for the same workspace.
 func TestSpareOfAnotherShape(t *testing.T) {
 	home, layers := t.TempDir(), t.TempDir()
-	driver := fake.New(fake.Config{Guest: func(ctx context.Context, _ fake.Inside) { <-ctx.Done() }})
+	driver := fake.New(fake.Config{Guest: func(ctx context.Context, _ fake.Inside) {
+		<-ctx.Done()
+		time.Sleep(200 * time.Millisecond) // as one whose guest flushes its disks
+	}})
 	s := &spares{dirs: Dirs{Home: home}, life: time.Hour}
 	t.Cleanup(s.close)
 	at := func(workspace, layer string) machine.Spec {
@@ -48,7 +53,17 @@ func TestSpareOfAnotherShape(t *testing.T) {
 	}
 	select {
 	case <-waiting.machine.Done():
-	case <-time.After(10 * time.Second):
-		t.Error("its machine goes on")
+	default:
+		t.Error("its machine still has the workspace")
+	}
+
+	s.prepare(driver, at("one", "a"), true)
+	second := s.waiting
+	s.prepare(driver, at("two", "a"), true) // takes its place
+	if s.take(t.Context(), driver, at("one", "a"), true) != nil {
+		t.Fatal("a machine that is being discarded was taken")
+	}
+	if _, err := os.Lstat(second.dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what was discarded for another workspace's is still there: %v", err)
 	}
 }

@@ -2,6 +2,7 @@ package nucleus
 
 import (
 	"encoding/json"
+	"fmt"
 	"slices"
 	"strings"
 )
@@ -82,6 +83,64 @@ type Resources struct {
 	MemoryMB int `json:"memory_mb,omitempty"` // MiB
 	Pids     int `json:"pids,omitempty"`
 	DiskMB   int `json:"disk_mb,omitempty"` // MiB, of scratch and of a new workspace, each, where the machine has disks of its own
+}
+
+// Bound is one of Resources: as it is in JSON, what is stated, and what a machine can have.
+type Bound struct {
+	Name        string
+	Stated      int
+	Least, Most int
+}
+
+// Bounds are those of all Resources.
+func (r Resources) Bounds() []Bound {
+	return []Bound{{"cpu", r.CPU, 1, 32}, {"memory_mb", r.MemoryMB, 256, 65536}, {"pids", r.Pids, 64, 1 << 20}, {"disk_mb", r.DiskMB, 64, 512000}}
+}
+
+// Holds says whether a machine can have what is stated.
+func (b Bound) Holds() bool { return b.Stated >= b.Least && b.Stated <= b.Most }
+
+func (b Bound) String() string {
+	return fmt.Sprintf("%d, want %d to %d; hint: leave it out for the default", b.Stated, b.Least, b.Most)
+}
+
+// Check holds limits to what a machine can have.
+func (r Resources) Check() error {
+	for _, b := range r.Bounds() {
+		if b.Stated != 0 && !b.Holds() {
+			return Errorf(KindInvalid, "resources.%s is %v", b.Name, b)
+		}
+	}
+	return nil
+}
+
+// UnmarshalJSON refuses a limit of 0 that is stated: the default has who leaves it out.
+func (r *Resources) UnmarshalJSON(raw []byte) error {
+	if string(raw) == "null" {
+		return nil
+	}
+	var stated struct {
+		CPU      *int `json:"cpu"`
+		MemoryMB *int `json:"memory_mb"`
+		Pids     *int `json:"pids"`
+		DiskMB   *int `json:"disk_mb"`
+	}
+	if err := Strict(raw, &stated); err != nil {
+		return err
+	}
+	for i, limit := range []struct {
+		stated *int
+		to     *int
+	}{{stated.CPU, &r.CPU}, {stated.MemoryMB, &r.MemoryMB}, {stated.Pids, &r.Pids}, {stated.DiskMB, &r.DiskMB}} {
+		if limit.stated == nil {
+			continue
+		}
+		if *limit.to = *limit.stated; *limit.to == 0 {
+			b := r.Bounds()[i]
+			return Errorf(KindInvalid, "resources.%s is %v", b.Name, b)
+		}
+	}
+	return nil
 }
 
 // Agent is the program of a session.

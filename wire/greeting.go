@@ -20,6 +20,7 @@ import (
 //	host   cal-wire 1 NONCE ENTROPY UNIXNANO
 //	guest  cal-wire 1 NONCE ok           or   cal-wire 1 NONCE error TEXT
 //	host   cal-wire 1 NONCE go UNIXNANO
+//	guest  cal-wire 1 NONCE taken
 //
 // or, where the machine is to end with its disks flushed,
 //
@@ -27,7 +28,9 @@ import (
 //
 // What stands on a serial port from an earlier connection, a greeting of which nobody
 // heard the answer included, is passed over by both: the nonce is new each time, and
-// the guest takes no greeting that is not followed by its "go". By the entropy a machine
+// the guest takes no greeting that is not followed by its "go". Wires are taken in the order
+// in which the host greets on them, whichever the guest reads first: a greeting is over
+// when it was heard that the wire is taken. By the entropy a machine
 // that was restored from a snapshot draws other random numbers than its twin.
 // Nothing here says who is at the other end.
 
@@ -38,6 +41,8 @@ const (
 	maxRefusal   = 1 << 10   // bytes of TEXT
 	maxStale     = 512 << 10 // bytes that the host passes over
 )
+
+const takenPatience = time.Second // at least, with a guest that was told to go
 
 // Greeting is what the host says on a new wire.
 type Greeting struct {
@@ -85,7 +90,7 @@ func isNonce(s string) bool {
 
 // Greet is the host's part on a new wire. It returns the wire, on which a guest can
 // still say why it ends: reading then fails with that reason. On an error, which after
-// the deadline is os.ErrDeadlineExceeded, conn is of no more use; the caller closes it, and
+// the deadline, or up to a second later, is os.ErrDeadlineExceeded, conn is of no more use; the caller closes it, and
 // may greet anew on another connection.
 func Greet(conn net.Conn, deadline time.Time) (net.Conn, error) {
 	if err := conn.SetDeadline(deadline); err != nil {
@@ -100,20 +105,37 @@ func Greet(conn net.Conn, deadline time.Time) (net.Conn, error) {
 		return nil, fmt.Errorf("greeting the guest: %w", err)
 	}
 	mine := greetingWord + g.Nonce + " "
-	answer, err := findLine(conn, maxStale, len(mine)+len("error ")+maxRefusal, func(line string) bool {
-		return line == mine+"ok" || strings.HasPrefix(line, mine+"error ")
-	})
-	if err != nil {
-		return nil, fmt.Errorf("the guest did not answer the greeting: %w", err)
-	}
-	if text, refused := strings.CutPrefix(answer, mine+"error "); refused {
-		return nil, fmt.Errorf("the guest refuses to serve: %s", printable(text))
+	if err := hear(conn, mine, "ok"); err != nil {
+		return nil, err
 	}
 	// The greeting may have waited for the guest's boot: the time is said again.
 	if _, err := fmt.Fprintf(conn, "\n%sgo %d\n", mine, time.Now().UnixNano()); err != nil {
 		return nil, fmt.Errorf("greeting the guest: %w", err)
 	}
+	// That cannot be taken back: the guest gets the time to say that it has heard it.
+	if late := time.Now().Add(takenPatience); late.After(deadline) {
+		if err := conn.SetReadDeadline(late); err != nil {
+			return nil, err
+		}
+	}
+	if err := hear(conn, mine, "taken"); err != nil {
+		return nil, err
+	}
 	return &greeted{Conn: conn, refusal: []byte("\n" + mine + "error ")}, conn.SetDeadline(time.Time{})
+}
+
+// hear reads until the guest has said word, or why it refuses.
+func hear(conn io.Reader, mine, word string) error {
+	answer, err := findLine(conn, maxStale, len(mine)+len("error ")+maxRefusal, func(line string) bool {
+		return line == mine+word || strings.HasPrefix(line, mine+"error ")
+	})
+	if err != nil {
+		return fmt.Errorf("the guest did not say %q to the greeting: %w", word, err)
+	}
+	if text, refused := strings.CutPrefix(answer, mine+"error "); refused {
+		return fmt.Errorf("the guest refuses to serve: %s", printable(text))
+	}
+	return nil
 }
 
 // ErrEnd is what AnswerGreeting returns where the host asks the machine to end.
@@ -132,8 +154,9 @@ func SayEnd(conn net.Conn, deadline time.Time) error {
 // AnswerGreeting is the guest's part: it reads until the host has greeted and has heard
 // the answer. welcome is called for each greeting and must do what the guest owes
 // before it says ok, that is, take the entropy and the time; its error refuses the host, and is
-// returned. The greeting that it returns has the time of its end. The wire's first byte comes next.
-func AnswerGreeting(conn io.ReadWriter, welcome func(Greeting) error) (Greeting, error) {
+// returned. taken is called once, for the greeting that is returned, with the time of its end: until it
+// returns the host greets on no other wire. The wire's first byte comes next.
+func AnswerGreeting(conn io.ReadWriter, welcome func(Greeting) error, taken func(Greeting)) (Greeting, error) {
 	var g Greeting // the newest that was answered
 	for {
 		heard, ends := false, false
@@ -152,8 +175,13 @@ func AnswerGreeting(conn io.ReadWriter, welcome func(Greeting) error) (Greeting,
 		if ends && err == nil {
 			err = ErrEnd
 		}
-		if heard || err != nil {
+		if err != nil {
 			return g, err
+		}
+		if heard {
+			taken(g)
+			_, _ = fmt.Fprintf(conn, "\n%s%s taken\n", greetingWord, g.Nonce) // who has gone since is missed by the wire's reader
+			return g, nil
 		}
 		if err := welcome(g); err != nil {
 			return g, errors.Join(err, SayRefusal(conn, g.Nonce, err.Error()))

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 	"unicode"
 )
@@ -42,7 +43,7 @@ type answered struct {
 func answering(conn io.ReadWriter, welcome func(Greeting) error) <-chan answered {
 	done := make(chan answered, 1)
 	go func() {
-		g, err := AnswerGreeting(conn, welcome)
+		g, err := AnswerGreeting(conn, welcome, func(Greeting) {})
 		done <- answered{g, err}
 	}()
 	return done
@@ -102,7 +103,7 @@ func TestGreetingAfterStaleBytes(t *testing.T) {
 			host, guest := wirePair(t)
 			go func() {
 				io.WriteString(guest, stale[1])
-				AnswerGreeting(guest, welcome)
+				AnswerGreeting(guest, welcome, func(Greeting) {})
 			}()
 			staleToGuest := answering(struct {
 				io.Reader
@@ -132,6 +133,62 @@ func TestGreetingIsHeard(t *testing.T) {
 	}
 	if got := <-done; got.err != nil || got.greeting.Nonce == lost.Nonce || times != 2 {
 		t.Errorf("greeting %s after %d: %v", got.greeting.Nonce, times, got.err)
+	}
+}
+
+// TestGreetingInOrder: the host has greeted on a wire when the guest has said whose it is, and
+// not before: what it greets on next comes after it.
+func TestGreetingInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host, guest := net.Pipe()
+		defer host.Close()
+		busy := make(chan struct{})
+		go AnswerGreeting(guest, welcome, func(Greeting) { <-busy })
+		over := false
+		go func() {
+			if _, err := Greet(host, soon()); err != nil {
+				t.Error(err)
+			}
+			over = true
+		}()
+		synctest.Wait()
+		if over {
+			t.Error("the greeting is over before the wire is taken")
+		}
+		close(busy)
+		synctest.Wait()
+		if !over { // control
+			t.Error("the greeting is not over after the wire was taken")
+		}
+	})
+}
+
+// TestGreetingTakenLate: a guest that was told to go, be it just before the deadline, has a second to say that
+// it has heard it, and no more.
+func TestGreetingTakenLate(t *testing.T) {
+	for late, want := range map[time.Duration]error{takenPatience / 2: nil, 2 * takenPatience: os.ErrDeadlineExceeded} {
+		synctest.Test(t, func(t *testing.T) {
+			host, guest := net.Pipe()
+			deadline, over := soon(), make(chan struct{})
+			go func() {
+				defer close(over)
+				ready := func(Greeting) error { time.Sleep(time.Until(deadline) - takenPatience/10); return nil }
+				AnswerGreeting(guest, ready, func(Greeting) { time.Sleep(late) })
+			}()
+			defer func() { host.Close(); <-over }()
+			wired, err := Greet(host, deadline)
+			if !errors.Is(err, want) {
+				t.Errorf("taken %s late: %v, want %v", late, err, want)
+			}
+			if err != nil {
+				return
+			}
+			time.Sleep(time.Minute) // of the bubble's: no deadline is left on the wire
+			go guest.Write([]byte("x"))
+			if _, err := wired.Read(make([]byte, 1)); err != nil {
+				t.Errorf("taken %s late: the wire ends: %v", late, err)
+			}
+		})
 	}
 }
 
@@ -265,10 +322,14 @@ func FuzzAnswerGreeting(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		in := bytes.NewReader(data)
 		var answers bytes.Buffer
+		taken := 0
 		got, err := AnswerGreeting(struct {
 			io.Reader
 			io.Writer
-		}{iotest.OneByteReader(in), &answers}, welcome)
+		}{iotest.OneByteReader(in), &answers}, welcome, func(Greeting) { taken++ })
+		if taken > 1 || (taken == 1) != (err == nil) {
+			t.Errorf("%d wires taken, %v", taken, err)
+		}
 		if err != nil {
 			return
 		}
@@ -277,7 +338,7 @@ func FuzzAnswerGreeting(f *testing.F) {
 		if !bytes.Contains(read, fmt.Appendf(nil, "%s%s %x ", greetingWord, got.Nonce, got.Entropy)) || !bytes.HasSuffix(append([]byte("\n"), read...), []byte(end)) {
 			t.Errorf("%q opened the wire of %s", read, got.Nonce)
 		}
-		if !strings.HasSuffix(answers.String(), got.Nonce+" ok\n") {
+		if mine := greetingWord + got.Nonce; !strings.HasSuffix(answers.String(), mine+" ok\n\n"+mine+" taken\n") {
 			t.Errorf("answers %q", answers.String())
 		}
 	})
@@ -304,12 +365,16 @@ func (s *scripted) SetReadDeadline(t time.Time) error { return nil }
 // FuzzGreet: a hostile guest's words are bounded, printable, and open nothing but by its nonce.
 func FuzzGreet(f *testing.F) {
 	f.Add("\ncal-wire 1 NONCE ok\n")
+	f.Add("\ncal-wire 1 NONCE ok\n\ncal-wire 1 NONCE taken\n")
+	f.Add("\ncal-wire 1 NONCE ok\n\ncal-wire 1 NONCE error late\n")
 	f.Add("\ncal-wire 1 NONCE error a\x00b\n")
 	f.Add("cal-wire 1 NONCE error " + strings.Repeat("x", 5000) + "\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		conn, err := Greet(&scripted{text: text}, soon())
 		if err == nil {
-			if conn == nil || !strings.Contains("\n"+text, "\n"+greetingWord+"NONCE ok\n") {
+			mine := "\n" + greetingWord + "NONCE "
+			_, after, ok := strings.Cut("\n"+text, mine+"ok\n")
+			if taken := strings.Contains("\n"+after, mine+"taken\n"); conn == nil || !ok || !taken {
 				t.Errorf("%q opened the wire", text)
 			}
 			return

@@ -163,7 +163,7 @@ func buildKernel(ctx context.Context, store *image.Store, path string) (built, e
 		return built{}, err
 	}
 	if !k.Tried {
-		progress(fmt.Sprintf("CAL was not tried with kernel %s", orDash(k.Version)))
+		progress(fmt.Sprintf("CAL was not tried with kernel %s, which is now that of all microVMs; hint: where they do not start, cal image build kernel goes back to Debian's", orDash(k.Version)))
 	}
 	name := k.Package
 	if name == "" {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/term"
 
 	approvals "cal/approval/client"
@@ -43,6 +44,9 @@ func runCommand() *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, given []string) error {
 			o.Command = given
+			if err := checkLimits(cmd.Flags(), nucleus.Resources{CPU: o.CPU, MemoryMB: o.MemoryMB, Pids: o.Pids, DiskMB: o.DiskMB}); err != nil {
+				return err
+			}
 			return run(cmd.Context(), o, yes)
 		},
 	}
@@ -68,6 +72,17 @@ func runCommand() *cobra.Command {
 	f.StringSliceVar(&o.AllowWatched, "allow-watched", nil, "resources whose limit may be watched where it cannot be enforced")
 	f.BoolVarP(&yes, "yes", "y", false, "answer the launch confirmation (never an approval)")
 	return cmd
+}
+
+// checkLimits holds the limits that are given to what a machine can have, before anything is
+// made: 0 is then no default.
+func checkLimits(flags *pflag.FlagSet, limits nucleus.Resources) error {
+	for _, b := range limits.Bounds() {
+		if name := strings.TrimSuffix(b.Name, "_mb"); flags.Changed(name) && !b.Holds() {
+			return usageError{fmt.Errorf("--%s is %v", name, b)}
+		}
+	}
+	return nil
 }
 
 func run(ctx context.Context, o workspace.RunOptions, yes bool) (err error) {
@@ -133,8 +148,11 @@ func (s *session) whole(ctx context.Context, run func() (int, error)) (err error
 	defer func() {
 		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
-		if delErr := s.node.DeletePod(ending, s.pod.ID); delErr != nil && err == nil {
-			err = delErr
+		endErr := s.end(ending)
+		if endErr != nil && err != nil {
+			fmt.Fprintln(os.Stderr, "cal:", endErr)
+		} else if endErr != nil {
+			err = endErr
 		}
 	}()
 	code, err := run()
@@ -158,6 +176,21 @@ func (s *session) whole(ctx context.Context, run func() (int, error)) (err error
 		return exitCode(code)
 	}
 	return nil
+}
+
+// end ends the machine, by another node where this one is gone.
+func (s *session) end(ctx context.Context) error {
+	err := s.node.DeletePod(ctx, s.pod.ID)
+	if err != nil && unanswered(err) {
+		node, startErr := s.home.Node(ctx)
+		if startErr == nil {
+			s.node, err = node, node.DeletePod(ctx, s.pod.ID)
+		}
+	}
+	if err == nil || nucleus.AsError(err).Kind == nucleus.KindNotFound {
+		return nil
+	}
+	return fmt.Errorf("machine %s may still run: %w; hint: cal vm stop %s", s.pod.ID, err, s.pod.ID)
 }
 
 // spentOf is err where it says that the budget is spent: the work up to there is brought
@@ -258,7 +291,11 @@ func (s *session) run(ctx context.Context, o workspace.RunOptions) (int, error) 
 		return 0, err
 	}
 	defer stream.Close()
-	return s.relay(ctx, stream)
+	code, err := s.relay(ctx, stream)
+	if errors.Is(err, errNodeGone) {
+		err = fmt.Errorf("%w; whether the command came to its end is not known; hint: cal audit log --pod %s", err, s.pod.ID)
+	}
+	return code, err
 }
 
 // agent starts or joins the agent and stays with it: when the node ends, another is

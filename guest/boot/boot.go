@@ -50,10 +50,11 @@ type first struct {
 	line     commandLine
 	children *children
 	stop     chan error // why the machine ends
+	random   func(entropy []byte) error
 
 	mu       sync.Mutex
 	prepared bool
-	serving  bool
+	init     string // nonce of the greeting of the first wire; "": none was taken
 }
 
 func serve() error {
@@ -65,7 +66,7 @@ func serve() error {
 		return err
 	}
 	loadModules()
-	f := &first{line: line, children: newChildren(), stop: make(chan error, 8)}
+	f := &first{line: line, children: newChildren(), stop: make(chan error, 8), random: addEntropy}
 	ports, err := line.wires()
 	if err != nil {
 		return err
@@ -87,7 +88,7 @@ func serve() error {
 // answer answers the greeting of a new wire. A machine that refuses to serve, or is asked to,
 // ends.
 func (f *first) answer(conn io.ReadWriter) (wire.Greeting, error) {
-	g, err := wire.AnswerGreeting(conn, f.greet)
+	g, err := wire.AnswerGreeting(conn, f.greet, f.taken)
 	var refused errRefused
 	switch {
 	case errors.As(err, &refused):
@@ -112,7 +113,7 @@ func (e errRefused) Unwrap() error { return e.error }
 func (f *first) greet(g wire.Greeting) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if err := addEntropy(g.Entropy[:]); err != nil {
+	if err := f.random(g.Entropy[:]); err != nil {
 		return err
 	}
 	if err := setClock(g.Time); err != nil {
@@ -142,17 +143,29 @@ func (f *first) prepare() error {
 	return checkPromises(disks)
 }
 
+// taken makes a wire the first one where none was. The host greets on no other before it has heard that:
+// a wire that comes later is never taken for the first, in whatever order their bytes are read.
+func (f *first) taken(g wire.Greeting) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.init == "" {
+		f.init = g.Nonce
+	}
+}
+
+func (f *first) isFirst(g wire.Greeting) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.init == g.Nonce
+}
+
 // take starts the proxy on the first wire, and hands every later one to it. It returns when the wire
 // has been handed over, or why it was not.
 func (f *first) take(g wire.Greeting, conn *os.File) error {
 	if err := setClock(g.Time); err != nil { // the greeting may have waited for the boot
 		return err
 	}
-	f.mu.Lock()
-	started := f.serving
-	f.serving = true
-	f.mu.Unlock()
-	if started {
+	if !f.isFirst(g) {
 		return f.children.run(conn, nucleus.MachineProxy, "attach")
 	}
 	slog.Info("the machine serves", "uptime", uptime())

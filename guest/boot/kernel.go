@@ -121,22 +121,31 @@ func loadModule(name string) error {
 	return unix.FinitModule(int(file.Fd()), "", 0)
 }
 
-// addEntropy gives the kernel's random numbers what no other machine has, counted in full,
-// and has them begin anew from it.
+// addEntropy gives the kernel's random numbers what no other machine has, and has them begin anew
+// from it at once. By itself the kernel takes up what was added within a minute (Linux 6.1:
+// crng_reseed_interval): until then two machines of one snapshot would draw the same numbers.
 func addEntropy(entropy []byte) error {
 	pool, err := os.OpenFile("/dev/random", os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
 	defer pool.Close()
+	if err := creditEntropy(pool, entropy); err != nil {
+		return fmt.Errorf("adding entropy: %w", err)
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, pool.Fd(), unix.RNDRESEEDCRNG, 0); errno != 0 {
+		return fmt.Errorf("reseeding the random numbers: %w", errno)
+	}
+	return nil
+}
+
+// creditEntropy adds to the kernel's pool, counted in full.
+func creditEntropy(pool *os.File, entropy []byte) error {
 	// struct rand_pool_info: bits, bytes, then the bytes.
 	info := binary.NativeEndian.AppendUint32(nil, uint32(len(entropy)*8))
 	info = append(binary.NativeEndian.AppendUint32(info, uint32(len(entropy))), entropy...)
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, pool.Fd(), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info[0]))); errno != 0 {
-		return fmt.Errorf("adding entropy: %w", errno)
-	}
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, pool.Fd(), unix.RNDRESEEDCRNG, 0); errno != 0 {
-		return fmt.Errorf("reseeding the random numbers: %w", errno)
+		return errno
 	}
 	return nil
 }

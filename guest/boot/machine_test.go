@@ -2,13 +2,16 @@ package boot
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,18 +26,25 @@ import (
 )
 
 // The tests of this file boot a real kernel with this test program as its first process, and with
-// it as the proxy. What the kernel's command line names as cal.mutant is taken away first.
+// it as the proxy.
 
 func TestMain(m *testing.M) {
 	switch {
 	case IsInit():
-		mutate()
+		switch {
+		case commandLineHas("cal.asked"):
+			serveAsked()
+		case commandLineHas("cal.loopback"):
+			serveLoopback()
+		}
 		Main()
 	case len(os.Args) > 1 && os.Args[1] == "init":
 		what, say := vm.Asked()
 		if what == "hold" {
 			say("held")
-			time.Sleep(time.Hour) // the host ends the machine
+			for { // the host ends the machine
+				unix.Pause()
+			}
 		}
 		os.Args = []string{os.Args[0], "-test.run=^TestInside$", "-test.v"}
 		code := m.Run()
@@ -68,12 +78,16 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// mutants take a wall away before the machine is made.
+// mutants take a wall away before the machine's root is made, or what reads it back.
 var mutants = map[string]struct {
 	change func()
-	reason string // with which such a machine refuses
+	reason string // with which such a machine refuses; "": it serves
 }{
+	"nothing": {func() {}, ""},
 	"modules": {func() { settings = settings[:len(settings)-1] }, "the kernel still takes modules"},
+	"a switch": {func() {
+		settings = slices.Insert(settings, len(settings)-1, setting{"kernel/kptr_restrict", "1", true})
+	}, `kernel/kptr_restrict is "1", and should be "2"`},
 	"sys":     {func() { kernelMounts[1].flags &^= unix.MS_RDONLY }, "mount at /sys: it can be written"},
 	"hidepid": {func() { kernelMounts[0].data = "" }, "mount at /proc: it shows everybody's processes"},
 	"tmp":     {func() { kernelMounts[3].flags &^= unix.MS_NODEV }, "mount at /tmp: it takes devices"},
@@ -83,21 +97,18 @@ var mutants = map[string]struct {
 	}, "mount at /var: it is tmpfs"},
 }
 
-func mutate() {
+// commandLineHas reads the kernel's command line before anything is mounted.
+func commandLineHas(word string) bool {
 	unix.Mkdir("/proc", 0o755)
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		panic(err)
 	}
+	defer unix.Unmount("/proc", 0)
 	line, err := os.ReadFile("/proc/cmdline")
 	if err != nil {
 		panic(err)
 	}
-	unix.Unmount("/proc", 0)
-	for _, word := range strings.Fields(string(line)) {
-		if name, ok := strings.CutPrefix(word, "cal.mutant="); ok {
-			mutants[strings.ReplaceAll(name, "_", " ")].change()
-		}
-	}
+	return slices.Contains(strings.Fields(string(line)), word)
 }
 
 // program is this test program as a static one, built once.
@@ -165,6 +176,9 @@ func TestEnd(t *testing.T) {
 // laterWires: a new wire is handed to the proxy on either port, again and again, and where the
 // proxy does not take it the host learns why.
 func laterWires(t *testing.T, m *vm.Machine) {
+	if _, err := wire.Greet(dying{m.Dial("cal.wire2")}, time.Now().Add(vm.Patience)); err == nil {
+		t.Error("a host that died was heard")
+	}
 	for i, port := range []string{"cal.wire2", "cal.wire2", "cal.wire2", "cal.wire"} {
 		wired := m.Wire(port)
 		said, want := "proof", "taken\n"
@@ -186,49 +200,73 @@ func laterWires(t *testing.T, m *vm.Machine) {
 	}
 }
 
+// dying is a host that dies when it has told the machine to go: what it greeted on goes nowhere, and the
+// machine takes the next.
+type dying struct{ net.Conn }
+
+func (d dying) Write(p []byte) (int, error) {
+	n, err := d.Conn.Write(p)
+	if bytes.Contains(p, []byte(" go ")) {
+		d.Close()
+	}
+	return n, err
+}
+
 // TestRefuses takes the promises away one after the other: such a machine serves nobody, and
 // the host is told why.
 func TestRefuses(t *testing.T) {
 	init := program(t)
-	refused := map[string]struct {
+	for name, test := range map[string]struct {
 		config vm.Config
 		reason string
-		long   bool
 	}{
-		"a network interface":             {vm.Config{NIC: true}, "a device that it should not have: virtio number 0x0001", false},
-		"a root disk that can be written": {vm.Config{Writable: []string{"root"}}, "the root disk vda can be written", true},
-		"a missing disk":                  {vm.Config{Without: []string{"scratch"}}, "", true},
-	}
-	for name, mutant := range mutants {
-		refused["mutant: "+name] = struct {
-			config vm.Config
-			reason string
-			long   bool
-		}{vm.Config{Line: "cal.mutant=" + strings.ReplaceAll(name, " ", "_")}, mutant.reason, name != "modules"}
-	}
-	for name, test := range refused {
+		"a network interface":             {vm.Config{NIC: true}, "a device that it should not have: virtio number 0x0001"},
+		"a root disk that can be written": {vm.Config{Writable: []string{"root"}}, "the root disk vda can be written"},
+		"a missing disk":                  {vm.Config{Without: []string{"scratch"}}, ""},
+	} {
 		t.Run(name, func(t *testing.T) {
-			if test.long && os.Getenv("CAL_LONG") == "" {
-				t.Skip("one of the slow ones: make test-long")
-			}
 			test.config.Init = init
 			m := vm.Start(t, test.config)
-			_, err := wire.Greet(m.Dial("cal.wire"), time.Now().Add(vm.Patience))
-			if err == nil {
-				t.Fatal("it serves")
+			if test.reason != "" {
+				refuses(t, m, test.reason)
+				return
 			}
-			m.Ended()
-			if test.reason == "" { // it ends before it has a wire
-				test.reason = "lacks scratch"
-				err = errors.New(m.Console())
-			}
-			if !strings.Contains(err.Error(), test.reason) {
-				t.Errorf("host: %v, want %q", err, test.reason)
-			}
-			if strings.Contains(m.Console(), "inside:") {
-				t.Error("the proxy was started")
+			m.Ended() // before it has a wire
+			if said := m.Console(); !strings.Contains(said, "lacks scratch") || strings.Contains(said, "inside:") {
+				t.Error("it does not end for that it lacks scratch")
 			}
 		})
+	}
+}
+
+// TestMutants is the same of what the machine makes itself. The mutant that is none serves.
+func TestMutants(t *testing.T) {
+	config := remembered(t)
+	for name, mutant := range mutants {
+		t.Run(name, func(t *testing.T) {
+			m := vm.Start(t, config)
+			asked(t, m, "without "+name, "without "+name)
+			if mutant.reason != "" {
+				refuses(t, m, mutant.reason)
+				return
+			}
+			vm.Wait(t, m.Greet("hold"), "held")
+		})
+	}
+}
+
+func refuses(t *testing.T, m *vm.Machine, reason string) {
+	t.Helper()
+	_, err := wire.Greet(m.Dial("cal.wire"), time.Now().Add(vm.Patience))
+	if err == nil {
+		t.Fatal("it serves")
+	}
+	m.Ended()
+	if !strings.Contains(err.Error(), reason) {
+		t.Errorf("host: %v, want %q", err, reason)
+	}
+	if strings.Contains(m.Console(), "inside:") {
+		t.Error("the proxy was started")
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -30,50 +31,52 @@ type (
 
 func (l commandLine) wires() ([]transport, error) {
 	if l.wire == wireVsock {
-		v, err := listenVsock()
+		v, err := listenVsock(vsockPort)
 		return []transport{v}, err
 	}
-	var ports []transport
-	err := await(deviceDeadline, func() (bool, error) {
-		names, err := portNames()
-		if err != nil || len(names) == 0 {
-			return false, err
-		}
-		for _, name := range names {
-			port, err := openPort(name)
-			if err != nil {
-				return false, err
-			}
-			ports = append(ports, port)
-		}
-		return true, nil
+	var names []string
+	err := await(deviceDeadline, func() (there bool, err error) {
+		names, there, err = findPorts("/sys/class/virtio-ports")
+		return there, err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("serial port %s: %w", portName, err)
+		return nil, fmt.Errorf("serial ports %s: there are %q: %w", strings.Join(portNames, " and "), names, err)
+	}
+	var ports []transport
+	for _, name := range names {
+		port, err := openPort(name)
+		if err != nil {
+			return nil, fmt.Errorf("serial port: %w", err)
+		}
+		ports = append(ports, port)
 	}
 	return ports, nil
 }
 
-const (
-	vsockPort = 1024
-	portName  = "cal.wire" // and cal.wire2, where a new wire comes while the old one is in use
-)
+const vsockPort = 1024
+
+// portNames are the wires of a machine that has serial ports: a new wire comes to the one while that
+// at the other is in use.
+var portNames = []string{"cal.wire", "cal.wire2"}
 
 // vsock is a socket that only the host reaches.
-type vsock struct{ fd int }
+type vsock struct {
+	fd   int
+	host uint32 // the host's address
+}
 
-func listenVsock() (vsock, error) {
+func listenVsock(port uint32) (vsock, error) {
 	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return vsock{}, fmt.Errorf("vsock: %w", err)
 	}
-	if err := unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: vsockPort}); err != nil {
+	if err := unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: port}); err != nil {
 		return vsock{}, fmt.Errorf("vsock: bind: %w", err)
 	}
 	if err := unix.Listen(fd, 4); err != nil {
 		return vsock{}, fmt.Errorf("vsock: listen: %w", err)
 	}
-	return vsock{fd}, nil
+	return vsock{fd, unix.VMADDR_CID_HOST}, nil
 }
 
 // greetPatience is how long a connection that says nothing is held.
@@ -89,7 +92,7 @@ func (v vsock) serve(answer answerer, take taker) error {
 			return fmt.Errorf("vsock: accept: %w", err)
 		}
 		// A program of this machine could dial its own kernel.
-		if peer, ok := from.(*unix.SockaddrVM); !ok || peer.CID != unix.VMADDR_CID_HOST {
+		if peer, ok := from.(*unix.SockaddrVM); !ok || peer.CID != v.host {
 			slog.Warn("a connection that is not the host's was closed")
 			unix.Close(fd)
 			continue
@@ -118,20 +121,19 @@ func refuse(conn io.Writer, g wire.Greeting, err error) {
 	}
 }
 
-func portNames() ([]string, error) {
-	const dir = "/sys/class/virtio-ports"
-	entries, err := os.ReadDir(dir)
+// findPorts returns the devices of the wires as far as they are there. The kernel makes one port after the other.
+func findPorts(class string) (devices []string, all bool, err error) {
+	entries, err := os.ReadDir(class)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
+		return nil, false, err
 	}
-	var found []string
 	for _, entry := range entries {
-		name, _ := os.ReadFile(filepath.Join(dir, entry.Name(), "name"))
-		if strings.HasPrefix(string(name), portName) {
-			found = append(found, entry.Name())
+		name, _ := os.ReadFile(filepath.Join(class, entry.Name(), "name")) // one that is being made has none yet
+		if slices.Contains(portNames, strings.TrimSpace(string(name))) {
+			devices = append(devices, entry.Name())
 		}
 	}
-	return found, nil
+	return devices, len(devices) == len(portNames), nil
 }
 
 // port is a serial port whose other end is the host's; while nobody is there it reads

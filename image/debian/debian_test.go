@@ -2,7 +2,9 @@ package debian
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -11,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"cal/image/unpack"
 )
@@ -212,5 +215,32 @@ func TestConfig(t *testing.T) {
 	}
 	if !strings.Contains(string(out), `Dir::State::status "`+a.dir) {
 		t.Errorf("control: %s", out)
+	}
+}
+
+// What does not fit ends the work: whoever unpacks the package does not wait for a reader.
+func TestRootTooLargeEnds(t *testing.T) {
+	a := &archive{t: t, dir: aptDir(t)}
+	needApt(t)
+	content := make([]byte, 4<<20)
+	rand.Read(content)
+	a.add("big", "", map[string]string{"usr/a": string(content), "usr/b": string(content)})
+	deb := filepath.Join(a.dir, "big_1_all.deb")
+	must(t, os.Rename(filepath.Join(a.dir, "big.deb"), deb))
+	if _, err := Root(t.Context(), []string{deb}, t.TempDir(), unpack.Limits{Bytes: 64 << 20, Entries: 1000}); errors.Is(err, unpack.ErrTooLarge) {
+		t.Fatalf("control: with room: %v", err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := Root(t.Context(), []string{deb}, t.TempDir(), unpack.Limits{Bytes: 1 << 20, Entries: 1000})
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, unpack.ErrTooLarge) {
+			t.Errorf("%v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it hangs")
 	}
 }

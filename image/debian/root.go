@@ -20,6 +20,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cal/image/unpack"
 )
 
@@ -121,6 +123,9 @@ func add(ctx context.Context, deb string, into *unpack.Into) error {
 	cmd := exec.CommandContext(ctx, "dpkg-deb", "--fsys-tarfile", deb)
 	said := bounded{most: mostSaid}
 	cmd.Stderr, cmd.Env = &said, environment()
+	cmd.SysProcAttr = &unix.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
+	cmd.WaitDelay = 5 * time.Second
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return err
@@ -131,8 +136,9 @@ func add(ctx context.Context, deb string, into *unpack.Into) error {
 	err = into.Add(ctx, out, unpack.Package)
 	if err == nil {
 		_, err = io.Copy(io.Discard, out)
-	} else {
-		cmd.Process.Kill()
+	} else { // its decompressor, a process of its own, would wait for a reader
+		unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
+		out.Close()
 	}
 	if waitErr := cmd.Wait(); waitErr != nil && err == nil {
 		err = fmt.Errorf("dpkg-deb: %w: %s", waitErr, strings.TrimSpace(said.String()))

@@ -46,10 +46,18 @@ type Kernel struct {
 	Version string // as uname -r says it; "" where the file does not
 }
 
-// Parse reads a bzImage or an uncompressed ELF.
+// Parse reads a bzImage or an uncompressed ELF. The ELF, also the one in a bzImage, is what
+// Firecracker starts; QEMU starts the bzImage, and an ELF alone only by its PVH entry.
 func Parse(data []byte) (Kernel, error) {
 	if bytes.HasPrefix(data, []byte(elf.ELFMAG)) {
-		return Kernel{ELF: data, Version: banner(data)}, checkELF(data)
+		f, err := checkELF(data)
+		if err != nil {
+			return Kernel{}, err
+		}
+		if err := checkPVH(f); err != nil {
+			return Kernel{}, err
+		}
+		return Kernel{ELF: data, Version: banner(data)}, nil
 	}
 	if len(data) < setupEnd || data[bootFlag] != 0x55 || data[bootFlag+1] != 0xaa || string(data[setupMagic:setupMagic+4]) != "HdrS" {
 		return Kernel{}, fmt.Errorf("%w: neither a bzImage nor an ELF", ErrNoKernel)
@@ -61,8 +69,8 @@ func Parse(data []byte) (Kernel, error) {
 	if err != nil {
 		return Kernel{}, fmt.Errorf("%w: %v", ErrNoKernel, err)
 	}
-	k := Kernel{BzImage: data, ELF: raw, Version: version(data)}
-	return k, checkELF(k.ELF)
+	_, err = checkELF(raw)
+	return Kernel{BzImage: data, ELF: raw, Version: version(data)}, err
 }
 
 // payload unpacks the ELF in a bzImage.
@@ -132,9 +140,12 @@ func version(data []byte) string {
 	return firstWord(data[at:])
 }
 
-// banner finds the text that the kernel prints first.
+// bannerText begins what the kernel prints first.
+const bannerText = "Linux version "
+
+// banner finds the version that the kernel prints.
 func banner(data []byte) string {
-	_, after, ok := bytes.Cut(data, []byte("Linux version "))
+	_, after, ok := bytes.Cut(data, []byte(bannerText))
 	if !ok {
 		return ""
 	}
@@ -152,18 +163,91 @@ func firstWord(data []byte) string {
 	return string(word)
 }
 
-func checkELF(data []byte) error {
+// lowest is where the memory begins into which a VMM loads a kernel; what lies below holds
+// its tables.
+const lowest = 1 << 20
+
+// checkELF holds a file to what a VMM can load, and to what every Linux says of itself.
+func checkELF(data []byte) (*elf.File, error) {
 	f, err := elf.NewFile(bytes.NewReader(data))
 	if err != nil {
-		return fmt.Errorf("%w: %v", ErrNoKernel, err)
+		return nil, fmt.Errorf("%w: %v", ErrNoKernel, err)
 	}
 	if f.Machine != elf.EM_X86_64 || f.Type != elf.ET_EXEC {
-		return fmt.Errorf("%w: an ELF of type %v for %v", ErrNoKernel, f.Type, f.Machine)
+		return nil, fmt.Errorf("%w: an ELF of type %v for %v", ErrNoKernel, f.Type, f.Machine)
 	}
 	for _, p := range f.Progs {
-		if p.Type == elf.PT_LOAD && p.Off+p.Filesz > uint64(len(data)) {
-			return fmt.Errorf("%w: a segment ends at byte %d of %d", ErrNoKernel, p.Off+p.Filesz, len(data))
+		if p.Type != elf.PT_LOAD && p.Type != elf.PT_NOTE {
+			continue
+		}
+		if size := uint64(len(data)); p.Off > size || p.Filesz > size-p.Off {
+			return nil, fmt.Errorf("%w: a segment of %d bytes at byte %d of %d", ErrNoKernel, p.Filesz, p.Off, size)
+		}
+		if p.Type == elf.PT_LOAD && p.Paddr < lowest {
+			return nil, fmt.Errorf("%w: a segment goes to address %#x, below 1 MiB", ErrNoKernel, p.Paddr)
 		}
 	}
-	return nil
+	if !holds(f, f.Entry) {
+		return nil, fmt.Errorf("%w: it is entered at %#x, where nothing of it is loaded", ErrNoKernel, f.Entry)
+	}
+	if !bytes.Contains(data, []byte(bannerText)) {
+		return nil, fmt.Errorf("%w: it nowhere says %q", ErrNoKernel, bannerText)
+	}
+	return f, nil
 }
+
+// holds says whether something is loaded to a physical address.
+func holds(f *elf.File, at uint64) bool {
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_LOAD && at >= p.Paddr && at-p.Paddr < p.Memsz {
+			return true
+		}
+	}
+	return false
+}
+
+// pvhEntry is the type of the note by which QEMU enters an ELF (XEN_ELFNOTE_PHYS32_ENTRY).
+const pvhEntry = 18
+
+// checkPVH wants the entry by which QEMU starts an ELF.
+func checkPVH(f *elf.File) error {
+	for _, p := range f.Progs {
+		if p.Type != elf.PT_NOTE {
+			continue
+		}
+		notes, err := io.ReadAll(p.Open())
+		if err != nil {
+			return fmt.Errorf("%w: %v", ErrNoKernel, err)
+		}
+		if at, ok := note(notes, "Xen\x00", pvhEntry); ok && holds(f, at) {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: an ELF without a PVH entry (CONFIG_PVH), by which QEMU starts one", ErrNoKernel)
+}
+
+// note finds the number in a note of four or eight bytes.
+func note(notes []byte, name string, kind uint32) (uint64, bool) {
+	for len(notes) >= 12 {
+		names, size := binary.LittleEndian.Uint32(notes), binary.LittleEndian.Uint32(notes[4:])
+		of := binary.LittleEndian.Uint32(notes[8:])
+		notes = notes[12:]
+		begin, end := padded(names), padded(names)+padded(size)
+		if end > uint64(len(notes)) {
+			return 0, false
+		}
+		if value := notes[begin : begin+uint64(size)]; of == kind && string(notes[:names]) == name {
+			switch size {
+			case 4:
+				return uint64(binary.LittleEndian.Uint32(value)), true
+			case 8:
+				return binary.LittleEndian.Uint64(value), true
+			}
+		}
+		notes = notes[end:]
+	}
+	return 0, false
+}
+
+// padded is a length in a note with what makes it a multiple of four.
+func padded(n uint32) uint64 { return (uint64(n) + 3) &^ 3 }

@@ -23,27 +23,51 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// testELF is a small ELF with one section beside the table of names.
-func testELF(kind elf.Type, machine elf.Machine, section string, data []byte) []byte {
+// testELF is a small ELF with one section beside the table of names. With at, the section is
+// loaded there and entered; with notes it has those.
+func testELF(kind elf.Type, machine elf.Machine, section string, data []byte, at uint64, notes ...byte) []byte {
 	var out bytes.Buffer
 	names := "\x00" + section + "\x00.shstrtab\x00"
+	const start = 64 + 2*56
+	begin := start + len(notes)
 	header := elf.Header64{
 		Ident: [16]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), 1}, Type: uint16(kind), Machine: uint16(machine),
-		Version: 1, Ehsize: 64, Shentsize: 64, Shnum: 3, Shstrndx: 2, Shoff: uint64(64 + len(data) + len(names)),
+		Version: 1, Entry: at, Ehsize: 64, Phoff: 64, Phentsize: 56, Phnum: 2, Shentsize: 64, Shnum: 3, Shstrndx: 2, Shoff: uint64(begin + len(data) + len(names)),
+	}
+	segments := []elf.Prog64{
+		{Type: uint32(elf.PT_NOTE), Off: start, Filesz: uint64(len(notes)), Memsz: uint64(len(notes))},
+		{Type: uint32(elf.PT_LOAD), Off: uint64(begin), Filesz: uint64(len(data)), Memsz: uint64(len(data)), Paddr: at, Vaddr: at},
 	}
 	sections := []elf.Section64{
-		{}, {Name: 1, Type: uint32(elf.SHT_PROGBITS), Off: 64, Size: uint64(len(data))},
-		{Name: uint32(2 + len(section)), Type: uint32(elf.SHT_STRTAB), Off: uint64(64 + len(data)), Size: uint64(len(names))},
+		{}, {Name: 1, Type: uint32(elf.SHT_PROGBITS), Off: uint64(begin), Size: uint64(len(data))},
+		{Name: uint32(2 + len(section)), Type: uint32(elf.SHT_STRTAB), Off: uint64(begin + len(data)), Size: uint64(len(names))},
 	}
 	binary.Write(&out, binary.LittleEndian, header)
+	binary.Write(&out, binary.LittleEndian, segments)
+	out.Write(notes)
 	out.Write(data)
 	out.WriteString(names)
 	binary.Write(&out, binary.LittleEndian, sections)
 	return out.Bytes()
 }
 
+// testNote is a note as the kernel has them.
+func testNote(name string, kind uint32, value ...byte) []byte {
+	raw := binary.LittleEndian.AppendUint32(nil, uint32(len(name)))
+	raw = binary.LittleEndian.AppendUint32(raw, uint32(len(value)))
+	raw = append(binary.LittleEndian.AppendUint32(raw, kind), name...)
+	raw = append(raw, make([]byte, -len(name)&3)...)
+	return append(append(raw, value...), make([]byte, -len(value)&3)...)
+}
+
+const (
+	loaded = 16 << 20
+	said   = "Linux version 6.1.0-test-amd64 (somebody) #1"
+)
+
 func testKernel() []byte {
-	return testELF(elf.ET_EXEC, elf.EM_X86_64, ".rodata", []byte("Linux version 6.1.0-test-amd64 (somebody) #1"))
+	notes := append(testNote("Xen\x00", 6, []byte("linux\x00")...), testNote("Xen\x00", pvhEntry, 4, 0, 0, 1, 0, 0, 0, 0)...)
+	return testELF(elf.ET_EXEC, elf.EM_X86_64, ".rodata", []byte(said), loaded, notes...)
 }
 
 // bzImage puts a payload where the boot protocol has it.
@@ -99,6 +123,18 @@ func TestParse(t *testing.T) {
 func TestParseRefuses(t *testing.T) {
 	kernel := testKernel()
 	good := bzImage(stored(kernel))
+	way := testNote("Xen\x00", pvhEntry, 4, 0, 0, 1)
+	elfOf := func(kind elf.Type, machine elf.Machine, text string, at uint64, notes []byte) []byte {
+		return testELF(kind, machine, ".x", []byte(text), at, notes...)
+	}
+	if _, err := Parse(elfOf(elf.ET_EXEC, elf.EM_X86_64, said, loaded, way)); err != nil {
+		t.Errorf("control: %v", err)
+	}
+	elsewhere, behind, wraps := slices.Clone(kernel), slices.Clone(kernel), slices.Clone(kernel)
+	elsewhere[24+3] = 0x7f // the entry's fourth byte
+	binary.LittleEndian.PutUint64(behind[64+56+32:], 1<<20)
+	binary.LittleEndian.PutUint64(wraps[64+56+8:], 1<<63)
+	binary.LittleEndian.PutUint64(wraps[64+56+32:], 1<<63)
 	changed := func(at int, value ...byte) []byte {
 		data := slices.Clone(good)
 		copy(data[at:], value)
@@ -109,7 +145,12 @@ func TestParseRefuses(t *testing.T) {
 		"an old protocol": changed(setupVersion, 7, 2), "a payload behind the end": changed(payloadOffset, 0xff, 0xff, 0xff, 0xff),
 		"a long payload": changed(payloadLength, 0xff, 0xff, 0xff, 0xff), "no payload": changed(payloadLength, 0, 0, 0, 0), "an unknown packing": bzImage([]byte("\xfd7zXZ\x00 and so on")),
 		"a payload that is no ELF": bzImage(stored([]byte(strings.Repeat("x", 100)))), "a false size": bzImage(append(stored(kernel)[:len(stored(kernel))-4], 1, 0, 0, 0)),
-		"another machine": testELF(elf.ET_EXEC, elf.EM_AARCH64, ".x", nil), "a library": testELF(elf.ET_DYN, elf.EM_X86_64, ".x", nil), "half an ELF": kernel[:40],
+		"another machine": elfOf(elf.ET_EXEC, elf.EM_AARCH64, said, loaded, way), "a library": elfOf(elf.ET_DYN, elf.EM_X86_64, said, loaded, way), "half an ELF": kernel[:40],
+		"a program": elfOf(elf.ET_EXEC, elf.EM_X86_64, "hello", 4<<20, way), "a program that speaks of it": elfOf(elf.ET_EXEC, elf.EM_X86_64, said, 4<<20, testNote("Go\x00\x00", 4, 1, 2, 3, 4)),
+		"a program in a bzImage": bzImage(stored(elfOf(elf.ET_EXEC, elf.EM_X86_64, "hello", 4<<20, way))), "another's note": elfOf(elf.ET_EXEC, elf.EM_X86_64, said, loaded, testNote("Not\x00", pvhEntry, 4, 0, 0, 1)),
+		"an entry into nothing": elfOf(elf.ET_EXEC, elf.EM_X86_64, said, loaded, testNote("Xen\x00", pvhEntry, 0, 0, 0, 2)), "half a note": elfOf(elf.ET_EXEC, elf.EM_X86_64, said, loaded, way[:len(way)-5]),
+		"an endless note": elfOf(elf.ET_EXEC, elf.EM_X86_64, said, loaded, []byte("\xff\xff\xff\xff\xff\xff\xff\xff\x12\x00\x00\x00")), "below the memory": elfOf(elf.ET_EXEC, elf.EM_X86_64, said, 4096, testNote("Xen\x00", pvhEntry, 4, 16, 0, 0)),
+		"entered elsewhere": elsewhere, "a segment behind the end": behind, "a segment that wraps": wraps,
 		"bad zstd": bzImage([]byte{0x28, 0xb5, 0x2f, 0xfd, 1, 2, 3, 4, 5}), "short zstd": bzImage(zstandard(t, kernel)[:20]), "half a zstd": bzImage(zstdMagic),
 		"bad gzip": bzImage([]byte{0x1f, 0x8b, 8, 0, 1, 2, 3}),
 	} {
@@ -173,7 +214,7 @@ func shelve(t *testing.T, needs map[string]string) string {
 		name := filepath.Join(dir, "kernel", file)
 		must(t, os.MkdirAll(filepath.Dir(name), 0o755))
 		info := []byte("license=GPL\x00depends=" + need + "\x00name=x\x00")
-		must(t, os.WriteFile(name, testELF(elf.ET_REL, elf.EM_X86_64, ".modinfo", info), 0o644))
+		must(t, os.WriteFile(name, testELF(elf.ET_REL, elf.EM_X86_64, ".modinfo", info, 0), 0o644))
 	}
 	must(t, os.WriteFile(dir+"/modules.builtin", []byte("kernel/fs/ext4/ext4.ko\nkernel/lib/built-in.ko\n"), 0o644))
 	return dir

@@ -22,7 +22,7 @@ func main() {
 	bin := flag.String("bin", "bin", "directory of the built programs")
 	out := flag.String("out", "", "file to write; empty prints")
 	rounds := flag.Int("rounds", 11, "runs of each command")
-	only := flag.String("only", "", "one part: start, request, approve, log, work, image, agent or firecracker; work/go, work/npm, work/git: that work alone")
+	only := flag.String("only", "", "one part: start, request, approve, log, work, image, qemu, agent or firecracker; work/go, work/npm, work/git: that work alone")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -53,7 +53,7 @@ func run(ctx context.Context, bin, out, only string, rounds int) error {
 	work := func(ctx context.Context, s *stage, rounds int) ([]string, error) {
 		return workTimes(ctx, s, rounds, key)
 	}
-	for _, p := range []part{{"start", startTimes}, {"request", requestTimes}, {"approve", approveTimes}, {"log", logTimes}, {"work", work}, {"image", imageTimes}, {"agent", agentTimes}, {"firecracker", firecrackerTimes}} {
+	for _, p := range []part{{"start", startTimes}, {"request", requestTimes}, {"approve", approveTimes}, {"log", logTimes}, {"work", work}, {"image", imageTimes}, {"qemu", qemuTimes}, {"agent", agentTimes}, {"firecracker", firecrackerTimes}} {
 		if only != "" && only != p.name {
 			continue
 		}

@@ -215,6 +215,9 @@ func (p Plan) limit() error {
 	if p.Memory > 0 {
 		limits[unix.RLIMIT_AS] = p.Memory
 	}
+	if p.FileSize > 0 {
+		limits[unix.RLIMIT_FSIZE] = p.FileSize
+	}
 	for resource, most := range limits {
 		if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: most, Max: most}); err != nil {
 			return fmt.Errorf("%d to %d: %w", resource, most, err)

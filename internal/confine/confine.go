@@ -44,6 +44,10 @@ type Plan struct {
 
 	// Memory is the most bytes of address space; 0: any. It bounds what has no cgroup.
 	Memory uint64 `json:"memory,omitempty"`
+
+	// FileSize is the most bytes that a file may come to have; 0: any. It bounds what was handed
+	// over open to be written.
+	FileSize uint64 `json:"file_size,omitempty"`
 }
 
 // File is a file or directory of the host at a place in the program's root.

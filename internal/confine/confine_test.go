@@ -70,6 +70,8 @@ func attempts(outside string) map[string]func() error {
 		"trace":                   func() error { return trace() },
 		"use io_uring":            func() error { return uring() },
 		"raise a limit":           func() error { return raise() },
+		"have memory as a file":   func() error { return closed(unix.MemfdCreate("hidden", 0)) },
+		"have shared memory":      func() error { return sharedMemory() },
 	}
 }
 
@@ -133,6 +135,16 @@ func uring() error {
 		return errno
 	}
 	return unix.Close(int(fd))
+}
+
+// sharedMemory makes a segment, which ends with the process's last use of it.
+func sharedMemory() error {
+	id, err := unix.SysvShmGet(unix.IPC_PRIVATE, 4096, unix.IPC_CREAT|0o600)
+	if err != nil {
+		return err
+	}
+	_, err = unix.SysvShmCtl(id, unix.IPC_RMID, nil)
+	return err
 }
 
 func raise() error {
@@ -347,7 +359,7 @@ func TestOutside(t *testing.T) {
 		defer syscall.Setgroups(groups)
 	}
 	c.CPUs = 1
-	c.Plan.Memory = 1 << 40
+	c.Plan.Memory, c.Plan.FileSize = 1<<40, 1<<30
 	_, cmd := confined(t, c, said)
 	found, err := process.Find(c.Tag)
 	must(t, err)
@@ -392,7 +404,7 @@ func TestOutside(t *testing.T) {
 			t.Errorf("%s namespace: %q, ours %q, %v", space, theirs, own, err)
 		}
 	}
-	for limit, want := range map[string]string{"Max core file size": "0", "Max open files": strconv.Itoa(mostOpen), "Max address space": strconv.Itoa(1 << 40)} {
+	for limit, want := range map[string]string{"Max core file size": "0", "Max open files": strconv.Itoa(mostOpen), "Max address space": strconv.Itoa(1 << 40), "Max file size": strconv.Itoa(1 << 30)} {
 		if got := limitOf(t, pid, limit); got != want {
 			t.Errorf("%s: %q, want %s", limit, got, want)
 		}

@@ -21,6 +21,8 @@ var forbidden = []string{
 	"ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "pidfd_send_signal", "kcmp", "process_madvise",
 	// New ways out: what it speaks to, it was handed.
 	"socket", "socketpair", "connect", "bind",
+	// Memory that no limit of addresses counts.
+	"memfd_create", "memfd_secret", "shmget", "msgget",
 	// Surface of the kernel.
 	"bpf", "perf_event_open", "userfaultfd", "keyctl", "add_key", "request_key", "io_uring_setup", "io_uring_enter", "io_uring_register",
 	"fanotify_init", "fanotify_mark", "lookup_dcookie", "personality", "syslog", "vhangup", "acct", "quotactl", "swapon", "swapoff",

@@ -148,6 +148,55 @@ func wantPaired(t *testing.T, e *testenv.Env) {
 	}
 }
 
+// TestNodeDiesUnderCommand kills the node in the middle of a command: the person is told what is
+// not known, and the machine that nobody is at any more is ended.
+func TestNodeDiesUnderCommand(t *testing.T) {
+	t.Parallel() // mostly waits
+	e := testenv.New(t)
+	e.Cal("node", "start").Want(t, 0)
+	run := e.Start(e.Command("cal", "run", "--", "sh", "-c", "echo up; exec sleep 300"))
+	run.Until("up")
+	pods := e.Pods()
+	pid, err := e.NodePID()
+	if err != nil || len(pods) != 1 {
+		t.Fatalf("node %v, pods %v", err, pods)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	run.Wait().Want(t, 1, "not known", "cal audit log --pod "+pods[0])
+	if left := e.LeftOfMachines(); len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+	}
+}
+
+// TestNodeDiesWhileProbing kills the node while it tries a driver: the next one removes the
+// guest that runs on, though nobody asks for that driver again.
+func TestNodeDiesWhileProbing(t *testing.T) {
+	t.Parallel() // mostly waits
+	e := testenv.New(t)
+	microVM := e.MicroVM()
+	run := e.Start(e.Command("cal", append(append([]string{"run"}, microVM...), "--", "true")...))
+	testenv.Eventually(t, time.Minute, "a probe's guest runs", func() bool { return len(e.Sandboxes()) > 0 })
+	pid, err := e.NodePID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if r := run.Wait(); r.Code == 0 {
+		t.Errorf("cal did not notice: %v", r)
+	}
+	if len(e.Sandboxes()) == 0 { // control
+		t.Fatal("the guest ended with the node")
+	}
+	e.Cal("run", "--driver", "gvisor", "--", "true").Want(t, 0)
+	if left := e.LeftOfMachines(); len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+	}
+}
+
 // TestNodeDiesWhileStarting kills the node while it makes a machine: what cannot be
 // taken up is removed whole by the next one.
 func TestNodeDiesWhileStarting(t *testing.T) {
@@ -358,4 +407,19 @@ func TestCalDiesUnderAgent(t *testing.T) {
 		t.Errorf("%d ends in the log", n)
 	}
 	e.Verify()
+}
+
+// Who runs a command in a machine that dies is told so, with what to do next.
+func TestSandboxDiesInRequest(t *testing.T) {
+	e := testenv.New(t)
+	run := e.Start(e.Command("cal", "run", "--", "sh", "-c", "echo has begun; sleep 600"))
+	run.Until("has begun")
+	pod := e.Pods()[0]
+	for _, pid := range e.Sandboxes() {
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run.Wait().Want(t, 1, "pod "+pod+" is failed: the machine ended: ", "hint: cal audit log --pod "+pod)
+	e.Cal("audit", "log", "--pod", pod).Want(t, 0, "the machine ended: ")
 }

@@ -38,6 +38,9 @@ func (m Map) Inner(uid uint32) (inner uint32, ok bool) {
 	return uid - m.UID + 1, m.Count > 0 && uid >= m.UID && uid-m.UID < m.Count
 }
 
+// Outer returns the host's user of an id in the namespace that is not 0, the person.
+func (m Map) Outer(inner uint32) uint32 { return m.UID + inner - 1 }
+
 // Missing says why a person has no map, and what to do.
 type Missing struct{ Cause, Mend string }
 

@@ -3,8 +3,9 @@
 //
 // Claim: what End returns from without an error runs no more. Threat: process
 // numbers are used anew; a program that is being started shows up late; a program
-// that was killed is a zombie for a while. Promise: each is held by a descriptor
-// before its arguments are believed, so no signal reaches another.
+// that was killed is a zombie for a while; another user reads an argument in /proc and starts
+// something that has it too. Promise: each is held by a descriptor before its arguments are
+// believed, so no signal reaches another; another user's is not found.
 package process
 
 import (
@@ -32,8 +33,12 @@ type Process struct {
 	file *os.File // pidfd; readable when the process has ended
 }
 
-// Find returns all that have this argument, open. Zombies have no arguments and
-// are not among them.
+// LowestMachineID is the first of the host's user ids that belong to machines of root, above what is
+// given to users, services and containers.
+const LowestMachineID = 0x50000000
+
+// Find returns all of this user, and of its machines, that have this argument, open. Zombies
+// have no arguments and are not among them.
 func Find(argument string) ([]Process, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -74,11 +79,36 @@ func Open(pid int, argument string) (Process, bool) {
 	file := os.NewFile(uintptr(fd), fmt.Sprintf("pidfd %d", pid))
 	// Only now is it certain that the arguments belong to the process held.
 	name, ok := belongs(pid, argument)
-	if !ok {
+	p := Process{pid, name, file}
+	if !ok || !p.ours() {
 		file.Close()
 		return Process{}, false
 	}
-	return Process{pid, name, file}, true
+	return p, true
+}
+
+// ours says whether a process is this user's: what an ordinary user may not signal is
+// another's; root may signal all, and its own run as root or as ids of machines. Who started
+// a set-user-id program stays its real user.
+func (p Process) ours() bool {
+	if err := p.Signal(0); errors.Is(err, unix.EPERM) {
+		return false
+	}
+	if os.Geteuid() != 0 {
+		return true
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
+	if err != nil {
+		return false // it has ended
+	}
+	for line := range strings.Lines(string(status)) {
+		if ids, ok := strings.CutPrefix(line, "Uid:"); ok {
+			fields := strings.Fields(ids)
+			real, err := strconv.ParseUint(fields[0], 10, 32)
+			return err == nil && (real == 0 || real >= LowestMachineID)
+		}
+	}
+	return false
 }
 
 // Close gives the process up; a wait for its end fails.

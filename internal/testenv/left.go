@@ -133,6 +133,9 @@ func (e *Env) LeftOfMachines() []string {
 		left = append(left, "pod "+name)
 		left = append(left, traces(name)...)
 	}
+	for _, name := range names(filepath.Join(e.CAL, "run", "probes")) {
+		left = append(left, "what a probe made: "+name)
+	}
 	for _, id := range e.podsOfLog() {
 		left = append(left, traces(id)...)
 	}

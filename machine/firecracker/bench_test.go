@@ -111,8 +111,8 @@ func startInSteps(t testing.TB, d *Driver, host machinetest.Host, workspace stri
 	defer func() { must(t, d.again().Remove(ctx, spec.Dir)) }()
 	done("record", errors.Join(err, rec.Jail.make()))
 	made, err := d.assemble(ctx, spec, rec)
-	rec.Jail.FileSize = longest(made)
-	rec.Template.FileSize = max(longest(made), int64(rec.Shape.MemoryMB)<<20)
+	rec.Jail.FileSize = int64(made.Longest())
+	rec.Template.FileSize = max(int64(made.Longest()), int64(rec.Shape.MemoryMB)<<20)
 	done("parts", errors.Join(err, rec.save()))
 	snapshot := ""
 	if d.warm.Load() {

@@ -91,16 +91,6 @@ func (j jail) link(source, name string) error {
 	return err
 }
 
-// longest is the size of the longest file that a machine may write.
-func longest(made microvm.Parts) (most int64) {
-	for _, disk := range made.Disks {
-		if !disk.ReadOnly() {
-			most = max(most, disk.Size)
-		}
-	}
-	return most
-}
-
 // limit keeps one machine's disks from taking the host's: 200 MB and 10,000 operations a
 // second for each processor, after a GB for the start.
 func limit(cpus int) *rateLimiter {

@@ -305,9 +305,12 @@ func (g *fakeGuest) serve(conn net.Conn) {
 	greeting, err := wire.AnswerGreeting(conn, func(greeting wire.Greeting) error {
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		later, g.used = g.used, true
 		g.entropy = hex.EncodeToString(greeting.Entropy[:])
 		return nil
+	}, func(wire.Greeting) {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		later, g.used = g.used, true
 	})
 	if errors.Is(err, wire.ErrEnd) {
 		os.Exit(0) // as Firecracker when its guest has reset the machine

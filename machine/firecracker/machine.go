@@ -52,8 +52,8 @@ func (d *Driver) make(ctx context.Context, spec machine.Spec, digest string, loc
 	if err != nil {
 		return nil, err
 	}
-	rec.Facts, rec.Jail.FileSize = rec.Shape.Facts(made), longest(made)
-	rec.Template.FileSize = max(longest(made), int64(rec.Shape.MemoryMB)<<20)
+	rec.Facts, rec.Jail.FileSize = rec.Shape.Facts(made), int64(made.Longest())
+	rec.Template.FileSize = max(int64(made.Longest()), int64(rec.Shape.MemoryMB)<<20)
 	if err := rec.save(); err != nil {
 		return nil, err
 	}

@@ -5,16 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"cal/internal/cgroup"
 	"cal/internal/fileid"
-	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/site"
 )
@@ -102,41 +99,19 @@ func (d *Driver) prove(ctx context.Context) (string, error) {
 	}
 	ctx, cancel := site.StartContext(ctx)
 	defer cancel()
-	d.clearOldProbes(ctx)
-	dir, err := os.MkdirTemp(d.config.Scratch, probePrefix)
+	trial, err := site.BeginTrial(ctx, d.config.Scratch, d)
 	if err != nil {
 		return "", &machine.ProbeError{Cause: "no directory for a probe can be made", Mend: "let root write to " + d.config.Scratch, Err: err}
 	}
-	held, err := site.Lock(ctx, dir)
-	if err != nil {
-		return "", err
-	}
-	err = d.proveIn(ctx, dir, digest)
-	end, stop := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
-	defer stop()
-	if cleared := errors.Join(d.clear(end, dir), site.Discard(dir, held)); cleared != nil {
-		return "", &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named firecracker", Err: errors.Join(err, cleared)}
+	err = d.proveIn(ctx, trial.Machine(), digest)
+	if ended := trial.End(ctx); ended != nil {
+		return "", &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named firecracker", Err: errors.Join(err, ended)}
 	}
 	if err != nil {
 		return "", err
 	}
 	d.proved, d.read = digest, file
 	return digest, nil
-}
-
-const probePrefix = "cal-probe-firecracker-"
-
-// clearOldProbes removes what processes left that died while they probed.
-func (d *Driver) clearOldProbes(ctx context.Context) {
-	old, err := filepath.Glob(filepath.Join(d.config.Scratch, probePrefix+"*"))
-	if err != nil {
-		return
-	}
-	for _, dir := range old {
-		if err := d.Remove(ctx, dir); err != nil { // another process may be probing there
-			slog.Info("what a probe of firecracker left is not removed", "dir", dir, "error", err)
-		}
-	}
 }
 
 func (d *Driver) proveIn(ctx context.Context, dir, digest string) error {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"cal/internal/durable"
+	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/microvm"
 	"cal/machine/site"
@@ -54,7 +55,7 @@ func (j jail) check() error {
 // Each machine is a user of its own: a number taken by chance, below those of
 // gVisor's machines and above what is given to users, services and containers.
 const (
-	lowestID = 0x50000000
+	lowestID = process.LowestMachineID
 	idCount  = 1 << 28
 	idBytes  = 16 // of chance in an instance's name
 )

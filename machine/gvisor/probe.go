@@ -1,7 +1,6 @@
 package gvisor
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,7 +13,6 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"cal/image"
-	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/site"
 	"cal/nucleus"
@@ -37,15 +35,13 @@ func (d *Driver) Probe(ctx context.Context) error {
 			return err
 		}
 	}
-	dir, err := os.MkdirTemp(d.config.Scratch, "cal-probe-")
+	trial, err := site.BeginTrial(ctx, d.config.Scratch, d)
 	if err != nil {
 		return &machine.ProbeError{Cause: "no directory for a probe can be made", Mend: "set TMPDIR to a directory that you can write", Err: err}
 	}
-	output, err := d.probeGuest(ctx, place(dir))
-	end, stop := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
-	defer stop()
-	if cleared := errors.Join(d.clear(end, dir), os.RemoveAll(dir)); cleared != nil {
-		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named runsc-sandbox", Err: cleared}
+	output, err := d.probeGuest(ctx, place(trial.Machine()))
+	if ended := trial.End(ctx); ended != nil {
+		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named runsc-sandbox", Err: ended}
 	}
 	if err == nil && strings.Contains(output, "cal-probe: ") && strings.Contains(output, "gvisor") {
 		return nil
@@ -152,41 +148,14 @@ func (d *Driver) diagnose(proc, output string, err error, late bool) error {
 	if err == nil {
 		err = errors.New("no answer of gVisor's kernel")
 	}
-	seen := fmt.Errorf("%w: %s", err, site.LastLine(output))
-	read := func(name string) string {
-		data, err := os.ReadFile(filepath.Join(proc, name))
-		if err != nil {
-			return ""
-		}
-		return string(bytes.TrimSpace(data))
-	}
-	switch {
-	case late:
+	if late {
 		return d.hang("a guest under runsc")
-	case read("sys/user/max_user_namespaces") == "0":
-		return &machine.ProbeError{Cause: "user namespaces are switched off (user.max_user_namespaces is 0)",
-			Mend: "sudo sysctl -w user.max_user_namespaces=28633", Err: seen}
-	case d.ordinary && read("sys/kernel/unprivileged_userns_clone") == "0":
-		return &machine.ProbeError{Cause: "user namespaces are for root only (kernel.unprivileged_userns_clone is 0)",
-			Mend: "sudo sysctl -w kernel.unprivileged_userns_clone=1", Err: seen}
-	case d.ordinary && read("sys/kernel/apparmor_restrict_unprivileged_userns") == "1":
-		return &machine.ProbeError{Cause: "AppArmor restricts user namespaces of ordinary users (kernel.apparmor_restrict_unprivileged_userns is 1)",
-			Mend: "give runsc an AppArmor profile with `userns,`, or sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0", Err: seen}
-	case strings.Contains(strings.ToLower(output), "operation not permitted") && statusValue(read("self/status"), "Seccomp") == "2":
-		return &machine.ProbeError{Cause: "a seccomp filter around this process, a container's presumably, forbids what runsc needs",
-			Mend: "start the container with --security-opt seccomp=unconfined, or a profile that allows unshare, clone, mount and ptrace", Err: seen}
-	case strings.Contains(output, "operation not permitted") || strings.Contains(output, "permission denied"):
-		return &machine.ProbeError{Cause: "this process may not make the namespaces and mounts that runsc needs",
-			Mend: "in a container give it CAP_SYS_ADMIN or --privileged; else run as an ordinary user of the host", Err: seen}
 	}
-	return &machine.ProbeError{Cause: "runsc runs no guest here", Mend: "run `cal doctor` and report what it prints", Err: seen}
-}
-
-func statusValue(status, key string) string {
-	for line := range strings.Lines(status) {
-		if value, ok := strings.CutPrefix(line, key+":"); ok {
-			return strings.TrimSpace(value)
-		}
+	seen := fmt.Errorf("%w: %s", err, site.LastLine(output))
+	confinement := site.Confinement{Program: "runsc", Ordinary: d.ordinary, Userns: true, Proc: proc}
+	if hindered := confinement.Why(fmt.Errorf("%w: %s", err, output)); hindered != nil {
+		hindered.Err = seen
+		return hindered
 	}
-	return ""
+	return confinement.NoGuest(seen)
 }

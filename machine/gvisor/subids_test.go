@@ -175,3 +175,12 @@ func TestRemoveHostile(t *testing.T) {
 		t.Errorf("a file outside now has mode %o", stat.Mode)
 	}
 }
+
+func statusValue(status, key string) string {
+	for line := range strings.Lines(status) {
+		if value, ok := strings.CutPrefix(line, key+":"); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
+}

@@ -98,6 +98,11 @@ func Run(t *testing.T, host Host) { Try(t, host, Names()...) }
 
 // Try is Run of the named tests alone, for a driver whose guest is not a whole one.
 func Try(t *testing.T, host Host, names ...string) {
+	for _, name := range names {
+		if !slices.Contains(Names(), name) {
+			t.Errorf("there is no test %q", name)
+		}
+	}
 	for _, test := range tests {
 		if slices.Contains(names, test.name) {
 			t.Run(test.name, func(t *testing.T) { test.try(t, host) })
@@ -311,6 +316,7 @@ func testLife(t *testing.T, host Host) {
 
 func testRewire(t *testing.T, host Host) {
 	m, guest := host.Create(t, host.Spec(t))
+	refusedWire(t, m) // at once: it is never taken for the first
 	guest.Must(script.Action{Do: "set", Data: "same machine", UID: -1})
 	refusedWire(t, m)
 	guest.Must(echo("the old wire stays"))

@@ -193,6 +193,16 @@ func (p Parts) Digests() map[string]string {
 	return digests
 }
 
+// Longest is the size of the largest file that the machine may write, in bytes.
+func (p Parts) Longest() (most uint64) {
+	for _, disk := range p.Disks {
+		if !disk.ReadOnly() {
+			most = max(most, uint64(disk.Size))
+		}
+	}
+	return most
+}
+
 // Held are the digests of the objects of the store that the machine uses.
 func (p Parts) Held() []string { return slices.Collect(maps.Values(p.Digests())) }
 

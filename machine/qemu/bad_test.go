@@ -10,10 +10,13 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cal/image"
 	"cal/internal/kvm"
 	"cal/machine"
 	"cal/machine/machinetest"
+	"cal/machine/machinetest/script"
 	"cal/machine/site"
 	"cal/nucleus"
 )
@@ -211,4 +214,62 @@ func TestProbeSaysWhy(t *testing.T) {
 	if err := d.diagnose(t.Context(), "/nowhere", errors.New("namespaces: operation not permitted")); !strings.Contains(err.Error(), "namespaces and mounts") {
 		t.Errorf("without rights: %v", err)
 	}
+}
+
+// TestProbeOfTheDead: what a process left that was killed while it probed, the next removes
+// before it probes itself.
+func TestProbeOfTheDead(t *testing.T) {
+	b := need(t)
+	scratch, err := os.MkdirTemp(b.dir, "p")
+	must(t, err)
+	t.Cleanup(func() { must(t, os.RemoveAll(scratch)) })
+	dir := filepath.Join(scratch, "cal-probe-dead", "m") // as site.BeginTrial makes it
+	spec := host(t).Spec(t)
+	must(t, os.MkdirAll(dir, 0o700))
+	spec.Dir = dir
+	d := newDriver(b)
+	m, err := d.Create(machinetest.Context(t), spec)
+	must(t, err)
+	m.Release()
+	if found := left(t, dir); len(found) == 0 { // control
+		t.Fatal("nothing runs for the probe that died")
+	}
+	trial, err := site.BeginTrial(machinetest.Context(t), scratch, d)
+	must(t, err)
+	if found := left(t, dir); found != nil {
+		t.Errorf("left: %v", found)
+	}
+	if found, err := os.ReadDir(scratch); err != nil || len(found) != 1 {
+		t.Errorf("%v, %v, want the new probe's directory alone", found, err)
+	}
+	must(t, trial.End(t.Context()))
+}
+
+// TestHostDiskFull: where the host's disk has no room for what a guest writes, the guest's write
+// fails and the machine goes on.
+func TestHostDiskFull(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can mount a small disk")
+	}
+	h := host(t)
+	spec := h.Spec(t)
+	small := filepath.Join(filepath.Dir(spec.Dir), "small")
+	must(t, os.Mkdir(small, 0o700))
+	must(t, unix.Mount("tmpfs", small, "tmpfs", 0, "size=24m,mode=700"))
+	t.Cleanup(func() { must(t, unix.Unmount(small, unix.MNT_DETACH)) })
+	spec.Workspace = filepath.Join(small, "w")
+	must(t, os.Mkdir(spec.Workspace, 0o700))
+	spec.Resources.DiskMB = 256
+	_, guest := h.Create(t, spec)
+	tools := machine.ToolsID
+	write := func(dir string, mb int) script.Reply {
+		return guest.Try(script.Action{Do: "flood", Path: dir + "/f", N: mb, UID: tools})
+	}
+	if reply := write(nucleus.MachineHome, 60); reply.Err != "" { // control: scratch lies elsewhere
+		t.Fatalf("60 MB on a disk that has room: %+v", reply)
+	}
+	if reply := write(nucleus.MachineWorkspace, 60); reply.Err == "" {
+		t.Errorf("60 MB on a disk of 24: %+v", reply)
+	}
+	guest.Must(script.Action{Do: "echo", UID: -1})
 }

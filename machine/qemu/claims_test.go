@@ -125,6 +125,15 @@ func tryWalls(t *testing.T, rec record, pid int) {
 			}
 		}
 	}
+	limited, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", pid))
+	must(t, err)
+	for name, want := range map[string]int{
+		"Max core file size": 0, "Max address space": (rec.Shape.MemoryMB + addressesMB) << 20, "Max file size": rec.Shape.DiskMB << 20, // both disks are new
+	} {
+		if !strings.Contains(string(limited), fmt.Sprintf("%-25s %-20d %-20[2]d ", name, want)) {
+			t.Errorf("%s of QEMU is not %d:\n%s", name, want, limited)
+		}
+	}
 	if os.Geteuid() != 0 {
 		return
 	}
@@ -151,7 +160,7 @@ func tryNetwork(t *testing.T, guest *machinetest.Guest) {
 	outside, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	defer outside.Close()
-	for _, address := range []string{"192.0.2.1:443", "1.1.1.1:53", outside.Addr().String(), "[fe80::1%lo]:80"} {
+	for _, address := range []string{"192.0.2.1:443", "192.0.2.53:53", outside.Addr().String(), "[fe80::1%lo]:80"} {
 		guest.MustFail(script.Action{Do: "dial", Data: "tcp", Path: address, UID: -1})
 	}
 	guest.MustFail(script.Action{Do: "dial", Data: "tcp", Path: "example.com:443", UID: -1})

@@ -153,7 +153,11 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record) (_ *v
 	if err := v.monitor.do(ctx, "cont"); err != nil { // the guest's first instruction
 		return nil, nil, err
 	}
+	began := time.Now()
 	conn, err := v.greet(ctx, &v.ports[0])
+	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("its guest has not come up in %s; hint: cal image list says which kernel it is, uptime whether the host is busy: %w", time.Since(began).Round(time.Second), err)
+	}
 	v.patience = greetTry
 	return v, conn, err
 }
@@ -201,17 +205,17 @@ func (v *vmm) launch(ctx context.Context, qemu program, parts microvm.Parts) err
 // find takes hold of the running process.
 func (v *vmm) find() error {
 	running, err := process.Find(v.rec.tag(v.place))
-	if err != nil {
-		return err
+	if err == nil && len(running) == 1 {
+		v.process = running[0]
+		return nil
 	}
-	for _, p := range running[min(1, len(running)):] {
+	for _, p := range running {
 		p.Close()
 	}
-	if len(running) == 0 {
+	if err == nil && len(running) == 0 {
 		return machine.ErrGone
 	}
-	v.process = running[0]
-	return nil
+	return errors.Join(err, fmt.Errorf("%d processes are the QEMU of %s", len(running), v.place))
 }
 
 // connect takes up the monitor and the console.
@@ -235,6 +239,9 @@ func findVMM(ctx context.Context, cgroups string, p place, rec record) (*vmm, er
 	v := newVMM(p, rec, cgroups)
 	v.patience = greetTry
 	err := v.find()
+	if err == nil {
+		err = checkWalls(rec, v.process.PID) // of QEMU, and so that it is no other
+	}
 	if err == nil {
 		err = v.connect(ctx)
 	}

@@ -8,11 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 
-	"golang.org/x/sys/unix"
-
-	"cal/internal/process"
 	"cal/machine"
 	"cal/machine/site"
 	"cal/nucleus"
@@ -62,65 +58,47 @@ func (d *Driver) probeProgram(ctx context.Context) error {
 func (d *Driver) probeGuest(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, d.config.Patience)
 	defer cancel()
-	base, err := os.MkdirTemp(d.config.Scratch, "cal-probe-")
+	trial, err := site.BeginTrial(ctx, d.config.Scratch, d)
 	if err != nil {
 		return &machine.ProbeError{Cause: "no directory for a probe can be made", Mend: "set TMPDIR to a directory that you can write", Err: err}
 	}
-	defer os.RemoveAll(base)
-	spec := machine.Spec{
-		ID: "probe", Dir: filepath.Join(base, "m"), Workspace: filepath.Join(base, "w"), Proxy: d.config.Proxy,
-		Image: nucleus.Image{Kind: "directory", Path: filepath.Join(base, "root")}, Resources: nucleus.Resources{CPU: 1, MemoryMB: 256, DiskMB: 64},
+	err = d.tryGuest(ctx, trial)
+	if ended := trial.End(ctx); ended != nil {
+		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named qemu-system-x86_64", Err: errors.Join(err, ended)}
 	}
-	for _, dir := range []string{spec.Dir, spec.Workspace, filepath.Join(spec.Image.Path, "usr")} {
+	return err
+}
+
+// tryGuest has a guest answer.
+func (d *Driver) tryGuest(ctx context.Context, trial *site.Trial) error {
+	spec := machine.Spec{
+		ID: "probe", Dir: trial.Machine(), Workspace: filepath.Join(trial.Dir, "w"), Proxy: d.config.Proxy,
+		Image: nucleus.Image{Kind: "directory", Path: filepath.Join(trial.Dir, "root")}, Resources: nucleus.Resources{CPU: 1, MemoryMB: 256, DiskMB: 64},
+	}
+	for _, dir := range []string{spec.Workspace, filepath.Join(spec.Image.Path, "usr")} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
-	}
-	if err := os.Chmod(spec.Dir, 0o700); err != nil {
-		return err
 	}
 	m, err := d.Create(ctx, spec)
 	if err != nil {
 		return d.diagnose(ctx, "/proc", err)
 	}
-	end, stop := context.WithTimeout(context.WithoutCancel(ctx), process.EndTimeout)
-	defer stop()
-	if err := m.Destroy(end); err != nil {
-		return &machine.ProbeError{Cause: "the probe's machine cannot be removed", Mend: "look for processes named qemu-system-x86_64", Err: err}
-	}
+	m.Release() // the trial's end removes it
 	return nil
 }
 
 // diagnose finds the cause of a machine that did not come up: first what the host says
 // of itself, then what was seen.
 func (d *Driver) diagnose(ctx context.Context, proc string, err error) error {
-	read := func(name string) string {
-		data, err := os.ReadFile(filepath.Join(proc, name))
-		if err != nil {
-			return ""
-		}
-		return strings.TrimSpace(string(data))
-	}
-	ordinary, forbidden := os.Geteuid() != 0, errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || strings.Contains(err.Error(), "operation not permitted")
-	switch {
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return &machine.ProbeError{Cause: fmt.Sprintf("a guest did not answer within %s", d.config.Patience),
 			Mend: "see whether the host is overloaded; `cal doctor` tries again", Err: err}
-	case ordinary && (read("sys/user/max_user_namespaces") == "0" || errors.Is(err, unix.ENOSPC) && forbidden):
-		return &machine.ProbeError{Cause: "user namespaces are switched off (user.max_user_namespaces is 0)",
-			Mend: "sudo sysctl -w user.max_user_namespaces=28633", Err: err}
-	case ordinary && read("sys/kernel/unprivileged_userns_clone") == "0":
-		return &machine.ProbeError{Cause: "user namespaces are for root only (kernel.unprivileged_userns_clone is 0)",
-			Mend: "sudo sysctl -w kernel.unprivileged_userns_clone=1", Err: err}
-	case ordinary && read("sys/kernel/apparmor_restrict_unprivileged_userns") == "1":
-		return &machine.ProbeError{Cause: "AppArmor restricts user namespaces of ordinary users (kernel.apparmor_restrict_unprivileged_userns is 1)",
-			Mend: "give CAL's programs an AppArmor profile with `userns,`, or sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0", Err: err}
-	case forbidden && strings.Contains(read("self/status"), "Seccomp:\t2"):
-		return &machine.ProbeError{Cause: "a seccomp filter around this process, a container's presumably, forbids what confines QEMU",
-			Mend: "start the container with --security-opt seccomp=unconfined, or a profile that allows unshare, clone, mount and pivot_root", Err: err}
-	case forbidden:
-		return &machine.ProbeError{Cause: "this process may not make the namespaces and mounts that confine QEMU",
-			Mend: "in a container give it CAP_SYS_ADMIN or --privileged; else run as an ordinary user of the host", Err: err}
 	}
-	return &machine.ProbeError{Cause: "QEMU runs no guest here", Mend: "run `cal doctor` and report what it prints", Err: errors.New(site.LastLine(err.Error()))}
+	ordinary := os.Geteuid() != 0
+	confinement := site.Confinement{Program: "QEMU", Ordinary: ordinary, Userns: ordinary, Proc: proc}
+	if hindered := confinement.Why(err); hindered != nil {
+		return hindered
+	}
+	return confinement.NoGuest(errors.New(site.LastLine(err.Error())))
 }

@@ -81,7 +81,7 @@ func need(t testing.TB) bench {
 	t.Helper()
 	kernel.Do(func() { shared.images = vm.StoreIn(t, filepath.Join(shared.dir, "images")) }) // or skip
 	if shared.images == nil {
-		t.Skip("no kernel to boot")
+		t.Skip("no kernel to boot: the first test that was skipped says why")
 	}
 	buildGuest.Do(func() {
 		shared.guest = machinetest.TestGuest(t, shared.dir)

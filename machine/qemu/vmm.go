@@ -222,7 +222,9 @@ func (v *vmm) arguments(ctx context.Context, parts microvm.Parts, fds *descripto
 			"-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, i+1),
 			"-blockdev", fmt.Sprintf("driver=file,node-name=%s-file,filename=/dev/fdset/%d,locking=off,aio=threads,cache.no-flush=%s,%s", disk.Role, i+1, flush, options),
 			"-blockdev", fmt.Sprintf("driver=throttle,node-name=%s,throttle-group=rate,file=%[1]s-file,%s", disk.Role, options),
-			"-device", fmt.Sprintf("virtio-blk-device,drive=%s,serial=%[1]s", disk.Role),
+			// A write that the host's disk has no room for fails in the guest, too; by itself QEMU would
+			// stop the machine, until somebody lets it go on.
+			"-device", fmt.Sprintf("virtio-blk-device,drive=%s,serial=%[1]s,werror=report,rerror=report", disk.Role),
 		)
 	}
 	return args, nil
@@ -258,18 +260,18 @@ func (r record) cgroupLimits(p place, workspace string) cgroup.Limits {
 
 const (
 	vmmThreads  = 96      // QEMU has up to 64 for disks
-	addressesMB = 8 << 10 // of address space beside the guest's memory, most of it never touched
+	addressesMB = 2 << 10 // of address space beside the guest's memory, most of it never touched
 )
 
 // plan confines QEMU.
 func (r record) plan(qemu program, parts microvm.Parts, args []string) confine.Plan {
 	plan := confine.Plan{
-		Program: qemu.path, Args: append([]string{"qemu-system-x86_64"}, args...), Env: []string{"QEMU_MODULE_DIR=" + modulesPlace},
+		Program: qemu.path, Args: append([]string{"qemu-system-x86_64"}, args...), Env: []string{"QEMU_MODULE_DIR=" + modulesPlace, "MALLOC_ARENA_MAX=2"}, // else its threads take addresses by the GB
 		Files: slices.Concat(qemu.files, []confine.File{
 			{Host: parts.Kernel.Image, Guest: kernelPlace}, {Host: parts.Initramfs.Path, Guest: initramfsPlace},
 		}),
 		Devices: []string{"/dev/null", "/dev/urandom"}, ID: r.User,
-		Memory: uint64(r.Shape.MemoryMB+addressesMB) << 20,
+		Memory: uint64(r.Shape.MemoryMB+addressesMB) << 20, FileSize: parts.Longest(),
 	}
 	if !r.Emulated {
 		plan.Devices = append(plan.Devices, "/dev/kvm")
@@ -297,12 +299,21 @@ func checkWalls(rec record, pid int) error {
 	if filters, told := status["Seccomp_filters"]; told && (filters == "0" || filters == "1") {
 		return fmt.Errorf("qemu runs with %s seccomp filters, want its own too", filters)
 	}
-	if rec.User != 0 && rec.Map == nil {
-		if ids := strings.Fields(status["Uid"]); len(ids) != 4 || slices.ContainsFunc(ids, func(id string) bool { return id != strconv.FormatUint(uint64(rec.User), 10) }) {
-			return fmt.Errorf("qemu is user %q, want %d", status["Uid"], rec.User)
-		}
+	user := uint32(os.Getuid())
+	switch {
+	case rec.Map != nil:
+		user = rec.Map.Outer(rec.User)
+	case rec.User != 0:
+		user = rec.User
 	}
-	for _, space := range []string{"mnt", "pid", "net", "ipc", "uts"} {
+	if ids := strings.Fields(status["Uid"]); len(ids) != 4 || slices.ContainsFunc(ids, func(id string) bool { return id != strconv.FormatUint(uint64(user), 10) }) {
+		return fmt.Errorf("qemu is user %q, want %d", status["Uid"], user)
+	}
+	spaces := []string{"mnt", "pid", "net", "ipc", "uts"}
+	if os.Geteuid() != 0 {
+		spaces = append(spaces, "user")
+	}
+	for _, space := range spaces {
 		own, err := os.Readlink("/proc/self/ns/" + space)
 		if err != nil {
 			return err

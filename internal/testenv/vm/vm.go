@@ -5,6 +5,7 @@ package vm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,12 +14,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"cal/image"
+	"cal/image/linux"
 	"cal/nucleus"
 )
 
@@ -29,8 +32,10 @@ type Config struct {
 	NIC        bool     // a network interface
 	Writable   []string // roles of disks that the machine may write though it should not
 	Without    []string // roles of disks that it does not get
-	Modules    []string // names of further modules
+	Modules    []string // of the kernel, beside those of every machine
+	CPUs       int      // 0: 2
 	MemoryMB   int
+	Memory     string // as another machine like it has saved it, from which this one goes on; "": it boots
 	Workspace  string // image file; "": a blank one
 	LayersDisk string // "": none
 }
@@ -139,22 +144,41 @@ func Kernel(t testing.TB) image.Kernel {
 	}
 	for _, tool := range []string{"mkfs.ext4", "/sbin/mkfs.ext4"} {
 		if _, err := exec.LookPath(tool); err == nil {
-			store, _ := SharedStore(t)
-			kernel, err := store.Kernel(context.Background(), "", nil)
-			if err != nil {
-				t.Skipf("no kernel to boot: %v", err)
-			}
-			return kernel
+			return kernelWith(t)
 		}
 	}
 	t.Skip("no mkfs.ext4 here (apt install e2fsprogs): a machine has no disks")
 	return image.Kernel{}
 }
 
+// kernelWith is the kernel with further modules, which is fetched apart and kept apart: the shared store is
+// copied by who needs it.
+func kernelWith(t testing.TB, modules ...string) image.Kernel {
+	t.Helper()
+	of := linux.Wanted
+	defer func() { linux.Wanted = of }()
+	linux.Wanted = slices.Concat(of, modules)
+	store, dir := SharedStore(t)
+	if len(modules) > 0 {
+		var err error
+		if store, err = image.Open(dir + "-" + strings.Join(modules, "-")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kernel, err := store.Kernel(context.Background(), "", nil)
+	if err != nil {
+		t.Skipf("no kernel to boot: %v", err)
+	}
+	return kernel
+}
+
 // Start starts a machine, which ends with the test.
 func Start(t testing.TB, c Config) *Machine {
 	t.Helper()
 	kernel := Kernel(t)
+	if len(c.Modules) > 0 {
+		kernel = kernelWith(t, c.Modules...)
+	}
 	dir, err := os.MkdirTemp("", "cal-vm-") // the path of a socket has 107 bytes at most
 	if err != nil {
 		t.Fatal(err)
@@ -167,10 +191,10 @@ func Start(t testing.TB, c Config) *Machine {
 	}
 	m := &Machine{t: t, dir: dir, console: &console{}, ended: make(chan struct{})}
 	args := []string{
-		"-M", "microvm,acpi=on", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", fmt.Sprint(max(c.MemoryMB, 512)),
+		"-M", "microvm,acpi=on", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", fmt.Sprint(cmp.Or(c.CPUs, 2)), "-m", fmt.Sprint(max(c.MemoryMB, 512)),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", kernel.Image, "-initrd", initramfs.Path,
-		"-device", "virtio-serial-device,max_ports=3",
+		"-device", "virtio-serial-device,max_ports=3", "-qmp", "unix:" + m.socket("qmp") + ",server=on,wait=off",
 	}
 	for _, name := range []string{"cal.wire", "cal.wire2"} {
 		args = append(args, "-chardev", fmt.Sprintf("socket,id=%s,path=%s,server=on,wait=off", strings.ReplaceAll(name, ".", ""), m.socket(name)),
@@ -182,7 +206,14 @@ func Start(t testing.TB, c Config) *Machine {
 		args = append(args, "-device", "virtio-net-device")
 	}
 	line := "console=ttyS0 quiet panic=-1 reboot=t lpj=4000000 no_timer_check tsc_early_khz=2000000 cal.wire=serial cal.disks=" + roles + " " + c.Line
-	m.run(append(args, "-append", line))
+	args = append(args, "-append", line)
+	if c.Memory != "" {
+		args = append(args, "-incoming", "exec:cat "+c.Memory)
+	}
+	m.run(args)
+	if c.Memory != "" {
+		m.goOn()
+	}
 	return m
 }
 

@@ -12,9 +12,11 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"io"
+	mathrand "math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -228,6 +230,7 @@ var actions = map[string]func(script.Action) (string, error){
 	"write": func(a script.Action) (string, error) {
 		return "", os.WriteFile(a.Path, []byte(a.Data), 0o644)
 	},
+	"flood":  flood,
 	"alter":  func(a script.Action) (string, error) { return "", script.Alter(a.Path) },
 	"mkdir":  func(a script.Action) (string, error) { return "", os.MkdirAll(a.Path, 0o755) },
 	"remove": func(a script.Action) (string, error) { return "", os.RemoveAll(a.Path) },
@@ -390,6 +393,17 @@ func init() {
 		_, err := io.Copy(io.Discard, os.Stdin)
 		return "", err
 	}
+}
+
+// flood writes N MiB that cannot be told from noise to a file, down to its disk.
+func flood(a script.Action) (string, error) {
+	f, err := os.Create(a.Path)
+	if err != nil {
+		return "", err
+	}
+	noise := mathrand.NewChaCha8([32]byte{})
+	_, err = io.CopyN(f, noise, int64(a.N)<<20)
+	return "", errors.Join(err, f.Sync(), f.Close())
 }
 
 // fill touches N MiB of memory and keeps them.
