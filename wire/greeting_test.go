@@ -163,6 +163,28 @@ func TestGreetingInOrder(t *testing.T) {
 	})
 }
 
+// TestWelcomeBeforeOK: what a guest owes is done before it says anything.
+func TestWelcomeBeforeOK(t *testing.T) {
+	host, guest := wirePair(t)
+	said := 0
+	counted := struct {
+		io.Reader
+		io.Writer
+	}{guest, writes(func(p []byte) (int, error) { said += len(p); return guest.Write(p) })}
+	before := -1
+	done := answering(counted, func(Greeting) error { before = said; return nil })
+	if _, err := Greet(host, soon()); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-done; got.err != nil || before != 0 || said == 0 {
+		t.Errorf("of %d bytes %d were said before: %v", said, before, got.err)
+	}
+}
+
+type writes func([]byte) (int, error)
+
+func (w writes) Write(p []byte) (int, error) { return w(p) }
+
 // TestGreetingTakenLate: a guest that was told to go, be it just before the deadline, has a second to say that
 // it has heard it, and no more.
 func TestGreetingTakenLate(t *testing.T) {

@@ -52,6 +52,7 @@ func OpenHome() (Home, error) {
 
 // The places below Home that several programs share.
 func (h Home) NodeSocket() string      { return filepath.Join(h.Dir, "run", "node.sock") }
+func (h Home) Probes() string          { return filepath.Join(h.Dir, "run", "probes") } // what a probe makes
 func (h Home) AuthoritySocket() string { return filepath.Join(h.Dir, "run", "authority.sock") }
 func (h Home) AuthorityDir() string    { return filepath.Join(h.Dir, "authority") }
 func (h Home) Log() string             { return filepath.Join(h.Dir, "log") }

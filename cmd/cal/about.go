@@ -97,9 +97,10 @@ func doctorCommand() *cobra.Command {
 				return err
 			}
 			host := new(kvm.Host)
-			accelerated, emulated := qemu.New(qemu.Config{Images: images, Proxy: proxy, KVM: host})
+			accelerated, emulated := qemu.New(qemu.Config{Images: images, Proxy: proxy, Scratch: home.Probes(), KVM: host})
 			for _, d := range []machine.Driver{
-				firecracker.New(firecracker.Config{Firecracker: vmm, Jailer: jailer, KVM: host}), accelerated, gvisor.New(gvisor.Config{Runsc: runsc}), emulated,
+				firecracker.New(firecracker.Config{Firecracker: vmm, Jailer: jailer, Scratch: home.Probes(), KVM: host}), accelerated,
+				gvisor.New(gvisor.Config{Runsc: runsc, Scratch: home.Probes()}), emulated,
 			} {
 				ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
 				started := time.Now()

@@ -1,4 +1,4 @@
-// Command mutants breaks policy, approvals, log and images on purpose, one law or rule at a time, and
+// Command mutants breaks policy, approvals, log, images and greetings on purpose, one law or rule at a time, and
 // fails unless the test that stands beside each notices. The source on disk is not
 // touched: a mutant is an overlay.
 package main
@@ -38,7 +38,7 @@ func run(ctx context.Context, only string) error {
 	}
 	defer os.RemoveAll(dir)
 	var chosen []mutant
-	for _, m := range slices.Concat(mutants, logMutants, grantMutants, queueMutants, passkeyMutants, imageMutants) {
+	for _, m := range slices.Concat(mutants, logMutants, grantMutants, queueMutants, passkeyMutants, imageMutants, bootMutants) {
 		if strings.Contains(m.law, only) {
 			chosen = append(chosen, m)
 		}

@@ -153,8 +153,8 @@ func (d *Driver) diagnose(proc, output string, err error, late bool) error {
 	}
 	seen := fmt.Errorf("%w: %s", err, site.LastLine(output))
 	confinement := site.Confinement{Program: "runsc", Ordinary: d.ordinary, Userns: true, Proc: proc}
-	if hindered := confinement.Why(fmt.Errorf("%w: %s", err, output)); hindered != nil {
-		hindered.Err = seen
+	said := strings.ToLower(output)
+	if hindered := confinement.Why(seen, strings.Contains(said, "operation not permitted") || strings.Contains(said, "permission denied")); hindered != nil {
 		return hindered
 	}
 	return confinement.NoGuest(seen)

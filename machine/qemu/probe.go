@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 
 	"cal/machine"
 	"cal/machine/site"
@@ -97,7 +98,7 @@ func (d *Driver) diagnose(ctx context.Context, proc string, err error) error {
 	}
 	ordinary := os.Geteuid() != 0
 	confinement := site.Confinement{Program: "QEMU", Ordinary: ordinary, Userns: ordinary, Proc: proc}
-	if hindered := confinement.Why(err); hindered != nil {
+	if hindered := confinement.Why(err, strings.Contains(err.Error(), "operation not permitted")); hindered != nil {
 		return hindered
 	}
 	return confinement.NoGuest(errors.New(site.LastLine(err.Error())))

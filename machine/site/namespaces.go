@@ -1,13 +1,10 @@
 package site
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
-
-	"golang.org/x/sys/unix"
 
 	"cal/machine"
 )
@@ -21,11 +18,9 @@ type Confinement struct {
 	Proc     string // where /proc is
 }
 
-// Why says what of the host hinders it, where seen is what came of a try; nil where nothing of
-// the host is known to.
-func (c Confinement) Why(seen error) *machine.ProbeError {
-	text := strings.ToLower(seen.Error())
-	forbidden := errors.Is(seen, unix.EPERM) || errors.Is(seen, unix.EACCES) || strings.Contains(text, "operation not permitted") || strings.Contains(text, "permission denied")
+// Why says what of the host hinders it, where seen is what came of a try, which was forbidden
+// or not; nil where nothing of the host is known to.
+func (c Confinement) Why(seen error, forbidden bool) *machine.ProbeError {
 	switch {
 	case c.Userns && c.read("sys/user/max_user_namespaces") == "0":
 		return &machine.ProbeError{Cause: "user namespaces are switched off (user.max_user_namespaces is 0)",
