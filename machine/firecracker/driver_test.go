@@ -28,7 +28,7 @@ func faked(t testing.TB, spoil ...func(*Config)) *Driver {
 	firecracker, jailer := fakePrograms(t)
 	dir := jailDir(t)
 	kernel := filepath.Join(dir, "vmlinux")
-	must(t, os.WriteFile(kernel, tinyKernel(), 0o600))
+	must(t, os.WriteFile(kernel, fakeKernel(), 0o600))
 	host := filepath.Join(dir, "host")
 	for name, data := range map[string]string{"usr/bin/sh": "#!", "etc/passwd": "root:x:0:0::/:/bin/sh\n", "etc/group": "root:x:0:\n"} {
 		must(t, os.MkdirAll(filepath.Dir(filepath.Join(host, name)), 0o755))
