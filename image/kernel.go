@@ -197,12 +197,37 @@ func kernelPackage(ctx context.Context, apt *debian.Apt, progress Progress) (deb
 func (s *Store) workspace() (dir string, remove func(), err error) {
 	parent := s.unfinished()
 	if os.Geteuid() == 0 {
-		parent = "/var/tmp"
+		parent = sharedTemp
 	}
-	if dir, err = os.MkdirTemp(parent, "cal-apt-"); err != nil {
+	if dir, err = os.MkdirTemp(parent, s.aptDirs()); err != nil {
 		return "", nil, err
 	}
 	return dir, func() { removeTree(dir) }, os.Chmod(dir, 0o711) //nolint:errcheck // it lies where what nobody needs is removed
+}
+
+// sharedTemp is where root's builds have packages fetched, by a user who cannot reach the store.
+const sharedTemp = "/var/tmp"
+
+// aptDirs is how the directories begin in which this store has packages fetched.
+func (s *Store) aptDirs() string { return "cal-apt-" + keyOf(s.dir)[:12] + "-" }
+
+// cleanApt removes the directories that builds of root's have left in dir, which anybody may
+// write to: what is another user's is none. The caller is alone.
+func (s *Store) cleanApt(dir string) error {
+	left, err := filepath.Glob(filepath.Join(dir, s.aptDirs()+"*"))
+	if err != nil {
+		return err
+	}
+	for _, name := range left {
+		var stat unix.Stat_t
+		if err := unix.Lstat(name, &stat); err != nil || stat.Mode&unix.S_IFMT != unix.S_IFDIR || int(stat.Uid) != os.Geteuid() {
+			continue
+		}
+		if err := os.RemoveAll(name); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // takeKernel copies a kernel and the modules that a machine needs into dir.

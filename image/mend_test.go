@@ -97,6 +97,9 @@ func TestCorruptTreeIsMended(t *testing.T) {
 		if _, err := s.Resolve(ctx, image, "/", nil); !errors.Is(err, ErrCorrupt) || !strings.Contains(hint(err), "cal image prune removes it") {
 			t.Errorf("%v", err)
 		}
+		if list, err := s.List(ctx, false); err != nil || len(list) != 1 || list[0].Wrong == "" {
+			t.Errorf("listed: %+v, %v", list, err)
+		}
 		if way == "prune" {
 			_, err = s.Prune(ctx, 7*24*time.Hour, false, time.Now())
 		} else {
@@ -196,4 +199,35 @@ func TestCorruptKernelIsMended(t *testing.T) {
 		t.Errorf("%+v, %v", again, err)
 	}
 	wantRetired(t, s, 1)
+}
+
+// What a killed build of packages has left goes with the next Open, and nothing else of that name.
+func TestAptDirsAreCleaned(t *testing.T) {
+	s, shared := testStore(t), t.TempDir()
+	mine, others := filepath.Join(shared, s.aptDirs()+"1"), filepath.Join(shared, "cal-apt-000000000000-1")
+	link, away := filepath.Join(shared, s.aptDirs()+"2"), t.TempDir()
+	must(t, errors.Join(os.MkdirAll(mine+"/archives", 0o755), os.Mkdir(others, 0o755), os.Symlink(away, link)))
+	must(t, os.WriteFile(filepath.Join(away, "file"), nil, 0o600))
+	foreign := filepath.Join(shared, s.aptDirs()+"3")
+	must(t, os.Mkdir(foreign, 0o755))
+	root := os.Geteuid() == 0
+	if root {
+		must(t, os.Chown(foreign, 12345, 12345))
+	}
+	must(t, s.cleanApt(shared))
+	for name, want := range map[string]bool{mine: false, others: true, link: true, filepath.Join(away, "file"): true, foreign: root} {
+		if _, err := os.Lstat(name); (err == nil) != want {
+			t.Errorf("%s: %v, want %v", name, err, want)
+		}
+	}
+	if root { // whose builds use the shared directory
+		dir, _, err := s.workspace()
+		must(t, err)
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		_, err = Open(s.dir)
+		must(t, err)
+		if _, err := os.Lstat(dir); !os.IsNotExist(err) {
+			t.Errorf("%s is left: %v", dir, err)
+		}
+	}
 }

@@ -81,7 +81,7 @@ func (s *Store) List(ctx context.Context, verify bool) ([]Listed, error) {
 	if verify {
 		return s.list(ctx, s.verify)
 	}
-	return s.list(ctx, nil)
+	return s.list(ctx, s.sight)
 }
 
 // list looks at all objects and holds each to its record; check says what more is wrong, if
@@ -333,7 +333,7 @@ func (s *Store) remove(digest string) error {
 
 // sweep removes what leads to no object any more. The caller is alone.
 func (s *Store) sweep(ctx context.Context) error {
-	list, err := s.List(ctx, false)
+	list, err := s.list(ctx, nil)
 	if err != nil {
 		return err
 	}

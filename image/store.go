@@ -468,7 +468,12 @@ func (s *Store) clean() error {
 	if err != nil {
 		return err
 	}
-	if retired, err := os.ReadDir(s.retired()); err != nil || len(unfinished)+len(retired) == 0 {
+	retired, err := os.ReadDir(s.retired())
+	if err != nil {
+		return err
+	}
+	apt, err := filepath.Glob(filepath.Join(sharedTemp, s.aptDirs()+"*"))
+	if err != nil || len(unfinished)+len(retired)+len(apt) == 0 {
 		return err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -489,7 +494,7 @@ func (s *Store) clean() error {
 			return err
 		}
 	}
-	return s.clearRetired()
+	return errors.Join(s.cleanApt(sharedTemp), s.clearRetired())
 }
 
 // removeTree removes a directory, also one whose own directories forbid it.
