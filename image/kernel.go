@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"cal/image/debian"
 	"cal/image/linux"
 	"cal/internal/durable"
