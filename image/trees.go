@@ -259,6 +259,9 @@ func fillTarball(ctx context.Context, path, place string, limits unpack.Limits, 
 	if err != nil {
 		return err
 	}
+	into.Tell(func(entries, bytes int64) {
+		progress.say("unpacking %s: %d entries, %d MiB so far", path, entries, bytes>>20)
+	})
 	err = into.Add(ctx, plain, unpack.Plain)
 	if errors.Is(err, tar.ErrHeader) {
 		err = fmt.Errorf("%w; hint: a tar of a root file system is wanted, as docker export writes it", err)
@@ -277,6 +280,9 @@ func fillOCI(ctx context.Context, ref, place string, limits unpack.Limits, o *Ob
 	if err != nil {
 		return err
 	}
+	into.Tell(func(entries, bytes int64) {
+		progress.say("unpacking %s: %d entries, %d MiB so far", ref, entries, bytes>>20)
+	})
 	return errors.Join(image.Unpack(ctx, into, func(layer, of int, size int64) {
 		progress.say("fetching %s: layer %d of %d, %.1f MiB", ref, layer, of, float64(size)/(1<<20))
 	}), into.Close())

@@ -91,6 +91,12 @@ func (w *witness) write(what string) {
 	w.saw = append(w.saw, what)
 }
 
+func (w *witness) forget(after int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.saw = w.saw[:after]
+}
+
 func (w *witness) log() []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -190,7 +196,7 @@ func (w *witness) answer(fd, stopped int) {
 		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SECCOMP_IOCTL_NOTIF_RECV, uintptr(unsafe.Pointer(&n))); errno != 0 {
 			continue // a signal was there first, and it is asked again
 		}
-		says := verdict{id: n.id}
+		says, before := verdict{id: n.id}, len(w.log())
 		switch request := uint32(n.args[1]); request {
 		case w.refuses:
 			says.errno = -int32(unix.EPERM)
@@ -199,7 +205,9 @@ func (w *witness) answer(fd, stopped int) {
 		case unix.RNDRESEEDCRNG:
 			w.write("reseed")
 		}
-		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SECCOMP_IOCTL_NOTIF_SEND, uintptr(unsafe.Pointer(&says))); errno != 0 {
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SECCOMP_IOCTL_NOTIF_SEND, uintptr(unsafe.Pointer(&says))); errno == unix.ENOENT {
+			w.forget(before) // a signal interrupted the call, which is made again
+		} else if errno != 0 {
 			w.t.Error(errno)
 		}
 	}

@@ -3,9 +3,11 @@
 // A registry, and who pushed to it, is a stranger; with a digest nobody can exchange an
 // image on the way, and with a tag nobody but them. The package promises: what is
 // unpacked has the digests that the manifest names, and the manifest that of the
-// reference; nothing is fetched from any other place, whatever the manifest says; sizes
-// are bounded before they are believed. The credentials are those with which the person
-// has logged in to the registry, and go to it alone.
+// reference; no place is asked that the manifest names; where the registry itself sends who
+// asks elsewhere, as to a store of large files, that is over TLS, without credentials, and to
+// no address of the host's own network, unless the registry is there too; sizes are bounded
+// before they are believed. The credentials are those with which the person has logged in to
+// the registry, and go to it alone, or to a token service of its domain.
 package oci
 
 import (
@@ -13,8 +15,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -47,8 +47,7 @@ func Open(ctx context.Context, ref string) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.ResponseHeaderTimeout = time.Minute
+	transport := newGuard(parsed.Context().RegistryStr(), parsed.Context().Scheme() == "https")
 	image, err := remote.Image(parsed, remote.WithContext(ctx), remote.WithPlatform(v1.Platform{OS: "linux", Architecture: "amd64"}),
 		remote.WithAuthFromKeychain(authn.DefaultKeychain), remote.WithTransport(transport), remote.WithUserAgent(userAgent))
 	if err != nil {

@@ -42,6 +42,9 @@ type Into struct {
 	bytes  int64
 	count  int64
 	hidden map[string]bool // directories that are not for everybody to read
+
+	told  func(entries, bytes int64)
+	since time.Time // nobody was told
 }
 
 // Open begins to fill an empty directory; Close ends it.
@@ -51,6 +54,19 @@ func Open(dir string, limits Limits) (*Into, error) {
 		return nil, err
 	}
 	return &Into{root: root, limits: limits, hidden: map[string]bool{}}, nil
+}
+
+// tellEvery is how often who waits is told how far it is.
+const tellEvery = 3 * time.Second
+
+// Tell has told called now and then with what was unpacked so far.
+func (u *Into) Tell(told func(entries, bytes int64)) { u.told, u.since = told, time.Now() }
+
+func (u *Into) tell() {
+	if now := time.Now(); u.told != nil && now.Sub(u.since) >= tellEvery {
+		u.since = now
+		u.told(u.count, u.bytes)
+	}
 }
 
 // Close gives directories the modes that they were to have, which would have been in the
@@ -85,6 +101,7 @@ const (
 // Add unpacks one archive over what is there.
 func (u *Into) Add(ctx context.Context, archive io.Reader, way Way) error {
 	a := addition{Into: u, way: way, own: map[string]bool{}}
+	defer a.forget()
 	r := tar.NewReader(archive)
 	for {
 		if err := ctx.Err(); err != nil {
@@ -100,6 +117,7 @@ func (u *Into) Add(ctx context.Context, archive io.Reader, way Way) error {
 		if err := a.entry(header, r); err != nil {
 			return fmt.Errorf("%q: %w", header.Name, err)
 		}
+		u.tell()
 	}
 }
 
@@ -107,7 +125,46 @@ func (u *Into) Add(ctx context.Context, archive io.Reader, way Way) error {
 type addition struct {
 	*Into
 	way Way
-	own map[string]bool // what it made itself: its whiteouts are for what is below it
+	own map[string]bool // what a layer made itself: its whiteouts are for what is below it
+
+	// The directory of the last entry, which is the next one's more often than not: its name
+	// in the archive, and where that led to. Whoever removes a directory or a link forgets it.
+	last  string
+	place string
+	dir   *os.Root // nil: none is known
+}
+
+// spot is where an entry goes: in a directory inside, which is open.
+type spot struct {
+	dir   *os.Root
+	base  string
+	place string // from the root
+}
+
+// find resolves the way to an entry.
+func (a *addition) find(name string) (spot, error) {
+	last := path.Dir(name)
+	if a.dir == nil || a.last != last {
+		a.forget()
+		place, err := a.parent(name)
+		if err != nil {
+			return spot{}, err
+		}
+		dir, err := a.root.OpenRoot(place)
+		if err != nil {
+			return spot{}, err
+		}
+		a.last, a.place, a.dir = last, place, dir
+	}
+	base := path.Base(name)
+	return spot{a.dir, base, path.Join(a.place, base)}, nil
+}
+
+func (a *addition) forget() {
+	if a.dir != nil {
+		a.dir.Close()
+		a.dir = nil
+	}
 }
 
 func (a *addition) entry(header *tar.Header, content io.Reader) error {
@@ -118,31 +175,34 @@ func (a *addition) entry(header *tar.Header, content io.Reader) error {
 	if err != nil || name == "." {
 		return err
 	}
-	parent, err := a.parent(name)
+	to, err := a.find(name)
 	if err != nil {
 		return err
 	}
-	base := path.Base(name)
-	if a.way == Layer && strings.HasPrefix(base, whiteout) {
-		return a.white(parent, base)
+	if a.way == Layer && strings.HasPrefix(to.base, whiteout) {
+		a.forget()
+		return a.white(path.Dir(to.place), to.base)
 	}
-	place := path.Join(parent, base)
 	switch header.Typeflag {
 	case tar.TypeDir:
-		err = a.dir(place, header)
+		err = a.directory(to, header)
 	case tar.TypeReg, tar.TypeGNUSparse:
-		err = a.file(place, header, content)
+		err = a.file(to, header, content)
 	case tar.TypeSymlink:
-		if info, statErr := a.root.Lstat(place); statErr == nil && info.IsDir() && a.way == Package {
-			return nil // as dpkg has it: what is a directory stays one
+		if a.way == Package {
+			if info, statErr := to.dir.Lstat(to.base); statErr == nil && info.IsDir() {
+				return nil // as dpkg has it: what is a directory stays one
+			}
 		}
-		err = a.link(place, header.Linkname)
+		err = a.link(to, header.Linkname)
 	case tar.TypeLink:
-		err = a.hardLink(place, header.Linkname)
+		err = a.hardLink(to, header.Linkname)
 	default:
 		return nil // a device, a FIFO: nothing that a machine has from an image
 	}
-	a.mark(place)
+	if a.way == Layer {
+		a.mark(to.place)
+	}
 	return err
 }
 
@@ -280,33 +340,54 @@ func (a *addition) removeBelow(place string) error {
 	return nil
 }
 
-func (a *addition) dir(place string, header *tar.Header) error {
-	info, err := a.root.Lstat(place)
+func (a *addition) directory(to spot, header *tar.Header) error {
+	info, err := to.dir.Lstat(to.base)
 	if err == nil && info.Mode()&fs.ModeSymlink != 0 && a.way == Package {
 		return nil
 	}
 	if err == nil && !info.IsDir() {
-		err = a.root.Remove(place)
+		err = to.dir.Remove(to.base)
 		info = nil
 	}
 	if info == nil && (err == nil || errors.Is(err, fs.ErrNotExist)) {
-		err = a.root.Mkdir(place, 0o755)
+		if err = to.dir.Mkdir(to.base, 0o755); err == nil {
+			defer a.forget() // what was there may have been a link on the way
+		}
 	}
-	delete(a.hidden, place)
+	delete(a.hidden, to.place)
 	if header.Mode&0o005 != 0o005 {
-		a.hidden[place] = true
+		a.hidden[to.place] = true
 	}
 	return err
 }
 
-// clear makes room for what is no directory.
-func (a *addition) clear(place string) error {
-	for name := range a.hidden {
-		if name == place || strings.HasPrefix(name, place+"/") {
-			delete(a.hidden, name)
+// over makes what is no directory, in place of what is there.
+func (a *addition) over(to spot, make func(dir *os.Root, base string) error) error {
+	err := make(to.dir, to.base)
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	info, err := to.dir.Lstat(to.base)
+	if err != nil {
+		return err
+	}
+	if info.IsDir() {
+		for name := range a.hidden {
+			if name == to.place || strings.HasPrefix(name, to.place+"/") {
+				delete(a.hidden, name)
+			}
 		}
 	}
-	return a.root.RemoveAll(place)
+	if err := to.dir.RemoveAll(to.base); err != nil {
+		return err
+	}
+	if err := make(to.dir, to.base); err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() { // it may have been on the way
+		a.forget()
+	}
+	return nil
 }
 
 func (a *addition) account(size int64) error {
@@ -317,17 +398,21 @@ func (a *addition) account(size int64) error {
 	return nil
 }
 
-func (a *addition) file(place string, header *tar.Header, content io.Reader) error {
+func (a *addition) file(to spot, header *tar.Header, content io.Reader) error {
 	if err := a.account(header.Size); err != nil {
 		return err
 	}
-	if err := a.clear(place); err != nil {
-		return err
-	}
-	f, err := a.root.OpenFile(place, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
+	return a.over(to, func(dir *os.Root, base string) error {
+		f, err := dir.OpenFile(base, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
+			return err
+		}
+		return write(dir, base, f, header, content)
+	})
+}
+
+// write fills a new file and closes it.
+func write(dir *os.Root, base string, f *os.File, header *tar.Header, content io.Reader) error {
 	n, err := io.Copy(f, content)
 	if err == nil && n != header.Size {
 		err = fmt.Errorf("%d bytes, want %d", n, header.Size)
@@ -339,7 +424,7 @@ func (a *addition) file(place string, header *tar.Header, content io.Reader) err
 	if at.Before(time.Unix(0, 0)) {
 		at = time.Unix(0, 0)
 	}
-	return a.root.Chtimes(place, at, at)
+	return dir.Chtimes(base, at, at)
 }
 
 // permissions are those that a machine's images have; a file that is not for everybody
@@ -354,17 +439,14 @@ func permissions(mode int64) fs.FileMode {
 	return 0o644
 }
 
-func (a *addition) link(place, target string) error {
+func (a *addition) link(to spot, target string) error {
 	if target == "" || len(target) > longestName {
 		return fmt.Errorf("a link to %d bytes", len(target))
 	}
-	if err := a.clear(place); err != nil {
-		return err
-	}
-	return a.root.Symlink(target, place)
+	return a.over(to, func(dir *os.Root, base string) error { return dir.Symlink(target, base) })
 }
 
-func (a *addition) hardLink(place, target string) error {
+func (a *addition) hardLink(to spot, target string) error {
 	name, err := clean(target)
 	if err != nil {
 		return fmt.Errorf("link to %q: %w", target, err)
@@ -378,7 +460,7 @@ func (a *addition) hardLink(place, target string) error {
 	if err != nil {
 		return fmt.Errorf("link to %q: %w", target, err)
 	}
-	if source == place {
+	if source == to.place {
 		return nil
 	}
 	switch {
@@ -387,15 +469,12 @@ func (a *addition) hardLink(place, target string) error {
 		if err != nil {
 			return err
 		}
-		return a.link(place, where)
+		return a.link(to, where)
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("link to %q, which is no file", target)
 	}
 	if err := a.account(info.Size()); err != nil {
 		return err
 	}
-	if err := a.clear(place); err != nil {
-		return err
-	}
-	return a.root.Link(source, place)
+	return a.over(to, func(*os.Root, string) error { return a.root.Link(source, to.place) })
 }

@@ -338,3 +338,50 @@ func FuzzAdd(f *testing.F) {
 		}
 	})
 }
+
+// A way that an entry has changed is looked up again by the next one, also where both lie in
+// the same directory.
+func TestWayIsLookedUpAgain(t *testing.T) {
+	lower := []string{"d/", "d/l->/d"}
+	for name, c := range map[string]struct {
+		way   Way
+		upper []string
+		want  string // where y is; "": an error
+	}{
+		"control":                    {Plain, []string{"d/l/x=1", "d/l/y=2"}, "d/y"},
+		"a file in the link's place": {Plain, []string{"d/l/x=1", "d/l/l=file", "d/l/y=2"}, ""},
+		"a directory":                {Plain, []string{"d/l/x=1", "d/l/l/", "d/l/y=2"}, "d/l/y"},
+		"another link":               {Plain, []string{"d/l/x=1", "d/l/l->/e", "d/l/y=2"}, "e/y"},
+		"a hard link":                {Plain, []string{"d/l/x=1", "d/l/l=>d/x", "d/l/y=2"}, ""},
+		"a whiteout":                 {Layer, []string{"d/l/x=1", "d/l/.wh.l", "d/l/y=2"}, "d/l/y"},
+	} {
+		b := newBox(t)
+		err := b.add(c.way, archive(t, lower...), archive(t, c.upper...))
+		if (err != nil) != (c.want == "") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if got, err := os.ReadFile(filepath.Join(b.dir, c.want)); c.want != "" && (err != nil || string(got) != "2") {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+		b.intact(name)
+	}
+}
+
+func TestTell(t *testing.T) {
+	b := newBox(t)
+	into, err := Open(b.dir, usual)
+	must(t, err)
+	var entries, size int64
+	into.Tell(func(e, s int64) { entries, size = e, s })
+	into.since = into.since.Add(-time.Hour)
+	must(t, into.Add(context.Background(), bytes.NewReader(archive(t, "d/", "d/f=1234", "d/g=5")), Plain))
+	if entries != 1 || size != 0 {
+		t.Errorf("told of %d entries and %d bytes, want the first alone", entries, size)
+	}
+	into.since = into.since.Add(-time.Hour)
+	must(t, into.Add(context.Background(), bytes.NewReader(archive(t, "h=6")), Plain))
+	if entries != 4 || size != 6 {
+		t.Errorf("told of %d entries and %d bytes", entries, size)
+	}
+	must(t, into.Close())
+}
