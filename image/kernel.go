@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -361,44 +360,4 @@ func addFile(a *linux.Archive, name string, perm os.FileMode, source string) err
 	}
 	a.File(name, perm, info.Size(), f)
 	return nil
-}
-
-// Blank makes an empty ext4 file system of size bytes in a new file, which takes up room
-// only as it is filled. All have the same ids: no machine sees that of another.
-func (s *Store) Blank(ctx context.Context, path string, size int64) (err error) {
-	mkfs, err := exec.LookPath("mkfs.ext4")
-	if err != nil {
-		if mkfs, err = exec.LookPath("/sbin/mkfs.ext4"); err != nil {
-			return errors.New("this host has no mkfs.ext4, which makes a machine's disks; hint: install e2fsprogs")
-		}
-	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(path)
-		}
-	}()
-	if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
-		return fmt.Errorf("%s of %d MiB: %w", path, size>>20, err)
-	}
-	cmd := exec.CommandContext(ctx, mkfs, "-q", "-F", "-m", "0", "-U", blankID, "-L", "", "-E",
-		"lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0,hash_seed="+blankID, path)
-	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "E2FSPROGS_FAKE_TIME=1", "SOURCE_DATE_EPOCH=1"}
-	if said, err := cmd.CombinedOutput(); err != nil {
-		return s.full(blankError(path, size, err, said))
-	}
-	return nil
-}
-
-const blankID = "63616c00-0000-4000-8000-000000000001"
-
-func blankError(path string, size int64, err error, said []byte) error {
-	text := strings.TrimSpace(string(said))
-	if strings.Contains(text, "No space left") {
-		err = unix.ENOSPC
-	}
-	return fmt.Errorf("mkfs.ext4 %s of %d MiB: %w: %s", path, size>>20, err, text)
 }

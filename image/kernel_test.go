@@ -169,24 +169,40 @@ func TestBlank(t *testing.T) {
 	}
 	s, dir := testStore(t), t.TempDir()
 	digests := map[string]bool{}
-	for _, name := range []string{"one", "two"} {
+	for _, name := range []string{"formatted", "written again", "formatted by another process"} {
+		if name == "formatted by another process" {
+			s = testStore(t)
+		}
 		path := filepath.Join(dir, name)
 		must(t, s.Blank(context.Background(), path, 64<<20))
+		if known := s.blanks.of(64 << 20); known == nil {
+			t.Error("what a blank disk holds is not kept")
+		}
 		if said, err := exec.Command("/sbin/e2fsck", "-f", "-n", path).CombinedOutput(); err != nil {
-			t.Errorf("e2fsck: %v: %s", err, said)
+			t.Errorf("%s: e2fsck: %v: %s", name, err, said)
 		}
 		digest, err := digestFile(path)
 		must(t, err)
 		digests[digest] = true
 		file, err := stated(dir, name)
-		if err != nil || file.Size != 64<<20 || onDisk(path) > 8<<20 {
+		if err != nil || file.Size != 64<<20 || onDisk(path) > 1<<20 {
 			t.Errorf("%+v takes up %d bytes, %v", file, onDisk(path), err)
 		}
 	}
 	if len(digests) != 1 {
 		t.Errorf("blank disks differ: %v", digests)
 	}
-	if err := s.Blank(context.Background(), dir+"/one", 64<<20); !errors.Is(err, os.ErrExist) {
+	must(t, s.Blank(context.Background(), dir+"/larger", 80<<20))
+	if file, err := stated(dir, "larger"); err != nil || file.Size != 80<<20 {
+		t.Errorf("of another size: %+v, %v", file, err)
+	}
+	for size := range int64(2 * mostBlanks) {
+		s.blanks.keep(size, contents{})
+	}
+	if got := len(s.blanks.made); got > mostBlanks {
+		t.Errorf("%d sizes are kept, want at most %d", got, mostBlanks)
+	}
+	if err := s.Blank(context.Background(), dir+"/formatted", 64<<20); !errors.Is(err, os.ErrExist) {
 		t.Errorf("over a disk that is there: %v", err)
 	}
 	for name, size := range map[string]int64{"tiny": 100, "negative": -1, "beyond what a file can be": 1 << 62} {
@@ -196,5 +212,42 @@ func TestBlank(t *testing.T) {
 		if _, err := os.Stat(filepath.Join(dir, name)); !os.IsNotExist(err) {
 			t.Errorf("%s is left: %v", name, err)
 		}
+	}
+}
+
+// TestWrittenIn: what is read of a file with holes makes the same file again, and a file
+// that holds much is left alone.
+func TestWrittenIn(t *testing.T) {
+	dir := t.TempDir()
+	fill := func(name string, size int64, at ...int64) *os.File {
+		f, err := os.Create(filepath.Join(dir, name))
+		must(t, err)
+		t.Cleanup(func() { f.Close() })
+		for _, at := range at {
+			_, err := f.WriteAt([]byte("data"), at)
+			must(t, err)
+		}
+		must(t, f.Truncate(size))
+		return f
+	}
+	f := fill("source", 64<<20, 0, 5<<20+7, 64<<20-4)
+	c, err := writtenIn(f)
+	must(t, err)
+	again := fill("again", 64<<20)
+	must(t, c.write(again))
+	one, err := digestFile(f.Name())
+	must(t, err)
+	if other, err := digestFile(again.Name()); err != nil || other != one {
+		t.Errorf("%s, %v, want %s", other, err, one)
+	}
+	if taken := onDisk(again.Name()); taken > 1<<20 {
+		t.Errorf("12 bytes take up %d", taken)
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "full"), bytes.Repeat([]byte("data"), largestBlank/4+1), 0o600))
+	full, err := os.Open(filepath.Join(dir, "full"))
+	must(t, err)
+	defer full.Close()
+	if c, err := writtenIn(full); err == nil {
+		t.Errorf("of a file with %d bytes %d pieces are kept", largestBlank+4, len(c))
 	}
 }

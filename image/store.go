@@ -37,6 +37,8 @@ type Store struct {
 
 	mu     sync.Mutex
 	sights map[string]time.Time // of trees
+
+	blanks blanks
 }
 
 // Object says what lies in a directory of the store.

@@ -175,6 +175,27 @@ var ErrGone = errors.New("no machine runs")
 // ErrForeign is wrapped by Adopt and Remove where another driver made the machine.
 var ErrForeign = errors.New("a machine of another driver")
 
+// RemoveAny removes the machine of dir, whichever of the drivers made it. Where it was none of
+// them nothing is touched, and the error wraps ErrForeign.
+func RemoveAny(ctx context.Context, dir string, drivers ...Driver) error {
+	var foreign error
+	removed := false
+	for _, d := range drivers {
+		switch err := d.Remove(ctx, dir); {
+		case errors.Is(err, ErrForeign):
+			foreign = err
+		case err != nil:
+			return err
+		default:
+			removed = true
+		}
+	}
+	if !removed {
+		return foreign
+	}
+	return nil
+}
+
 // Refuse returns an error that wraps ErrRefused.
 func Refuse(format string, args ...any) error {
 	return fmt.Errorf("%w: "+format, append([]any{ErrRefused}, args...)...)

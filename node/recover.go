@@ -14,7 +14,7 @@ import (
 	"cal/guest"
 	"cal/internal/durable"
 	"cal/internal/idmap"
-	"cal/machine/site"
+	"cal/machine"
 	"cal/nucleus"
 	"cal/policy"
 	"cal/wire"
@@ -31,9 +31,6 @@ func (n *Node) recover(ctx context.Context) error {
 		return err
 	}
 	n.removeGone(ctx)
-	if err := site.ClearTrials(ctx, n.dirs.Probes(), n.config.Drivers...); err != nil {
-		slog.Warn("what an earlier node left that ended while it probed is still there", "error", err)
-	}
 	entries, err := os.ReadDir(n.dirs.Pods())
 	if err != nil {
 		return err
@@ -291,7 +288,7 @@ func (n *Node) remove(ctx context.Context, left leftPod, cause error) error {
 // directory. Which driver that was, the drivers know; where it is none of them,
 // nothing is touched.
 func (n *Node) removeDir(ctx context.Context, dir string) error {
-	if err := site.RemoveAny(ctx, machineDir(dir), n.config.Drivers...); err != nil {
+	if err := machine.RemoveAny(ctx, machineDir(dir), n.config.Drivers...); err != nil {
 		return err
 	}
 	return idmap.RemoveAll(ctx, dir)

@@ -25,6 +25,7 @@ import (
 	"cal/machine/firecracker"
 	"cal/machine/gvisor"
 	"cal/machine/qemu"
+	"cal/machine/site"
 	"cal/node"
 )
 
@@ -89,14 +90,18 @@ func run(args []string) error {
 	}
 	host, probes := &kvm.Host{Patience: *patience}, node.Dirs{Home: *home}.Probes()
 	accelerated, emulated := qemu.New(qemu.Config{QEMU: *emulator, Images: images, Proxy: *proxy, Fetch: true, Scratch: probes, KVM: host})
+	drivers := []machine.Driver{ // the strongest first
+		firecracker.New(firecracker.Config{Firecracker: *vmm, Jailer: *jailer, Images: images, Snapshots: filepath.Join(*home, "run", "warm"), Scratch: probes, KVM: host, Patience: *patience}),
+		accelerated,
+		gvisor.New(gvisor.Config{Runsc: *runsc, Images: images, Scratch: probes}),
+		emulated,
+	}
+	if err := site.ClearTrials(ctx, probes, drivers...); err != nil {
+		slog.Warn("what an earlier node left that ended while it probed is still there", "error", err)
+	}
 	n, err := node.Open(ctx, node.Config{
-		Home: *home,
-		Drivers: []machine.Driver{ // the strongest first
-			firecracker.New(firecracker.Config{Firecracker: *vmm, Jailer: *jailer, Images: images, Snapshots: filepath.Join(*home, "run", "warm"), Scratch: probes, KVM: host, Patience: *patience}),
-			accelerated,
-			gvisor.New(gvisor.Config{Runsc: *runsc, Images: images, Scratch: probes}),
-			emulated,
-		},
+		Home:      *home,
+		Drivers:   drivers,
 		Images:    images,
 		Proxy:     *proxy,
 		Authority: *authority,

@@ -121,8 +121,12 @@ func Make(mount, name string, want Limits) (Group, error) {
 // handDown has the root's controllers work in groups below it. What the kernel refuses
 // shows when the limits are set.
 func handDown(mount string) {
+	control := filepath.Join(mount, "cgroup.subtree_control")
+	data, _ := os.ReadFile(control)
 	for _, controller := range []string{"memory", "cpu", "pids", "io"} {
-		_ = set(filepath.Join(mount, "cgroup.subtree_control"), "+"+controller)
+		if !slices.Contains(strings.Fields(string(data)), controller) { // writing waits for groups that are being removed
+			_ = set(control, "+"+controller)
+		}
 	}
 }
 
@@ -130,35 +134,119 @@ func (k *kind) file(mount, dir, name, file string) string {
 	return filepath.Join(mount, dir, name, file)
 }
 
-func (g Group) set(mount string, k *kind, want Limits) error {
+// setting is a file of a group and what is written into it.
+type setting struct {
+	dir, file, value string
+	optional         bool // not every kernel has the file
+}
+
+// settings limit memory and processors, in the order in which they are to be written.
+func (k *kind) settings(want Limits) (settings []setting) {
 	if want.Memory > 0 {
-		if err := set(k.file(mount, k.memory, g.Name, k.limit), fmt.Sprint(want.Memory)); err != nil {
-			return err
-		}
-		// Else what does not fit would go to swap, without end. A kernel without swap has no such file.
-		swap := int64(0)
-		if k.swapIsSum {
-			swap = want.Memory
-		}
-		if err := set(k.file(mount, k.memory, g.Name, k.swap), fmt.Sprint(swap)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+		settings = append(settings, setting{k.memory, k.limit, fmt.Sprint(want.Memory), false},
+			setting{k.memory, k.swap, fmt.Sprint(k.mostSwap(want)), true})
 	}
 	if want.CPU > 0 {
 		// Where processors are scarce the group counts for as many as it may use, or it would be one task among all.
-		if err := set(k.file(mount, k.cpu, g.Name, k.weight), strconv.Itoa(want.CPU*k.weightOf1)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		settings = append(settings, setting{k.cpu, k.weight, strconv.Itoa(want.CPU * k.weightOf1), true},
+			setting{k.cpu, k.quota, strconv.Itoa(want.CPU*quotaPeriod) + k.period, false})
+	}
+	return settings
+}
+
+// mostSwap is what stands in the file for swap. Else what does not fit would go there,
+// without end.
+func (k *kind) mostSwap(want Limits) int64 {
+	if k.swapIsSum {
+		return want.Memory
+	}
+	return 0
+}
+
+func (g Group) set(mount string, k *kind, want Limits) error {
+	for _, s := range k.settings(want) {
+		if err := set(k.file(mount, s.dir, g.Name, s.file), s.value); err != nil && !(s.optional && errors.Is(err, fs.ErrNotExist)) {
 			return err
 		}
-		return set(k.file(mount, k.cpu, g.Name, k.quota), strconv.Itoa(want.CPU*quotaPeriod)+k.period)
 	}
 	return nil
+}
+
+// Settings are what another program has to write, as FILE=VALUE, that makes a group by
+// itself on a host of this Version; swap says whether CanForbidSwap.
+func Settings(version int, want Limits, swap bool) (settings []string) {
+	k := &unified
+	if version == 1 {
+		k = &separate
+	}
+	for _, s := range k.settings(want) {
+		if swap || s.file != k.swap {
+			settings = append(settings, s.file+"="+s.value)
+		}
+	}
+	if want.Pids > 0 {
+		settings = append(settings, pidsFile+"="+strconv.Itoa(want.Pids))
+	}
+	return settings
+}
+
+const pidsFile = "pids.max" // in either version
+
+// Controllers are those without which a group is not limited in all that Version asks for.
+var Controllers = []string{"memory", "cpu", "pids"}
+
+// Version says which kind of control groups has all of Controllers; 0: none.
+func Version(mount string) int {
+	if data, err := os.ReadFile(filepath.Join(mount, "cgroup.controllers")); err == nil {
+		has := strings.Fields(string(data))
+		if slices.ContainsFunc(Controllers, func(name string) bool { return !slices.Contains(has, name) }) {
+			return 0
+		}
+		return 2
+	}
+	for _, name := range Controllers {
+		if _, err := os.Stat(filepath.Join(mount, name, "cgroup.procs")); err != nil {
+			return 0
+		}
+	}
+	return 1
+}
+
+// CanForbidSwap makes the group parent and says whether those below it can be kept from
+// swap.
+func CanForbidSwap(mount, parent string) bool {
+	k, within := kindAt(mount), "" // each group of version 1 has the file, the topmost too
+	if k == &unified {
+		handDown(mount)
+		within = parent
+		if err := os.Mkdir(filepath.Join(mount, parent), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return false
+		}
+	}
+	_, err := os.Stat(k.file(mount, k.memory, within, k.swap))
+	return err == nil
+}
+
+// Members are the processes in a group; none where there is no such group.
+func Members(mount, name string) ([]int, error) {
+	data, err := os.ReadFile(filepath.Join(mount, kindAt(mount).memory, name, "cgroup.procs"))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENODEV) { // being removed
+		return nil, nil
+	}
+	var pids []int
+	for _, text := range strings.Fields(string(data)) {
+		if pid, err := strconv.Atoi(text); err == nil && pid > 0 { // 0 is one that this pid namespace does not see
+			pids = append(pids, pid)
+		}
+	}
+	return pids, err
 }
 
 func (k *kind) setPids(mount, name string, most int) error {
 	if err := os.Mkdir(filepath.Join(mount, k.pids, name), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	file := k.file(mount, k.pids, name, "pids.max")
+	file := k.file(mount, k.pids, name, pidsFile)
 	return errors.Join(set(file, strconv.Itoa(most)), holds(file, int64(most)))
 }
 
@@ -239,6 +327,9 @@ func (g Group) Check(mount string, pid int, want Limits) error {
 		if err := holds(k.file(mount, k.memory, g.Name, k.limit), want.Memory); err != nil {
 			return err
 		}
+		if err := holds(k.file(mount, k.memory, g.Name, k.swap), k.mostSwap(want)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	if want.CPU > 0 {
 		if err := holds(k.file(mount, k.cpu, g.Name, k.quota), int64(want.CPU)*quotaPeriod); err != nil {
@@ -246,7 +337,7 @@ func (g Group) Check(mount string, pid int, want Limits) error {
 		}
 	}
 	if g.Keeps(Pids) {
-		return holds(k.file(mount, k.pids, g.Name, "pids.max"), int64(want.Pids))
+		return holds(k.file(mount, k.pids, g.Name, pidsFile), int64(want.Pids))
 	}
 	return nil
 }

@@ -82,6 +82,68 @@ func TestReadBack(t *testing.T) {
 	}
 }
 
+// TestVersion: what lacks a controller limits nothing.
+func TestVersion(t *testing.T) {
+	plant := func(files ...string) string {
+		dir := t.TempDir()
+		for _, name := range files {
+			name, content, _ := strings.Cut(name, "=")
+			must(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755))
+			must(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644))
+		}
+		return dir
+	}
+	for name, c := range map[string]struct {
+		mount string
+		want  int
+	}{
+		"nothing":             {plant(), 0},
+		"version 2":           {plant("cgroup.controllers=cpuset cpu io memory pids\n"), 2},
+		"version 2, no cpu":   {plant("cgroup.controllers=memory pids\n"), 0},
+		"version 1":           {plant("memory/cgroup.procs", "cpu/cgroup.procs", "pids/cgroup.procs"), 1},
+		"version 1, no pids":  {plant("memory/cgroup.procs", "cpu/cgroup.procs"), 0},
+		"a hybrid without v1": {plant("unified/cgroup.controllers="), 0},
+	} {
+		if got := Version(c.mount); got != c.want {
+			t.Errorf("%s: %d, want %d", name, got, c.want)
+		}
+	}
+}
+
+// TestSettings are what another program writes; the order counts: no sum of memory and swap
+// may be below that of memory.
+func TestSettings(t *testing.T) {
+	want := Limits{Memory: 64 << 20, CPU: 2, Pids: 30}
+	for _, c := range []struct {
+		version int
+		swap    bool
+		want    string
+	}{
+		{2, true, "memory.max=67108864 memory.swap.max=0 cpu.weight=200 cpu.max=200000 100000 pids.max=30"},
+		{2, false, "memory.max=67108864 cpu.weight=200 cpu.max=200000 100000 pids.max=30"},
+		{1, true, "memory.limit_in_bytes=67108864 memory.memsw.limit_in_bytes=67108864 cpu.shares=2048 cpu.cfs_quota_us=200000 pids.max=30"},
+		{1, false, "memory.limit_in_bytes=67108864 cpu.shares=2048 cpu.cfs_quota_us=200000 pids.max=30"},
+	} {
+		if got := strings.Join(Settings(c.version, want, c.swap), " "); got != c.want {
+			t.Errorf("version %d, swap %v: %s, want %s", c.version, c.swap, got, c.want)
+		}
+	}
+}
+
+// TestCanForbidSwap: only the kernel's file says it.
+func TestCanForbidSwap(t *testing.T) {
+	if CanForbidSwap(tree(t), "cal-all") {
+		t.Error("without the file")
+	}
+	mount := tree(t, "cal-all/memory.swap.max")
+	if !CanForbidSwap(mount, "cal-all") { // control
+		t.Error("with the file")
+	}
+	if CanForbidSwap(mount, "cal-other") {
+		t.Error("the file of another group is taken for one below")
+	}
+}
+
 func TestDisk(t *testing.T) {
 	for _, path := range []string{"/proc", "/nowhere"} {
 		if got := Disk(path); got != "" {
@@ -181,10 +243,26 @@ func TestCheck(t *testing.T) {
 	}
 	must(t, g.Join(Mount, cmd.Process.Pid))
 	must(t, g.Check(Mount, cmd.Process.Pid, limits))
+	if pids, err := Members(Mount, g.Name); err != nil || !slices.Equal(pids, []int{cmd.Process.Pid}) {
+		t.Errorf("members %v, %v, want %d", pids, err, cmd.Process.Pid)
+	}
+	if pids, err := Members(Mount, g.Name+"-none"); err != nil || pids != nil {
+		t.Errorf("of a group that is not there: %v, %v", pids, err)
+	}
 	for what, other := range map[string]Limits{"memory": {Memory: 65 << 20}, "processors": {CPU: 2}} {
 		if g.Check(Mount, cmd.Process.Pid, other) == nil {
 			t.Errorf("a limit of %s that is another is confirmed", what)
 		}
+	}
+	k := kindAt(Mount)
+	swap := k.file(Mount, k.memory, g.Name, k.swap)
+	if _, err := os.Stat(swap); err != nil {
+		t.Logf("this kernel limits no swap: %v", err)
+		return
+	}
+	must(t, set(swap, strconv.Itoa(1<<30)))
+	if g.Check(Mount, cmd.Process.Pid, limits) == nil {
+		t.Error("a gigabyte of swap is confirmed as none")
 	}
 }
 

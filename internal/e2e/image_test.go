@@ -150,7 +150,11 @@ func TestCorruptImage(t *testing.T) {
 		}
 		return list
 	}
-	testenv.Eventually(t, time.Minute, "a machine that holds the image", func() bool { return len(list()[0].UsedBy) > 0 }) // a spare one
+	held := func() {
+		t.Helper()
+		testenv.Eventually(t, time.Minute, "a machine that holds the image", func() bool { return len(list()[0].UsedBy) > 0 }) // a spare one
+	}
+	held()
 	holder := list()[0].UsedBy[0]
 	object := filepath.Join(e.CAL, "images", "objects", strings.TrimPrefix(list()[0].Digest, "sha256:"))
 	if err := os.WriteFile(filepath.Join(object, "root/app/bin/only-here"), []byte("#!/bin/sh\necho no\n"), 0o755); err != nil {
@@ -163,6 +167,7 @@ func TestCorruptImage(t *testing.T) {
 		t.Errorf("%v, want %s\n%v", err, holder, pruned)
 	}
 	run().Want(t, 0, nucleus.Version, "unpacking")
+	held()
 	e.Cal("image", "prune").Want(t, 0, "kept", "a machine uses it", "0 objects removed", "1 kept")
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -190,6 +191,7 @@ func (p plan) run() error {
 	passed, skipped, again := 0, 0, 0
 	for _, name := range p.Tests {
 		for try := 1; ; try++ {
+			fmt.Printf("nested: run %s\n", name)
 			started := time.Now()
 			output, err := p.test(name)
 			text := strings.TrimRight(output, "\n")
@@ -222,13 +224,44 @@ func (p plan) run() error {
 // ends by itself resets the keyboard controller and is not among them.
 const shutdownWord = "Unexpected exit reason on vcpu run: Shutdown"
 
+// Bounds of one test. Where its own fails, because the process itself hangs, what it ran is
+// looked at and all of it is ended.
+const (
+	testTimeout = 10 * time.Minute
+	hungTimeout = testTimeout + time.Minute
+)
+
 func (p plan) test(name string) (string, error) {
 	var parts []string
 	for part := range strings.SplitSeq(name, "/") {
 		parts = append(parts, "^"+strings.ReplaceAll(part, " ", "_")+"$")
 	}
-	cmd := exec.Command(p.Binary, "-test.run", strings.Join(parts, "/"), "-test.v", "-test.timeout", "20m")
+	ctx, cancel := context.WithTimeout(context.Background(), hungTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, p.Binary, "-test.run", strings.Join(parts, "/"), "-test.v", "-test.timeout", testTimeout.String())
 	cmd.Dir, cmd.Env = "/"+work, p.Env
+	cmd.Cancel = func() error {
+		fmt.Printf("nested: %s hangs; what runs:\n%s", name, processes())
+		return cmd.Process.Signal(unix.SIGQUIT)
+	}
+	cmd.WaitDelay = 20 * time.Second // then it is killed, and what holds its output is not waited for
 	output, err := cmd.CombinedOutput()
 	return string(output), err
+}
+
+// processes says of each thread of each program what it is doing.
+func processes() string {
+	var text strings.Builder
+	tasks, _ := filepath.Glob("/proc/[0-9]*/task/*")
+	for _, task := range tasks {
+		args, err := os.ReadFile(filepath.Join(task, "cmdline"))
+		if err != nil || len(args) == 0 { // the kernel's
+			continue
+		}
+		stat, _ := os.ReadFile(filepath.Join(task, "stat"))
+		stack, _ := os.ReadFile(filepath.Join(task, "stack"))
+		_, state, _ := strings.Cut(string(stat), ") ")
+		fmt.Fprintf(&text, "%s %.1s %.80q %s\n", strings.TrimPrefix(task, "/proc/"), state, args, strings.ReplaceAll(strings.TrimSpace(string(stack)), "\n", " "))
+	}
+	return text.String()
 }

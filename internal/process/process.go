@@ -53,7 +53,7 @@ func Find(argument string) ([]Process, error) {
 		if _, ok := belongs(pid, argument); !ok {
 			continue
 		}
-		if p, ok := open(pid, argument); ok {
+		if p, ok := Open(pid, argument); ok {
 			found = append(found, p)
 		}
 	}
@@ -70,7 +70,8 @@ func belongs(pid int, argument string) (name string, ok bool) {
 	return args[0], slices.Contains(args[1:], argument)
 }
 
-func open(pid int, argument string) (Process, bool) {
+// Open holds a process that has this argument; false: it has not, or has ended.
+func Open(pid int, argument string) (Process, bool) {
 	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return Process{}, false

@@ -65,7 +65,7 @@ type (
 	}
 
 	snapshotCreate struct {
-		Kind   string `json:"snapshot_type"` // "Full", "Diff"
+		Kind   string `json:"snapshot_type"` // "Diff"
 		State  string `json:"snapshot_path"`
 		Memory string `json:"mem_file_path"`
 	}

@@ -68,7 +68,7 @@ func TestLife(t *testing.T) {
 	state("Running")
 	must(t, a.pause(ctx))
 	state("Paused")
-	must(t, a.saveSnapshot(ctx, snapshotCreate{"Full", "/s", "/m"}))
+	must(t, a.saveSnapshot(ctx, snapshotCreate{memoryInUse, "/s", "/m"}))
 	must(t, a.resume(ctx))
 
 	twin, b := serveFake(t)
@@ -96,7 +96,7 @@ func refusals() map[string]refusal {
 		return func(ctx context.Context, a *api) error { return a.call(ctx, http.MethodPut, path, body, nil) }
 	}
 	save := func(ctx context.Context, a *api) error {
-		return a.saveSnapshot(ctx, snapshotCreate{"Full", "/s", "/m"})
+		return a.saveSnapshot(ctx, snapshotCreate{memoryInUse, "/s", "/m"})
 	}
 	load := func(ctx context.Context, a *api) error {
 		return a.loadSnapshot(ctx, snapshotLoad{"/s", memoryBackend{"File", "/m"}})

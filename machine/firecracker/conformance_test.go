@@ -167,6 +167,7 @@ func TestStart(t *testing.T) {
 		created := time.Since(started)
 		guest.Must(script.Action{Do: "echo", UID: -1})
 		t.Logf("created in %v, first answer after %v", created, time.Since(started))
+		checkBeside(t, "booted", m)
 		must(t, m.Destroy(machinetest.Context(t)))
 	}
 }
@@ -187,6 +188,7 @@ func TestSnapshot(t *testing.T) {
 		m, guest := host.Create(t, host.Spec(t))
 		guest.Must(script.Action{Do: "echo", UID: -1})
 		t.Logf("first answer after %v", time.Since(started))
+		checkBeside(t, "restored", m)
 		machines, guests = append(machines, m), append(guests, guest)
 	}
 	if !d.warm.Load() {

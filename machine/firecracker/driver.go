@@ -26,6 +26,8 @@ import (
 	"time"
 
 	"cal/image"
+	"cal/internal/cgroup"
+	"cal/internal/fileid"
 	"cal/internal/kvm"
 	"cal/machine"
 	"cal/machine/microvm"
@@ -65,7 +67,8 @@ type Driver struct {
 	usual  nucleus.Resources // of machines whose Spec does not say
 
 	mu     sync.Mutex
-	proved string // digest of the program whose filter was proved
+	proved string    // digest of the program whose filter was proved
+	read   fileid.ID // of the program that has this digest
 
 	warm atomic.Bool // machines start from snapshots
 }
@@ -76,7 +79,7 @@ func New(config Config) *Driver {
 		config.Host = "/"
 	}
 	if config.Cgroups == "" {
-		config.Cgroups = "/sys/fs/cgroup"
+		config.Cgroups = cgroup.Mount
 	}
 	if config.Scratch == "" {
 		config.Scratch = "/var/tmp"
@@ -151,12 +154,12 @@ func (d *Driver) begin(spec machine.Spec) (record, error) {
 		Driver: name, ID: spec.ID, Created: time.Now().UTC().Format(time.RFC3339Nano),
 		Jail: jail{Dir: spec.Dir, ID: newInstance(), Exec: filepath.Base(exec), UID: uid}, Shape: microvm.ShapeOf(spec.Resources, d.usual),
 	}
-	version := cgroupVersion(d.config.Cgroups)
+	version := cgroup.Version(d.config.Cgroups)
 	if version == 0 {
-		return record{}, machine.Refuse("no cgroups with the controllers %s are at %s", strings.Join(controllers, ", "), d.config.Cgroups)
+		return record{}, machine.Refuse("no cgroups with the controllers %s are at %s", strings.Join(cgroup.Controllers, ", "), d.config.Cgroups)
 	}
 	rec.Jail.Limits = limits{
-		Version: version, Memory: int64(rec.Shape.MemoryMB+overheadMB) << 20, NoSwap: canForbidSwap(d.config.Cgroups, version),
+		Version: version, Memory: int64(rec.Shape.MemoryMB+overheadMB) << 20, NoSwap: cgroup.CanForbidSwap(d.config.Cgroups, parentCgroup),
 		CPUs: rec.Shape.CPUs, Tasks: rec.Shape.CPUs + vmmTasks,
 	}
 	rec.Template = rec.Jail

@@ -28,7 +28,7 @@ func faked(t testing.TB, spoil ...func(*Config)) *Driver {
 	firecracker, jailer := fakePrograms(t)
 	dir := jailDir(t)
 	kernel := filepath.Join(dir, "vmlinux")
-	must(t, os.WriteFile(kernel, tinyKernel(), 0o600))
+	must(t, os.WriteFile(kernel, fakeKernel(), 0o600))
 	host := filepath.Join(dir, "host")
 	for name, data := range map[string]string{"usr/bin/sh": "#!", "etc/passwd": "root:x:0:0::/:/bin/sh\n", "etc/group": "root:x:0:\n"} {
 		must(t, os.MkdirAll(filepath.Dir(filepath.Join(host, name)), 0o755))
@@ -336,6 +336,41 @@ func TestUnprovedFilter(t *testing.T) {
 	}
 	if d.proved != "" {
 		t.Error("taken for proved")
+	}
+}
+
+// TestReplacedProgram: what was proved of a program is not said of another in its place.
+func TestReplacedProgram(t *testing.T) {
+	d := faked(t)
+	proved := d.proved
+	for range 2 {
+		if digest, err := d.prove(machinetest.Context(t)); err != nil || digest != proved { // control
+			t.Fatalf("%s, %v, want %s", digest, err, proved)
+		}
+	}
+	must(t, copyFile(d.config.Firecracker, d.config.Firecracker+".new"))
+	file, err := os.OpenFile(d.config.Firecracker+".new", os.O_WRONLY|os.O_APPEND, 0)
+	must(t, err)
+	_, err = file.WriteString("another")
+	must(t, errors.Join(err, file.Close(), os.Chmod(file.Name(), 0o755), os.Rename(file.Name(), d.config.Firecracker)))
+	if digest, err := d.prove(machinetest.Context(t)); !errors.Is(err, errAllowed) {
+		t.Errorf("%s, %v, want %v: it allows everything", digest, err, errAllowed)
+	}
+}
+
+// TestDiesAtOnce: a Firecracker that ends before it listens is not waited for.
+func TestDiesAtOnce(t *testing.T) {
+	d := faked(t)
+	dead := filepath.Join(filepath.Dir(d.config.Firecracker), "dead") // under this name the fake is none
+	must(t, os.Rename(d.config.Firecracker, dead))
+	d.config.Firecracker = dead
+	started := time.Now()
+	m, err := d.Create(machinetest.Context(t), fakeHost(t, d).Spec(t))
+	if m != nil || !errors.Is(err, machine.ErrGone) || !strings.Contains(err.Error(), "before it listened") {
+		t.Errorf("%v, %v", m, err)
+	}
+	if took := time.Since(started); took > 20*time.Second {
+		t.Errorf("it was waited for %v", took)
 	}
 }
 

@@ -2,7 +2,9 @@ package firecracker
 
 import (
 	"bufio"
+	"bytes"
 	"debug/elf"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -25,6 +27,7 @@ import (
 	seccomp "github.com/elastic/go-seccomp-bpf"
 	"golang.org/x/sys/unix"
 
+	"cal/internal/cgroup"
 	"cal/machine/machinetest/script"
 	"cal/wire"
 )
@@ -41,7 +44,7 @@ func fakePrograms(t testing.TB) (firecracker, jailer string) {
 	if os.Geteuid() != 0 {
 		t.Skip("firecracker's jailer must be started as root")
 	}
-	if cgroupVersion("/sys/fs/cgroup") == 0 {
+	if cgroup.Version(cgroup.Mount) == 0 {
 		t.Skip("no cgroups with memory, cpu and pids here")
 	}
 	dir := jailDir(t)
@@ -351,4 +354,25 @@ func (g *fakeGuest) do(action script.Action) script.Reply {
 		return script.Reply{Data: g.entropy}
 	}
 	return script.Reply{Err: "the fake guest cannot " + action.Do}
+}
+
+// fakeKernel is what a store of images takes for a kernel: it says that it is Linux, and
+// has the note by which QEMU starts one. Nothing runs it.
+func fakeKernel() []byte {
+	const load, start = 16 << 20, 64 + 2*56
+	note := "\x04\x00\x00\x00\x04\x00\x00\x00\x12\x00\x00\x00Xen\x00\x00\x00\x00\x01"
+	said := "Linux version 6.1.0-fake (nobody)"
+	var file bytes.Buffer
+	for _, part := range []any{
+		elf.Header64{
+			Ident: [elf.EI_NIDENT]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)},
+			Type:  uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: uint32(elf.EV_CURRENT), Entry: load, Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 2,
+		},
+		elf.Prog64{Type: uint32(elf.PT_NOTE), Off: start, Filesz: uint64(len(note)), Memsz: uint64(len(note))},
+		elf.Prog64{Type: uint32(elf.PT_LOAD), Off: start + uint64(len(note)), Filesz: uint64(len(said)), Memsz: uint64(len(said)), Paddr: load, Vaddr: load},
+		[]byte(note + said),
+	} {
+		_ = binary.Write(&file, binary.LittleEndian, part) // into memory
+	}
+	return file.Bytes()
 }

@@ -117,6 +117,28 @@ func (j jail) find() (process.Process, error) {
 	if err != nil {
 		return process.Process{}, err
 	}
+	return j.firecracker(running)
+}
+
+// started is find for one that a jailer has just started: it is in the jail's group, and
+// the arguments of all the host's other processes need not be read.
+func (j jail) started(mount string) (process.Process, error) {
+	pids, err := j.members(mount)
+	if err != nil {
+		return process.Process{}, err
+	}
+	var running []process.Process
+	for _, pid := range pids {
+		if p, ok := process.Open(pid, j.ID); ok {
+			running = append(running, p)
+		}
+	}
+	return j.firecracker(running)
+}
+
+// firecracker is the one among processes that have the jail's name, of which it closes the
+// others.
+func (j jail) firecracker(running []process.Process) (process.Process, error) {
 	var found []process.Process
 	for _, p := range running {
 		if p.Name == "/"+j.Exec && j.checkUser(p.PID) == nil {
@@ -137,18 +159,19 @@ func (j jail) find() (process.Process, error) {
 	return process.Process{}, fmt.Errorf("%d processes are the Firecracker of %s", len(found), j.ID)
 }
 
-// await waits until the jail's Firecracker answers.
+// await waits until the jail's Firecracker answers. The jailer has started it, so it is in
+// the jail's group as long as it runs.
 func (j jail) await(ctx context.Context, a *api, mount string) (process.Process, error) {
 	for {
 		_, err := a.info(ctx)
 		if err == nil {
-			return j.find()
+			return j.started(mount)
 		}
 		var refused *apiError
 		if errors.As(err, &refused) {
 			return process.Process{}, err
 		}
-		if j.ended(mount) {
+		if members, err := j.members(mount); err == nil && len(members) == 0 {
 			return process.Process{}, fmt.Errorf("%w: firecracker ended before it listened", machine.ErrGone)
 		}
 		if site.Pause(ctx, time.Millisecond) != nil {

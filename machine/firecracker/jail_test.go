@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -28,8 +29,8 @@ func TestJailerArguments(t *testing.T) {
 --resource-limit no-file=1024 --resource-limit fsize=1073741824 --cgroup-version %d --parent-cgroup cal-firecracker %s
 --new-pid-ns --daemonize -- --log-path /log --level Info --show-level`
 	for version, cgroup := range map[int]string{
-		1: "--cgroup memory.limit_in_bytes=603979776 --cgroup memory.memsw.limit_in_bytes=603979776 --cgroup cpu.cfs_quota_us=200000 --cgroup pids.max=34",
-		2: "--cgroup memory.max=603979776 --cgroup memory.swap.max=0 --cgroup cpu.max=200000 100000 --cgroup pids.max=34",
+		1: "--cgroup memory.limit_in_bytes=603979776 --cgroup memory.memsw.limit_in_bytes=603979776 --cgroup cpu.shares=2048 --cgroup cpu.cfs_quota_us=200000 --cgroup pids.max=34",
+		2: "--cgroup memory.max=603979776 --cgroup memory.swap.max=0 --cgroup cpu.weight=200 --cgroup cpu.max=200000 100000 --cgroup pids.max=34",
 	} {
 		j.Limits = limits{Version: version, Memory: (512 + overheadMB) << 20, NoSwap: true, CPUs: 2, Tasks: 2 + vmmTasks}
 		want := fmt.Sprintf(strings.ReplaceAll(golden, "\n", " "), version, cgroup)
@@ -39,32 +40,30 @@ func TestJailerArguments(t *testing.T) {
 	}
 }
 
-// TestCgroupVersion: what lacks a controller limits nothing.
-func TestCgroupVersion(t *testing.T) {
-	tree := func(files ...string) string {
-		dir := t.TempDir()
-		for _, name := range files {
-			name, content, _ := strings.Cut(name, "=")
-			must(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755))
-			must(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644))
-		}
-		return dir
+// TestSwap: a snapshot is taken only where nothing of a guest can be swapped out.
+func TestSwap(t *testing.T) {
+	table := func(text string) string {
+		path := filepath.Join(t.TempDir(), "swaps")
+		must(t, os.WriteFile(path, []byte(text), 0o600))
+		return path
 	}
+	const heading = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
+	none, some := table(heading), table(heading+"/dev/vdb                                partition\t999420\t\t0\t\t-2\n")
 	for name, c := range map[string]struct {
-		mount string
-		want  int
+		noSwap bool
+		swaps  string
+		want   error
 	}{
-		"nothing":             {tree(), 0},
-		"version 2":           {tree("cgroup.controllers=cpuset cpu io memory pids\n"), 2},
-		"version 2, no cpu":   {tree("cgroup.controllers=memory pids\n"), 0},
-		"version 1":           {tree("memory/cgroup.procs", "cpu/cgroup.procs", "pids/cgroup.procs"), 1},
-		"version 1, no pids":  {tree("memory/cgroup.procs", "cpu/cgroup.procs"), 0},
-		"a hybrid without v1": {tree("unified/cgroup.controllers="), 0},
+		"forbidden":                {true, some, nil},
+		"no swap":                  {false, none, nil},
+		"a kernel that knows none": {false, none + "-missing", nil},
+		"swap":                     {false, some, errSwap},
 	} {
-		if got := cgroupVersion(c.mount); got != c.want {
-			t.Errorf("%s: %d, want %d", name, got, c.want)
+		if err := (jail{Limits: limits{NoSwap: c.noSwap}}).unswapped(c.swaps); !errors.Is(err, c.want) {
+			t.Errorf("%s: %v, want %v", name, err, c.want)
 		}
 	}
+	must(t, jail{Limits: limits{NoSwap: true}}.unswapped(swaps))
 }
 
 // jailAt is a jail that nobody runs in.
@@ -161,6 +160,30 @@ func TestStranger(t *testing.T) {
 	if p, err := j.find(); !errors.Is(err, machine.ErrGone) {
 		p.Close()
 		t.Errorf("a stranger is taken for the Firecracker: %v", err)
+	}
+}
+
+// TestStopped: a thread that is traced and does not stop is not waited for without end.
+func TestStopped(t *testing.T) {
+	runtime.LockOSThread() // the tracer is a thread
+	defer runtime.UnlockOSThread()
+	cmd := exec.Command("sleep", "60")
+	must(t, cmd.Start())
+	defer func() { cmd.Process.Kill(); cmd.Wait() }()
+	if err := unix.PtraceSeize(cmd.Process.Pid); err != nil {
+		t.Skipf("this user may not trace its own child: %v", err)
+	}
+	traced := thread{id: cmd.Process.Pid}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if signal, err := traced.stopped(ctx); !errors.Is(err, errTrying) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a thread that runs: %v, %v", signal, err)
+	}
+	must(t, unix.PtraceInterrupt(cmd.Process.Pid)) // control
+	ctx, cancel = context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if signal, err := traced.stopped(ctx); err != nil || signal != unix.SIGTRAP {
+		t.Errorf("a thread that is stopped: %v, %v", signal, err)
 	}
 }
 

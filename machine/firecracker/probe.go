@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"cal/internal/cgroup"
+	"cal/internal/fileid"
 	"cal/machine"
 	"cal/machine/site"
 )
@@ -45,9 +47,9 @@ func (d *Driver) probeHost() error {
 			Mend:  "start the node as root to have it; the driver qemu needs no root",
 		}
 	}
-	if cgroupVersion(d.config.Cgroups) == 0 {
+	if cgroup.Version(d.config.Cgroups) == 0 {
 		return &machine.ProbeError{
-			Cause: fmt.Sprintf("no cgroups with the controllers %s are at %s", strings.Join(controllers, ", "), d.config.Cgroups),
+			Cause: fmt.Sprintf("no cgroups with the controllers %s are at %s", strings.Join(cgroup.Controllers, ", "), d.config.Cgroups),
 			Mend:  "mount them; in a container give it a cgroup namespace of its own that it may write",
 		}
 	}
@@ -75,15 +77,24 @@ func probeVersion(ctx context.Context, name, path string) error {
 }
 
 // prove runs a tiny guest, once for each program, and has the threads of its Firecracker do
-// what their filter forbids. It returns the digest of the program.
+// what their filter forbids. It returns the digest of the program, which is read only when it
+// is another file: what runs in a jail is read at each start, and must have this digest.
 func (d *Driver) prove(ctx context.Context) (string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	file, err := fileid.Of(d.config.Firecracker)
+	if err != nil {
+		return "", err
+	}
+	if d.proved != "" && d.read == file {
+		return d.proved, nil
+	}
 	digest, err := fileDigest(d.config.Firecracker)
 	if err != nil {
 		return "", err
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	if d.proved == digest {
+		d.read = file
 		return digest, nil
 	}
 	ctx, cancel := site.StartContext(ctx)
@@ -99,7 +110,7 @@ func (d *Driver) prove(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	d.proved = digest
+	d.proved, d.read = digest, file
 	return digest, nil
 }
 
@@ -125,7 +136,7 @@ func (d *Driver) proveIn(ctx context.Context, dir, digest string) error {
 	if err := v.startTiny(ctx); err != nil {
 		return &machine.ProbeError{Cause: "firecracker runs no guest here", Mend: "see whether KVM is whole: " + "cal doctor prints what it said", Err: v.explain(err)}
 	}
-	if err := proveFilter(v.process.PID); err != nil {
+	if err := proveFilter(ctx, v.process.PID); err != nil {
 		return &machine.ProbeError{
 			Cause: fmt.Sprintf("the seccomp filter of %s could not be proved", d.config.Firecracker),
 			Mend:  "take the release that its makers built with musl: one for another libc has no filter; and let root trace processes",

@@ -2,6 +2,7 @@ package firecracker
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,8 +11,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"cal/machine/site"
 )
 
 // A Firecracker built for another libc than musl installs a filter that allows every
@@ -40,17 +44,17 @@ var wantThreads = []string{"", "fc_api", "fc_vcpu"}
 
 // proveFilter makes every thread of a running Firecracker try the forbidden calls, and an
 // allowed one first, which shows that trying works. The process is of no use afterwards.
-func proveFilter(pid int) error {
+func proveFilter(ctx context.Context, pid int) error {
 	failed := make(chan error)
 	go func() {
 		// For ever: a tracer is a thread, and its end sets the traced ones free.
 		runtime.LockOSThread()
-		failed <- proveThreads(pid)
+		failed <- proveThreads(ctx, pid)
 	}()
 	return <-failed
 }
 
-func proveThreads(pid int) error {
+func proveThreads(ctx context.Context, pid int) error {
 	threads, err := threadsOf(pid)
 	if err != nil {
 		return err
@@ -65,7 +69,7 @@ func proveThreads(pid int) error {
 		return err
 	}
 	for _, t := range threads {
-		if err := t.prove(at); err != nil {
+		if err := t.prove(ctx, at); err != nil {
 			return fmt.Errorf("thread %s of firecracker: %w", t.name, err)
 		}
 	}
@@ -136,26 +140,26 @@ var errTrying = errors.New("its calls cannot be tried")
 // errAllowed says that a call was not stopped.
 var errAllowed = errors.New("no seccomp filter stops it")
 
-func (t thread) prove(at uint64) error {
+func (t thread) prove(ctx context.Context, at uint64) error {
 	if err := unix.PtraceSeize(t.id); err != nil {
 		return fmt.Errorf("ptrace: %w", err)
 	}
 	if err := unix.PtraceInterrupt(t.id); err != nil {
 		return fmt.Errorf("ptrace: %w", err)
 	}
-	if _, err := t.stopped(); err != nil {
+	if _, err := t.stopped(ctx); err != nil {
 		return err
 	}
 	var before unix.PtraceRegs
 	if err := unix.PtraceGetRegs(t.id, &before); err != nil {
 		return fmt.Errorf("ptrace: %w", err)
 	}
-	got, err := t.try(before, at, unix.SYS_GETTID)
+	got, err := t.try(ctx, before, at, unix.SYS_GETTID)
 	if err != nil || got != t.inner {
 		return fmt.Errorf("gettid, which is allowed, returns %d, want %d: %w", int64(got), t.inner, errors.Join(err, errTrying))
 	}
 	for _, call := range forbidden {
-		got, err := t.try(before, at, call.number)
+		got, err := t.try(ctx, before, at, call.number)
 		if err == nil {
 			err = errAllowed
 		}
@@ -205,7 +209,7 @@ const largestText = 64 << 20 // bytes of a program; Firecracker's has 2 MB
 
 // try makes the stopped thread do one call, all of whose arguments are 0, by the
 // instruction at an address.
-func (t thread) try(regs unix.PtraceRegs, at, call uint64) (uint64, error) {
+func (t thread) try(ctx context.Context, regs unix.PtraceRegs, at, call uint64) (uint64, error) {
 	regs.Rip = at
 	regs.Rax, regs.Orig_rax = call, ^uint64(0)
 	regs.Rdi, regs.Rsi, regs.Rdx, regs.R10, regs.R8, regs.R9 = 0, 0, 0, 0, 0, 0
@@ -213,7 +217,7 @@ func (t thread) try(regs unix.PtraceRegs, at, call uint64) (uint64, error) {
 		return 0, fmt.Errorf("ptrace: %w", err)
 	}
 	for {
-		signal, err := t.step(&regs)
+		signal, err := t.step(ctx, &regs)
 		switch {
 		case err != nil:
 			return 0, err
@@ -229,11 +233,11 @@ func (t thread) try(regs unix.PtraceRegs, at, call uint64) (uint64, error) {
 }
 
 // step runs one instruction of the stopped thread and returns what stopped it.
-func (t thread) step(regs *unix.PtraceRegs) (unix.Signal, error) {
+func (t thread) step(ctx context.Context, regs *unix.PtraceRegs) (unix.Signal, error) {
 	if err := unix.PtraceSingleStep(t.id); err != nil {
 		return 0, fmt.Errorf("ptrace: %w", err)
 	}
-	signal, err := t.stopped()
+	signal, err := t.stopped(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -243,16 +247,26 @@ func (t thread) step(regs *unix.PtraceRegs) (unix.Signal, error) {
 	return signal, nil
 }
 
-// stopped waits for the thread to stop and says by which signal.
-func (t thread) stopped() (unix.Signal, error) {
-	var status unix.WaitStatus
-	if _, err := unix.Wait4(t.id, &status, unix.WALL, nil); err != nil {
-		return 0, fmt.Errorf("ptrace: %w", err)
+// stopped waits for the thread to stop and says by which signal. It looks again and again:
+// a wait by the kernel has no end, and neither had one for a thread that never stops.
+func (t thread) stopped(ctx context.Context) (unix.Signal, error) {
+	for again := time.Duration(0); ; again = min(2*again+time.Microsecond, time.Millisecond) {
+		var status unix.WaitStatus
+		found, err := unix.Wait4(t.id, &status, unix.WALL|unix.WNOHANG, nil)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return 0, fmt.Errorf("ptrace: %w", err)
+		case found == 0:
+			if err := site.Pause(ctx, again); err != nil {
+				return 0, fmt.Errorf("%w: it does not stop: %w", errTrying, err)
+			}
+		case !status.Stopped():
+			return 0, fmt.Errorf("it ended with status %#x", uint32(status))
+		default:
+			return status.StopSignal(), nil
+		}
 	}
-	if !status.Stopped() {
-		return 0, fmt.Errorf("it ended with status %#x", uint32(status))
-	}
-	return status.StopSignal(), nil
 }
 
 // filtered says whether every thread of a process has a seccomp filter, of whatever kind.

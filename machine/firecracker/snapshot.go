@@ -1,6 +1,7 @@
 package firecracker
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -77,18 +78,21 @@ func hostShape() (string, error) {
 	if err := unix.Uname(&name); err != nil {
 		return "", err
 	}
-	info, err := os.ReadFile("/proc/cpuinfo")
+	info, err := os.Open("/proc/cpuinfo")
 	if err != nil {
 		return "", err
 	}
-	first, _, _ := strings.Cut(string(info), "\n\n")
+	defer info.Close()
 	var processor []string
-	for _, key := range []string{"vendor_id", "cpu family", "model", "stepping", "microcode", "flags"} {
-		for line := range strings.Lines(first) {
-			if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == key {
-				processor = append(processor, strings.TrimSpace(value))
-			}
+	lines := bufio.NewScanner(info)
+	for lines.Scan() && lines.Text() != "" { // of the first: a host may have hundreds
+		name, value, _ := strings.Cut(lines.Text(), ":")
+		if slices.Contains([]string{"vendor_id", "cpu family", "model", "stepping", "microcode", "flags"}, strings.TrimSpace(name)) {
+			processor = append(processor, strings.TrimSpace(value))
 		}
+	}
+	if err := lines.Err(); err != nil {
+		return "", err
 	}
 	return "host " + unix.ByteSliceToString(name.Release[:]) + " " + unix.ByteSliceToString(name.Version[:]) + " on " + strings.Join(processor, " "), nil
 }
@@ -172,6 +176,9 @@ func lockSnapshot(ctx context.Context, dir string) (io.Closer, error) {
 // writable disks are empty: it does not look at them before its first wire.
 func (d *Driver) takeSnapshot(ctx context.Context, rec record, made microvm.Parts, firecracker, dir string, shape []string) (err error) {
 	j := rec.Template
+	if err := j.unswapped(swaps); err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, j.remove(context.WithoutCancel(ctx), d.config.Cgroups)) }()
 	if err := j.make(); err != nil {
 		return err
@@ -195,20 +202,38 @@ func (d *Driver) takeSnapshot(ctx context.Context, rec record, made microvm.Part
 	if err := v.api.pause(ctx); err != nil {
 		return err
 	}
-	if err := v.api.saveSnapshot(ctx, snapshotCreate{j.snapshotKind(), "/" + stateFile, "/" + memoryFile}); err != nil {
+	if err := v.api.saveSnapshot(ctx, snapshotCreate{memoryInUse, "/" + stateFile, "/" + memoryFile}); err != nil {
+		return err
+	}
+	if err := j.unswapped(swaps); err != nil { // it may have begun to meanwhile
 		return err
 	}
 	return j.keep(dir, manifest{Version: Version, Shape: shape, Recorded: time.Now().UTC().Format(time.RFC3339)})
 }
 
-// snapshotKind is what is saved. A difference to nothing is all the memory that is in
-// use, in a file with holes; but Firecracker does not find what was swapped out.
-func (j jail) snapshotKind() string {
-	swaps, err := os.ReadFile("/proc/swaps")
-	if j.Limits.NoSwap || err == nil && strings.Count(strings.TrimSpace(string(swaps)), "\n") == 0 {
-		return "Diff"
+// memoryInUse is the kind of snapshot that is taken: the difference to nothing is all the
+// memory that is in use, in a file with holes.
+const memoryInUse = "Diff"
+
+// errSwap says that no snapshot can be taken: Firecracker finds what is in memory, and takes
+// what was swapped out for zeros.
+var errSwap = errors.New("this host swaps, and its control groups cannot keep a machine from it")
+
+const swaps = "/proc/swaps"
+
+// unswapped says whether all of the jail's memory stays where Firecracker finds it.
+func (j jail) unswapped(swaps string) error {
+	if j.Limits.NoSwap {
+		return nil
 	}
-	return "Full"
+	table, err := os.ReadFile(swaps)
+	if err == nil && strings.Count(strings.TrimSpace(string(table)), "\n") > 0 { // below its heading
+		err = errSwap
+	}
+	if errors.Is(err, fs.ErrNotExist) { // a kernel that knows no swap
+		return nil
+	}
+	return err
 }
 
 // showTemplate shows the template's jail the same parts; in place of writable disks empty files.

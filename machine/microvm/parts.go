@@ -155,7 +155,20 @@ func (s Source) blankWorkspace(ctx context.Context, path string, size int64) err
 	if err := s.Images.Blank(ctx, path+unfinished, size); err != nil {
 		return err
 	}
+	if err := flush(path + unfinished); err != nil {
+		return err
+	}
 	return os.Rename(path+unfinished, path)
+}
+
+// flush puts a file onto the host's disk: a name without its contents would be a
+// workspace that no machine can use.
+func flush(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // CommandLine is what the kernel is told for its first process. wire is "serial" or

@@ -15,27 +15,6 @@ import (
 	"cal/machine"
 )
 
-// RemoveAny removes the machine of dir, whichever of the drivers made it. Where it was none of
-// them nothing is touched, and the error wraps machine.ErrForeign.
-func RemoveAny(ctx context.Context, dir string, drivers ...machine.Driver) error {
-	var foreign error
-	removed := false
-	for _, d := range drivers {
-		switch err := d.Remove(ctx, dir); {
-		case errors.Is(err, machine.ErrForeign):
-			foreign = err
-		case err != nil:
-			return err
-		default:
-			removed = true
-		}
-	}
-	if !removed {
-		return foreign
-	}
-	return nil
-}
-
 // Trial is a directory for all that a probe makes. It is locked while the probe runs: what
 // a process left that died in one is removed by ClearTrials.
 type Trial struct {
@@ -121,7 +100,7 @@ func clearTrial(ctx context.Context, dir string, drivers ...machine.Driver) erro
 }
 
 func removeTrial(ctx context.Context, dir string, drivers ...machine.Driver) error {
-	err := RemoveAny(ctx, filepath.Join(dir, trialMachine), drivers...)
+	err := machine.RemoveAny(ctx, filepath.Join(dir, trialMachine), drivers...)
 	if errors.Is(err, machine.ErrForeign) {
 		return nil // its driver's
 	}
