@@ -192,6 +192,11 @@ func TestCorruptKernelIsMended(t *testing.T) {
 	if _, err := s.Kernel(ctx, "", nil); !errors.Is(err, ErrCorrupt) || !strings.Contains(hint(err), "cal image build kernel:"+path) {
 		t.Errorf("%v", err)
 	}
+	list, err := s.List(ctx, false)
+	must(t, err)
+	if len(list) != 1 || list[0].Wrong == "" || list[0].Kind != kindKernel || list[0].What != path || len(list[0].UsedBy) != 1 {
+		t.Errorf("it is listed as %+v", list)
+	}
 	if again, err := s.RenewKernel(ctx, path, nil); err != nil || again.Digest != k.Digest {
 		t.Errorf("%+v, %v", again, err)
 	}

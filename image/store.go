@@ -248,7 +248,7 @@ func (s *Store) load(digest string) (Object, error) {
 	}
 	for _, f := range o.Files {
 		if err := f.check(dir, false); err != nil {
-			return Object{}, fmt.Errorf("%w (of %s, made from %s); hint: %s", err, digest, o.What, o.remedy())
+			return o, fmt.Errorf("%w (of %s, made from %s); hint: %s", err, digest, o.What, o.remedy())
 		}
 	}
 	return o, nil
