@@ -133,18 +133,8 @@ func (s Spec) checkLayer(layer nucleus.Layer) error {
 }
 
 func (s Spec) checkResources() error {
-	for _, limit := range []struct {
-		name               string
-		value, least, most int
-	}{
-		{"cpu", s.Resources.CPU, 1, 32},
-		{"memory_mb", s.Resources.MemoryMB, 256, 65536},
-		{"pids", s.Resources.Pids, 64, 1 << 20},
-		{"disk_mb", s.Resources.DiskMB, 64, 512000},
-	} {
-		if limit.value != 0 && (limit.value < limit.least || limit.value > limit.most) {
-			return Refuse("%s %d is outside %d-%d", limit.name, limit.value, limit.least, limit.most)
-		}
+	if err := s.Resources.Check(); err != nil {
+		return Refuse("%v", err)
 	}
 	for _, name := range s.Watched {
 		if !slices.Contains(watchable, name) {

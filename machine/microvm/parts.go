@@ -193,6 +193,14 @@ func (p Parts) Digests() map[string]string {
 	return digests
 }
 
+// KernelHint ends a hint where the kernel is a person's own and may be why nothing came up.
+func (p Parts) KernelHint() string {
+	if p.Kernel.Package != "" {
+		return ""
+	}
+	return ", and whether the kernel is a good one: `cal image build kernel` goes back to Debian's"
+}
+
 // Longest is the size of the largest file that the machine may write, in bytes.
 func (p Parts) Longest() (most uint64) {
 	for _, disk := range p.Disks {

@@ -156,7 +156,7 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record) (_ *v
 	began := time.Now()
 	conn, err := v.greet(ctx, &v.ports[0])
 	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("its guest has not come up in %s; hint: cal image list says which kernel it is, uptime whether the host is busy: %w", time.Since(began).Round(time.Second), err)
+		err = fmt.Errorf("its guest has not come up in %s; hint: see whether the host is busy%s: %w", time.Since(began).Round(time.Second), parts.KernelHint(), err)
 	}
 	v.patience = greetTry
 	return v, conn, err
