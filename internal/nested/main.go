@@ -109,10 +109,15 @@ func tests(ctx context.Context, binary string, wanted *regexp.Regexp) ([]string,
 
 // boot runs the emulated host and passes on what it prints.
 func boot(ctx context.Context, made image, memory int) error {
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1",
 		"-m", fmt.Sprint(memory), "-kernel", made.kernel, "-initrd", made.initrd, "-drive", "file="+made.disk+",if=virtio,format=raw,cache=unsafe,discard=unmap", "-append", "console=ttyS0 quiet panic=-1 reboot=t",
 		"-display", "none", "-nic", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot")
-	var verdict verdict
+	verdict := verdict{spoke: time.AfterFunc(silence, func() {
+		stop(fmt.Errorf("the emulated host printed nothing for %s: its emulator hangs; hint: try again", silence))
+	})}
+	defer verdict.spoke.Stop()
 	cmd.Stdout, cmd.Stderr = &verdict, os.Stderr
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("qemu: %w", errors.Join(err, context.Cause(ctx)))
@@ -120,12 +125,19 @@ func boot(ctx context.Context, made image, memory int) error {
 	return verdict.err()
 }
 
+// silence is longer than the host leaves any test: its own clock may have stopped.
+const silence = hungTimeout + 2*time.Minute
+
 // verdict passes on what it gets and keeps the last line that begins with the word.
-type verdict struct{ line, last string }
+type verdict struct {
+	line, last string
+	spoke      *time.Timer // of silence
+}
 
 const verdictWord = "nested-verdict:"
 
 func (v *verdict) Write(p []byte) (int, error) {
+	v.spoke.Reset(silence)
 	for _, c := range string(p) {
 		if c != '\n' {
 			v.line += string(c)
