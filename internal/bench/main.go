@@ -86,6 +86,9 @@ type contender struct {
 	once func() error // before each run, not timed
 }
 
+// runPatience is with one run of a contender: an emulator may hang.
+const runPatience = 5 * time.Minute
+
 // race runs the contenders in turn, once to warm up and then rounds times, and
 // returns each one's median in milliseconds.
 func race(ctx context.Context, rounds int, contenders ...contender) ([]float64, error) {
@@ -97,11 +100,13 @@ func race(ctx context.Context, rounds int, contenders ...contender) ([]float64, 
 					return nil, fmt.Errorf("%s: %w", c.name, err)
 				}
 			}
-			cmd := exec.CommandContext(ctx, c.argv[0], c.argv[1:]...)
+			bounded, cancel := context.WithTimeout(ctx, runPatience)
+			cmd := exec.CommandContext(bounded, c.argv[0], c.argv[1:]...)
 			cmd.Env, cmd.Dir = c.env, c.dir
 			started := time.Now()
 			output, err := cmd.CombinedOutput()
 			took := time.Since(started)
+			cancel()
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w: %s", c.name, err, lastLine(string(output)))
 			}

@@ -431,20 +431,21 @@ func (m *Machine) askToEnd(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, endPatience)
 	defer cancel()
 	deadline, _ := ctx.Deadline()
-	for i := range m.vmm.ports {
+	asked := false
+	for i := range m.vmm.ports { // at each that is free: whose wire was closed just now may not be listened to
 		conn, err := m.vmm.ports[i].connect()
 		if err != nil {
 			continue
 		}
 		defer conn.Close()
-		if wire.SayEnd(conn, deadline) != nil {
-			continue
-		}
-		select {
-		case <-m.Done():
-		case <-ctx.Done():
-		}
+		asked = wire.SayEnd(conn, deadline) == nil || asked
+	}
+	if !asked {
 		return
+	}
+	select {
+	case <-m.Done():
+	case <-ctx.Done():
 	}
 }
 
