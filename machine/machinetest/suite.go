@@ -192,6 +192,9 @@ func (g *Guest) Send(action script.Action) (script.Reply, error) {
 	return g.Finish()
 }
 
+// Close closes the wire.
+func (g *Guest) Close() error { return g.conn.Close() }
+
 // Begin sends an action, Finish waits for what came of it.
 func (g *Guest) Begin(action script.Action) error {
 	g.conn.SetDeadline(time.Now().Add(patience))

@@ -273,3 +273,21 @@ func TestHostDiskFull(t *testing.T) {
 	}
 	guest.Must(script.Action{Do: "echo", UID: -1})
 }
+
+// TestEndsWithoutItsWire: a machine whose wire was closed hears all the same that it is to end.
+func TestEndsWithoutItsWire(t *testing.T) {
+	h := host(t)
+	made, guest := h.Create(t, h.Spec(t))
+	guest.Must(script.Action{Do: "echo", UID: -1})
+	must(t, guest.Close())
+	m := made.(*Machine)
+	m.askToEnd(t.Context())
+	select {
+	case <-m.Done():
+		if reason := m.Reason(); !strings.Contains(reason, "the guest ended the machine") {
+			t.Errorf("it ended: %s", reason)
+		}
+	default:
+		t.Errorf("it was not heard within %s", endPatience)
+	}
+}
