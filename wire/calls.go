@@ -125,8 +125,8 @@ func (s *Session) replied(id uint32, piece []byte, last bool) error {
 	}
 	w.reply = append(w.reply, piece...)
 	if last {
+		<-s.outgoing // first: who has the reply has the place back
 		close(w.done)
-		<-s.outgoing
 	}
 	return nil
 }
