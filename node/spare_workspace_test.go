@@ -18,9 +18,10 @@ import (
 // outlast a pod that got another machine for the same workspace.
 func TestSpareOfAnotherShape(t *testing.T) {
 	home, layers := t.TempDir(), t.TempDir()
+	flushed := make(chan struct{}) // by a guest that was asked to end
 	driver := fake.New(fake.Config{Guest: func(ctx context.Context, _ fake.Inside) {
 		<-ctx.Done()
-		time.Sleep(200 * time.Millisecond) // as one whose guest flushes its disks
+		<-flushed
 	}})
 	s := &spares{dirs: Dirs{Home: home}, life: time.Hour}
 	t.Cleanup(s.close)
@@ -45,8 +46,17 @@ func TestSpareOfAnotherShape(t *testing.T) {
 	if s.take(t.Context(), driver, at("two", "b"), true) != nil || s.status() != "ready" {
 		t.Fatalf("another workspace's pod: the spare is %s, want ready", s.status())
 	}
-	if s.take(t.Context(), driver, at("one", "b"), true) != nil {
-		t.Fatal("a machine of another shape was taken")
+	took := make(chan *spare)
+	go func() { took <- s.take(t.Context(), driver, at("one", "b"), true) }()
+	select {
+	case <-took:
+		t.Error("a pod did not wait for the machine that has its workspace")
+		close(flushed)
+	case <-time.After(100 * time.Millisecond):
+		close(flushed)
+		if <-took != nil {
+			t.Fatal("a machine of another shape was taken")
+		}
 	}
 	if s.status() != "none" {
 		t.Errorf("the spare of the workspace is %s, want none", s.status())

@@ -57,17 +57,7 @@ func asked(t *testing.T, m *vm.Machine, what, word string) string {
 
 // serveAsked is Main in a machine whose host may ask, or tell, something before it greets.
 func serveAsked() {
-	err := earlyMounts()
-	line := commandLine{}
-	if err == nil {
-		line, err = readCommandLine()
-	}
-	loadModules()
-	f := &first{line: line, children: newChildren(), stop: make(chan error, 8), random: addEntropy}
-	var ports []transport
-	if err == nil {
-		ports, err = line.wires()
-	}
+	f, ports, err := begin()
 	for _, p := range ports {
 		go func() {
 			f.stop <- p.serve(func(conn io.ReadWriter) (wire.Greeting, error) { return f.answer(&asking{conn, f, nil}) }, f.take)

@@ -57,17 +57,22 @@ type first struct {
 	init     string // nonce of the greeting of the first wire; "": none was taken
 }
 
-func serve() error {
+// begin makes what the first process needs to take wires.
+func begin() (*first, []transport, error) {
 	if err := earlyMounts(); err != nil {
-		return err
+		return nil, nil, err
 	}
 	line, err := readCommandLine()
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	loadModules()
-	f := &first{line: line, children: newChildren(), stop: make(chan error, 8), random: addEntropy}
 	ports, err := line.wires()
+	return &first{line: line, children: newChildren(), stop: make(chan error, 8), random: addEntropy}, ports, err
+}
+
+func serve() error {
+	f, ports, err := begin()
 	if err != nil {
 		return err
 	}

@@ -273,17 +273,10 @@ func dialLoopback(port uint32) (net.Conn, error) {
 
 // serveLoopback is Main with a second door, and somebody who tries both.
 func serveLoopback() {
-	err := earlyMounts()
-	line := commandLine{}
-	if err == nil {
-		line, err = readCommandLine()
-	}
-	loadModules()
-	f := &first{line: line, children: newChildren(), stop: make(chan error, 8), random: addEntropy}
-	doors, errs := line.wires()
+	f, doors, err := begin()
 	door, errd := listenVsock(loopbackPort)
 	door.host = unix.VMADDR_CID_LOCAL
-	if err = errors.Join(err, errs, errd); err == nil {
+	if err = errors.Join(err, errd); err == nil {
 		for _, d := range append(doors, door) {
 			go func() { f.stop <- d.serve(f.answer, f.take) }()
 		}
