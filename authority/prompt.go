@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"golang.org/x/term"
@@ -28,7 +28,10 @@ type Prompt struct {
 	tty   *os.File
 	dumb  bool        // it shows characters and nothing else
 	found *term.State // as it was
-	whole atomic.Bool // the alternate screen is shown
+
+	// mu is held by who writes; who ends the process keeps it.
+	mu    sync.Mutex
+	whole bool // the alternate screen is shown
 }
 
 const maxLine = 1024
@@ -89,18 +92,19 @@ func (p *Prompt) show(text string, below int) error {
 	}
 }
 
-// Guard returns a function that puts the terminal back as it was, for whoever
-// ends the process while a passphrase is read.
+// Guard returns a function that puts the terminal back as it was, for whoever ends the
+// process while a person is asked. After it nothing is written: who would waits for the end.
 func (p *Prompt) Guard() (restore func()) {
 	return func() {
-		if p.whole.Load() {
-			_ = p.print("%s", leaveScreen)
-		}
+		p.mu.Lock()
+		_ = p.leaveScreen()
 		_ = term.Restore(int(p.tty.Fd()), p.found)
 	}
 }
 
 func (p *Prompt) print(format string, args ...any) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	_, err := fmt.Fprintf(p.tty, format, args...)
 	return err
 }

@@ -128,15 +128,11 @@ func (p *Prompt) Queue(ctx context.Context, c asks, key Key, reason, id string, 
 }
 
 func (p *Prompt) decideOn(ctx context.Context, q *queue, plain bool) (err error) {
-	old, err := term.MakeRaw(int(p.tty.Fd()))
+	leave, err := p.enterWhole()
 	if err != nil {
 		return err
 	}
-	p.whole.Store(true)
-	if err := p.print("%s", enterScreen); err != nil {
-		return errors.Join(err, p.leaveWhole(old))
-	}
-	defer func() { err = errors.Join(err, p.leaveWhole(old)) }()
+	defer func() { err = errors.Join(err, leave()) }()
 
 	ctx, cancel := context.WithCancel(ctx)
 	var working sync.WaitGroup
@@ -210,11 +206,36 @@ func (p *Prompt) size() sizeEvent {
 	return sizeEvent{width, height}
 }
 
-// leaveWhole puts the terminal back.
-func (p *Prompt) leaveWhole(old *term.State) error {
-	p.whole.Store(false)
-	// What was typed and not read is no command of the shell's.
-	return errors.Join(p.print("%s", leaveScreen), dropTyped(int(p.tty.Fd())), term.Restore(int(p.tty.Fd()), old))
+// enterWhole takes the whole screen and each key; leave puts the terminal back.
+func (p *Prompt) enterWhole() (leave func() error, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	old, err := term.MakeRaw(int(p.tty.Fd()))
+	if err != nil {
+		return nil, err
+	}
+	p.whole = true
+	leave = func() error {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		// What was typed and not read is no command of the shell's.
+		return errors.Join(p.leaveScreen(), dropTyped(int(p.tty.Fd())), term.Restore(int(p.tty.Fd()), old))
+	}
+	if _, err := p.tty.WriteString(enterScreen); err != nil {
+		return nil, errors.Join(err, p.leaveScreen(), term.Restore(int(p.tty.Fd()), old))
+	}
+	return leave, nil
+}
+
+// leaveScreen shows again what stood there before the alternate screen, once: on any other
+// screen it would wipe what the person had. mu is held.
+func (p *Prompt) leaveScreen() error {
+	if !p.whole {
+		return nil
+	}
+	p.whole = false
+	_, err := p.tty.WriteString(leaveScreen)
+	return err
 }
 
 // keys sends what is typed, with the time at which it came.

@@ -307,6 +307,8 @@ func TestNobodyElseWrites(t *testing.T) {
 }
 
 // Whoever ends the program gets the terminal back as it was.
+// Who is ended puts the terminal back, once: the end of the process and of the queue come
+// together, and a second time would wipe what stood there before.
 func TestQueueEnded(t *testing.T) {
 	t.Parallel() // mostly waits
 	home, _ := queueHome(t)
