@@ -306,9 +306,8 @@ func TestNobodyElseWrites(t *testing.T) {
 	p.shows("exit=4", "-tostop")
 }
 
-// Whoever ends the program gets the terminal back as it was.
-// Who is ended puts the terminal back, once: the end of the process and of the queue come
-// together, and a second time would wipe what stood there before.
+// Whoever ends the program gets the terminal back as it was. It is put back once, though the
+// end of the process and of the queue come together: a second time wipes what stood there.
 func TestQueueEnded(t *testing.T) {
 	t.Parallel() // mostly waits
 	home, _ := queueHome(t)
