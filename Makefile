@@ -48,8 +48,8 @@ test-long: all agents mutants ## the slow ones: more kills, more rounds, mutants
 	CAL_LONG=1 internal/test.sh ./...
 	cd bench/log && $(GO) test -count=1 . # our log, read by programs of others
 
-test-firecracker: ## the driver firecracker with the real programs, in an emulated host: FIRECRACKER=PATH JAILER=PATH
-	@test -n "$(FIRECRACKER)" -a -n "$(JAILER)" || { echo "usage: make test-firecracker FIRECRACKER=PATH JAILER=PATH [RUN=REGEXP]"; exit 2; }
+test-firecracker: ## the driver firecracker with the real programs, in an emulated host: FIRECRACKER=PATH JAILER=PATH UNFILTERED=PATH
+	@test -n "$(FIRECRACKER)" -a -n "$(JAILER)" || { echo "usage: make test-firecracker FIRECRACKER=PATH JAILER=PATH [UNFILTERED=PATH] [RUN=REGEXP]"; exit 2; }
 	$(GO) run ./internal/nested --firecracker $(FIRECRACKER) --jailer $(JAILER) $(if $(UNFILTERED),--unfiltered $(UNFILTERED)) $(if $(RUN),--run '$(RUN)')
 
 mutants: ## break each law and rule of policy and log in turn: a test must notice

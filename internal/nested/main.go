@@ -3,7 +3,7 @@
 // emulation (qemu, tcg), whose emulated processor has virtualisation, and runs them
 // there. All of it is then emulated twice: what is slow there says nothing.
 //
-//	nested --firecracker PATH --jailer PATH [--run REGEXP] [--keep]
+//	nested --firecracker PATH --jailer PATH [--unfiltered PATH] [--run REGEXP] [--keep DIR]
 //
 // The emulated host has one processor: a kernel changes its own code while others run it,
 // and QEMU, with a thread for each processor, then went on with what had been there. All of
@@ -54,7 +54,7 @@ func run(args []string) error {
 	flags := flag.NewFlagSet("nested", flag.ContinueOnError)
 	firecracker := flags.String("firecracker", "", "the real firecracker, built with musl (required)")
 	jailer := flags.String("jailer", "", "its jailer (required)")
-	unfiltered := flags.String("unfiltered", "", "a firecracker whose seccomp filter allows everything, to see that it is refused")
+	unfiltered := flags.String("unfiltered", "", "a static firecracker whose seccomp filter allows everything, to see that it is refused")
 	pattern := flags.String("run", ".", "run only tests whose names match")
 	timeout := flags.Duration("timeout", 2*time.Hour, "of all")
 	keep := flags.String("keep", "", "directory for what is made, which stays; empty: a temporary one")

@@ -150,12 +150,13 @@ func TestRealRefuses(t *testing.T) {
 	}
 }
 
-// TestProofOfNone: a Firecracker for another libc has a filter that stops nothing.
+// TestProofOfNone: a Firecracker whose filter stops nothing is refused, as one is that was built
+// for another libc than musl.
 func TestProofOfNone(t *testing.T) {
 	_, jailer := programs(t)
 	unfiltered := os.Getenv("FIRECRACKER_UNFILTERED")
 	if unfiltered == "" {
-		t.Skip("FIRECRACKER_UNFILTERED names no Firecracker that was built for another libc than musl")
+		t.Skip("FIRECRACKER_UNFILTERED names no Firecracker whose filter stops nothing; make test-firecracker UNFILTERED=PATH does")
 	}
 	d := New(Config{Firecracker: unfiltered, Jailer: jailer, Scratch: jailDir(t)})
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
