@@ -304,17 +304,21 @@ func earlier(a, b time.Time) time.Time {
 	return b
 }
 
-// explain adds to the error of a start what QEMU and its guest said last.
+// explain adds to the error of a start what QEMU and its guest said last, unless that says
+// itself what is wrong.
 func (v *vmm) explain(err error) error {
+	if errors.Is(err, wire.ErrRefused) {
+		return err
+	}
 	if errors.Is(err, machine.ErrGone) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		v.settle()
 	}
 	for _, tape := range []struct {
 		who  string
 		text string
-	}{{"QEMU", v.said.String()}, {"the guest", v.printed.String()}} {
+	}{{"QEMU", site.LastLine(v.said.String())}, {"the guest", microvm.LastWords(v.printed.String())}} {
 		if tape.text != "" {
-			err = fmt.Errorf("%w; %s said last: %s", err, tape.who, printable(site.LastLine(tape.text)))
+			err = fmt.Errorf("%w; %s said last: %s", err, tape.who, printable(tape.text))
 		}
 	}
 	return err
