@@ -122,7 +122,7 @@ func (s *Store) tree(ctx context.Context, image nucleus.Image, made maker, progr
 	}
 	o, err := made(ctx, treeKey(image), func(dir string) (Object, error) {
 		place := filepath.Join(dir, treeDir)
-		if err := os.Mkdir(place, 0o755); err != nil {
+		if err := errors.Join(os.Mkdir(place, 0o755), os.Chmod(place, 0o755)); err != nil { // whatever the umask
 			return Object{}, err
 		}
 		o := Object{Kind: kindTree, What: image.String(), Facts: map[string]string{}}
