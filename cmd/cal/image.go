@@ -284,7 +284,7 @@ func prepareImage(ctx context.Context, home workspace.Home, node *client.Client,
 	if err != nil {
 		return err
 	}
-	pod, err := node.PlanPod(ctx, spec) // which knows the driver and its usual image
+	pod, err := planPod(ctx, node, spec) // which knows the driver and its usual image
 	if err != nil {
 		return err
 	}

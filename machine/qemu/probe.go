@@ -36,7 +36,7 @@ func (d *Driver) Probe(ctx context.Context) error {
 		_, err = d.config.Images.Initramfs(ctx, kernel, d.config.Proxy)
 	}
 	if err != nil {
-		return &machine.ProbeError{Cause: "there is no kernel to boot", Mend: "see that Debian's archive is reached, or take a kernel of your own: cal image kernel PATH", Err: err}
+		return &machine.ProbeError{Cause: "there is no kernel to boot", Mend: "see that Debian's archive is reached, or take a kernel of your own: cal image build kernel:PATH", Err: err}
 	}
 	return d.probeGuest(ctx)
 }
