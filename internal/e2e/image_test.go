@@ -129,6 +129,7 @@ func TestImages(t *testing.T) {
 	e.Cal("image", "prune", "--all").Want(t, 0, "0 objects")
 	e.Cal("image", "inspect", "nothing").Want(t, 1, "nothing")
 	e.Cal("image", "prune", "--unused", "-1s").Want(t, 2)
+	e.Cal("image", "prune", "--all", "--unused", "5h").Want(t, 2)
 	e.Cal("image", "build", "moon").Want(t, 2, "moon")
 	e.Cal("image", "build").Want(t, 2)
 	e.Cal("run", "--image", "oci:127.0.0.1:1/nowhere:1", "--", "true").Want(t, 1, "127.0.0.1:1")
