@@ -50,6 +50,8 @@ func (r *Root) directoryEntry(dir string, entry fs.DirEntry) error {
 	switch {
 	case filled[entry.Name()]:
 		return nil
+	case entry.Type().IsRegular() && (entry.Name() == "usr" || entry.Name() == "etc" || entry.Name() == "home"):
+		return fmt.Errorf("its %s is a file, no directory", guest)
 	case entry.Type()&fs.ModeSymlink != 0:
 		return r.copyEntry(place, guest)
 	case entry.Name() == "etc" && entry.IsDir():

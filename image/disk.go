@@ -14,8 +14,9 @@ import (
 	"cal/nucleus"
 )
 
-// mountPoints are the directories that every root of a microVM has, because nothing
-// can be made in it; usual ones an image may have as links.
+// mountPoints are the directories that every root of a microVM has, because nothing can be made
+// in it; an image's links there would lead a mount elsewhere, and are replaced. The usual ones an
+// image may have as links.
 var (
 	mountPoints = []string{"/proc", "/sys", "/dev", "/tmp", "/run", nucleus.MachineAgent, nucleus.MachineHome, nucleus.MachineWorkspace}
 	usual       = []string{"/root", "/var", "/opt"}
@@ -141,7 +142,7 @@ func (r Root) tree(ctx context.Context) (*tree.Tree, error) {
 		}
 	}
 	for _, name := range mountPoints {
-		if err := t.Dir(name); err != nil {
+		if err := t.RealDir(name); err != nil {
 			return nil, fmt.Errorf("the machine needs a directory: %w", err)
 		}
 	}

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cal/nucleus"
 )
 
@@ -370,6 +372,7 @@ func TestWheels(t *testing.T) {
 		"scratch/":                    "", "links/": "",
 	})
 	person := Person{Home: home, Scratch: home + "/scratch", Env: map[string]string{"PIP_CACHE_DIR": home + "/cache", "PIP_FIND_LINKS": home + "/links https://index.example/simple"}}
+	defer unix.Umask(unix.Umask(0o077))
 	for range 2 { // the second time from markers
 		found := find(t, person)
 		if len(found.Layers) != 2 || found.Env["PIP_FIND_LINKS"] != "/opt/caches/wheels /opt/caches/links-a" || found.Env["PIP_NO_INDEX"] != "1" || len(found.Notes) != 0 {
@@ -380,6 +383,11 @@ func TestWheels(t *testing.T) {
 		want := []string{home + "/scratch/wheels/demo-1.0-2-py2.py3-none-any.whl", home + "/scratch/wheels/old-2.0-cp311-cp311-linux_x86_64.whl"}
 		if !slices.Equal(files, want) {
 			t.Errorf("wheels %v, want %v", files, want)
+		}
+	}
+	for _, name := range []string{"", "/demo-1.0-2-py2.py3-none-any.whl"} {
+		if info, err := os.Stat(home + "/scratch/wheels" + name); err != nil || info.Mode().Perm()&0o004 == 0 {
+			t.Errorf("the machine's users may not read %q: %v (%v)", name, info.Mode(), err)
 		}
 	}
 	if content, err := os.ReadFile(home + "/scratch/wheels/demo-1.0-2-py2.py3-none-any.whl"); err != nil || !bytes.Equal(content, good) {

@@ -66,7 +66,7 @@ func TestHostRoot(t *testing.T) {
 
 func TestResolveRefuses(t *testing.T) {
 	dir := homeDir(t)
-	plant(t, dir, map[string]string{"usr/bin/x": "", "empty/": "", "file": ""})
+	plant(t, dir, map[string]string{"usr/bin/x": "", "empty/": "", "file": "", "flat/usr": ""})
 	for name, image := range map[string]nucleus.Image{
 		"unknown kind":           {Kind: "tarball"},
 		"no kind":                {},
@@ -75,6 +75,7 @@ func TestResolveRefuses(t *testing.T) {
 		"whole host":             {Kind: "directory", Path: "/"},
 		"file for a directory":   {Kind: "directory", Path: dir + "/file"},
 		"directory without root": {Kind: "directory", Path: dir + "/empty"},
+		"a file as /usr":         {Kind: "directory", Path: dir + "/flat"},
 		"missing layer":          {Kind: "directory", Path: dir, Layers: []nucleus.Layer{{Name: "l", Host: dir + "/none", Guest: "/opt/x"}}},
 		"layer that would need a place inside another": {Kind: "directory", Path: dir, Layers: []nucleus.Layer{{Name: "l", Host: dir + "/empty", Guest: "/usr/new"}}},
 	} {

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/erofs/go-erofs"
+	"golang.org/x/sys/unix"
 
 	"cal/nucleus"
 )
@@ -73,7 +74,9 @@ func TestRoot(t *testing.T) {
 func TestTwoStoresBuildTheSame(t *testing.T) {
 	image := nucleus.Image{Kind: "directory", Path: smallRoot(t)}
 	var digests [2]string
-	for i := range digests {
+	defer unix.Umask(unix.Umask(0o022))
+	for i, umask := range []int{0o022, 0o077} {
+		unix.Umask(umask)
 		disk, err := testStore(t).Root(context.Background(), image, "/", nil)
 		must(t, err)
 		digests[i] = disk.Digest

@@ -122,7 +122,7 @@ func (s *Store) tree(ctx context.Context, image nucleus.Image, made maker, progr
 	}
 	o, err := made(ctx, treeKey(image), func(dir string) (Object, error) {
 		place := filepath.Join(dir, treeDir)
-		if err := os.Mkdir(place, 0o755); err != nil {
+		if err := errors.Join(os.Mkdir(place, 0o755), os.Chmod(place, 0o755)); err != nil { // whatever the umask
 			return Object{}, err
 		}
 		o := Object{Kind: kindTree, What: image.String(), Facts: map[string]string{}}
@@ -219,8 +219,9 @@ func (s *Store) fill(ctx context.Context, image nucleus.Image, dir string, o *Ob
 	if err := unix.Statfs(dir, &stat); err != nil {
 		return err
 	}
-	// An archive that claims more than there is room for is refused before the disk is full.
-	limits.Bytes = min(limits.Bytes, int64(stat.Bavail)*stat.Bsize)
+	// An archive that claims more than there is room for is refused before the disk is full: the
+	// host keeps a tenth of what is free.
+	limits.Bytes = min(limits.Bytes, int64(stat.Bavail)*stat.Bsize/10*9)
 	var err error
 	switch image.Kind {
 	case nucleus.ImageTarball:

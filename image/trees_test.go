@@ -29,6 +29,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"golang.org/x/sys/unix"
 
 	"cal/image/unpack"
 	"cal/nucleus"
@@ -354,8 +355,9 @@ func TestTarball(t *testing.T) {
 	if content(t, root, "/usr/bin/sh") != "#!" || string(root.Files["/etc/conf"]) != "c" || !strings.Contains(string(root.Files["/etc/passwd"]), "app:x:77") {
 		t.Errorf("%+v", root)
 	}
-	// The same content, packed otherwise: the same tree.
+	// The same content, packed otherwise and unpacked by a person who shares nothing: the same tree.
 	must(t, os.WriteFile(dir+"/again.tar", plain, 0o600))
+	defer unix.Umask(unix.Umask(0o077))
 	again, err := s.Resolve(ctx, nucleus.Image{Kind: nucleus.ImageTarball, Path: dir + "/again.tar"}, "/", nil)
 	if err != nil || again.Digest != root.Digest {
 		t.Errorf("%s and %s, %v", again.Digest, root.Digest, err)
@@ -365,10 +367,15 @@ func TestTarball(t *testing.T) {
 	if err != nil || changed.Digest == root.Digest {
 		t.Errorf("a changed tarball: %s, %v", changed.Digest, err)
 	}
-	for name, bad := range map[string]string{"missing": dir + "/none", "a directory": dir, "no archive": dir + "/text", "empty": dir + "/empty", "cut off": dir + "/cut"} {
+	for name, bad := range map[string]string{"missing": dir + "/none", "a directory": dir, "no archive": dir + "/text", "empty": dir + "/empty", "cut off": dir + "/cut", "its sum cut off": dir + "/sum", "a wrong sum": dir + "/wrong", "behind it too much": dir + "/behind"} {
 		must(t, os.WriteFile(dir+"/text", bytes.Repeat([]byte("text"), 1000), 0o600))
 		must(t, os.WriteFile(dir+"/empty", nil, 0o600))
-		must(t, os.WriteFile(dir+"/cut", gzipped(t, plain)[:100], 0o600))
+		packed := gzipped(t, plain)
+		must(t, os.WriteFile(dir+"/cut", packed[:100], 0o600))
+		must(t, os.WriteFile(dir+"/sum", packed[:len(packed)-8], 0o600))
+		packed[len(packed)-6] ^= 1
+		must(t, os.WriteFile(dir+"/wrong", packed, 0o600))
+		must(t, os.WriteFile(dir+"/behind", gzipped(t, append(plain[:len(plain):len(plain)], make([]byte, 65<<20)...)), 0o600))
 		s := testStore(t)
 		if root, err := s.Resolve(ctx, nucleus.Image{Kind: nucleus.ImageTarball, Path: bad}, "/", nil); err == nil {
 			t.Errorf("%s: %+v", name, root)

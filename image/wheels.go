@@ -61,13 +61,14 @@ func gatherWheel(name, house string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(marker), 0o755); err != nil {
+	// The machine's users read it, whatever the umask.
+	if err := errors.Join(os.MkdirAll(filepath.Dir(marker), 0o755), os.Chmod(house, 0o755)); err != nil {
 		return err
 	}
 	wheel := cutZip(data)
 	if file, err := wheelName(wheel); err == nil {
 		unfinished := filepath.Join(house, ".seen", "unfinished")
-		if err := os.WriteFile(unfinished, wheel, 0o644); err != nil {
+		if err := errors.Join(os.WriteFile(unfinished, wheel, 0o644), os.Chmod(unfinished, 0o644)); err != nil {
 			return err
 		}
 		if err := os.Rename(unfinished, filepath.Join(house, file)); err != nil {

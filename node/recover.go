@@ -132,7 +132,8 @@ func (n *Node) closeIntents() error {
 	return nil
 }
 
-const adoptDeadline = 20 * time.Second
+// adoptDeadline is long: on a busy host a machine that is given up would have answered yet.
+const adoptDeadline = 45 * time.Second
 
 // adopt attaches a new wire to a running machine.
 func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
@@ -202,15 +203,16 @@ func (n *Node) adopt(ctx context.Context, left leftPod) (_ *Pod, err error) {
 	return p, err
 }
 
-// attachTry is how long the hand-over of one wire may take before another is handed in.
+// attachTry is how long the hand-over of the first wire may take before another is handed in,
+// which may take twice as long.
 const attachTry = 6 * time.Second
 
 // attachAgain attaches the machine's new wire; where nobody takes it, as when what hands it in
 // hangs, another one, until ctx ends.
 func (n *Node) attachAgain(ctx context.Context, p *Pod) (*wire.Session, error) {
 	conn := p.machine.Wire()
-	for {
-		trying, cancel := context.WithTimeout(ctx, attachTry)
+	for try := attachTry; ; try *= 2 {
+		trying, cancel := context.WithTimeout(ctx, try)
 		session, err := n.attach(trying, p, conn)
 		late := trying.Err() != nil
 		cancel()

@@ -124,6 +124,9 @@ func Greet(conn net.Conn, deadline time.Time) (net.Conn, error) {
 	return &greeted{Conn: conn, refusal: []byte("\n" + mine + "error ")}, conn.SetDeadline(time.Time{})
 }
 
+// ErrRefused is the error of a guest that says why it refuses to serve.
+var ErrRefused = errors.New("the guest refuses to serve")
+
 // hear reads until the guest has said word, or why it refuses.
 func hear(conn io.Reader, mine, word string) error {
 	answer, err := findLine(conn, maxStale, len(mine)+len("error ")+maxRefusal, func(line string) bool {
@@ -133,7 +136,7 @@ func hear(conn io.Reader, mine, word string) error {
 		return fmt.Errorf("the guest did not say %q to the greeting: %w", word, err)
 	}
 	if text, refused := strings.CutPrefix(answer, mine+"error "); refused {
-		return fmt.Errorf("the guest refuses to serve: %s", printable(text))
+		return fmt.Errorf("%w: %s", ErrRefused, printable(text))
 	}
 	return nil
 }

@@ -114,10 +114,11 @@ func (h Home) Node(ctx context.Context) (*client.Client, error) {
 	for _, w := range config.Log.Witnesses {
 		args = append(args, "--witness", w.URL+" "+w.Key)
 	}
-	if _, err := startDaemon(program, filepath.Join(h.Dir, "run", "node.log"), args...); err != nil {
+	ended, err := startDaemon(program, filepath.Join(h.Dir, "run", "node.log"), args...)
+	if err != nil {
 		return nil, err
 	}
-	return h.awaitNode(ctx)
+	return h.awaitNode(ctx, ended)
 }
 
 // requiresToo refuses a node that was started before what is set for all was set.
@@ -242,11 +243,23 @@ func (h Home) operatorKey() (ed25519.PrivateKey, error) {
 
 const startDeadline = 20 * time.Second
 
-func (h Home) awaitNode(ctx context.Context) (*client.Client, error) {
-	ctx, cancel := context.WithTimeout(ctx, startDeadline)
+// takeUpDeadline is a node's, which takes up the machines that it finds before it serves.
+const takeUpDeadline = 2 * time.Minute
+
+// otherPatience is how long a node is waited for that another cal may have started.
+const otherPatience = 5 * time.Second
+
+// awaitNode waits for a node that was just started, whose process has ended when ended is closed.
+func (h Home) awaitNode(ctx context.Context, ended <-chan struct{}) (*client.Client, error) {
+	ctx, cancel := context.WithTimeout(ctx, takeUpDeadline)
 	defer cancel()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
+	slow := time.AfterFunc(3*time.Second, func() {
+		fmt.Fprintln(os.Stderr, "cal: the node is starting; it takes up the machines that it finds")
+	})
+	defer slow.Stop()
+	var lost <-chan time.Time
 	for {
 		c, err := h.runningNode(ctx)
 		if err == nil {
@@ -261,7 +274,12 @@ func (h Home) awaitNode(ctx context.Context) (*client.Client, error) {
 			if context.Cause(ctx) != context.DeadlineExceeded {
 				return nil, context.Cause(ctx)
 			}
-			return nil, fmt.Errorf("the node did not start within %s; its log ends with:\n%s", startDeadline, tail(filepath.Join(h.Dir, "run", "node.log")))
+			return nil, fmt.Errorf("the node did not start within %s; its log ends with:\n%s", takeUpDeadline, tail(filepath.Join(h.Dir, "run", "node.log")))
+		case <-ended:
+			// Another cal may have started one at the same time, which will answer.
+			ended, lost = nil, time.After(otherPatience)
+		case <-lost:
+			return nil, fmt.Errorf("the node ended at once; its log ends with:\n%s", tail(filepath.Join(h.Dir, "run", "node.log")))
 		case <-tick.C:
 		}
 	}

@@ -251,6 +251,9 @@ there is is listed, with why it was removed or kept.`,
 			if unused < 0 {
 				return usageError{fmt.Errorf("--unused is %s, want 0 or more", unused)}
 			}
+			if all && cmd.Flags().Changed("unused") {
+				return usageError{errors.New("--all and --unused say two different things")}
+			}
 			if all {
 				unused = 0
 			}
@@ -284,7 +287,7 @@ func prepareImage(ctx context.Context, home workspace.Home, node *client.Client,
 	if err != nil {
 		return err
 	}
-	pod, err := node.PlanPod(ctx, spec) // which knows the driver and its usual image
+	pod, err := planPod(ctx, node, spec) // which knows the driver and its usual image
 	if err != nil {
 		return err
 	}

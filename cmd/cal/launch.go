@@ -44,7 +44,7 @@ func confirm(ctx context.Context, home workspace.Home, node *client.Client, plan
 		}
 		return nil, nil
 	}
-	pod, err := node.PlanPod(ctx, plan.Spec)
+	pod, err := planPod(ctx, node, plan.Spec)
 	if err != nil {
 		return nil, err
 	}
@@ -59,6 +59,17 @@ func confirm(ctx context.Context, home workspace.Home, node *client.Client, plan
 	}
 	return pod.Unconfirmed, question(ctx, "Enter launches, q quits: ")
 }
+
+// planPod asks the node what it would make of spec. Where that takes a while the person is told why.
+func planPod(ctx context.Context, node *client.Client, spec nucleus.PodSpec) (nucleus.PodStatus, error) {
+	slow := time.AfterFunc(planPatience, func() {
+		progress("the node tries which machines this host can run; the first microVM waits for a kernel to be fetched")
+	})
+	defer slow.Stop()
+	return node.PlanPod(ctx, spec)
+}
+
+const planPatience = 2 * time.Second
 
 // sayUnconfirmed tells of approvers whose keys the person has not confirmed.
 func sayUnconfirmed(lines []string) {

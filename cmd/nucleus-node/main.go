@@ -47,6 +47,9 @@ func run(args []string) error {
 		fmt.Fprintln(flags.Output(), "nucleus-node serves pods on DIR/run/node.sock until it is told to stop.\n\nExample: nucleus-node --home ~/.cal")
 		flags.PrintDefaults()
 	}
+	// A machine's users, who are others than the node's, read what is made for them; what nobody
+	// else may read is made so.
+	syscall.Umask(0o022)
 	home := flags.String("home", "", "CAL_HOME, made if it does not exist (required)")
 	authority := flags.String("authority", "", "socket of nucleus-authority; without it nobody can approve")
 	require := flags.String("require-approvals", "", "start no pod unless approvals come from another user of the host, or by passkey: other-user (other-user:UID for one user alone) or passkey")

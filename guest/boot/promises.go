@@ -97,7 +97,11 @@ func checkWrites() error {
 		if err == nil {
 			unix.Close(fd)
 		}
-		if err != unix.EROFS && err != unix.ENOENT {
+		switch err {
+		case unix.EROFS, unix.ENOENT:
+		case unix.ENOTDIR:
+			return fmt.Errorf("%s is no directory", dir)
+		default:
 			return fmt.Errorf("%s can be written (%v)", dir, err)
 		}
 	}

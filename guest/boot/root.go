@@ -129,9 +129,9 @@ func openLayers(d disk) ([]shownLayer, error) {
 	return layers, nil
 }
 
-// layRoot shows the image, and over it a skeleton of empty directories and files where
-// something will be mounted that the image has no place for. Two lower layers and no upper
-// one: there is nothing that could be written to.
+// layRoot shows the image, which has a directory for each mount that every machine has, and over
+// it a skeleton of empty directories and files for layers that it has no place for. Two lower
+// file systems and no upper one: there is nothing that could be written to.
 func layRoot(layers []shownLayer) error {
 	for _, place := range []string{skeletonPlace, newRoot} {
 		if err := os.MkdirAll(place, 0o755); err != nil {
@@ -139,15 +139,6 @@ func layRoot(layers []shownLayer) error {
 		}
 	}
 	if err := mount("tmpfs", skeletonPlace, "tmpfs", noPrograms, "mode=755,size=1m"); err != nil {
-		return err
-	}
-	places := []string{"/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", "/home", nucleus.MachineHome, nucleus.MachineAgent}
-	for _, place := range places {
-		if err := addPlace(place, true); err != nil {
-			return err
-		}
-	}
-	if err := addPlace(nucleus.MachineProxy, false); err != nil {
 		return err
 	}
 	for _, l := range layers {
@@ -184,7 +175,7 @@ func addPlace(place string, dir bool) error {
 	case err == nil:
 		return fmt.Errorf("the image's %s is in the way", place)
 	case !errors.Is(err, fs.ErrNotExist):
-		return err
+		return fmt.Errorf("the image's %s: %w", place, err)
 	}
 	if parent := path.Dir(place); parent != "/" {
 		if err := copyPlaces(image, parent); err != nil {

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cal/image/unpack"
 )
 
@@ -101,8 +103,19 @@ func TestFetchAndRoot(t *testing.T) {
 	debs, err := apt.Fetch(ctx, []string{"awk-one", "awk-two=1:2.0-1"})
 	must(t, err)
 	dir := t.TempDir()
+	before := unix.Umask(0o077) // of a careful person, whose machines read the root all the same
 	packages, err := Root(ctx, debs, dir, unpack.Limits{Bytes: 1 << 20, Entries: 1000})
+	unix.Umask(before)
 	must(t, err)
+	must(t, filepath.WalkDir(dir, func(name string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if info, err := entry.Info(); err == nil && name != dir && info.Mode().Perm()&0o004 == 0 {
+			t.Errorf("%s has mode %v", name, info.Mode())
+		}
+		return nil
+	}))
 	var names []string
 	for _, p := range packages {
 		names = append(names, p.Name+"="+p.Version)

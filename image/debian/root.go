@@ -95,15 +95,30 @@ func Root(ctx context.Context, debs []string, dir string, limits unpack.Limits) 
 }
 
 func mergeUsr(dir string) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
 	for _, name := range []string{"bin", "sbin", "lib", "lib64"} {
-		if err := os.MkdirAll(filepath.Join(dir, "usr", name), 0o755); err != nil {
-			return err
-		}
-		if err := os.Symlink("usr/"+name, filepath.Join(dir, name)); err != nil {
+		if err := errors.Join(makeDirs(root, "usr/"+name), root.Symlink("usr/"+name, name)); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// makeDirs makes a directory and those on the way to it, for everybody to enter, whatever the umask.
+func makeDirs(root *os.Root, name string) error {
+	if _, err := root.Stat(name); err == nil {
+		return nil
+	}
+	if above := path.Dir(name); above != "." {
+		if err := makeDirs(root, above); err != nil {
+			return err
+		}
+	}
+	return errors.Join(root.Mkdir(name, 0o755), root.Chmod(name, 0o755))
 }
 
 // packageOf reads a file's name, NAME_VERSION_ARCH.deb.
@@ -282,7 +297,7 @@ func certificates(root *os.Root) error {
 		all.Write(bytes.TrimRight(data, "\n"))
 		all.WriteByte('\n')
 	}
-	if err := root.MkdirAll(path.Dir(bundle), 0o755); err != nil {
+	if err := makeDirs(root, path.Dir(bundle)); err != nil {
 		return err
 	}
 	if err := write(root, bundle, all.Bytes()); err != nil {
@@ -293,14 +308,14 @@ func certificates(root *os.Root) error {
 
 // write makes a file that has no time: the same packages give the same root.
 func write(root *os.Root, name string, data []byte) error {
-	if err := root.WriteFile(name, data, 0o644); err != nil {
+	if err := errors.Join(root.WriteFile(name, data, 0o644), root.Chmod(name, 0o644)); err != nil {
 		return err
 	}
 	return root.Chtimes(name, time.Unix(0, 0), time.Unix(0, 0))
 }
 
 func linkIfMissing(root *os.Root, name, target string) error {
-	if err := root.MkdirAll(path.Dir(name), 0o755); err != nil {
+	if err := makeDirs(root, path.Dir(name)); err != nil {
 		return err
 	}
 	err := root.Symlink(target, name)

@@ -38,7 +38,7 @@ func (t *Tree) Copy(ctx context.Context, host, name string) error {
 	if !forAll(stat.Mode) {
 		return fmt.Errorf("%s is not for everybody to read (mode %04o)", host, stat.Mode&0o7777)
 	}
-	parent, err := t.dir(path.Dir(inside(name)))
+	parent, err := t.dir(path.Dir(inside(name)), false)
 	if err != nil {
 		return err
 	}

@@ -61,17 +61,28 @@ func (t *Tree) Entries() int { return t.entries }
 // Dir makes a directory and those on the way to it. One that is there stays; a file
 // or link in its place is an error.
 func (t *Tree) Dir(name string) error {
-	_, err := t.dir(name)
+	_, err := t.dir(name, false)
 	return err
 }
 
-func (t *Tree) dir(name string) (*node, error) {
+// RealDir is Dir, but for links: they are replaced by directories.
+func (t *Tree) RealDir(name string) error {
+	_, err := t.dir(name, true)
+	return err
+}
+
+func (t *Tree) dir(name string, replace bool) (*node, error) {
 	at := t.root
 	for element := range strings.SplitSeq(inside(name), "/") {
 		if element == "" {
 			continue
 		}
 		next := at.children[element]
+		if replace && next != nil && next.mode.Type() == fs.ModeSymlink {
+			delete(at.children, element)
+			t.entries--
+			next = nil
+		}
 		if next == nil {
 			next = &node{name: element, mode: fs.ModeDir | 0o755, children: map[string]*node{}}
 			if err := t.add(at, next); err != nil {
@@ -109,7 +120,7 @@ func permissions(executable bool) fs.FileMode {
 }
 
 func (t *Tree) leaf(name string, n *node) error {
-	parent, err := t.dir(path.Dir(inside(name)))
+	parent, err := t.dir(path.Dir(inside(name)), false)
 	if err != nil {
 		return err
 	}

@@ -229,6 +229,34 @@ func TestCopyReplaces(t *testing.T) {
 	}
 }
 
+// A link in the way of a directory that must be one is replaced, and nothing else is.
+func TestRealDir(t *testing.T) {
+	tree := New()
+	must(t, tree.Link("/home", "/var/home"))
+	must(t, tree.Link("/x/tmp", "../usr"))
+	must(t, tree.File("/x/run", []byte("r"), false))
+	if err := tree.Dir("/home/agent"); err == nil {
+		t.Error("control: a directory was made below a link")
+	}
+	must(t, tree.RealDir("/home/agent"))
+	must(t, tree.RealDir("/x/tmp"))
+	must(t, tree.RealDir("/x/tmp"))
+	if err := tree.RealDir("/x/run/y"); err == nil || !strings.Contains(err.Error(), "run is a file") {
+		t.Errorf("below a file: %v", err)
+	}
+	view, err := erofs.Open(bytes.NewReader(written(t, tree)))
+	must(t, err)
+	got := listing(t, view)
+	for name, want := range map[string]string{"home": "drwxr-xr-x ", "home/agent": "drwxr-xr-x ", "x/tmp": "drwxr-xr-x ", "x/run": "-rw-r--r-- r"} {
+		if got[name] != want {
+			t.Errorf("%s is %q, want %q", name, got[name], want)
+		}
+	}
+	if tree.Entries() != len(got)-1 { // without the root
+		t.Errorf("%d entries counted: %v", tree.Entries(), got)
+	}
+}
+
 // A file that changes between the look and the copy is never half in an image.
 func TestChangedMeanwhile(t *testing.T) {
 	for name, change := range map[string]func(file string) error{

@@ -109,7 +109,7 @@ func (u *Into) Add(ctx context.Context, archive io.Reader, way Way) error {
 		}
 		header, err := r.Next()
 		if err == io.EOF {
-			return nil
+			return drain(archive)
 		}
 		if err != nil {
 			return err
@@ -119,6 +119,18 @@ func (u *Into) Add(ctx context.Context, archive io.Reader, way Way) error {
 		}
 		u.tell()
 	}
+}
+
+// mostBehind bounds what lies behind an archive's end; tar fills up a block of some kilobytes.
+const mostBehind = 64 << 20
+
+// drain reads to the end of a stream, where what was compressed says whether it was whole.
+func drain(archive io.Reader) error {
+	n, err := io.Copy(io.Discard, io.LimitReader(archive, mostBehind))
+	if err == nil && n == mostBehind {
+		err = fmt.Errorf("more than %d MiB lie behind the archive's end", mostBehind>>20)
+	}
+	return err
 }
 
 // addition is one archive on its way in.
@@ -186,7 +198,7 @@ func (a *addition) entry(header *tar.Header, content io.Reader) error {
 	switch header.Typeflag {
 	case tar.TypeDir:
 		err = a.directory(to, header)
-	case tar.TypeReg, tar.TypeGNUSparse:
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont: // the last is a file to whoever does not know better (POSIX.1-2001, ustar)
 		err = a.file(to, header, content)
 	case tar.TypeSymlink:
 		if a.way == Package {
@@ -267,7 +279,7 @@ func (a *addition) parent(name string) (string, error) {
 		info, err := a.root.Lstat(next)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			err = a.root.Mkdir(next, 0o755)
+			err = makeDir(a.root, next)
 			if a.count++; a.count > a.limits.Entries {
 				return "", fmt.Errorf("more than %d entries", a.limits.Entries)
 			}
@@ -350,7 +362,7 @@ func (a *addition) directory(to spot, header *tar.Header) error {
 		info = nil
 	}
 	if info == nil && (err == nil || errors.Is(err, fs.ErrNotExist)) {
-		if err = to.dir.Mkdir(to.base, 0o755); err == nil {
+		if err = makeDir(to.dir, to.base); err == nil {
 			defer a.forget() // what was there may have been a link on the way
 		}
 	}
@@ -359,6 +371,14 @@ func (a *addition) directory(to spot, header *tar.Header) error {
 		a.hidden[to.place] = true
 	}
 	return err
+}
+
+// makeDir makes a directory that everybody may enter, whatever the umask of whoever unpacks.
+func makeDir(dir *os.Root, name string) error {
+	if err := dir.Mkdir(name, 0o755); err != nil {
+		return err
+	}
+	return dir.Chmod(name, 0o755)
 }
 
 // over makes what is no directory, in place of what is there.

@@ -69,7 +69,7 @@ func find(etc string) (Map, error) {
 	m := Map{UID: uids.first, GID: gids.first, Count: min(uids.count, gids.count)}
 	if m.Count == 0 {
 		return Map{}, &Missing{fmt.Sprintf("user %s has no subordinate ids in /etc/subuid and /etc/subgid", name),
-			fmt.Sprintf("sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 %s, with a range that nobody else has", name)}
+			fmt.Sprintf("sudo usermod --add-subuids %[1]s --add-subgids %[1]s %[2]s", unused(etc), name)}
 	}
 	for _, program := range []string{"newuidmap", "newgidmap", "setpriv"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -79,7 +79,42 @@ func find(etc string) (Map, error) {
 	return m, nil
 }
 
+// unused is a range that nobody has in either file, FIRST-LAST.
+func unused(etc string) string {
+	const usual, count = 100000, 65536 // where useradd begins, and what it gives
+	first := uint64(usual)
+	for _, file := range []string{"subuid", "subgid"} {
+		data, _ := os.ReadFile(filepath.Join(etc, file)) // none: nobody has a range
+		for line := range strings.Lines(string(data)) {
+			if _, given, err := parseSpan(line); err == nil {
+				first = max(first, uint64(given.first)+uint64(given.count))
+			}
+		}
+	}
+	return fmt.Sprintf("%d-%d", first, first+count-1)
+}
+
 type span struct{ first, count uint32 }
+
+// parseSpan reads a line NAME:FIRST:COUNT.
+func parseSpan(line string) (name string, s span, err error) {
+	fields := strings.Split(strings.TrimSpace(line), ":")
+	if len(fields) != 3 {
+		return "", span{}, fmt.Errorf("%q is not NAME:FIRST:COUNT", line)
+	}
+	first, err := strconv.ParseUint(fields[1], 10, 32)
+	if err != nil {
+		return "", span{}, err
+	}
+	count, err := strconv.ParseUint(fields[2], 10, 32)
+	if err != nil {
+		return "", span{}, err
+	}
+	if first+count > 1<<32-1 {
+		return "", span{}, fmt.Errorf("%q goes beyond the last id", line)
+	}
+	return fields[0], span{uint32(first), uint32(count)}, nil
+}
 
 // largest reads lines NAME:FIRST:COUNT, where NAME may be a number.
 func largest(file, name, uid string) (best span, err error) {
@@ -91,20 +126,11 @@ func largest(file, name, uid string) (best span, err error) {
 		return span{}, err
 	}
 	for line := range strings.Lines(string(data)) {
-		fields := strings.Split(strings.TrimSpace(line), ":")
-		if len(fields) != 3 || fields[0] != name && fields[0] != uid {
-			continue
-		}
-		first, err := strconv.ParseUint(fields[1], 10, 32)
-		if err != nil {
-			continue
-		}
-		count, err := strconv.ParseUint(fields[2], 10, 32)
+		whose, given, err := parseSpan(line)
 		// Host ids below 1000 are the system's, whoever gave them away.
-		if err != nil || first < 1000 || first+count > 1<<32-1 || count <= uint64(best.count) {
-			continue
+		if err == nil && (whose == name || whose == uid) && given.first >= 1000 && given.count > best.count {
+			best = given
 		}
-		best = span{uint32(first), uint32(count)}
 	}
 	return best, nil
 }

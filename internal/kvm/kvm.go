@@ -16,6 +16,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/user"
 	"strings"
 	"sync"
 	"syscall"
@@ -110,7 +111,19 @@ func unopened(device string, err error) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return &machine.ProbeError{Cause: "there is no " + device, Mend: "load kvm_intel or kvm_amd; switch on virtualisation in the firmware, or nested virtualisation where this host is itself a virtual machine"}
 	case errors.Is(err, fs.ErrPermission):
-		return &machine.ProbeError{Cause: device + " may not be opened by this user", Mend: "sudo usermod -aG kvm $USER, and log in again; in a container hand in " + device, Err: err}
+		return &machine.ProbeError{Cause: device + " may not be opened by this user", Mend: admit(device), Err: err}
 	}
 	return &machine.ProbeError{Cause: device + " does not open", Mend: nested, Err: err}
+}
+
+// admit says how a person gets at the device: by its group, where that is one for it.
+func admit(device string) string {
+	const contained = "; in a container hand in "
+	info, err := os.Stat(device)
+	if err == nil && info.Mode().Perm()&0o060 == 0o060 {
+		if group, err := user.LookupGroupId(fmt.Sprint(info.Sys().(*syscall.Stat_t).Gid)); err == nil && group.Gid != "0" {
+			return fmt.Sprintf("sudo usermod -aG %s $USER, and log in again", group.Name) + contained + device
+		}
+	}
+	return fmt.Sprintf("its owner alone may: sudo chmod 0666 %s lets everybody run machines", device) + contained + device
 }

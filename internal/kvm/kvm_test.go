@@ -107,3 +107,31 @@ func TestAnswers(t *testing.T) {
 		})
 	}
 }
+
+// TestAdmit: what is said to do can be done; a group is named that is there and may use the device.
+func TestAdmit(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("gives files to groups; run as root")
+	}
+	device := filepath.Join(t.TempDir(), "kvm")
+	if err := os.WriteFile(device, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		mode os.FileMode
+		gid  int
+		want string
+	}{
+		{0o660, 1, "usermod -aG daemon "}, // Debian's first group
+		{0o600, 1, "chmod 0666"},
+		{0o660, 0, "chmod 0666"},
+		{0o660, 54321, "chmod 0666"}, // nobody knows its name
+	} {
+		if err := errors.Join(os.Chown(device, 0, c.gid), os.Chmod(device, c.mode)); err != nil {
+			t.Fatal(err)
+		}
+		if got := admit(device); !strings.Contains(got, c.want) {
+			t.Errorf("mode %o of group %d: %q, want %q", c.mode, c.gid, got, c.want)
+		}
+	}
+}

@@ -178,8 +178,8 @@ func (v *vmm) await(ctx context.Context) (net.Conn, error) {
 
 // endedBy says with what a guest that is no more ended.
 func (v *vmm) endedBy() error {
-	if text := v.console.String(); text != "" {
-		return fmt.Errorf("its console's last line: %s", line(site.LastLine(text)))
+	if text := microvm.LastWords(v.console.String()); text != "" {
+		return fmt.Errorf("its console's last line: %s", line(text))
 	}
 	return errors.New("it printed nothing")
 }

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cal/internal/process"
-	"cal/machine/site"
+	"cal/machine/microvm"
 )
 
 // vmm is one Firecracker in its jail, held by this process.
@@ -254,8 +254,8 @@ func (v *vmm) died() string {
 		return "the kernel killed firecracker: it exceeded its memory limit"
 	case v.lastWords() != "":
 		return "firecracker ended: " + v.lastWords()
-	case site.LastLine(v.console.String()) != "":
-		return "the machine ended; the console's last line: " + line(site.LastLine(v.console.String()))
+	case microvm.LastWords(v.console.String()) != "":
+		return "the machine ended; the console's last line: " + line(microvm.LastWords(v.console.String()))
 	}
 	return "the machine ended"
 }

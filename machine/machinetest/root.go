@@ -19,8 +19,12 @@ func SmallImage(t testing.TB, dir string) nucleus.Image {
 			t.Fatal(err)
 		}
 	}
-	for _, name := range []string{"bin", "sbin", "lib", "lib64"} {
-		if err := os.Symlink("usr/"+name, filepath.Join(root, name)); err != nil {
+	for name, target := range map[string]string{
+		"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64",
+		// Where the machine has its own, an image's links lead nowhere.
+		"home": "/var/home", "root": "/nonexistent", "tmp": "/usr", "run": "../etc",
+	} {
+		if err := os.Symlink(target, filepath.Join(root, name)); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -83,6 +83,9 @@ func wantRefusal(t *testing.T, d *Driver, spec machine.Spec, want string) {
 	if len(err.Error()) > 2000 {
 		t.Errorf("an error of %d bytes", len(err.Error()))
 	}
+	if strings.Contains(err.Error(), "PCI") {
+		t.Errorf("what every guest prints is named as a cause: %v", err)
+	}
 	if found := left(t, spec.Dir); found != nil {
 		t.Errorf("left: %v", found)
 	}
@@ -124,6 +127,9 @@ func TestCorruptImage(t *testing.T) {
 	if !errors.Is(err, image.ErrCorrupt) {
 		t.Errorf("a corrupt image: %v", err)
 	}
+	if strings.Contains(err.Error(), "PCI") {
+		t.Errorf("what every guest prints is named as a cause: %v", err)
+	}
 	if found := left(t, spec.Dir); found != nil {
 		t.Errorf("left: %v", found)
 	}
@@ -150,6 +156,9 @@ func TestSilentGuest(t *testing.T) {
 	}
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v, want that the time is over", err)
+	}
+	if strings.Contains(err.Error(), "PCI") {
+		t.Errorf("what every guest prints is named as a cause: %v", err)
 	}
 	if found := left(t, spec.Dir); found != nil {
 		t.Errorf("left: %v", found)

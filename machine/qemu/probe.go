@@ -36,7 +36,7 @@ func (d *Driver) Probe(ctx context.Context) error {
 		_, err = d.config.Images.Initramfs(ctx, kernel, d.config.Proxy)
 	}
 	if err != nil {
-		return &machine.ProbeError{Cause: "there is no kernel to boot", Mend: "see that Debian's archive is reached, or take a kernel of your own: cal image kernel PATH", Err: err}
+		return &machine.ProbeError{Cause: "there is no kernel to boot", Mend: "see that Debian's archive is reached, or take a kernel of your own: cal image build kernel:PATH", Err: err}
 	}
 	return d.probeGuest(ctx)
 }
@@ -72,14 +72,16 @@ func (d *Driver) probeGuest(ctx context.Context) error {
 
 // tryGuest has a guest answer.
 func (d *Driver) tryGuest(ctx context.Context, trial *site.Trial) error {
+	root, err := trial.EmptyRoot()
+	if err != nil {
+		return err
+	}
 	spec := machine.Spec{
 		ID: "probe", Dir: trial.Machine(), Workspace: filepath.Join(trial.Dir, "w"), Proxy: d.config.Proxy,
-		Image: nucleus.Image{Kind: "directory", Path: filepath.Join(trial.Dir, "root")}, Resources: nucleus.Resources{CPU: 1, MemoryMB: 256, DiskMB: 64},
+		Image: nucleus.Image{Kind: nucleus.ImageDirectory, Path: root}, Resources: nucleus.Resources{CPU: 1, MemoryMB: 256, DiskMB: 64},
 	}
-	for _, dir := range []string{spec.Workspace, filepath.Join(spec.Image.Path, "usr")} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
+	if err := os.Mkdir(spec.Workspace, 0o755); err != nil {
+		return err
 	}
 	m, err := d.Create(ctx, spec)
 	if err != nil {

@@ -128,7 +128,8 @@ func TestCreate(t *testing.T) {
 	})
 	t.Run("at once", func(t *testing.T) {
 		dir, s, began := t.TempDir(), &standIn{}, make(chan struct{})
-		go func() {
+		var first sync.WaitGroup
+		first.Go(func() {
 			_, err := Create(t.Context(), dir, s.clear, func(lock io.Closer) (*standIn, error) {
 				close(began)
 				return s.start(dir, nil)(lock)
@@ -136,7 +137,8 @@ func TestCreate(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-		}()
+		})
+		defer first.Wait()
 		<-began
 		if _, err := Create(soon(t), dir, s.clear, s.start(dir, nil)); err == nil {
 			t.Error("two machines in one directory")

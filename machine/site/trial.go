@@ -57,6 +57,20 @@ const trialMachine = "m"
 // Machine is the directory for the probe's machine, empty.
 func (t *Trial) Machine() string { return filepath.Join(t.Dir, trialMachine) }
 
+// EmptyRoot is a root file system in which there is nothing. It stays where it is, beside the
+// trials, so that each probe's is the same image.
+func (t *Trial) EmptyRoot() (dir string, err error) {
+	place := filepath.Join(filepath.Dir(t.Dir), "cal-empty-root")
+	if err := os.Mkdir(place, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", err
+	}
+	if !own(place) { // another user's, where scratch is everybody's
+		place = t.Dir
+	}
+	dir = filepath.Join(place, "root")
+	return dir, os.MkdirAll(filepath.Join(dir, "usr"), 0o755)
+}
+
 // End removes the machine and all else. What ended the probe must not end this, so ctx
 // gives its values alone.
 func (t *Trial) End(ctx context.Context) error {

@@ -83,6 +83,29 @@ func TestTrial(t *testing.T) {
 	}
 }
 
+// An empty root stays, and is the same for each probe; one of somebody else's is not taken.
+func TestEmptyRoot(t *testing.T) {
+	scratch := t.TempDir()
+	root := func() string {
+		trial := begin(t, scratch, remover{name: "one"})
+		dir, err := trial.EmptyRoot()
+		must(t, err)
+		if entries, err := os.ReadDir(filepath.Join(dir, "usr")); err != nil || len(entries) > 0 {
+			t.Errorf("%v (%v)", entries, err)
+		}
+		must(t, trial.End(t.Context()))
+		return dir
+	}
+	first, second := root(), root()
+	if _, err := os.Stat(first); err != nil || first != second {
+		t.Errorf("%s and %s (%v)", first, second, err)
+	}
+	must(t, os.Chmod(filepath.Dir(first), 0o777))
+	if third := root(); third == first {
+		t.Errorf("%s, which others can write, was taken", third)
+	}
+}
+
 // In a directory of everybody's, what others made is not looked at: their record could name
 // processes and files of this user's.
 func TestTrialsOfOthers(t *testing.T) {
