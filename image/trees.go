@@ -219,8 +219,9 @@ func (s *Store) fill(ctx context.Context, image nucleus.Image, dir string, o *Ob
 	if err := unix.Statfs(dir, &stat); err != nil {
 		return err
 	}
-	// An archive that claims more than there is room for is refused before the disk is full.
-	limits.Bytes = min(limits.Bytes, int64(stat.Bavail)*stat.Bsize)
+	// An archive that claims more than there is room for is refused before the disk is full: the
+	// host keeps a tenth of what is free.
+	limits.Bytes = min(limits.Bytes, int64(stat.Bavail)*stat.Bsize/10*9)
 	var err error
 	switch image.Kind {
 	case nucleus.ImageTarball:

@@ -48,7 +48,7 @@ func TestMachineDiesInRequest(t *testing.T) {
 				t.Errorf("the pod is %s when its request is answered", state)
 			}
 			e := a.want(t, nucleus.KindUnavailable)
-			for _, text := range []string{p.record.ID, "the machine ended: ", p.machine.Reason(), "console ends with", "line 99\n", `\x1b]0;evil`, "all is well", "hint: cal audit log --pod " + p.record.ID} {
+			for _, text := range []string{p.record.ID, "the machine ended: ", p.machine.Reason(), "console ends with", "\n| line 99\n", `\x1b]0;evil`, "all is well", "hint: cal audit log --pod " + p.record.ID} {
 				if !strings.Contains(e.Message, text) {
 					t.Errorf("want %q in it: %q", text, e.Message)
 				}

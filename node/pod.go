@@ -499,7 +499,7 @@ const shownPolicy = 60_000
 
 func consoleHint(m machine.Machine) string {
 	if text := lastLines(m.Console()); text != "" {
-		return "; the machine's console ends with:\n" + text
+		return "; the machine's console ends with:\n| " + strings.ReplaceAll(text, "\n", "\n| ")
 	}
 	return ""
 }

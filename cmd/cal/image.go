@@ -251,6 +251,9 @@ there is is listed, with why it was removed or kept.`,
 			if unused < 0 {
 				return usageError{fmt.Errorf("--unused is %s, want 0 or more", unused)}
 			}
+			if all && cmd.Flags().Changed("unused") {
+				return usageError{errors.New("--all and --unused say two different things")}
+			}
 			if all {
 				unused = 0
 			}

@@ -93,7 +93,7 @@ func TestReadLine(t *testing.T) {
 
 func TestHarmless(t *testing.T) {
 	for text, want := range map[string]string{
-		"no such file: sch\u00f6n.txt\n\thint": "no such file: sch\u00f6n.txt\n\thint", "\x1b]0;owned\a": `\u{1b}]0;owned\u{7}`, "a\u202eb\u009b2J\r": `a\u{202e}b\u{9b}2J\u{d}`, "\xff": "\ufffd",
+		"no such file: sch\u00f6n.txt\n\thint": "no such file: sch\u00f6n.txt\n  \thint", "gone\ncal: forged": "gone\n  cal: forged", "\x1b]0;owned\a": `\u{1b}]0;owned\u{7}`, "a\u202eb\u009b2J\r": `a\u{202e}b\u{9b}2J\u{d}`, "\xff": "\ufffd",
 	} {
 		if got := harmless(text); got != want {
 			t.Errorf("%q became %q, want %q", text, got, want)

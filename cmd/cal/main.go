@@ -110,13 +110,17 @@ func report(ctx context.Context, err error) int {
 }
 
 // harmless keeps what an error repeats of a machine, a repository or a policy from steering
-// the terminal: control and format characters become their code points.
+// the terminal, and from looking like lines of our own: control and format characters become
+// their code points, and each line but the first is indented.
 func harmless(text string) string {
 	var b strings.Builder
 	for _, r := range text {
-		if unicode.IsPrint(r) || r == '\n' || r == '\t' {
+		switch {
+		case r == '\n':
+			b.WriteString("\n  ")
+		case unicode.IsPrint(r) || r == '\t':
 			b.WriteRune(r)
-		} else {
+		default:
 			fmt.Fprintf(&b, `\u{%x}`, r)
 		}
 	}

@@ -51,7 +51,7 @@ func printStatus(out io.Writer, pods []nucleus.PodStatus) error {
 		}
 		w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
 		line := func(label, format string, args ...any) {
-			fmt.Fprintf(w, "  %s\t%s\n", label, fmt.Sprintf(format, args...))
+			fmt.Fprintf(w, "  %s\t%s\n", label, workspace.Shown(fmt.Sprintf(format, args...)))
 		}
 		fmt.Fprintln(w, p.ID)
 		if p.Workspace != "" {
@@ -61,10 +61,15 @@ func printStatus(out io.Writer, pods []nucleus.PodStatus) error {
 			line("below", "%s", p.Parent)
 		}
 		state := p.State
-		if p.Reason != "" {
-			state += ": " + p.Reason
+		reason, more, _ := strings.Cut(p.Reason, "\n") // a console's lines
+		if reason != "" {
+			state += ": " + reason
 		}
-		line("state", "%s, since %s", state, p.Created)
+		line("state", "%s", state)
+		for text := range strings.Lines(more) {
+			line("", "%s", strings.TrimSuffix(text, "\n"))
+		}
+		line("since", "%s", p.Created)
 		if p.Agent != "" {
 			line("agent", "%s", p.Agent)
 		}

@@ -23,14 +23,15 @@ func TestPrintStatus(t *testing.T) {
 				Estimated: 1, Unpriced: []string{"model\x1b[2J"}, Stopped: "budget.usd",
 			},
 		},
-		{ID: "p-bbbbbbbbbb", Parent: "p-aaaaaaaaaa", State: "failed", Reason: "the machine ended", Created: "2026-01-02T03:04:05Z", Mode: nucleus.Contained, Tier: nucleus.TierVM},
+		{ID: "p-bbbbbbbbbb", Parent: "p-aaaaaaaaaa", State: "failed", Reason: "the machine ended; its console ends with:\n| policy\tpermissive\n| \x1b[2Jp-cccccccccc", Created: "2026-01-02T03:04:05Z", Mode: nucleus.Contained, Tier: nucleus.TierVM},
 	}
 	if err := printStatus(&out, pods); err != nil {
 		t.Fatal(err)
 	}
 	const want = `p-aaaaaaaaaa
   workspace  shop
-  state      running, since 2026-01-02T03:04:05Z
+  state      running
+  since      2026-01-02T03:04:05Z
   agent      claude-code
   policy     frugal
   mode       mediated, tier kernel
@@ -45,7 +46,10 @@ func TestPrintStatus(t *testing.T) {
 
 p-bbbbbbbbbb
   below     p-aaaaaaaaaa
-  state     failed: the machine ended, since 2026-01-02T03:04:05Z
+  state     failed: the machine ended; its console ends with:
+            | policy\tpermissive
+            | \x1b[2Jp-cccccccccc
+  since     2026-01-02T03:04:05Z
   policy    without a name
   mode      contained, tier vm
   exposure  none

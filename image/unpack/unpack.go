@@ -198,7 +198,7 @@ func (a *addition) entry(header *tar.Header, content io.Reader) error {
 	switch header.Typeflag {
 	case tar.TypeDir:
 		err = a.directory(to, header)
-	case tar.TypeReg, tar.TypeGNUSparse:
+	case tar.TypeReg, tar.TypeGNUSparse, tar.TypeCont: // the last is a file to whoever does not know better (POSIX.1-2001, ustar)
 		err = a.file(to, header, content)
 	case tar.TypeSymlink:
 		if a.way == Package {

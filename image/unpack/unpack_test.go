@@ -173,6 +173,22 @@ func TestAdd(t *testing.T) {
 }
 
 // Each tries to write, remove or read something outside, or to fill the disk.
+// A contiguous file, of systems that have them, is a file.
+func TestContiguousFile(t *testing.T) {
+	var packed bytes.Buffer
+	w := tar.NewWriter(&packed)
+	must(t, w.WriteHeader(&tar.Header{Name: "f", Typeflag: tar.TypeCont, Mode: 0o644, Size: 4}))
+	_, err := w.Write([]byte("text"))
+	must(t, errors.Join(err, w.Close()))
+	dir := t.TempDir()
+	into, err := Open(dir, Limits{Bytes: 1 << 20, Entries: 10})
+	must(t, err)
+	must(t, errors.Join(into.Add(t.Context(), &packed, Plain), into.Close()))
+	if got, err := os.ReadFile(filepath.Join(dir, "f")); string(got) != "text" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
 func TestAddRefuses(t *testing.T) {
 	for name, c := range map[string]struct {
 		way      Way

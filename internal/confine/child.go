@@ -21,7 +21,6 @@ func Main() {
 		return
 	}
 	runtime.LockOSThread() // what follows is the thread's, and becomes the program's
-	unix.Umask(0o022)      // what is made of the root is the program's to read, which is another user
 	// Out of the way of the program's descriptors; it is closed when the program runs.
 	socket, err := unix.FcntlInt(3, unix.F_DUPFD_CLOEXEC, aside)
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ import (
 
 	"cal/image"
 	"cal/internal/testenv"
+	"cal/internal/testenv/vm"
 	"cal/nucleus"
 )
 
@@ -127,6 +129,7 @@ func TestImages(t *testing.T) {
 	e.Cal("image", "prune", "--all").Want(t, 0, "0 objects")
 	e.Cal("image", "inspect", "nothing").Want(t, 1, "nothing")
 	e.Cal("image", "prune", "--unused", "-1s").Want(t, 2)
+	e.Cal("image", "prune", "--all", "--unused", "5h").Want(t, 2)
 	e.Cal("image", "build", "moon").Want(t, 2, "moon")
 	e.Cal("image", "build").Want(t, 2)
 	e.Cal("run", "--image", "oci:127.0.0.1:1/nowhere:1", "--", "true").Want(t, 1, "127.0.0.1:1")
@@ -191,4 +194,22 @@ git init -q r; cd r; echo a > a; git add a; git -c user.name=n -c user.email=e c
 diff a a; find . -name a | xargs grep a; less --version | head -1; file a; which sh; test -s /etc/ssl/certs/ca-certificates.crt; openssl x509 -noout -in /usr/lib/ssl/cert.pem
 test ! -e /usr/local/go; test -z "$(find / -xdev -perm /6000 2>/dev/null)"; id -un`
 	e.Cal("run", "--image", "debian", "--", "bash", "-c", script).Want(t, 0, "git version", "curl ", "awk 42", "GNU sed", "tar (GNU tar)", "perl", "one", "less ", "ASCII text", "/sh")
+}
+
+// TestUmask: a person whose files are for nobody else has machines too, whose users read what is
+// made for them.
+func TestUmask(t *testing.T) {
+	e := testenv.New(t)
+	vm.StoreIn(t, filepath.Join(e.CAL, "images")) // or skip
+	tarball := filepath.Join(e.Dir, "root.tar")
+	if err := os.WriteFile(tarball, rootTar(t, e), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	careful := func(args ...string) testenv.Result {
+		t.Helper()
+		return e.Start(e.Command("sh", slices.Concat([]string{"-c", `umask 077; exec "$0" "$@"`, filepath.Join(e.Bin, "cal")}, args)...)).Wait()
+	}
+	careful("run", "--", "sh", "-c", "echo hello > f; cat f").Want(t, 0, "hello")
+	careful("run", "--image", tarball, "--", "/app/bin/only-here", "version").Want(t, 0, nucleus.Version, "unpacking")
+	careful("run", "--driver", "qemu", "--image", tarball, "--", "/app/bin/only-here", "version").Want(t, 0, nucleus.Version)
 }

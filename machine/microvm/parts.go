@@ -193,12 +193,13 @@ func (p Parts) Digests() map[string]string {
 	return digests
 }
 
-// KernelHint ends a hint where the kernel is a person's own and may be why nothing came up.
+// KernelHint is what else to look at where the kernel is a person's own and may be why nothing
+// came up.
 func (p Parts) KernelHint() string {
 	if p.Kernel.Package != "" {
 		return ""
 	}
-	return ", and whether the kernel is a good one: `cal image build kernel` goes back to Debian's"
+	return "whether the kernel is a good one: `cal image build kernel` goes back to Debian's"
 }
 
 // Longest is the size of the largest file that the machine may write, in bytes.

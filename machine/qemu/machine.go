@@ -8,8 +8,11 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"cal/internal/cgroup"
 	"cal/internal/confine"
@@ -155,8 +158,15 @@ func (d *Driver) start(ctx context.Context, spec machine.Spec, rec record) (_ *v
 	}
 	began := time.Now()
 	conn, err := v.greet(ctx, &v.ports[0])
-	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("its guest has not come up in %s; hint: see whether the host is busy%s: %w", time.Since(began).Round(time.Second), parts.KernelHint(), err)
+	hint := parts.KernelHint()
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded):
+		if hint != "" {
+			hint = ", and " + hint
+		}
+		err = fmt.Errorf("its guest has not come up in %s; hint: see whether the host is busy%s: %w", time.Since(began).Round(time.Second), hint, err)
+	case hint != "" && (errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET)):
+		err = fmt.Errorf("its guest ended before it answered; hint: see %s: %w", hint, err)
 	}
 	v.patience = greetTry
 	return v, conn, err
@@ -320,6 +330,9 @@ func (v *vmm) explain(err error) error {
 		if tape.text != "" {
 			err = fmt.Errorf("%w; %s said last: %s", err, tape.who, printable(tape.text))
 		}
+	}
+	if strings.Contains(v.said.String(), "Cannot allocate memory") {
+		err = fmt.Errorf("%w; hint: the host has no %d MB of memory for it (--memory)", err, v.rec.Shape.MemoryMB)
 	}
 	return err
 }

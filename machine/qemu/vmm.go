@@ -309,6 +309,10 @@ func checkWalls(rec record, pid int) error {
 	if ids := strings.Fields(status["Uid"]); len(ids) != 4 || slices.ContainsFunc(ids, func(id string) bool { return id != strconv.FormatUint(uint64(user), 10) }) {
 		return fmt.Errorf("qemu is user %q, want %d", status["Uid"], user)
 	}
+	// In a namespace of one id nobody may give groups up.
+	if groups := status["Groups"]; groups != "" && rec.User != 0 {
+		return fmt.Errorf("qemu has the groups %s, want none", groups)
+	}
 	spaces := []string{"mnt", "pid", "net", "ipc", "uts"}
 	if os.Geteuid() != 0 {
 		spaces = append(spaces, "user")
