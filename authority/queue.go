@@ -31,17 +31,18 @@ type queue struct {
 	width, height int
 	now           time.Time
 
-	items    []client.Item // that wait, oldest first
-	failed   string        // why the list is not known
-	selected string        // id
-	open     *opened       // the ask that is read; nil: the list is shown
-	entry    *entry        // what is being typed
-	busy     string        // what is under way; no key counts
-	note     string        // what came of the last thing
-	only     string        // the id of the one ask that the person came for; empty: all that waits
-	granted  bool          // that one was granted
-	leave    bool          // the person has left
-	flush    bool          // what was typed up to now does not count
+	items       []client.Item // that wait, oldest first
+	failed      string        // why the list is not known
+	selected    string        // id
+	open        *opened       // the ask that is read; nil: the list is shown
+	entry       *entry        // what is being typed
+	busy        string        // what is under way; no key counts
+	note        string        // what came of the last thing
+	only        string        // the id of the one ask that the person came for; empty: all that waits
+	granted     bool          // that one was granted
+	leave       bool          // the person has left
+	interrupted bool          // by Ctrl-C
+	flush       bool          // what was typed up to now does not count
 }
 
 // asks is what the queue needs of the authority.
@@ -327,10 +328,14 @@ func (q *queue) undecidable(at time.Time) string {
 }
 
 // keys takes what came from the terminal in one piece. Of several keys at once, pasted or
-// typed ahead, none decides or begins a decision; while something is under way none counts.
+// typed ahead, none decides or begins a decision; while something is under way none counts
+// but Ctrl-C.
 func (q *queue) keys(e keyEvent) (do effect) {
 	for _, k := range e.keys {
-		if do == nil && q.busy == "" {
+		switch {
+		case k == keyInterrupt && q.entry == nil:
+			q.leave, q.interrupted = true, true
+		case do == nil && q.busy == "":
 			do = q.key(k, len(e.keys) == 1, e.at)
 		}
 	}
@@ -342,7 +347,7 @@ func (q *queue) key(k string, alone bool, at time.Time) effect {
 	if q.entry != nil {
 		return q.typed(k)
 	}
-	if k == "q" || k == keyInterrupt {
+	if k == "q" {
 		q.leave = true
 		return nil
 	}

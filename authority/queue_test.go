@@ -174,6 +174,28 @@ func TestQueue(t *testing.T) {
 	}
 }
 
+// Ctrl-C leaves whatever else came with it and whatever is under way; of a line that is being
+// typed it ends that alone.
+func TestQueueInterrupted(t *testing.T) {
+	p, _ := newPerson(t, 80, 24)
+	p.ask("a-1", nil)
+	p.read("a-1")
+	p.press("d")
+	p.press(keyInterrupt)
+	if p.q.entry != nil || p.q.leave {
+		t.Errorf("of a line: entry %v, left %v", p.q.entry, p.q.leave)
+	}
+	p.q.busy = "asking"
+	p.press("q")
+	if p.q.leave {
+		t.Error("control: q leaves while something is under way")
+	}
+	p.paste("g", keyInterrupt)
+	if !p.q.leave || !p.q.interrupted || p.q.entry != nil {
+		t.Errorf("left %v, interrupted %v, entry %v", p.q.leave, p.q.interrupted, p.q.entry)
+	}
+}
+
 // Keys that were typed before somebody could have read decide nothing.
 func TestQueueTypedAhead(t *testing.T) {
 	p, way := newPerson(t, 80, 24)

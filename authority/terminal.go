@@ -189,11 +189,11 @@ func (p *Prompt) decideOn(ctx context.Context, q *queue, plain bool) (err error)
 			if err, ended := event.(error); ended {
 				return err
 			}
-			if k, ok := event.(keyEvent); ok && q.entry == nil && len(k.keys) == 1 && k.keys[0] == keyInterrupt {
-				return ErrInterrupted
-			}
 			run(q.update(time.Now(), event))
 		}
+	}
+	if q.interrupted {
+		return ErrInterrupted
 	}
 	return nil
 }

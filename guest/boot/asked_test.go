@@ -30,7 +30,7 @@ func remembered(t *testing.T) vm.Config {
 	memory := filepath.Join(built.dir, "memory")
 	if _, err := os.Stat(memory); errors.Is(err, os.ErrNotExist) {
 		m := vm.Start(t, config)
-		drawn(t, m, "") // if the kernel has to begin anew by itself it does so here, and not soon again
+		asked(t, m, "settle", "settled")
 		m.Save(memory)
 	}
 	config.Memory = memory
@@ -70,7 +70,7 @@ func serveAsked() {
 	end()
 }
 
-// asking hears what the host asks on a wire: "draw WAY", random numbers, and entropy is then taken in that
+// asking hears what the host asks on a wire: "settle"; "draw WAY", random numbers, and entropy is then taken in that
 // way with nothing else before ok; "without NAME", a mutant. It draws too
 // at the very moment at which ok is said.
 type asking struct {
@@ -93,14 +93,41 @@ func (a *asking) Read(p []byte) (int, error) {
 func (a *asking) hear(line string) {
 	switch what, of, _ := strings.Cut(line, " "); what {
 	case "draw":
-		if way, named := ways[of]; named {
-			a.f.random, a.f.prepared = way.take, true
-		}
+		a.f.random, a.f.prepared = ways[of].take, true
 		a.draw()
+	case "settle":
+		settle()
+		a.draw() // so that each processor's are the new ones
+		fmt.Fprintf(a.ReadWriter, "\nsettled\n")
 	case "without":
 		mutants[of].change()
 		fmt.Fprintf(a.ReadWriter, "\nwithout %s\n", of)
 	}
+}
+
+// settle has the kernel's random numbers begin anew, at a time from which on it does so by itself
+// after quietFor at the earliest: after half of the time since the boot (Linux 6.1, crng_reseed_interval).
+func settle() {
+	const quietFor = 8 * time.Second
+	for {
+		var now unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+			panic(err)
+		}
+		left := 2*quietFor - time.Duration(now.Nano())
+		if left <= 0 {
+			break
+		}
+		time.Sleep(left)
+	}
+	pool, err := os.OpenFile("/dev/random", os.O_WRONLY, 0)
+	if err == nil {
+		err = unix.IoctlSetInt(int(pool.Fd()), unix.RNDRESEEDCRNG, 0)
+	}
+	if err != nil {
+		panic(err)
+	}
+	pool.Close()
 }
 
 func (a *asking) Write(p []byte) (int, error) {
