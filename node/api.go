@@ -75,7 +75,7 @@ func (n *Node) operator(next verifiedHandler) http.HandlerFunc {
 			if v.caller.Role != wire.Operator {
 				return nucleus.Errorf(nucleus.KindForbidden, "%s %s is for the operator; key %s is an agent's", r.Method, r.URL.Path, v.caller.KeyID)
 			}
-			return next(w, r, v)
+			return n.using(w, r, v, next)
 		})
 	}
 }
@@ -92,7 +92,7 @@ func (n *Node) ofPod(next verifiedHandler) http.HandlerFunc {
 			if v.signed.Pod != id {
 				return nucleus.Errorf(nucleus.KindForbidden, "the request is signed for pod %q, the path names %q", v.signed.Pod, id)
 			}
-			return next(w, r, v)
+			return n.using(w, r, v, next)
 		})
 	}
 }

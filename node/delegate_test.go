@@ -805,7 +805,7 @@ func TestDelegationAfterTheEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	late := derived()
-	h.node.stopDeciding(p, "test")
+	h.node.stopDeciding(p, "test", "")
 	if err := h.node.endSubs(h.context(), "test", p); err != nil {
 		t.Fatal(err)
 	}

@@ -15,7 +15,7 @@ func TestDeleteAtTheSameTime(t *testing.T) {
 
 	// As if both had found it running.
 	for range 2 {
-		h.node.stopDeciding(p, "somebody")
+		h.node.stopDeciding(p, "somebody", "")
 	}
 	var deleting sync.WaitGroup
 	for range 8 {

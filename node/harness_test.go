@@ -185,6 +185,7 @@ func (h *host) kill() {
 	pods := n.podList()
 	n.mu.Unlock()
 	close(n.closing)
+	n.transients.Wait()
 	if spare := n.spares.waiting; spare != nil {
 		<-spare.ready
 		n.spares.dismiss()

@@ -91,6 +91,7 @@ type Node struct {
 	agents     map[string]wire.Key // boot id -> key of the agent inside
 	serving    sync.WaitGroup
 
+	transients  sync.WaitGroup // keepTransient
 	stopKeeping context.CancelFunc
 	closing     chan struct{} // closed when the node gives its machines up
 }
@@ -145,6 +146,7 @@ func Open(ctx context.Context, config Config) (*Node, error) {
 	cancel()
 	n.serving.Go(func() { n.witness.keep(keeping) })
 	n.beginWatch(ctx, keeping)
+	n.transients.Go(n.keepTransient)
 	return n, nil
 }
 
@@ -239,6 +241,7 @@ const OperatorKey = "operator"
 // Close gives everything back. Machines go on: the next node adopts them.
 func (n *Node) Close() error {
 	close(n.closing)
+	n.transients.Wait() // a machine is ended or left to the next node
 	n.spares.close()
 	n.mu.Lock()
 	pods := n.podList()

@@ -81,6 +81,8 @@ type Pod struct {
 	removed             bool             // nothing of the machine is left
 	runs                map[int64]string // of the agent, whose end is not recorded: by the start's entry, who started it
 	errand              *errand          // of its agent, where another pod's agent gave it a task
+	users               int              // who use it now, see transient.go
+	used                time.Duration    // when the last of them were done, by Config.Monotonic
 
 	started chan struct{} // closed when the start has come to an end
 	gone    chan struct{} // closed when removed
@@ -151,6 +153,7 @@ func (n *Node) recordPodRefused(actor string, spec nucleus.PodSpec, why error) {
 
 // create starts the machine of a pod that is worked out.
 func (n *Node) create(ctx context.Context, actor string, p *Pod) error {
+	defer n.use(p)()
 	n.awaitRemoval(ctx, p.record.Workspace)
 	driver, err := n.driver(p.record)
 	if err != nil {
@@ -246,6 +249,9 @@ func (n *Node) plan(ctx context.Context, spec nucleus.PodSpec) (*Pod, error) {
 	}
 	if err := spec.Image.Check(); err != nil {
 		return nil, err
+	}
+	if spec.Transient && spec.Agent != nil {
+		return nil, nucleus.Errorf(nucleus.KindInvalid, "a transient pod with agent %q: an agent works on where no request waits for it; leave out transient", spec.Agent.Name)
 	}
 	declared, err := resolvePolicy(spec.Policy)
 	if err != nil {
@@ -898,7 +904,11 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 	if err != nil {
 		return err
 	}
-	id := p.record.ID
+	return n.endPod(ctx, actor, p, "")
+}
+
+// endPod is DeletePod with a reason for the log, where the node ends the pod itself.
+func (n *Node) endPod(ctx context.Context, actor string, p *Pod, why string) error {
 	p.mu.Lock()
 	starting, live, removed := p.state == stateStarting, p.state == stateRunning || p.state == statePaused, p.removed
 	if starting { // who starts it takes it away
@@ -916,7 +926,7 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 		p.mu.Unlock()
 	}
 	if live {
-		n.stopDeciding(p, actor)
+		n.stopDeciding(p, actor, why)
 	}
 	if err := n.endSubs(ctx, actor, p); err != nil {
 		return err
@@ -927,7 +937,7 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 		}
 	}
 	n.mu.Lock()
-	delete(n.pods, id)
+	delete(n.pods, p.record.ID)
 	n.mu.Unlock()
 	if driver, err := n.driver(p.record); err == nil && live && (driver.Tier() != nucleus.TierEmulated || n.config.SpareEmulated) {
 		n.spares.prepare(driver, p.machineSpec(n), p.record.Spec.Workspace != "")
@@ -937,14 +947,17 @@ func (n *Node) DeletePod(ctx context.Context, actor, name string) error {
 
 // stopDeciding ends what may be decided for a pod, in the critical section in which
 // it is decided: an intent that was allowed stands before pod.stop in the log, or is none.
-func (n *Node) stopDeciding(p *Pod, actor string) {
+func (n *Node) stopDeciding(p *Pod, actor, why string) {
 	p.root.mu.Lock()
 	defer p.root.mu.Unlock()
 	if p.ended() != "" { // whoever deletes it too was first
 		return
 	}
-	// A full disk keeps nobody from ending it.
-	n.note(nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()})
+	e := nucleus.Entry{Pod: p.record.ID, Session: p.record.Session, Actor: actor, Kind: nucleus.KindPodStop, Exposure: p.root.exposure.Names()}
+	if why != "" {
+		e.Data = data(map[string]any{"reason": why})
+	}
+	n.note(e) // a full disk keeps nobody from ending it
 	p.setState(stateStopped, "")
 }
 

@@ -53,6 +53,7 @@ const (
 type PodSpec struct {
 	Ref       string            `json:"ref,omitempty"`               // the caller's own name for the pod, by which it can be ended also where the answer was cut off
 	Workspace string            `json:"workspace,omitempty"`         // name of a persistent workspace; empty: one that ends with the pod
+	Transient bool              `json:"transient,omitempty"`         // the node ends it when no request has used it for a minute; never with an agent
 	Driver    string            `json:"driver,omitempty"`            // empty: the strongest whose probe succeeds
 	Require   Tier              `json:"require,omitempty"`           // fail closed below this
 	Approvals string            `json:"require_approvals,omitempty"` // "other-user" or "passkey": fail closed where approvals are not as strong

@@ -102,6 +102,8 @@ func (h Home) Plan(ctx context.Context, o RunOptions) (*Plan, error) {
 			return nil, err
 		}
 	}
+	// Nobody comes back to a machine that is for one command.
+	p.Spec.Transient = p.Spec.Agent == nil && p.Spec.Workspace == ""
 	return p, nil
 }
 

@@ -417,7 +417,7 @@ func TestAuditEndsOnSignal(t *testing.T) {
 		{"verify", "--checkpoint", name}, {"verify-receipt", name}, {"verify-receipt", "-"}, {"timeline", "--html", "x.html", "--receipt", name},
 		{"prove", "--session", "s-1", "-o", "x", "--checkpoint", name}, {"show", "1", "--reveal", "--args", name},
 	} {
-		for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
+		for _, sig := range []os.Signal{os.Interrupt, syscall.SIGQUIT, syscall.SIGTERM} {
 			fifo, err := os.OpenFile(name, os.O_RDWR, 0) // which is its writer
 			if err != nil {
 				t.Fatal(err)

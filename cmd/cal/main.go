@@ -29,8 +29,8 @@ const (
 	exitInterrupted = 130
 )
 
-// interrupts are the signals by which a person, or the terminal that closes, ends cal.
-var interrupts = []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
+// interrupts are the signals by which a person (Ctrl-C, Ctrl-\), or the terminal that closes, ends cal.
+var interrupts = []os.Signal{os.Interrupt, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP}
 
 func main() {
 	kvm.Main()     // the child that tries whether KVM runs a guest

@@ -29,7 +29,7 @@ import (
 const (
 	passphrase = "correct horse battery"
 	phrase     = "blue lamp"
-	patience   = 30 * time.Second
+	patience   = 60 * time.Second
 )
 
 var binary string

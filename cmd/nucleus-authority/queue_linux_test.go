@@ -164,7 +164,7 @@ func TestQueueOvertaken(t *testing.T) {
 	t.Parallel() // mostly waits
 	home, api := queueHome(t)
 	short := newAsk(t, "a-1", "true")
-	short.Expires = short.Created + 4000
+	short.Expires = short.Created + 12000 // a busy host has shown it by then
 	submit(t, api, short)
 	submit(t, api, newAsk(t, "a-2", "false"))
 	p := newPane(t, home, "TERM=screen", "approve")

@@ -148,7 +148,7 @@ func TestTwoOnOneWorkspace(t *testing.T) {
 	e.Cal("run", "--repo", repo.Dir, "--", "true").Want(t, 0)
 }
 
-// TestInterrupt presses Ctrl-C at many moments of a run.
+// TestInterrupt presses Ctrl-C at many moments of a run; other signals are as good.
 func TestInterrupt(t *testing.T) {
 	e := testenv.New(t)
 	repo := e.Repo("greeter", greeter())
@@ -156,10 +156,10 @@ func TestInterrupt(t *testing.T) {
 	run := func() *testenv.Running {
 		return e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--", "sh", "-c", "echo begun; exec sleep 300"))
 	}
-	interrupt := func(moment string, r *testenv.Running) {
+	end := func(moment string, r *testenv.Running, sig syscall.Signal) {
 		t.Helper()
 		started := time.Now()
-		r.Cmd.Process.Signal(syscall.SIGINT)
+		r.Cmd.Process.Signal(sig)
 		if got := r.Wait(); got.Code != 130 {
 			t.Errorf("%s: want 130\n%v", moment, got)
 		}
@@ -168,16 +168,22 @@ func TestInterrupt(t *testing.T) {
 		}
 		testenv.Eventually(t, 10*time.Second, moment+": nothing is left", func() bool { return len(e.LeftOfMachines()) == 0 })
 	}
+	interrupt := func(moment string, r *testenv.Running) {
+		t.Helper()
+		end(moment, r, syscall.SIGINT)
+	}
 	for _, after := range []int{15, 40, 80, 120, 180, 250, 400} {
 		r := run()
 		time.Sleep(time.Duration(after) * time.Millisecond) // the moment is what varies
 		interrupt(fmt.Sprintf("after %d ms", after), r)
 	}
-	r := run()
-	r.Until("begun")
-	interrupt("while the command runs", r)
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP} {
+		r := run()
+		r.Until("begun")
+		end(fmt.Sprintf("%v while the command runs", sig), r, sig)
+	}
 
-	r = e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--", "sh", "-c", "trap '' INT TERM; echo begun; while :; do sleep 1; done"))
+	r := e.Start(e.Command("cal", "run", "--repo", repo.Dir, "--", "sh", "-c", "trap '' INT TERM; echo begun; while :; do sleep 1; done"))
 	r.Until("begun")
 	interrupt("a command that ignores it", r)
 

@@ -309,6 +309,52 @@ func TestCalDies(t *testing.T) {
 	e.Verify()
 }
 
+// TestCalDiesUnderCommand kills cal in the middle of a command in a machine that is for this
+// command alone: the node ends it when nobody has used it for a minute, and not before.
+func TestCalDiesUnderCommand(t *testing.T) {
+	t.Parallel() // mostly waits
+	e := testenv.New(t)
+	_, clock := e.ClockedNode()
+	var passed time.Duration
+	ended := func(id string) func() bool {
+		return func() bool {
+			passed += 10 * time.Second
+			clock.Passed(passed)
+			pods, err := e.Client().Pods(e.Context()) // to ask for the pod itself would be a use
+			return err == nil && !slices.ContainsFunc(pods, func(p nucleus.PodStatus) bool { return p.ID == id })
+		}
+	}
+	run := e.Start(e.Command("cal", "run", "--", "sh", "-c", "echo up; exec sleep 300"))
+	run.Until("up")
+	pods := e.Pods()
+	if len(pods) != 1 {
+		t.Fatalf("pods %v, want one", pods)
+	}
+	for range 2 { // control: one that nobody uses ends, and this one, which somebody does, stays
+		idle, err := e.Client().CreatePod(e.Context(), nucleus.PodSpec{Transient: true, Mode: nucleus.Mediated, Policy: json.RawMessage(`"default"`), Image: nucleus.Image{Kind: "host"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		testenv.Eventually(t, 20*time.Second, "a machine that nobody uses has ended", ended(idle.ID))
+	}
+	if !slices.Equal(e.Pods(), pods) {
+		t.Fatalf("pods %v, want the command's, %v", e.Pods(), pods)
+	}
+	run.Cmd.Process.Kill()
+	run.Wait()
+	testenv.Eventually(t, 20*time.Second, "the machine has ended", ended(pods[0]))
+	if left := e.LeftOfMachines(); len(left) > 0 {
+		t.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+	}
+	stops := e.Entries(func(n nucleus.Entry) bool { return n.Kind == nucleus.KindPodStop && n.Pod == pods[0] })
+	if len(stops) != 1 || !strings.Contains(string(stops[0].Data), "no request has used the transient pod") {
+		t.Errorf("recorded as %+v", stops)
+	}
+	if report := e.Verify(); len(report.Intents) > 0 {
+		t.Errorf("%d intents without an outcome", len(report.Intents))
+	}
+}
+
 // TestAllDieAfterAWrite kills cal, the node and the sandbox as soon as a write was
 // answered, again and again: what the finished call wrote is there, whole, on the host and in the
 // next machine.

@@ -33,30 +33,43 @@ func Main(m *testing.M) {
 
 const clockedNode = "clocked-node"
 
-// Clock is the wall clock of a node, apart from that of everybody else.
+// Clock is the clocks of a node, apart from those of everybody else.
 type Clock struct {
-	t    *testing.T
-	file string
+	t   *testing.T
+	dir string
 }
 
-// Ahead sets how far the clock is ahead of the real one.
-func (c Clock) Ahead(d time.Duration) {
+// The files in which it stands how far a clock is ahead.
+const (
+	wallFile      = "clock"
+	monotonicFile = "monotonic"
+)
+
+// Ahead sets how far the wall clock is ahead of the real one.
+func (c Clock) Ahead(d time.Duration) { c.t.Helper(); c.set(wallFile, d) }
+
+// Passed sets how far the monotonic clock is ahead: how much time has passed beside the real one.
+func (c Clock) Passed(d time.Duration) { c.t.Helper(); c.set(monotonicFile, d) }
+
+func (c Clock) set(name string, d time.Duration) {
 	c.t.Helper()
-	temporary := c.file + ".new"
+	file := filepath.Join(c.dir, name)
+	temporary := file + ".new"
 	if err := os.WriteFile(temporary, []byte(strconv.FormatInt(int64(d), 10)), 0o600); err != nil {
 		c.t.Fatal(err)
 	}
-	if err := os.Rename(temporary, c.file); err != nil {
+	if err := os.Rename(temporary, file); err != nil {
 		c.t.Fatal(err)
 	}
 }
 
 // ClockedNode starts the node: the product's own, as nucleus-node puts it together, but for
-// a wall clock that the test sets. The test's package calls Main.
+// clocks that the test sets. The test's package calls Main.
 func (e *Env) ClockedNode() (*Running, Clock) {
 	e.t.Helper()
-	clock := Clock{e.t, filepath.Join(e.Dir, "clock")}
+	clock := Clock{e.t, e.Dir}
 	clock.Ahead(0)
+	clock.Passed(0)
 	self, err := os.Executable()
 	if err != nil {
 		e.t.Fatal(err)
@@ -75,12 +88,15 @@ func (e *Env) ClockedNode() (*Running, Clock) {
 func runClockedNode(home, bin string) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	started, dir := time.Now(), filepath.Dir(home)
 	n, err := node.Open(ctx, node.Config{
 		Home:    home,
 		Drivers: []machine.Driver{gvisor.New(gvisor.Config{Runsc: filepath.Join(bin, "runsc")})},
 		Proxy:   filepath.Join(bin, "nucleus-tool-proxy"),
 		Stop:    stop,
-		Now:     func() time.Time { return time.Now().Add(ahead(filepath.Join(filepath.Dir(home), "clock"))) },
+		Now:     func() time.Time { return time.Now().Add(ahead(filepath.Join(dir, wallFile))) },
+
+		Monotonic: func() time.Duration { return time.Since(started) + ahead(filepath.Join(dir, monotonicFile)) },
 	})
 	if err != nil {
 		return err

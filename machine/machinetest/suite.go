@@ -66,7 +66,7 @@ var patience = func() time.Duration {
 	if longer, err := time.ParseDuration(os.Getenv("CAL_TEST_PATIENCE")); err == nil {
 		return longer
 	}
-	return 30 * time.Second
+	return 90 * time.Second
 }()
 
 var tests = []struct {
