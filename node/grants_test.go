@@ -325,8 +325,8 @@ func TestPassagesOfAnotherUser(t *testing.T) {
 	if site.hits.Load() != hits {
 		t.Error("somebody came, by the word of the same user's authority")
 	}
-	h.authority.revoke(id, "enough")
 	p.record.Spec.Approvals = ""
+	h.authority.revoke(id, "enough")
 	eventually(t, "the passage ends", func() bool {
 		a := h.get(p, site)
 		return a.Error != nil && a.Error.Kind == nucleus.KindApproval
