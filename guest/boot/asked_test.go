@@ -139,7 +139,7 @@ func (a *asking) Write(p []byte) (int, error) {
 
 // draw draws on each processor: the kernel has random numbers for each.
 func (a *asking) draw() {
-	var drawn [processors * 16]byte
+	var drawn [processors * draws * drawSize]byte
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	var all unix.CPUSet
@@ -153,12 +153,18 @@ func (a *asking) draw() {
 		if err := unix.SchedSetaffinity(0, &one); err != nil {
 			panic(err)
 		}
-		part := drawn[cpu*16 : (cpu+1)*16]
-		if n, err := unix.Getrandom(part, 0); err != nil || n != len(part) {
-			panic(fmt.Sprint(n, err))
+		for i := range draws {
+			part := drawn[(cpu*draws+i)*drawSize:][:drawSize]
+			if n, err := unix.Getrandom(part, 0); err != nil || n != len(part) {
+				panic(fmt.Sprint(n, err))
+			}
 		}
 	}
 	fmt.Fprintf(a.ReadWriter, "\nrandom %x\n", drawn)
 }
 
-const processors = 2
+const (
+	processors = 2
+	draws      = 16 // on each: whoever else draws there meanwhile takes one from the same row
+	drawSize   = 16 // bytes
+)
