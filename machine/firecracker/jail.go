@@ -160,9 +160,11 @@ func (j jail) firecracker(running []process.Process) (process.Process, error) {
 }
 
 // await waits until the jail's Firecracker answers. The jailer has started it, so it is in
-// the jail's group as long as it runs.
+// the jail's group as long as it runs; while it becomes another program, or its parent ends,
+// one look may miss it.
 func (j jail) await(ctx context.Context, a *api, mount string) (process.Process, error) {
-	for {
+	const looks = 5
+	for empty := 0; ; {
 		_, err := a.info(ctx)
 		if err == nil {
 			return j.started(mount)
@@ -171,7 +173,9 @@ func (j jail) await(ctx context.Context, a *api, mount string) (process.Process,
 		if errors.As(err, &refused) {
 			return process.Process{}, err
 		}
-		if members, err := j.members(mount); err == nil && len(members) == 0 {
+		if members, err := j.members(mount); err != nil || len(members) > 0 {
+			empty = 0
+		} else if empty++; empty == looks {
 			return process.Process{}, fmt.Errorf("%w: firecracker ended before it listened", machine.ErrGone)
 		}
 		if site.Pause(ctx, time.Millisecond) != nil {
