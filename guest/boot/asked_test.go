@@ -109,16 +109,15 @@ func (a *asking) hear(line string) {
 // after quietFor at the earliest: after half of the time since the boot (Linux 6.1, crng_reseed_interval).
 func settle() {
 	const quietFor = 8 * time.Second
+	uptime := unix.NsecToTimespec(int64(2 * quietFor))
 	for {
-		var now unix.Timespec
-		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
-			panic(err)
-		}
-		left := 2*quietFor - time.Duration(now.Nano())
-		if left <= 0 {
+		err := unix.ClockNanosleep(unix.CLOCK_MONOTONIC, unix.TIMER_ABSTIME, &uptime, nil)
+		if err == nil {
 			break
 		}
-		time.Sleep(left)
+		if err != unix.EINTR {
+			panic(err)
+		}
 	}
 	pool, err := os.OpenFile("/dev/random", os.O_WRONLY, 0)
 	if err == nil {
