@@ -89,10 +89,18 @@ func serveInit() error {
 	}
 }
 
+// attach hands a wire to the guest that serves. Who made its machine may have died before that
+// listened; a node waits for a proxy's first answer, and this for the listener.
 func attach() error {
-	conn, err := net.Dial("unix", attachName)
-	if err != nil {
-		return err
+	var conn net.Conn
+	var err error
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if conn, err = net.Dial("unix", attachName); err == nil {
+			break
+		}
+		if !errors.Is(err, unix.ECONNREFUSED) || time.Now().After(deadline) {
+			return err
+		}
 	}
 	defer conn.Close()
 	_, _, err = conn.(*net.UnixConn).WriteMsgUnix([]byte{0}, unix.UnixRights(3), nil)
